@@ -1,0 +1,106 @@
+"""The client side of a call between services: identity, trace, deadline, retry of idempotent unary calls, and errors as ours. No method is known here by name."""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import grpc
+
+from services.chassis import telemetry
+from services.chassis.deadline import budget_s
+from services.chassis.errors import Unavailable
+from services.chassis.passport import Passport
+from services.chassis.principal import Principal, current_principal
+from services.chassis.server import MESSAGE_BYTES_MAX
+from services.chassis.status import from_rpc_error
+
+ATTEMPTS_MAX = 3
+BACKOFF_BASE_S = 0.05
+
+CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.lb_policy_name", "round_robin"),
+    # A restarted peer is found again within a second, not after minutes of back-off.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    # We retry ourselves, where we know what is idempotent; two layers of retries make storms.
+    ("grpc.enable_retries", 0),
+]
+
+
+def open_channel(target: str) -> grpc.aio.Channel:
+    """A long-lived channel to `host:port` or `dns:///name:port`."""
+    return grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+
+
+@contextlib.contextmanager
+def errors_of(target: str) -> Iterator[None]:
+    """Let statuses of `target` out as DomainErrors of the class they were raised as. Cancellation passes."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        if error.code() is grpc.StatusCode.CANCELLED and (task := asyncio.current_task()) and task.cancelling():
+            raise asyncio.CancelledError from error
+        raise from_rpc_error(error, target) from None
+
+
+class Caller:
+    """Makes calls to one service on behalf of the current principal, or of a given one."""
+
+    def __init__(self, target: str, passport: Passport) -> None:
+        self.target = target
+        self._passport = passport
+
+    def metadata(self, principal: Principal | None = None) -> tuple[tuple[str, Any], ...]:
+        """Signed identity and trace of the running step."""
+        return (*self._passport.sign(principal or current_principal()), *telemetry.outgoing())
+
+    async def unary(
+        self, method: Any, request: Any, *, timeout_s: float = 5.0, principal: Principal | None = None, idempotent: bool = True
+    ) -> Any:
+        """Call a unary method within `timeout_s` or what the request has left, whichever is less.
+
+        An idempotent call is tried up to three times while the target cannot be reached.
+        """
+        for attempt in range(ATTEMPTS_MAX):
+            try:
+                with errors_of(self.target):
+                    return await method(request, metadata=self.metadata(principal), timeout=budget_s(timeout_s))
+            except Unavailable:
+                if not idempotent or attempt + 1 == ATTEMPTS_MAX:
+                    raise
+                await asyncio.sleep(random.uniform(0, BACKOFF_BASE_S * 4**attempt))
+        raise AssertionError("unreachable")
+
+    @contextlib.asynccontextmanager
+    async def stream(self, method: Any, request: Any, *, timeout_s: float, principal: Principal | None = None) -> AsyncIterator[Any]:
+        """Open a server stream (or a stream both ways, if `request` is an async iterator) and yield an iterator over its messages.
+
+        Leaving the block by any door cancels what is left of the call.
+        """
+        call = method(request, metadata=self.metadata(principal), timeout=budget_s(timeout_s))
+        try:
+            yield _Messages(call, self.target)
+        finally:
+            call.cancel()
+
+
+class _Messages:
+    """The messages of a call, with its errors as ours."""
+
+    def __init__(self, call: Any, target: str) -> None:
+        self._messages = call.__aiter__()
+        self._target = target
+
+    def __aiter__(self) -> "_Messages":
+        return self
+
+    async def __anext__(self) -> Any:
+        with errors_of(self._target):
+            return await self._messages.__anext__()

@@ -1,0 +1,106 @@
+"""Environment to frozen settings: every mistake is reported at once and secrets are masked in every repr. Nothing here reads the environment at import.
+
+A field's alias is the variable's full name, so that what compose.yaml sets can be compared with what a service reads.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, TypeVar
+
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+SettingsT = TypeVar("SettingsT", bound="ServiceSettings")
+
+
+class SettingsError(Exception):
+    """One or more settings are wrong; the text lists all of them."""
+
+
+def variable(field: FieldInfo, name: str) -> str:
+    """The environment variable a field is read from."""
+    alias = field.validation_alias
+    if isinstance(alias, AliasChoices):
+        alias = str(alias.choices[0])
+    return str(alias or name).upper()
+
+
+class ServiceSettings(BaseSettings):
+    """What every service is told. Subclasses add their own fields and set `prefix`."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", case_sensitive=True, populate_by_name=True, env_file=None)
+
+    prefix: ClassVar[str] = ""
+    """Variables that begin with this and that no field claims are mistakes."""
+
+    environment: Literal["development", "production"] = Field("development", validation_alias="TAILRACE_ENV")
+    """In production no development issuer, no reflection and no default secret is accepted."""
+    state_dir: Path = Field(Path(".tailrace"), validation_alias="TAILRACE_STATE_DIR")
+    """Folder for what this process keeps on disk."""
+    bind_host: str = Field("127.0.0.1", validation_alias="TAILRACE_BIND_HOST")
+    """Address to listen on. Loopback by default: inner ports are not for the outside."""
+    internal_key: SecretStr = Field(SecretStr(""), validation_alias="TAILRACE_INTERNAL_KEY")
+    """Key that signs principals between services, at least 16 characters, the same in all of them. Or TAILRACE_INTERNAL_KEY_FILE."""
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", validation_alias="TAILRACE_LOG_LEVEL")
+    """Least severe level that is written."""
+    otlp_endpoint: str = Field("", validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT")
+    """Where spans go over OTLP/gRPC, such as http://jaeger:4317. Empty = nowhere."""
+    drain_notice_ms: int = Field(0, ge=0, le=60_000, validation_alias="TAILRACE_DRAIN_NOTICE_MS")
+    """Wait between turning not ready and refusing calls, so that balancers notice. 0 on one machine."""
+    drain_grace_ms: int = Field(10_000, ge=0, le=600_000, validation_alias="TAILRACE_DRAIN_GRACE_MS")
+    """How long running calls may go on after a stop signal."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what `load` hands over counts, so that tests and compose see the same rules."""
+        return (init_settings,)
+
+    @model_validator(mode="after")
+    def _internal_key_is_long_enough(self) -> Self:
+        if len(self.internal_key.get_secret_value()) < 16:
+            raise ValueError("TAILRACE_INTERNAL_KEY needs at least 16 characters")
+        return self
+
+    @classmethod
+    def variables(cls) -> dict[str, str]:
+        """Field name by environment variable."""
+        return {variable(field, name): name for name, field in cls.model_fields.items()}
+
+    @classmethod
+    def load(cls: type[SettingsT], environ: Mapping[str, str] | None = None) -> SettingsT:
+        """Read the settings from `environ`. Raises SettingsError that names every mistake at once.
+
+        A secret `X` may come as `X_FILE`, the path of a file that holds it. An empty variable counts as unset.
+        """
+        environ = os.environ if environ is None else environ
+        known, values, mistakes = cls.variables(), {}, []
+        for name, field_name in known.items():
+            if environ.get(name):
+                values[field_name] = environ[name]
+            elif path := environ.get(f"{name}_FILE"):
+                try:
+                    values[field_name] = Path(path).read_text().strip()
+                except OSError as error:
+                    mistakes.append(f"{name}_FILE: {error.strerror}: {path}")
+        claimed = {*known, *(f"{name}_FILE" for name in known)}
+        if cls.prefix:
+            mistakes += [f"{name}: no such setting" for name in sorted(environ) if name.startswith(cls.prefix) and name not in claimed]
+        try:
+            settings = cls(**values)
+        except ValidationError as error:
+            by_field = {field_name: name for name, field_name in known.items()}
+            for mistake in error.errors(include_input=False, include_url=False):
+                place = str(mistake["loc"][0]) if mistake["loc"] else ""
+                mistakes.append(f"{by_field.get(place, place)}: {mistake['msg']}".removeprefix(": "))
+        if mistakes:
+            raise SettingsError("\n".join(mistakes))
+        return settings
+
+    def described(self) -> str:
+        """Every variable with its value, one a line, secrets masked."""
+        names = {field_name: name for name, field_name in self.variables().items()}
+        return "\n".join(f"{names[field]}={getattr(self, field)}" for field in type(self).model_fields)

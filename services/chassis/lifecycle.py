@@ -1,0 +1,131 @@
+"""How every service lives and dies: settings, build, readiness, signal, drain, exit code. What is built is the service's own affair.
+
+NOT_SERVING → build → dependencies answer → SERVING → signal → NOT_SERVING → running calls end → drain → everything built is
+closed in reverse → spans are flushed last.
+"""
+
+import asyncio
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import structlog
+import uvloop
+
+from services.chassis import telemetry
+from services.chassis.config import ServiceSettings, SettingsError
+from services.chassis.server import Server
+
+log = structlog.get_logger(__name__)
+
+PROBE_INTERVAL_S = 1.0
+PROBE_TIMEOUT_S = 0.9
+SettingsT = TypeVar("SettingsT", bound=ServiceSettings)
+Probe = Callable[[], Awaitable[None]]
+
+
+@dataclass
+class Service:
+    """What a service's `build` hands to `run`."""
+
+    server: Server
+    port: int
+    """Where the gRPC server shall listen; 0 = any free port."""
+    probes: dict[str, Probe] = field(default_factory=dict)
+    """Dependency by name: raises if it is away. Polled every second."""
+    drain: Callable[[float], Awaitable[int]] | None = None
+    """Ends work that outlives its request, within so many seconds; returns how much was abandoned."""
+    ready: Callable[[dict[str, bool]], None] | None = None
+    """Told the state of every dependency after each poll."""
+
+
+Build = Callable[[SettingsT], contextlib.AbstractAsyncContextManager[Service]]
+
+
+async def probe_once(probes: dict[str, Probe]) -> dict[str, bool]:
+    """Ask every dependency at once, each within its own timeout."""
+
+    async def ask(probe: Probe) -> bool:
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
+                await probe()
+        except Exception:
+            return False
+        return True
+
+    states = await asyncio.gather(*(ask(probe) for probe in probes.values()))
+    return dict(zip(probes, states, strict=True))
+
+
+@contextlib.asynccontextmanager
+async def started(service: Service, host: str) -> AsyncIterator[int]:
+    """Run the server and its readiness poll; yield the port. On leaving, the poll has ended but the server has not."""
+
+    async def poll() -> None:
+        last: dict[str, bool] = {}
+        while True:
+            states = await probe_once(service.probes)
+            await service.server.ready(states)
+            if service.ready:
+                service.ready(states)
+            if states != last:
+                log.info("readiness", ready=all(states.values()), **{f"dependency_{name}": state for name, state in states.items()})
+                last = states
+            await asyncio.sleep(PROBE_INTERVAL_S)
+
+    port = await service.server.start(host, service.port)
+    task = asyncio.create_task(poll(), name="readiness")
+    try:
+        yield port
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def serve(build: Build[SettingsT], settings: SettingsT, stop: asyncio.Event) -> int:
+    """Build, serve until `stop` is set, drain; return how much work had to be abandoned."""
+    abandoned = 0
+    async with build(settings) as service:
+        async with started(service, settings.bind_host) as port:
+            log.info("serving", port=port)
+            await stop.wait()
+            log.info("draining")
+        grace_s = settings.drain_grace_ms / 1000
+        ends_at = time.monotonic() + grace_s
+        await service.server.stop(settings.drain_notice_ms / 1000, grace_s)
+        if service.drain:
+            abandoned = await service.drain(max(1.0, ends_at - time.monotonic()))
+    log.info("stopped", abandoned=abandoned)
+    return abandoned
+
+
+def run(name: str, settings_class: type[SettingsT], build: Build[SettingsT]) -> None:
+    """Be the process of service `name`. `--check-config` prints the masked settings and exits. Exit code 2 = wrong settings, 1 = failed."""
+    try:
+        settings = settings_class.load()
+    except SettingsError as error:
+        sys.exit(f"{name}: the settings are wrong\n{error}\n")
+    if "--check-config" in sys.argv:
+        sys.stdout.write(settings.described() + "\n")
+        return
+    flush = telemetry.start(name, settings.otlp_endpoint, settings.log_level)
+
+    async def main() -> int:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        return await serve(build, settings, stop)
+
+    try:
+        abandoned = uvloop.run(main())
+    except OSError as error:
+        log.error("cannot_start", detail=str(error))
+        sys.exit(1)
+    finally:
+        flush()
+    sys.exit(1 if abandoned else 0)

@@ -1,0 +1,39 @@
+"""Who a request is made for, as a value that travels with its tasks. How it crosses a wire is decided in `passport`."""
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from services.chassis.errors import NotAllowed, NotAuthenticated
+
+ROLES = frozenset({"user", "service", "admin"})
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """A verified caller. Tenant and user never come from anywhere else."""
+
+    tenant: str
+    user: str
+    roles: frozenset[str] = frozenset({"user"})
+    api_key_id: str = ""
+
+    def require(self, role: str) -> None:
+        """Raise NotAllowed unless the principal has `role`."""
+        if role not in self.roles:
+            raise NotAllowed(f"the role {role} is needed", needs=role)
+
+
+_current: ContextVar[Principal | None] = ContextVar("current_principal", default=None)
+
+
+def current_principal() -> Principal:
+    """The caller of the request this task works for. Raises NotAuthenticated if there is none."""
+    principal = _current.get()
+    if principal is None:
+        raise NotAuthenticated("no principal came with the call", cause="missing")
+    return principal
+
+
+def set_current(principal: Principal | None) -> None:
+    """Bind the caller to this task and the tasks it starts."""
+    _current.set(principal)

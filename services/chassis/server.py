@@ -1,0 +1,181 @@
+"""The grpc.aio server all services run: interceptors in a fixed order, limits, health and reflection. It knows no service's methods.
+
+Order of the interceptors, outermost first: errors (whatever happens below becomes one status of ours), telemetry (so that
+refused calls have a span too), identity (nothing below runs without a principal), deadline.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from opentelemetry.trace import SpanKind
+
+from services.chassis import telemetry
+from services.chassis.deadline import Deadline, current_deadline
+from services.chassis.errors import DomainError, NotAuthenticated
+from services.chassis.passport import Passport
+from services.chassis.principal import Principal, set_current
+from services.chassis.status import abort, unexpected
+
+log = structlog.get_logger(__name__)
+
+MESSAGE_BYTES_MAX = 4 * 1024 * 1024
+STREAMS_PER_CONNECTION_MAX = 2000
+Identify = Callable[[grpc.aio.ServicerContext], Awaitable[Principal]]
+_OPEN_PREFIXES = ("/grpc.health.v1.", "/grpc.reflection.")
+
+SERVER_OPTIONS = [
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION_MAX),
+    # Two servers on one port would share calls in a way nobody asked for; a taken port must be an error.
+    ("grpc.so_reuseport", 0),
+    # Clients ping every 30 s to keep idle streams alive through proxies; the default would call that an attack.
+    ("grpc.http2.min_ping_interval_without_data_ms", 15_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+]
+
+
+class _Wrapping(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Wraps every handler, whatever its shape, in one coroutine that errors, spans, identity and deadline run in."""
+
+    def __init__(self, identify: Identify) -> None:
+        self._identify = identify
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        handler = await continuation(details)
+        if handler is None or details.method.startswith(_OPEN_PREFIXES):
+            return handler
+        method = details.method.lstrip("/")
+        if handler.response_streaming:
+            inner = handler.stream_stream or handler.unary_stream
+
+            async def streaming(request: Any, context: grpc.aio.ServicerContext) -> None:
+                with _errors_become_statuses() as failure:
+                    with _server_span(method, context):
+                        await self._bind(context)
+                        await _run_stream(inner, request, context)
+                if failure:
+                    await abort(context, failure[0])
+
+            make = grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
+            return make(streaming, handler.request_deserializer, handler.response_serializer)
+        inner_unary = handler.stream_unary or handler.unary_unary
+
+        async def unary(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            with _errors_become_statuses() as failure:
+                with _server_span(method, context):
+                    await self._bind(context)
+                    return await inner_unary(request, context)
+            await abort(context, failure[0])
+            return None
+
+        make = grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
+        return make(unary, handler.request_deserializer, handler.response_serializer)
+
+    async def _bind(self, context: grpc.aio.ServicerContext) -> None:
+        set_current(await self._identify(context))
+        remaining = context.time_remaining()
+        current_deadline.set(Deadline.after(remaining) if remaining is not None else None)
+
+
+async def _run_stream(inner: Any, request: Any, context: grpc.aio.ServicerContext) -> None:
+    answer = inner(request, context)
+    if hasattr(answer, "__aiter__"):
+        async for message in answer:
+            await context.write(message)
+    else:
+        await answer
+
+
+@contextlib.contextmanager
+def _errors_become_statuses() -> Iterator[list[DomainError]]:
+    """Collect the error of the block instead of letting it out; cancellation and a client that left pass through untouched."""
+    failure: list[DomainError] = []
+    try:
+        yield failure
+    except DomainError as error:
+        failure.append(error)
+    except (asyncio.CancelledError, grpc.aio.AbortError, grpc.aio.UsageError):
+        raise
+    except Exception as error:
+        if type(error).__name__ == "ExecuteBatchError":  # the client went away while we were writing; not ours to report
+            raise asyncio.CancelledError from error
+        trace_id = telemetry.current_trace_id()
+        log.exception("rpc_failed_unexpectedly", error=type(error).__name__)
+        failure.append(unexpected(trace_id))
+
+
+@contextlib.contextmanager
+def _server_span(method: str, context: grpc.aio.ServicerContext) -> Iterator[None]:
+    attributes = {telemetry.RPC_SYSTEM: "grpc", telemetry.RPC_METHOD: method}
+    parent = telemetry.incoming(context.invocation_metadata() or ())
+    with telemetry.span(method, kind=SpanKind.SERVER, parent=parent, **attributes):
+        yield
+
+
+def passport_identity(passport: Passport) -> Identify:
+    """Identify inner calls by their signed principal."""
+
+    async def identify(context: grpc.aio.ServicerContext) -> Principal:
+        return passport.check(context.invocation_metadata() or ())
+
+    return identify
+
+
+async def nobody(context: grpc.aio.ServicerContext) -> Principal:
+    """Identify nobody: for servers whose every method is refused."""
+    raise NotAuthenticated("this server takes no calls", cause="closed")
+
+
+class Server:
+    """A grpc.aio server with our interceptors, health and, if wanted, reflection."""
+
+    def __init__(self, identify: Identify, *, reflect: bool) -> None:
+        self._server = grpc.aio.server(interceptors=[_Wrapping(identify)], options=SERVER_OPTIONS)
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._reflect = reflect
+        self._names: list[str] = []
+        self.port = 0
+        """The port listened on, once started."""
+
+    def add(self, register: Callable[[Any, Any], None], servicer: object, service_name: str) -> None:
+        """Offer `servicer` by the generated `add_…_to_server` function."""
+        register(servicer, self._server)
+        self._names.append(service_name)
+
+    async def start(self, host: str, port: int) -> int:
+        """Listen on `host:port` (0 = any free one) and return the port. Raises OSError if it is taken."""
+        if self._reflect:
+            reflection.enable_server_reflection([*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
+        await self.report({"": False, **dict.fromkeys(self._names, False)})
+        try:
+            self.port = self._server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {host}:{port}: the port is taken or not allowed") from error
+        await self._server.start()
+        return self.port
+
+    async def report(self, serving: dict[str, bool]) -> None:
+        """Push health: one entry for each name; `Watch`ers hear of every change."""
+        for name, good in serving.items():
+            status = health_pb2.HealthCheckResponse.SERVING if good else health_pb2.HealthCheckResponse.NOT_SERVING
+            await self._health.set(name, status)
+
+    async def ready(self, dependencies: dict[str, bool]) -> None:
+        """Report each dependency under `dependency.<name>`, and ourselves ready if all of them are."""
+        good = all(dependencies.values())
+        states = {f"dependency.{name}": state for name, state in dependencies.items()}
+        await self.report({**states, "": good, **dict.fromkeys(self._names, good)})
+
+    async def stop(self, notice_s: float, grace_s: float) -> None:
+        """Turn not ready, wait for balancers to notice, let running calls end within `grace_s`, then cut them."""
+        await self._health.enter_graceful_shutdown()
+        await asyncio.sleep(notice_s)
+        await self._server.stop(grace_s)

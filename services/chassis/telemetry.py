@@ -1,0 +1,170 @@
+"""Traces and logs: set-up, the span of a step, and the one table of attribute names. Texts of prompts and answers never enter either.
+
+Spans cross services by the W3C `traceparent` metadata key; a server span's parent is the step that made the call.
+"""
+
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+TRACEPARENT = "traceparent"
+
+# The gen_ai names are still in development upstream; a rename is a change of these lines alone.
+GEN_AI_PROVIDER = "gen_ai.provider.name"
+GEN_AI_OPERATION = "gen_ai.operation.name"
+GEN_AI_REQUEST_MODEL = "gen_ai.request.model"
+GEN_AI_REQUEST_MAX_TOKENS = "gen_ai.request.max_tokens"
+GEN_AI_RESPONSE_MODEL = "gen_ai.response.model"
+GEN_AI_FINISH_REASONS = "gen_ai.response.finish_reasons"
+GEN_AI_INPUT_TOKENS = "gen_ai.usage.input_tokens"  # noqa: S105 - a count of tokens, not a secret
+GEN_AI_OUTPUT_TOKENS = "gen_ai.usage.output_tokens"  # noqa: S105
+GEN_AI_CACHE_READ_TOKENS = "gen_ai.usage.cache_read.input_tokens"  # noqa: S105
+GEN_AI_TIME_TO_FIRST_CHUNK = "gen_ai.response.time_to_first_chunk"
+GEN_AI_CONVERSATION = "gen_ai.conversation.id"
+RPC_SYSTEM = "rpc.system.name"
+RPC_METHOD = "rpc.method"
+RPC_STATUS = "rpc.response.status_code"
+ERROR_TYPE = "error.type"
+TENANT = "tailrace.tenant"
+ANSWER_ID = "tailrace.answer.id"
+CACHE_VERDICT = "tailrace.cache.verdict"
+CACHE_SIMILARITY = "tailrace.cache.similarity"
+COST_NANOUSD = "tailrace.cost.nanousd"
+
+_propagator = TraceContextTextMapPropagator()
+_tracer = trace.get_tracer("tailrace")
+
+
+def start(service: str, otlp_endpoint: str, log_level: str) -> Callable[[], None]:
+    """Set up tracing and logging for this process; return what flushes and closes them, to be called last.
+
+    Without an endpoint spans are made, so that trace ids exist, and thrown away.
+    """
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            _add_trace_id,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[log_level.upper()]),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    structlog.contextvars.bind_contextvars(service=service)
+    provider = TracerProvider(resource=Resource.create({"service.name": f"tailrace-{service}", "service.namespace": "tailrace"}))
+    if otlp_endpoint:
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+
+        exporter = OTLPSpanExporter(endpoint=otlp_endpoint, insecure=not otlp_endpoint.startswith("https://"), timeout=5)
+        provider.add_span_processor(BatchSpanProcessor(exporter, max_queue_size=8192, schedule_delay_millis=500))
+    trace.set_tracer_provider(provider)
+    return provider.shutdown
+
+
+def _add_trace_id(_: Any, __: str, event: dict[str, Any]) -> dict[str, Any]:
+    if trace_id := current_trace_id():
+        event["trace_id"] = trace_id
+    return event
+
+
+def current_trace_id() -> str:
+    """The running trace's id, 32 hex digits; empty outside a span."""
+    context = trace.get_current_span().get_span_context()
+    return format(context.trace_id, "032x") if context.is_valid else ""
+
+
+def outgoing() -> tuple[tuple[str, str], ...]:
+    """Metadata pairs that make the current span the parent of the call they are sent with."""
+    carrier: dict[str, str] = {}
+    _propagator.inject(carrier)
+    return tuple(carrier.items())
+
+
+def incoming(metadata: Iterable[tuple[str, str | bytes]] | Mapping[str, str]) -> Context:
+    """The trace context that came with a call or request."""
+    pairs = metadata.items() if isinstance(metadata, Mapping) else metadata
+    return _propagator.extract({key.lower(): value for key, value in pairs if isinstance(value, str)})
+
+
+@contextlib.contextmanager
+def span(name: str, *, kind: SpanKind = SpanKind.INTERNAL, parent: Context | None = None, **attributes: Any) -> Iterator[Span]:
+    """Run the block inside a span. An exception marks it failed by its class's name, never by its text; cancellation marks it cancelled."""
+    with _tracer.start_as_current_span(
+        name, context=parent, kind=kind, attributes=attributes or None, record_exception=False, set_status_on_exception=False
+    ) as running:
+        try:
+            yield running
+        except BaseException as error:
+            running.set_attribute(ERROR_TYPE, getattr(error, "reason", "") or type(error).__name__)
+            running.set_status(Status(StatusCode.ERROR))
+            raise
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """What a step left behind. Times are milliseconds after the trail began."""
+
+    name: str
+    started_ms: float
+    duration_ms: float = 0.0
+    status: str = "running"
+    facts: dict[str, str] | None = None
+
+    def note(self, **facts: object) -> None:
+        """Add small facts for people; never texts of prompts or answers."""
+        self.facts = {**(self.facts or {}), **{key: str(value) for key, value in facts.items()}}
+
+    def skip(self, reason: str) -> None:
+        """Say that there was nothing to do."""
+        self.status = "skipped"
+        self.note(reason=reason)
+
+
+class Trail:
+    """The timed steps of one request, each also a span. `changed` hears of every begin and end."""
+
+    def __init__(self, prefix: str, changed: Callable[[StepRecord], None] | None = None) -> None:
+        self._prefix = prefix
+        self._changed = changed or (lambda _: None)
+        self._began = time.perf_counter()
+        self.steps: list[StepRecord] = []
+
+    @property
+    def elapsed_ms(self) -> float:
+        return (time.perf_counter() - self._began) * 1000
+
+    @contextlib.contextmanager
+    def step(self, name: str, **attributes: Any) -> Iterator[StepRecord]:
+        """Time the block as step `name`, inside a span `<prefix>.<name>`."""
+        record = StepRecord(name, round(self.elapsed_ms, 3))
+        self.steps.append(record)
+        self._changed(record)
+        with span(f"{self._prefix}.{name}", **attributes) as running:
+            try:
+                yield record
+            except BaseException:
+                record.status = "failed"
+                raise
+            finally:
+                record.duration_ms = round(self.elapsed_ms - record.started_ms, 3)
+                if record.status == "running":
+                    record.status = "done"
+                for key, value in (record.facts or {}).items():
+                    running.set_attribute(f"tailrace.step.{key}", value)
+                self._changed(record)

@@ -1,10 +1,13 @@
 """Fixtures all tests share: stores of their own on free ports, started once and gone afterwards."""
 
+import os
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # read when grpc is imported: its notices about closed connections are noise here
 
 from services.local.stores import Postgres, Valkey
 

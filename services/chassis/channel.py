@@ -1,4 +1,6 @@
-"""The client side of a call between services: identity, trace, deadline, retry of idempotent unary calls, and errors as ours. No method is known here by name."""
+"""The client side of a call between services: identity, trace, deadline, retry of idempotent unary calls, and errors as ours.
+
+No method is known here by name."""
 
 import asyncio
 import contextlib
@@ -75,7 +77,7 @@ class Caller:
             except Unavailable:
                 if not idempotent or attempt + 1 == ATTEMPTS_MAX:
                     raise
-                await asyncio.sleep(random.uniform(0, BACKOFF_BASE_S * 4**attempt))
+                await asyncio.sleep(random.uniform(0, BACKOFF_BASE_S * 4**attempt))  # noqa: S311 - jitter, not a secret
         raise AssertionError("unreachable")
 
     @contextlib.asynccontextmanager

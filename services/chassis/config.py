@@ -1,12 +1,13 @@
-"""Environment to frozen settings: every mistake is reported at once and secrets are masked in every repr. Nothing here reads the environment at import.
+"""Environment to frozen settings: every mistake is reported at once and secrets are masked in every repr.
 
-A field's alias is the variable's full name, so that what compose.yaml sets can be compared with what a service reads.
+Nothing here reads the environment at import. A field's alias is the variable's full name, so that what compose.yaml sets
+can be compared with what a service reads.
 """
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import ClassVar, Literal, Self, TypeVar
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
@@ -54,7 +55,12 @@ class ServiceSettings(BaseSettings):
 
     @classmethod
     def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Only what `load` hands over counts, so that tests and compose see the same rules."""
         return (init_settings,)
@@ -90,7 +96,7 @@ class ServiceSettings(BaseSettings):
         if cls.prefix:
             mistakes += [f"{name}: no such setting" for name in sorted(environ) if name.startswith(cls.prefix) and name not in claimed]
         try:
-            settings = cls(**values)
+            settings = cls.model_validate(values)
         except ValidationError as error:
             by_field = {field_name: name for name, field_name in known.items()}
             for mistake in error.errors(include_input=False, include_url=False):

@@ -133,12 +133,20 @@ async def nobody(context: grpc.aio.ServicerContext) -> Principal:
     raise NotAuthenticated("this server takes no calls", cause="closed")
 
 
+class _Health(health.aio.HealthServicer):  # type: ignore[misc]
+    """The standard servicer, with the standard's `List`, which the package does not serve yet."""
+
+    async def List(self, request: health_pb2.HealthListRequest, context: grpc.aio.ServicerContext) -> health_pb2.HealthListResponse:
+        statuses = {name: health_pb2.HealthCheckResponse(status=status) for name, status in self._server_status.items()}
+        return health_pb2.HealthListResponse(statuses=statuses)
+
+
 class Server:
     """A grpc.aio server with our interceptors, health and, if wanted, reflection."""
 
     def __init__(self, identify: Identify, *, reflect: bool) -> None:
         self._server = grpc.aio.server(interceptors=[_Wrapping(identify)], options=SERVER_OPTIONS)
-        self._health = health.aio.HealthServicer()
+        self._health = _Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._reflect = reflect
         self._names: list[str] = []

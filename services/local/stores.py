@@ -1,4 +1,6 @@
-"""PostgreSQL and Valkey from their wheels, as child processes on loopback. Starting, readiness and stopping live here; what is stored does not.
+"""PostgreSQL and Valkey from their wheels, as child processes on loopback.
+
+Starting, readiness and stopping live here; what is stored does not.
 
 The wheels' own launchers are not used: they trust stale pid files, change permissions of parent folders and listen on sockets only.
 """

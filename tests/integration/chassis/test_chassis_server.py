@@ -1,0 +1,203 @@
+"""Server and channel together: what a handler raises, the caller catches, and nothing else gets through."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from services.chassis import errors, telemetry
+from services.chassis.channel import Caller, open_channel
+from services.chassis.deadline import current_deadline
+from services.chassis.passport import Passport
+from services.chassis.principal import Principal, current_principal
+from services.chassis.server import Server, passport_identity
+from tailrace.retrieval.v1 import retrieval_service_pb2 as pb
+from tailrace.retrieval.v1 import retrieval_service_pb2_grpc as rpc
+
+ALICE = Principal("acme", "alice", frozenset({"user"}))
+PASSPORT = Passport(b"a-key-of-enough-length")
+NAME = "tailrace.retrieval.v1.RetrievalService"
+
+
+class Scripted(rpc.RetrievalServiceServicer):
+    """Does what the query says."""
+
+    def __init__(self) -> None:
+        self.cancelled = asyncio.Event()
+        self.seen: dict[str, Any] = {}
+
+    async def Search(self, request: pb.SearchRequest, context: grpc.aio.ServicerContext) -> None:
+        self.seen = {"principal": current_principal(), "deadline": current_deadline.get(), "trace": telemetry.current_trace_id()}
+        await context.write(pb.SearchResponse())
+        if request.query == "fail":
+            raise errors.RateLimited("slow down", retry_after_ms=1200, limit=60)
+        if request.query == "bug":
+            raise ValueError("a secret detail")
+        if request.query == "hang":
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                self.cancelled.set()
+                raise
+
+    async def Embed(self, request: pb.EmbedRequest, context: grpc.aio.ServicerContext) -> pb.EmbedResponse:
+        if not request.texts:
+            raise errors.RequestInvalid("1-256 texts are needed", field="texts", bound="1-256")
+        return pb.EmbedResponse(tokens=len(request.texts))
+
+
+@contextlib.asynccontextmanager
+async def running(servicer: rpc.RetrievalServiceServicer) -> AsyncIterator[tuple[Server, grpc.aio.Channel]]:
+    """A server on a free port with a channel to it, stopped whatever happens."""
+    server = Server(passport_identity(PASSPORT), reflect=False)
+    server.add(rpc.add_RetrievalServiceServicer_to_server, servicer, NAME)
+    port = await server.start("127.0.0.1", 0)
+    try:
+        async with open_channel(f"127.0.0.1:{port}") as channel:
+            yield server, channel
+    finally:
+        await server.stop(0, 0)
+
+
+@pytest.fixture
+async def scripted() -> AsyncIterator[tuple[Scripted, Caller, rpc.RetrievalServiceStub, grpc.aio.Channel]]:
+    servicer = Scripted()
+    async with running(servicer) as (_, channel):
+        yield servicer, Caller("retrieval", PASSPORT), rpc.RetrievalServiceStub(channel), channel
+
+
+async def test_principal_deadline_and_trace_reach_the_handler(scripted: Any) -> None:
+    """They travel in metadata and are there before the first line of the handler runs."""
+    servicer, caller, stub, _ = scripted
+    with telemetry.span("test"):
+        trace = telemetry.current_trace_id()
+        async with caller.stream(stub.Search, pb.SearchRequest(query="x"), timeout_s=5, principal=ALICE) as messages:
+            assert len([message async for message in messages]) == 1
+
+    assert servicer.seen["principal"] == ALICE
+    assert 0 < servicer.seen["deadline"].remaining_s <= 5
+    assert servicer.seen["trace"] == trace
+
+
+async def test_an_error_after_messages_arrives_as_the_same_class(scripted: Any) -> None:
+    """ErrorInfo carries reason and metadata also after the stream has begun."""
+    _, caller, stub, _ = scripted
+    got = []
+
+    with pytest.raises(errors.RateLimited) as caught:
+        async with caller.stream(stub.Search, pb.SearchRequest(query="fail"), timeout_s=5, principal=ALICE) as messages:
+            async for message in messages:
+                got.append(message)
+
+    assert len(got) == 1
+    assert caught.value.retry_after_ms == 1200
+    assert caught.value.metadata["limit"] == "60"
+
+
+async def test_a_bug_goes_out_without_its_text(scripted: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """The caller learns INTERNAL and a trace id, nothing else."""
+    _, caller, stub, _ = scripted
+
+    with pytest.raises(errors.Internal) as caught:
+        async with caller.stream(stub.Search, pb.SearchRequest(query="bug"), timeout_s=5, principal=ALICE) as messages:
+            async for _message in messages:
+                pass
+
+    assert "secret" not in caught.value.detail
+
+
+async def test_leaving_the_stream_cancels_the_handler(scripted: Any) -> None:
+    """A caller that stops reading frees the callee."""
+    servicer, caller, stub, _ = scripted
+
+    async with caller.stream(stub.Search, pb.SearchRequest(query="hang"), timeout_s=30, principal=ALICE) as messages:
+        await anext(aiter(messages))
+
+    async with asyncio.timeout(5):
+        await servicer.cancelled.wait()
+
+
+async def test_a_deadline_becomes_our_own_error(scripted: Any) -> None:
+    """DEADLINE_EXCEEDED made by gRPC itself is DeadlineTooShort here."""
+    _, caller, stub, _ = scripted
+
+    with pytest.raises(errors.DeadlineTooShort):
+        async with caller.stream(stub.Search, pb.SearchRequest(query="hang"), timeout_s=0.2, principal=ALICE) as messages:
+            async for _message in messages:
+                pass
+
+
+async def test_a_refused_field_is_named(scripted: Any) -> None:
+    """RequestInvalid keeps field and bound across the wire."""
+    _, caller, stub, _ = scripted
+
+    with pytest.raises(errors.RequestInvalid) as caught:
+        await caller.unary(stub.Embed, pb.EmbedRequest(), principal=ALICE)
+
+    assert (caught.value.field, caught.value.metadata["bound"]) == ("texts", "1-256")
+
+
+async def test_calls_without_a_principal_are_refused(scripted: Any) -> None:
+    """Metadata alone makes nobody."""
+    *_, stub, _ = scripted
+
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Embed(pb.EmbedRequest(texts=["x"]), metadata=[("x-tenant", "acme")])
+
+    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_a_server_that_is_away_is_named() -> None:
+    """Unavailable says which dependency, after the retries."""
+    async with open_channel("127.0.0.1:1") as channel:
+        with pytest.raises(errors.Unavailable) as caught:
+            await Caller("retrieval", PASSPORT).unary(
+                rpc.RetrievalServiceStub(channel).Embed, pb.EmbedRequest(texts=["x"]), principal=ALICE
+            )
+
+    assert caught.value.metadata["dependency"] == "retrieval"
+
+
+async def test_a_taken_port_is_an_error() -> None:
+    """Two servers never share a port silently."""
+    first, second = (Server(passport_identity(PASSPORT), reflect=False) for _ in range(2))
+    port = await first.start("127.0.0.1", 0)
+
+    with pytest.raises(OSError, match=str(port)):
+        await second.start("127.0.0.1", port)
+
+    await first.stop(0, 0)
+
+
+async def test_health_names_the_dependency_that_is_away() -> None:
+    """Readiness is one entry a dependency, and the whole is their conjunction."""
+    async with running(Scripted()) as (server, channel):
+        await server.ready({"qdrant": False, "disk": True})
+        listed = await health_pb2_grpc.HealthStub(channel).List(health_pb2.HealthListRequest())
+
+    states = {name: entry.status == health_pb2.HealthCheckResponse.SERVING for name, entry in listed.statuses.items()}
+    assert states == {"dependency.qdrant": False, "dependency.disk": True, "": False, NAME: False}
+    await server.stop(0, 0)
+
+
+@pytest.mark.parametrize("cls", errors.leaves().values(), ids=lambda cls: cls.__name__)
+async def test_every_error_crosses_the_wire_as_itself(cls: type[errors.DomainError]) -> None:
+    """One table, both ways: class, text, code and metadata survive a real call."""
+    sent = cls.__new__(cls)
+    errors.DomainError.__init__(sent, "why", bound="1-5", retry_after_ms=7)
+
+    class Raises(rpc.RetrievalServiceServicer):
+        async def Embed(self, request: pb.EmbedRequest, context: grpc.aio.ServicerContext) -> pb.EmbedResponse:
+            raise sent
+
+    async with running(Raises()) as (_, channel):
+        with pytest.raises(cls) as caught:
+            await Caller("retrieval", PASSPORT).unary(
+                rpc.RetrievalServiceStub(channel).Embed, pb.EmbedRequest(texts=["x"]), principal=ALICE, idempotent=False
+            )
+
+    assert (caught.value.detail, caught.value.code, caught.value.metadata) == ("why", cls.code, sent.metadata)

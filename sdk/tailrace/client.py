@@ -1,0 +1,433 @@
+"""The client: `AsyncClient`, and `Client` for code without an event loop. Reading values and errors off the wire is not done here."""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar
+
+import grpc
+from google.protobuf import struct_pb2, timestamp_pb2
+
+from tailrace import values
+from tailrace.errors import Interrupted, from_rpc_error
+from tailrace.gateway.v1 import gateway_service_pb2_grpc
+from tailrace.ledger.v1 import ledger_service_pb2 as ledger
+from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
+from tailrace.retrieval.v1 import retrieval_service_pb2 as retrieval
+
+DEFAULT_TARGET = "localhost:50050"
+CONTENT_BYTES_PER_MESSAGE = 256 * 1024
+_CHANNEL_OPTIONS = (
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+)
+
+Cache = Literal["use", "refresh", "off"]
+Mode = Literal["hybrid", "dense", "sparse"]
+_CACHE_MODES = {"use": orchestrator.CACHE_MODE_USE, "refresh": orchestrator.CACHE_MODE_REFRESH, "off": orchestrator.CACHE_MODE_OFF}
+_SEARCH_MODES = {"hybrid": retrieval.SEARCH_MODE_HYBRID, "dense": retrieval.SEARCH_MODE_DENSE, "sparse": retrieval.SEARCH_MODE_SPARSE}
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A document that is not a file: `name` is what it is known by in its collection."""
+
+    name: str
+    content: bytes
+    title: str = ""
+    media_type: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+class Answer:
+    """One answer, as it streams: iterate it once, over its events or its `text()`, or wait for the `final()` whole.
+
+    The call begins with the first event asked for. Raises a TailraceError; Interrupted if the stream ends without its receipt.
+    """
+
+    def __init__(self, begin: Callable[[], Any]) -> None:
+        self._begin = begin
+        self._events = self._read()
+        self.answer_id = ""
+        """Id to resume, cancel and look it up with; known from the first event on."""
+        self.last_sequence = 0
+        """Number of the last event read: where to resume after."""
+
+    def __aiter__(self) -> AsyncIterator[values.Event]:
+        return self._events
+
+    async def aclose(self) -> None:
+        """Stop reading. The answer itself goes on for its grace time; `AsyncClient.cancel` stops it."""
+        await self._events.aclose()
+
+    async def text(self) -> AsyncIterator[str]:
+        """The answer's text, piece by piece."""
+        async for event in self._events:
+            if isinstance(event, values.Delta):
+                yield event.text
+
+    async def final(self) -> values.FinalAnswer:
+        """The whole answer, read to its end."""
+        events = [event async for event in self._events]
+        steps = {event.name: event for event in events if isinstance(event, values.Step)}
+        receipt = events[-1]
+        assert isinstance(receipt, values.Receipt)
+        return values.FinalAnswer(
+            text="".join(event.text for event in events if isinstance(event, values.Delta)),
+            passages=tuple(item for event in events if isinstance(event, values.Passages) for item in event.passages),
+            citations=tuple(event for event in events if isinstance(event, values.Citation)),
+            steps=tuple(steps.values()),
+            session_id=next((event.session_id for event in events if isinstance(event, values.Accepted)), ""),
+            receipt=receipt,
+        )
+
+    async def _read(self) -> AsyncGenerator[values.Event, None]:
+        async for message in _stream(self._begin()):
+            self.answer_id = message.answer_id or self.answer_id
+            self.last_sequence = max(self.last_sequence, message.sequence)
+            event = values.event(message)
+            if event is None:
+                continue
+            yield event
+            if isinstance(event, values.Receipt):
+                return
+        raise Interrupted("the stream ended before the answer did", metadata={"answer_id": self.answer_id})
+
+
+class AsyncClient:
+    """A connection to a Tailrace gateway, for one token. Use it as `async with`, or `close()` it.
+
+    `target` is `host:port`; it and `token` default to TAILRACE_TARGET and TAILRACE_TOKEN. `timeout_s` bounds each call from its
+    start to its last message. Pass `credentials` (such as `grpc.ssl_channel_credentials()`) to reach a gateway behind TLS.
+    """
+
+    def __init__(
+        self,
+        target: str | None = None,
+        *,
+        token: str | None = None,
+        timeout_s: float = 300.0,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        self.target = target or os.environ.get("TAILRACE_TARGET") or DEFAULT_TARGET
+        self._token = token if token is not None else os.environ.get("TAILRACE_TOKEN", "")
+        self._timeout_s = timeout_s
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(self.target, options=_CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.aio.secure_channel(self.target, credentials, options=_CHANNEL_OPTIONS)
+        self._stub: Any = gateway_service_pb2_grpc.GatewayServiceStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection; calls that still run are cancelled."""
+        await self._channel.close()
+
+    def answer(
+        self,
+        question: str,
+        *,
+        session_id: str = "",
+        model: str = "",
+        tier: str = "",
+        collection: str = "",
+        cache: Cache = "use",
+        max_output_tokens: int | None = None,
+        output_schema: Mapping[str, Any] | None = None,
+        idempotency_key: str = "",
+    ) -> Answer:
+        """Ask. Nothing is sent until the answer is read."""
+        request = orchestrator.AnswerRequest(
+            question=question,
+            session_id=session_id,
+            model=model,
+            tier=tier,
+            collection=collection,
+            cache=_CACHE_MODES[cache],
+            max_output_tokens=max_output_tokens,
+            idempotency_key=idempotency_key,
+        )
+        if output_schema is not None:
+            schema = struct_pb2.Struct()
+            schema.update(output_schema)
+            request.output_schema.CopyFrom(schema)
+        return Answer(lambda: self._call(self._stub.Answer, request))
+
+    def resume(self, answer_id: str, *, after_sequence: int = 0) -> Answer:
+        """Read an answer's events again from after `after_sequence`, then live."""
+        request = orchestrator.ResumeAnswerRequest(answer_id=answer_id, after_sequence=after_sequence)
+        return Answer(lambda: self._call(self._stub.ResumeAnswer, request))
+
+    async def cancel(self, answer_id: str) -> bool:
+        """Stop an answer at once; say whether it was still running."""
+        response = await _unary(self._call(self._stub.CancelAnswer, orchestrator.CancelAnswerRequest(answer_id=answer_id)))
+        return bool(response.was_running)
+
+    async def search(
+        self, query: str, *, limit: int = 10, mode: Mode = "hybrid", collection: str = "", document_ids: Sequence[str] = ()
+    ) -> AsyncIterator[values.Passage]:
+        """Search documents; best hit first."""
+        request = retrieval.SearchRequest(
+            query=query, limit=limit, mode=_SEARCH_MODES[mode], collection=collection, document_ids=document_ids
+        )
+        async for message in _stream(self._call(self._stub.Search, request)):
+            yield values.passage(message.hit)
+
+    async def ingest(self, *documents: str | Path | Upload, collection: str = "") -> AsyncIterator[values.Progress]:
+        """Take in files and uploads, and report every stage of each. One that fails does not stop the others.
+
+        A path is known by the name it is given with; for another name pass an Upload. Raises OSError for a file that cannot be read.
+        """
+
+        async def messages() -> AsyncIterator[retrieval.IngestDocumentsRequest]:
+            for document in documents:
+                upload = document if isinstance(document, Upload) else Upload(str(document), Path(document).read_bytes())
+                header = retrieval.DocumentHeader(
+                    title=upload.title,
+                    source_uri=upload.name,
+                    collection=collection,
+                    media_type=upload.media_type,
+                    metadata=dict(upload.metadata),
+                )
+                yield retrieval.IngestDocumentsRequest(header=header)
+                for start in range(0, len(upload.content), CONTENT_BYTES_PER_MESSAGE):
+                    yield retrieval.IngestDocumentsRequest(content=upload.content[start : start + CONTENT_BYTES_PER_MESSAGE])
+
+        for document in documents:
+            if not isinstance(document, Upload):
+                Path(document).stat()  # a missing file is the caller's mistake, said before anything is sent
+        async for message in _stream(self._call(self._stub.IngestDocuments, messages())):
+            yield values.progress(message)
+
+    async def list_documents(self, *, collection: str = "") -> AsyncIterator[values.Document]:
+        """Every document, newest first; pages are fetched as they are read."""
+        token = ""
+        while True:
+            request = retrieval.ListDocumentsRequest(collection=collection, page_token=token)
+            token = ""
+            async for message in _stream(self._call(self._stub.ListDocuments, request)):
+                token = message.next_page_token
+                yield values.document(message.document)
+            if not token:
+                return
+
+    async def delete_document(self, document_id: str) -> int:
+        """Remove a document; return how many chunks it had."""
+        response = await _unary(self._call(self._stub.DeleteDocument, retrieval.DeleteDocumentRequest(document_id=document_id)))
+        return int(response.chunks_deleted)
+
+    async def operation(self, operation_id: str) -> values.Operation:
+        """What is kept of one answer: its id is the operation's."""
+        response = await _unary(self._call(self._stub.GetOperation, ledger.GetOperationRequest(operation_id=operation_id)))
+        return values.operation(response.operation)
+
+    async def operations(self, *, limit: int = 50, session_id: str = "") -> AsyncIterator[values.Operation]:
+        """The latest operations, newest first. 1-1000."""
+        request = ledger.ListOperationsRequest(page_size=limit, session_id=session_id)
+        async for message in _stream(self._call(self._stub.ListOperations, request)):
+            yield values.operation(message.operation)
+
+    async def usage(self, *group_by: str, since: datetime | None = None, until: datetime | None = None) -> AsyncIterator[values.UsageRow]:
+        """Tokens, cost, savings and latency, grouped by any of day, hour, user, session, model, tier, step, cache."""
+        request = ledger.QueryUsageRequest(group_by=group_by, to=_timestamp(until), **{"from": _timestamp(since)})
+        async for message in _stream(self._call(self._stub.QueryUsage, request)):
+            yield values.usage_row(message)
+
+    def _call(self, method: Any, request: Any) -> Any:
+        metadata = (("authorization", f"Bearer {self._token}"),) if self._token else ()
+        return method(request, metadata=metadata, timeout=self._timeout_s)
+
+
+def _timestamp(moment: datetime | None) -> timestamp_pb2.Timestamp | None:
+    if moment is None:
+        return None
+    message = timestamp_pb2.Timestamp()
+    message.FromDatetime(moment)
+    return message
+
+
+async def _unary(call: Any) -> Any:
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc_error(error) from None
+
+
+async def _stream(call: Any) -> AsyncGenerator[Any, None]:
+    try:
+        async for message in call:
+            yield message
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc_error(error) from None
+    finally:
+        call.cancel()  # a reader that stops early must not leave the call open; nothing happens if it has ended
+
+
+class BlockingAnswer:
+    """An Answer for code without an event loop."""
+
+    def __init__(self, answer: Answer, run: Callable[[Coroutine[Any, Any, Any]], Any], drain: Callable[[AsyncIterable[Any]], Any]) -> None:
+        self._answer, self._run, self._drain = answer, run, drain
+
+    @property
+    def answer_id(self) -> str:
+        return self._answer.answer_id
+
+    @property
+    def last_sequence(self) -> int:
+        return self._answer.last_sequence
+
+    def __iter__(self) -> Iterator[values.Event]:
+        events: Iterator[values.Event] = self._drain(self._answer)
+        return events
+
+    def text(self) -> Iterator[str]:
+        """The answer's text, piece by piece."""
+        pieces: Iterator[str] = self._drain(self._answer.text())
+        return pieces
+
+    def final(self) -> values.FinalAnswer:
+        """The whole answer, read to its end."""
+        whole: values.FinalAnswer = self._run(self._answer.final())
+        return whole
+
+
+class Client:
+    """AsyncClient for code without an event loop: the same methods, without `await`. Not for use from several threads at once."""
+
+    def __init__(
+        self,
+        target: str | None = None,
+        *,
+        token: str | None = None,
+        timeout_s: float = 300.0,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        self._runner = asyncio.Runner()
+
+        async def connect() -> AsyncClient:
+            return AsyncClient(target, token=token, timeout_s=timeout_s, credentials=credentials)
+
+        self._client: AsyncClient = self._runner.run(connect())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._runner.run(self._client.close())
+        self._runner.close()
+
+    def answer(
+        self,
+        question: str,
+        *,
+        session_id: str = "",
+        model: str = "",
+        tier: str = "",
+        collection: str = "",
+        cache: Cache = "use",
+        max_output_tokens: int | None = None,
+        output_schema: Mapping[str, Any] | None = None,
+        idempotency_key: str = "",
+    ) -> BlockingAnswer:
+        """See AsyncClient.answer."""
+        answer = self._client.answer(
+            question,
+            session_id=session_id,
+            model=model,
+            tier=tier,
+            collection=collection,
+            cache=cache,
+            max_output_tokens=max_output_tokens,
+            output_schema=output_schema,
+            idempotency_key=idempotency_key,
+        )
+        return BlockingAnswer(answer, self._runner.run, self._drain)
+
+    def resume(self, answer_id: str, *, after_sequence: int = 0) -> BlockingAnswer:
+        """See AsyncClient.resume."""
+        return BlockingAnswer(self._client.resume(answer_id, after_sequence=after_sequence), self._runner.run, self._drain)
+
+    def cancel(self, answer_id: str) -> bool:
+        """See AsyncClient.cancel."""
+        return self._runner.run(self._client.cancel(answer_id))
+
+    def search(
+        self, query: str, *, limit: int = 10, mode: Mode = "hybrid", collection: str = "", document_ids: Sequence[str] = ()
+    ) -> Iterator[values.Passage]:
+        """See AsyncClient.search."""
+        return self._drain(self._client.search(query, limit=limit, mode=mode, collection=collection, document_ids=document_ids))
+
+    def ingest(self, *documents: str | Path | Upload, collection: str = "") -> Iterator[values.Progress]:
+        """See AsyncClient.ingest."""
+        return self._drain(self._client.ingest(*documents, collection=collection))
+
+    def list_documents(self, *, collection: str = "") -> Iterator[values.Document]:
+        """See AsyncClient.list_documents."""
+        return self._drain(self._client.list_documents(collection=collection))
+
+    def delete_document(self, document_id: str) -> int:
+        """See AsyncClient.delete_document."""
+        return self._runner.run(self._client.delete_document(document_id))
+
+    def operation(self, operation_id: str) -> values.Operation:
+        """See AsyncClient.operation."""
+        return self._runner.run(self._client.operation(operation_id))
+
+    def operations(self, *, limit: int = 50, session_id: str = "") -> Iterator[values.Operation]:
+        """See AsyncClient.operations."""
+        return self._drain(self._client.operations(limit=limit, session_id=session_id))
+
+    def usage(self, *group_by: str, since: datetime | None = None, until: datetime | None = None) -> Iterator[values.UsageRow]:
+        """See AsyncClient.usage."""
+        return self._drain(self._client.usage(*group_by, since=since, until=until))
+
+    def _drain(self, items: AsyncIterable[T]) -> Iterator[T]:
+        """Read an async iterable item by item; leaving early closes it."""
+        return _blocking(items, self._runner)
+
+
+def _blocking(items: AsyncIterable[T], runner: asyncio.Runner) -> Generator[T, None, None]:
+    iterator = aiter(items)
+
+    async def following() -> T:
+        return await anext(iterator)
+
+    try:
+        while True:
+            try:
+                item = runner.run(following())
+            except StopAsyncIteration:
+                return
+            yield item
+    finally:
+        if isinstance(iterator, AsyncGenerator):
+            with contextlib.suppress(RuntimeError):  # the client was closed first, and the call with it
+                runner.run(iterator.aclose())

@@ -1,0 +1,364 @@
+"""What the client gives back, as frozen values, and how each is read from its message. No call is made here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+
+from tailrace.common.v1 import common_pb2
+from tailrace.ledger.v1 import ledger_service_pb2 as ledger
+from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
+from tailrace.retrieval.v1 import retrieval_service_pb2 as retrieval
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens by kind; no token is counted twice."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_read_tokens: int = 0
+    cache_write_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A place in a document: what an answer cites and what a search finds."""
+
+    number: int
+    document_id: str
+    chunk_id: str
+    title: str
+    source_uri: str
+    text: str
+    start: int
+    """First character in the document's extracted text."""
+    end: int
+    score: float
+    heading_path: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The question was taken on. Always the first event."""
+
+    answer_id: str
+    session_id: str
+    trace_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step of the chain began (`running`) or ended (`done`, `skipped`, `failed`)."""
+
+    name: str
+    status: str
+    started_ms: float
+    duration_ms: float
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Passages:
+    """The passages that the answer may cite."""
+
+    passages: tuple[Passage, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """More text."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Citation:
+    """The text so far cites passage `number`, by the marker at `start`..`end`."""
+
+    number: int
+    start: int
+    end: int
+    document_id: str
+    chunk_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    call_id: str
+    name: str
+    input: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolResult:
+    call_id: str
+    text: str
+    failed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CacheVerdict:
+    """What the answer cache said: `miss`, `exact`, `semantic`, `coalesced` or `off`."""
+
+    verdict: str
+    reason: str
+    similarity: float | None
+    age_s: int | None
+    saved_nanousd: int
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What the answer was made of and what it cost. Always the last event."""
+
+    answer_id: str
+    text_sha256: str
+    usage: Usage
+    cost_nanousd: int
+    model: str
+    provider: str
+    tier: str
+    finish_reason: str
+    verdict: str
+    cache: CacheVerdict
+    trace_id: str
+    estimated: bool
+    first_token_ms: float
+    duration_ms: float
+
+
+Event = Accepted | Step | Passages | Delta | Citation | ToolCall | ToolResult | Receipt
+
+
+@dataclass(frozen=True, slots=True)
+class FinalAnswer:
+    """A whole answer."""
+
+    text: str
+    passages: tuple[Passage, ...]
+    citations: tuple[Citation, ...]
+    steps: tuple[Step, ...]
+    session_id: str
+    receipt: Receipt
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far one document is: `received`, `parsed`, `chunked`, `embedded`, and at last `indexed`, `unchanged` or `failed`."""
+
+    job_id: str
+    index: int
+    """Position of the document in the ingestion, from 0."""
+    name: str
+    document_id: str
+    stage: str
+    chunks_total: int
+    chunks_done: int
+    version: int
+    error_reason: str
+    error_detail: str
+
+    @property
+    def final(self) -> bool:
+        return self.stage in {"indexed", "unchanged", "failed"}
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    document_id: str
+    title: str
+    source_uri: str
+    collection: str
+    media_type: str
+    version: int
+    bytes: int
+    characters: int
+    chunks: int
+    indexed_at: datetime
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """What is kept of one answer, without its text."""
+
+    operation_id: str
+    user: str
+    session_id: str
+    trace_id: str
+    status: str
+    model: str
+    tier: str
+    finish_reason: str
+    error_reason: str
+    usage: Usage
+    cost_nanousd: int
+    cache: CacheVerdict
+    estimated: bool
+    created_at: datetime
+    first_token_ms: float
+    duration_ms: float
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRow:
+    """Sums over the operations of one group."""
+
+    group: Mapping[str, str]
+    operations: int
+    failed: int
+    cache_hits: int
+    usage: Usage
+    cost_nanousd: int
+    saved_nanousd: int
+    duration_ms_p50: float
+    duration_ms_p99: float
+    first_token_ms_p50: float
+
+
+def event(message: orchestrator.AnswerEvent) -> Event | None:
+    """The event in `message`; None for a heartbeat and for kinds that this version does not know."""
+    match message.WhichOneof("event"):
+        case "accepted":
+            return Accepted(message.accepted.answer_id, message.accepted.session_id, message.accepted.trace_id)
+        case "step":
+            return step(message.step)
+        case "passages":
+            return Passages(tuple(passage(item) for item in message.passages.passages))
+        case "delta":
+            return Delta(message.delta.text)
+        case "citation":
+            cited = message.citation
+            return Citation(cited.number, cited.start, cited.end, cited.document_id, cited.chunk_id)
+        case "tool_call":
+            return ToolCall(message.tool_call.call_id, message.tool_call.name, MessageToDict(message.tool_call.input))
+        case "tool_result":
+            return ToolResult(message.tool_result.call_id, message.tool_result.text, message.tool_result.failed)
+        case "done":
+            return receipt(message.done)
+        case _:
+            return None
+
+
+def receipt(done: orchestrator.Done) -> Receipt:
+    return Receipt(
+        answer_id=done.answer_id,
+        text_sha256=done.text_sha256,
+        usage=usage(done.usage),
+        cost_nanousd=done.cost_nanousd,
+        model=done.model,
+        provider=done.provider,
+        tier=done.tier,
+        finish_reason=done.finish_reason,
+        verdict=done.verdict,
+        cache=cache_verdict(done.cache),
+        trace_id=done.trace_id,
+        estimated=done.estimated,
+        first_token_ms=done.first_token_ms,
+        duration_ms=done.duration_ms,
+    )
+
+
+def usage(message: common_pb2.Usage) -> Usage:
+    return Usage(message.input_tokens, message.output_tokens, message.cache_read_tokens, message.cache_write_tokens)
+
+
+def cache_verdict(message: common_pb2.CacheReceipt) -> CacheVerdict:
+    return CacheVerdict(
+        verdict=message.verdict,
+        reason=message.reason,
+        similarity=message.similarity if message.HasField("similarity") else None,
+        age_s=message.age_s if message.HasField("age_s") else None,
+        saved_nanousd=message.saved_nanousd,
+    )
+
+
+def step(message: orchestrator.Step | common_pb2.StepTiming) -> Step:
+    return Step(message.name, message.status, message.started_ms, message.duration_ms, dict(message.facts))
+
+
+def passage(message: common_pb2.CitedPassage) -> Passage:
+    return Passage(
+        number=message.number,
+        document_id=message.document_id,
+        chunk_id=message.chunk_id,
+        title=message.title,
+        source_uri=message.source_uri,
+        text=message.text,
+        start=message.start,
+        end=message.end,
+        score=message.score,
+        heading_path=tuple(message.heading_path),
+    )
+
+
+def progress(message: retrieval.IngestDocumentsResponse) -> Progress:
+    return Progress(
+        job_id=message.job_id,
+        index=message.index,
+        name=message.name,
+        document_id=message.document_id,
+        stage=message.stage,
+        chunks_total=message.chunks_total,
+        chunks_done=message.chunks_done,
+        version=message.version,
+        error_reason=message.error_reason,
+        error_detail=message.error_detail,
+    )
+
+
+def document(message: retrieval.Document) -> Document:
+    return Document(
+        document_id=message.document_id,
+        title=message.title,
+        source_uri=message.source_uri,
+        collection=message.collection,
+        media_type=message.media_type,
+        version=message.version,
+        bytes=message.bytes,
+        characters=message.characters,
+        chunks=message.chunks,
+        indexed_at=message.indexed_at.ToDatetime(UTC),
+        metadata=dict(message.metadata),
+    )
+
+
+def operation(message: ledger.Operation) -> Operation:
+    return Operation(
+        operation_id=message.operation_id,
+        user=message.user,
+        session_id=message.session_id,
+        trace_id=message.trace_id,
+        status=message.status,
+        model=message.model,
+        tier=message.tier,
+        finish_reason=message.finish_reason,
+        error_reason=message.error_reason,
+        usage=usage(message.usage),
+        cost_nanousd=message.cost_nanousd,
+        cache=cache_verdict(message.cache),
+        estimated=message.estimated,
+        created_at=message.created_at.ToDatetime(UTC),
+        first_token_ms=message.first_token_ms,
+        duration_ms=message.duration_ms,
+        steps=tuple(step(item) for item in message.steps),
+    )
+
+
+def usage_row(message: ledger.QueryUsageResponse) -> UsageRow:
+    return UsageRow(
+        group=dict(message.group),
+        operations=message.operations,
+        failed=message.failed,
+        cache_hits=message.cache_hits,
+        usage=usage(message.usage),
+        cost_nanousd=message.cost_nanousd,
+        saved_nanousd=message.saved_nanousd,
+        duration_ms_p50=message.duration_ms_p50,
+        duration_ms_p99=message.duration_ms_p99,
+        first_token_ms_p50=message.first_token_ms_p50,
+    )

@@ -7,9 +7,9 @@ can be compared with what a service reads.
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Literal, Self, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError, model_validator
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -42,7 +42,7 @@ class ServiceSettings(BaseSettings):
     """Folder for what this process keeps on disk."""
     bind_host: str = Field("127.0.0.1", validation_alias="TAILRACE_BIND_HOST")
     """Address to listen on. Loopback by default: inner ports are not for the outside."""
-    internal_key: SecretStr = Field(SecretStr(""), validation_alias="TAILRACE_INTERNAL_KEY")
+    internal_key: SecretStr = Field(SecretStr(""), validate_default=True, validation_alias="TAILRACE_INTERNAL_KEY")
     """Key that signs principals between services, at least 16 characters, the same in all of them. Or TAILRACE_INTERNAL_KEY_FILE."""
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", validation_alias="TAILRACE_LOG_LEVEL")
     """Least severe level that is written."""
@@ -65,11 +65,12 @@ class ServiceSettings(BaseSettings):
         """Only what `load` hands over counts, so that tests and compose see the same rules."""
         return (init_settings,)
 
-    @model_validator(mode="after")
-    def _internal_key_is_long_enough(self) -> Self:
-        if len(self.internal_key.get_secret_value()) < 16:
-            raise ValueError("TAILRACE_INTERNAL_KEY needs at least 16 characters")
-        return self
+    @field_validator("internal_key")
+    @classmethod
+    def _long_enough(cls, key: SecretStr) -> SecretStr:
+        if len(key.get_secret_value()) < 16:
+            raise ValueError("needs at least 16 characters")
+        return key
 
     @classmethod
     def variables(cls) -> dict[str, str]:

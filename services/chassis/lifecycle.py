@@ -104,7 +104,10 @@ async def serve(build: Build[SettingsT], settings: SettingsT, stop: asyncio.Even
 
 
 def run(name: str, settings_class: type[SettingsT], build: Build[SettingsT]) -> None:
-    """Be the process of service `name`. `--check-config` prints the masked settings and exits. Exit code 2 = wrong settings, 1 = failed."""
+    """Be the process of service `name`. `--check-config` prints the masked settings and exits.
+
+    Exit code 0 after an orderly stop; 1 for wrong settings, a failed start, or work that had to be abandoned.
+    """
     try:
         settings = settings_class.load()
     except SettingsError as error:

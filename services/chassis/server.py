@@ -134,7 +134,30 @@ async def nobody(context: grpc.aio.ServicerContext) -> Principal:
 
 
 class _Health(health.aio.HealthServicer):  # type: ignore[misc]
-    """The standard servicer, with the standard's `List`, which the package does not serve yet."""
+    """The standard servicer, with the standard's `List`, which the package does not serve yet, and an end to `Watch`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._watching: set[asyncio.Task[Any]] = set()
+        self._released = False
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._watching.add(task)
+        try:
+            await super().Watch(request, context)
+        except asyncio.CancelledError:
+            if not self._released:
+                raise  # the client left; if it was us, returning is what sends a status
+        finally:
+            self._watching.discard(task)
+
+    def release(self) -> None:
+        """End every watch: they never end by themselves and would use up the whole grace of a stop."""
+        self._released = True
+        for task in self._watching:
+            task.cancel()
 
     async def List(self, request: health_pb2.HealthListRequest, context: grpc.aio.ServicerContext) -> health_pb2.HealthListResponse:
         statuses = {name: health_pb2.HealthCheckResponse(status=status) for name, status in self._server_status.items()}
@@ -152,6 +175,8 @@ class Server:
         self._names: list[str] = []
         self.port = 0
         """The port listened on, once started."""
+        self.draining = asyncio.Event()
+        """Set when a stop begins: streams that would never end by themselves end then."""
 
     def add(self, register: Callable[[Any, Any], None], servicer: object, service_name: str) -> None:
         """Offer `servicer` by the generated `add_…_to_server` function."""
@@ -184,6 +209,8 @@ class Server:
 
     async def stop(self, notice_s: float, grace_s: float) -> None:
         """Turn not ready, wait for balancers to notice, let running calls end within `grace_s`, then cut them."""
+        self.draining.set()
         await self._health.enter_graceful_shutdown()
         await asyncio.sleep(notice_s)
+        self._health.release()
         await self._server.stop(grace_s)

@@ -101,7 +101,13 @@ def _errors_become_statuses() -> Iterator[list[DomainError]]:
         yield failure
     except DomainError as error:
         failure.append(error)
-    except (asyncio.CancelledError, grpc.aio.AbortError, grpc.aio.UsageError):
+    except asyncio.CancelledError:
+        if (task := asyncio.current_task()) and task.cancelling():
+            raise
+        # Nobody cancelled the call: something inside was cancelled and let it out. Unreported, the call would stay open for ever.
+        log.exception("rpc_failed_unexpectedly", error="CancelledError")
+        failure.append(unexpected(telemetry.current_trace_id()))
+    except (grpc.aio.AbortError, grpc.aio.UsageError):
         raise
     except Exception as error:
         if type(error).__name__ == "ExecuteBatchError":  # the client went away while we were writing; not ours to report

@@ -37,6 +37,10 @@ class Scripted(rpc.RetrievalServiceServicer):
             raise errors.RateLimited("slow down", retry_after_ms=1200, limit=60)
         if request.query == "bug":
             raise ValueError("a secret detail")
+        if request.query == "leak":
+            inner = asyncio.ensure_future(asyncio.Event().wait())
+            inner.cancel()
+            await inner
         if request.query == "hang":
             try:
                 await asyncio.Event().wait()
@@ -108,6 +112,16 @@ async def test_a_bug_goes_out_without_its_text(scripted: Any, capsys: pytest.Cap
                 pass
 
     assert "secret" not in caught.value.detail
+
+
+async def test_a_cancellation_nobody_asked_for_ends_the_call(scripted: Any) -> None:
+    """A cancelled inner task must not leave the call open."""
+    _, caller, stub, _ = scripted
+
+    with pytest.raises(errors.Internal):
+        async with caller.stream(stub.Search, pb.SearchRequest(query="leak"), timeout_s=5, principal=ALICE) as messages:
+            async for _message in messages:
+                pass
 
 
 async def test_leaving_the_stream_cancels_the_handler(scripted: Any) -> None:

@@ -1,0 +1,285 @@
+"""The whole suite as real processes on free ports: stores, provider simulator and the four services, for end-to-end tests and benchmarks.
+
+It starts, kills and restarts; what is asked of the suite lives with the tests. A killed process stays dead until it is started again.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+import httpx
+import jwt
+import orjson
+import psutil
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+
+from bench.provider import ROOT, Simulator, simulator
+from services.local.stores import Postgres, Valkey, free_port
+
+SERVICES = ("ledger", "retrieval", "orchestrator", "gateway")
+"""In the order they are started."""
+READY_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 15.0
+KEY_ID = "suite"
+
+
+class SuiteFailed(Exception):
+    """A process did not start, or ended by itself; the text ends with its last log lines."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a process and its children have used."""
+
+    cpu_s: float
+    rss_bytes: int
+    pss_bytes: int
+    """Shared pages counted in proportion; the only figure that may be summed over processes."""
+
+
+@dataclass
+class Event:
+    """One server-sent event."""
+
+    name: str
+    data: Any
+    id: str = ""
+
+
+class Collector(trace_service_pb2_grpc.TraceServiceServicer):
+    """An OTLP collector that keeps every span, with the name of the service it came from."""
+
+    def __init__(self) -> None:
+        self.spans: list[tuple[str, Any]] = []
+        self._server = grpc.aio.server()
+        trace_service_pb2_grpc.add_TraceServiceServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
+        self.port = self._server.add_insecure_port("127.0.0.1:0")
+
+    async def Export(self, request: Any, context: Any) -> Any:
+        for resource in request.resource_spans:
+            names = {pair.key: pair.value.string_value for pair in resource.resource.attributes}
+            for scope in resource.scope_spans:
+                self.spans.extend((names.get("service.name", ""), span) for span in scope.spans)
+        return trace_service_pb2.ExportTraceServiceResponse()
+
+    def trace(self, trace_id: str) -> list[tuple[str, Any]]:
+        """Spans of one trace that have arrived so far, by the service that sent them."""
+        return [(service, span) for service, span in self.spans if span.trace_id.hex() == trace_id]
+
+    async def __aenter__(self) -> Self:
+        await self._server.start()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self._server.stop(0)
+
+
+@dataclass
+class Suite:
+    """A running suite."""
+
+    folder: Path
+    provider: Simulator
+    postgres: Postgres
+    valkey: Valkey
+    environment: dict[str, str]
+    ports: dict[str, int]
+    signing_key: Ed25519PrivateKey
+    collector: Collector | None = None
+    processes: dict[str, asyncio.subprocess.Process] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.ports['http']}"
+
+    def log_of(self, service: str) -> Path:
+        return self.folder / "logs" / f"{service}.log"
+
+    def token(
+        self, user: str = "ada", tenant: str = "acme", roles: Iterable[str] = ("user",), *, expires_in_s: int = 3600, **claims: Any
+    ) -> str:
+        """A token of the development issuer."""
+        now = int(time.time())
+        payload = {
+            "iss": "tailrace-dev",
+            "aud": "tailrace",
+            "sub": user,
+            "tenant": tenant,
+            "roles": list(roles),
+            "iat": now,
+            "exp": now + expires_in_s,
+            **claims,
+        }
+        return jwt.encode(payload, self.signing_key, algorithm="EdDSA", headers={"kid": KEY_ID})
+
+    def client(self, user: str = "ada", tenant: str = "acme", roles: Iterable[str] = ("user",)) -> httpx.AsyncClient:
+        """An HTTP client with that user's token. Close it."""
+        headers = {"authorization": f"Bearer {self.token(user, tenant, roles)}"}
+        limits = httpx.Limits(max_connections=500, max_keepalive_connections=100)
+        return httpx.AsyncClient(base_url=self.url, headers=headers, timeout=60, limits=limits, trust_env=False)
+
+    async def start(self, service: str, **environment: str) -> None:
+        """Start one service. Does not wait until it is ready."""
+        log = self.log_of(service)
+        log.parent.mkdir(exist_ok=True)
+        with log.open("ab") as sink:
+            self.processes[service] = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                f"services.{service}",
+                cwd=ROOT,
+                env={**self.environment, **environment},
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=sink,
+                stderr=sink,
+                start_new_session=True,
+            )
+
+    async def kill(self, service: str) -> None:
+        """kill -9."""
+        process = self.processes.pop(service)
+        process.kill()
+        await process.wait()
+
+    async def stop(self, service: str) -> int:
+        """SIGTERM, and SIGKILL if that does not help; return the exit code."""
+        process = self.processes.pop(service)
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                return await process.wait()
+        except TimeoutError:
+            process.kill()
+            return await process.wait()
+
+    async def readiness(self) -> httpx.Response | None:
+        """What /readyz says; None if nobody answers."""
+        async with httpx.AsyncClient(trust_env=False, timeout=2) as http:
+            with contextlib.suppress(httpx.TransportError):
+                return await http.get(f"{self.url}/readyz")
+        return None
+
+    async def until_ready(self, *, ready: bool = True) -> httpx.Response:
+        """Wait until /readyz says 200, or until it says anything else. Raises SuiteFailed if a process ends or time is up."""
+        said: httpx.Response | None = None
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                while True:
+                    for name, process in self.processes.items():
+                        if process.returncode is not None:
+                            raise SuiteFailed(f"{name} ended with code {process.returncode}:\n{self._tail(name)}")
+                    said = await self.readiness()
+                    if said is not None and (said.status_code == 200) is ready:
+                        return said
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            logs = "\n".join(f"{name}:\n{self._tail(name)}" for name in self.processes)
+            raise SuiteFailed(f"/readyz said {said.text if said is not None else 'nothing'}\n{logs}") from None
+
+    def _tail(self, service: str) -> str:
+        return "\n".join(self.log_of(service).read_text(errors="replace").splitlines()[-15:])
+
+    def loads(self) -> dict[str, Load]:
+        """What every process has used so far, stores with their children."""
+        pids = {name: process.pid for name, process in self.processes.items() if process.returncode is None}
+        for store in (self.postgres, self.valkey):
+            if store.process is not None and store.process.returncode is None:
+                pids[store.name] = store.process.pid
+        pids["provider"] = self.provider.pid
+        return {name: load_of(pid) for name, pid in pids.items()}
+
+
+def load_of(pid: int) -> Load:
+    """What a process and its children have used so far. Zeros once it is gone."""
+    cpu, rss, pss = 0.0, 0, 0
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(pid)
+        for process in (parent, *parent.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times, memory = process.cpu_times(), process.memory_full_info()
+                cpu += times.user + times.system
+                rss += memory.rss
+                pss += getattr(memory, "pss", memory.rss)
+    return Load(cpu, rss, pss)
+
+
+async def events(response: httpx.Response) -> AsyncIterator[Event]:
+    """The events of a stream, strictly: a block without data, other than a comment, is an error."""
+    name, data, number = "message", [], ""
+    block: list[str] = []
+    async for line in response.aiter_lines():
+        if line:
+            block.append(line)
+            key, _, value = line.partition(": ")
+            if key == "event":
+                name = value
+            elif key == "data":
+                data.append(value)
+            elif key == "id":
+                number = value
+            continue
+        assert data or all(part.startswith(":") for part in block), f"a block without data: {block}"
+        if data:
+            yield Event(name, orjson.loads("\n".join(data)), number)
+        name, data, number, block = "message", [], "", []
+
+
+@contextlib.asynccontextmanager
+async def running(*, traces: bool = False, folder: Path | None = None, **extra: str) -> AsyncIterator[Suite]:
+    """Run the whole suite, ready to answer, until the block is left. `extra` are variables for all services.
+
+    `folder` keeps its state; without one it is a temporary folder. With `traces` spans go to `suite.collector`.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tailrace-suite-", ignore_cleanup_errors=True)))
+            folder.chmod(0o755)  # PostgreSQL does not run as root, and must reach its cluster
+        provider = await stack.enter_async_context(simulator())
+        collector = await stack.enter_async_context(Collector()) if traces else None
+        postgres, valkey = Postgres(folder / "postgres"), Valkey(folder / "valkey")
+        for store in (postgres, valkey):
+            stack.push_async_callback(store.stop)
+        await asyncio.gather(postgres.start(), valkey.start())
+        key = Ed25519PrivateKey.generate()
+        public = {**jwt.algorithms.OKPAlgorithm.to_jwk(key.public_key(), as_dict=True), "kid": KEY_ID, "alg": "EdDSA", "use": "sig"}
+        (folder / "dev-jwks.json").write_bytes(orjson.dumps({"keys": [public]}))
+        names = {"http": "TAILRACE_HTTP_PORT", **{name: f"TAILRACE_{name.upper()}_PORT" for name in SERVICES}}
+        ports = {name: free_port() for name in names}
+        environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": os.environ.get("HOME", "/"),
+            "TAILRACE_STATE_DIR": str(folder),
+            "TAILRACE_INTERNAL_KEY": "a key that only this suite knows",
+            "DATABASE_URL": postgres.url,
+            "REDIS_URL": valkey.url,
+            "ANTHROPIC_API_KEY": "simulated",
+            "ANTHROPIC_BASE_URL": provider.url,
+            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.port}" if collector else "",
+            **{variable: str(ports[name]) for name, variable in names.items()},
+            **{f"TAILRACE_{name.upper()}_TARGET": f"127.0.0.1:{ports[name]}" for name in SERVICES},
+            **extra,
+        }
+        suite = Suite(folder, provider, postgres, valkey, environment, ports, key, collector)
+        stack.push_async_callback(_stop_all, suite)
+        for service in SERVICES:
+            await suite.start(service)
+        await suite.until_ready()
+        yield suite
+
+
+async def _stop_all(suite: Suite) -> None:
+    for service in reversed(SERVICES):
+        if service in suite.processes:
+            await suite.stop(service)

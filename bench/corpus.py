@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from bench.provider import ROOT
 
@@ -45,12 +44,8 @@ def _abstracts() -> Iterator[tuple[str, str]]:
 
 def _own_pieces() -> Iterator[tuple[str, str]]:
     """Pieces of the files, again and again under new titles until enough were taken."""
-    files = sorted(
-        path
-        for folder in ("services", "protos", "tests")
-        for path in (ROOT / folder).rglob("*.*o*")
-        if path.suffix in (".py", ".proto", ".md")
-    )
+    found = (path for folder in ("services", "protos", "tests") for path in (ROOT / folder).rglob("*"))
+    files = sorted(path for path in found if path.suffix in (".py", ".proto", ".md"))
     pieces = []
     for path in [ROOT / "README.md", *files]:
         text = path.read_text(errors="replace")

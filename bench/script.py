@@ -128,7 +128,8 @@ def _texts(request: dict[str, Any]) -> list[str]:
     return found
 
 
-_PASSAGE = re.compile(rb"\[1\]|(?:number|index|n|id)=\\?[\"']1\\?[\"']")
+_PASSAGE = re.compile(rb"""(?:\\n|")\[1\]|\b(?:number|index|n|id)=\\?["']1\\?["']""")
+"""A passage numbered 1 in the request's JSON: as an attribute, or `[1]` at the start of a line. Instructions may speak of `[1]` too."""
 _OPENING = "According to the documents this is what they say [1]:"
 _FILLING = "the water flows through the turbine and then a quiet channel carries it away from the wheel"
 

@@ -1,4 +1,4 @@
-"""A bare HTTP/1.1 client that stamps when things arrive, the same for the provider and for Tailrace, so that only they differ. No retries."""
+"""A bare HTTP/1.1 client that stamps when things arrive: the same one for the provider and for Tailrace. It retries nothing."""
 
 import asyncio
 import time

@@ -54,7 +54,7 @@ async def test_the_sdk_reads_a_whole_message(provider: Simulator, client: AsyncA
     """Without `stream` the same answer comes as one document."""
     await provider.behave(Behaviour(tokens=12))
 
-    whole = await client.messages.create(**asked("No documents here."))
+    whole = await client.messages.create(**asked("No documents here."), system="Cite like [1].")
 
     assert whole.content[0].text == answer_text(Behaviour(tokens=12), cites=False)
     assert "[1]" not in whole.content[0].text

@@ -153,7 +153,7 @@ def _plain(count: int, cites: bool) -> tuple[str, ...]:
 
 def answer_text(behaviour: Behaviour, *, cites: bool) -> str:
     """The whole text of `behaviour`, for tests that compare."""
-    return "".join(tokens_of(behaviour, b"[1]" if cites else b""))
+    return behaviour.text or "".join(_plain(behaviour.tokens, cites))
 
 
 def request_id(number: int, seed: str) -> str:

@@ -31,6 +31,8 @@ CHANNEL_OPTIONS = [
     # A restarted peer is found again within a second, not after minutes of back-off.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
+    # Channels share nothing: a connection that failed for one does not put the others into back-off.
+    ("grpc.use_local_subchannel_pool", 1),
     # We retry ourselves, where we know what is idempotent; two layers of retries make storms.
     ("grpc.enable_retries", 0),
 ]

@@ -83,7 +83,7 @@ async def test_principal_deadline_and_trace_reach_the_handler(scripted: Any) -> 
             assert len([message async for message in messages]) == 1
 
     assert servicer.seen["principal"] == ALICE
-    assert 0 < servicer.seen["deadline"].remaining_s <= 5
+    assert 0 < servicer.seen["deadline"].remaining_s < 5.5  # gRPC rounds a timeout up
     assert servicer.seen["trace"] == trace
 
 

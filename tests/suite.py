@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,20 +17,18 @@ from typing import Any, Self
 
 import grpc
 import httpx
-import jwt
 import orjson
 import psutil
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
 from bench.provider import ROOT, Simulator, simulator
+from services.local.issuer import Issuer
 from services.local.stores import Postgres, Valkey, free_port
 
 SERVICES = ("ledger", "retrieval", "orchestrator", "gateway")
 """In the order they are started."""
 READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 15.0
-KEY_ID = "suite"
 
 
 class SuiteFailed(Exception):
@@ -95,7 +92,7 @@ class Suite:
     valkey: Valkey
     environment: dict[str, str]
     ports: dict[str, int]
-    signing_key: Ed25519PrivateKey
+    issuer: Issuer
     collector: Collector | None = None
     processes: dict[str, asyncio.subprocess.Process] = field(default_factory=dict)
 
@@ -106,22 +103,9 @@ class Suite:
     def log_of(self, service: str) -> Path:
         return self.folder / "logs" / f"{service}.log"
 
-    def token(
-        self, user: str = "ada", tenant: str = "acme", roles: Iterable[str] = ("user",), *, expires_in_s: int = 3600, **claims: Any
-    ) -> str:
-        """A token of the development issuer."""
-        now = int(time.time())
-        payload = {
-            "iss": "tailrace-dev",
-            "aud": "tailrace",
-            "sub": user,
-            "tenant": tenant,
-            "roles": list(roles),
-            "iat": now,
-            "exp": now + expires_in_s,
-            **claims,
-        }
-        return jwt.encode(payload, self.signing_key, algorithm="EdDSA", headers={"kid": KEY_ID})
+    def token(self, user: str = "ada", tenant: str = "acme", roles: Iterable[str] = ("user",), *, lifetime_s: int = 3600) -> str:
+        """A token of the development issuer. A negative lifetime has ended already."""
+        return self.issuer.mint(user, tenant, roles, lifetime_s)
 
     def client(self, user: str = "ada", tenant: str = "acme", roles: Iterable[str] = ("user",)) -> httpx.AsyncClient:
         """An HTTP client with that user's token. Close it."""
@@ -252,9 +236,6 @@ async def running(*, traces: bool = False, folder: Path | None = None, **extra: 
         for store in (postgres, valkey):
             stack.push_async_callback(store.stop)
         await asyncio.gather(postgres.start(), valkey.start())
-        key = Ed25519PrivateKey.generate()
-        public = {**jwt.algorithms.OKPAlgorithm.to_jwk(key.public_key(), as_dict=True), "kid": KEY_ID, "alg": "EdDSA", "use": "sig"}
-        (folder / "dev-jwks.json").write_bytes(orjson.dumps({"keys": [public]}))
         names = {"http": "TAILRACE_HTTP_PORT", **{name: f"TAILRACE_{name.upper()}_PORT" for name in SERVICES}}
         ports = {name: free_port() for name in names}
         environment = {
@@ -271,7 +252,7 @@ async def running(*, traces: bool = False, folder: Path | None = None, **extra: 
             **{f"TAILRACE_{name.upper()}_TARGET": f"127.0.0.1:{ports[name]}" for name in SERVICES},
             **extra,
         }
-        suite = Suite(folder, provider, postgres, valkey, environment, ports, key, collector)
+        suite = Suite(folder, provider, postgres, valkey, environment, ports, Issuer(folder), collector)
         stack.push_async_callback(_stop_all, suite)
         for service in SERVICES:
             await suite.start(service)

@@ -15,7 +15,8 @@ def table(figures: dict[str, Any]) -> str:
 def _lines(figures: dict[str, Any]) -> Iterator[str]:
     corpus, machine = figures["corpus"], figures["machine"]
     yield f"Tailrace on {machine['cpus']} CPUs, {machine['platform']}, Python {machine['python']}; took {figures['took_s']:.0f} s"
-    yield f"corpus: {corpus['chunks']:,} chunks of {corpus['documents']:,} documents ({corpus['source']}), taken in at {corpus['chunks_per_s']}/s"
+    size = f"{corpus['chunks']:,} chunks of {corpus['documents']:,} documents"
+    yield f"corpus: {size} ({corpus['source']}), taken in at {corpus['chunks_per_s']} chunks/s"
     yield f"prompt: {corpus['prompt_bytes']:,} bytes; the provider is simulated, and called directly by the same client in turns"
     yield ""
     yield _row("time to first token, cache off", "direct", "through", "added", "mark")

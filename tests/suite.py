@@ -9,12 +9,13 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
+import asyncpg
 import grpc
 import httpx
 import orjson
@@ -29,6 +30,7 @@ SERVICES = ("ledger", "retrieval", "orchestrator", "gateway")
 """In the order they are started."""
 READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 15.0
+T = TypeVar("T")
 
 
 class SuiteFailed(Exception):
@@ -52,6 +54,48 @@ class Event:
     name: str
     data: Any
     id: str = ""
+
+
+@dataclass
+class Streamed:
+    """One answer as a browser sees it."""
+
+    events: list[Event] = field(default_factory=list)
+
+    def data(self, name: str) -> list[Any]:
+        """What the events of this name carried, in order."""
+        return [event.data for event in self.events if event.name == name]
+
+    @property
+    def names(self) -> list[str]:
+        return [event.name for event in self.events]
+
+    @property
+    def text(self) -> str:
+        return "".join(delta["text"] for delta in self.data("delta"))
+
+    @property
+    def answer_id(self) -> str:
+        return str(self.data("accepted")[0]["answer_id"])
+
+    @property
+    def done(self) -> Any:
+        """The receipt. Fails if the stream did not end with exactly one, or holds anything its contract forbids."""
+        self.check("done")
+        return self.events[-1].data
+
+    @property
+    def error(self) -> Any:
+        """The problem the stream ended with. Fails if it did not end with exactly one."""
+        self.check("error")
+        return self.events[-1].data
+
+    def check(self, end: str) -> None:
+        """The terminal law and the numbering: one end, at the end; ids 1, 2, 3, …"""
+        assert [name for name in self.names if name in ("done", "error")] == [end], self.events[-3:]
+        assert self.names[-1] == end
+        numbers = [int(event.id) for event in self.events if event.name != "error"]
+        assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
 
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):
@@ -175,6 +219,14 @@ class Suite:
     def _tail(self, service: str) -> str:
         return "\n".join(self.log_of(service).read_text(errors="replace").splitlines()[-15:])
 
+    async def rows(self, sql: str, *arguments: Any) -> list[Any]:
+        """What the database says, on a connection of its own."""
+        connection = await asyncpg.connect(self.postgres.url)
+        try:
+            return list(await connection.fetch(sql, *arguments))
+        finally:
+            await connection.close()
+
     def loads(self) -> dict[str, Load]:
         """What every process has used so far, stores with their children."""
         pids = {name: process.pid for name, process in self.processes.items() if process.returncode is None}
@@ -218,6 +270,36 @@ async def events(response: httpx.Response) -> AsyncIterator[Event]:
         if data:
             yield Event(name, orjson.loads("\n".join(data)), number)
         name, data, number, block = "message", [], "", []
+
+
+async def ask(client: httpx.AsyncClient, question: str, **body: Any) -> Streamed:
+    """Ask and read the whole stream. Fails if it does not begin."""
+    async with client.stream("POST", "/v1/answers", json={"question": question, **body}) as response:
+        assert response.status_code == 200, (await response.aread()).decode()
+        return Streamed([event async for event in events(response)])
+
+
+async def ingest(client: httpx.AsyncClient, documents: dict[str, str], collection: str = "default") -> dict[str, str]:
+    """Index documents by title; return their ids by title. Fails if any is refused."""
+    body = b"\n".join(orjson.dumps({"title": title, "text": text, "collection": collection}) for title, text in documents.items())
+    ids: dict[str, str] = {}
+    headers = {"content-type": "application/x-ndjson"}
+    async with client.stream("POST", "/v1/documents:bulk", content=body, headers=headers, timeout=300) as response:
+        assert response.status_code == 200, (await response.aread()).decode()
+        async for event in events(response):
+            if event.data.get("stage") in ("indexed", "unchanged"):
+                ids[event.data["name"]] = event.data["document_id"]
+            assert event.data.get("stage") != "failed", event.data
+    assert ids.keys() == documents.keys()
+    return ids
+
+
+async def until(probe: Callable[[], Awaitable[T | None]], timeout_s: float = 10.0) -> T:
+    """What `probe` finds, as soon as it finds something true. For facts that arrive a moment later by design."""
+    async with asyncio.timeout(timeout_s):
+        while not (found := await probe()):
+            await asyncio.sleep(0.01)
+        return found
 
 
 @contextlib.asynccontextmanager

@@ -1,0 +1,86 @@
+// Calls to the gateway. Every refusal becomes a ProblemError; a network failure stays the TypeError that fetch throws.
+import { bearerToken, signOut } from "./identity";
+import type { DocumentPage, Problem } from "./wire";
+
+export class ProblemError extends Error {
+  readonly problem: Problem;
+  /** Seconds after which it makes sense to try again, if the gateway said so. */
+  readonly retryAfterS: number | undefined;
+
+  constructor(problem: Problem, retryAfterS?: number) {
+    super(problem.title);
+    this.problem = problem;
+    this.retryAfterS = retryAfterS;
+  }
+}
+
+export interface Question {
+  question: string;
+  session_id: string;
+  cache?: "use" | "refresh" | "off";
+}
+
+export function ask(body: Question, idempotencyKey: string, signal: AbortSignal): Promise<Response> {
+  return call("/v1/answers", {
+    method: "POST",
+    headers: { "content-type": "application/json", accept: "text/event-stream", "idempotency-key": idempotencyKey },
+    body: JSON.stringify(body),
+    signal,
+  });
+}
+
+export function resume(answerId: string, lastEventId: number, signal: AbortSignal): Promise<Response> {
+  return call(`/v1/answers/${encodeURIComponent(answerId)}/events`, {
+    headers: { accept: "text/event-stream", "last-event-id": String(lastEventId) },
+    signal,
+  });
+}
+
+export async function cancel(answerId: string): Promise<void> {
+  await call(`/v1/answers/${encodeURIComponent(answerId)}/cancel`, { method: "POST" });
+}
+
+export function upload(file: File, signal: AbortSignal): Promise<Response> {
+  const form = new FormData();
+  form.append("files", file, file.name);
+  return call("/v1/documents", { method: "POST", headers: { accept: "text/event-stream" }, body: form, signal });
+}
+
+export async function listDocuments(pageToken: string): Promise<DocumentPage> {
+  const query = new URLSearchParams({ page_size: "100" });
+  if (pageToken) query.set("page_token", pageToken);
+  const response = await call(`/v1/documents?${query}`, { headers: { accept: "application/json" } });
+  return (await response.json()) as DocumentPage;
+}
+
+export async function deleteDocument(documentId: string): Promise<void> {
+  await call(`/v1/documents/${encodeURIComponent(documentId)}`, { method: "DELETE" });
+}
+
+/** A problem document out of anything that was thrown. */
+export function problemOf(error: unknown): Problem {
+  if (error instanceof ProblemError) return error.problem;
+  return { title: "The gateway cannot be reached", detail: "Check that Tailrace is running, then try again.", retryable: true };
+}
+
+async function call(path: string, init: RequestInit): Promise<Response> {
+  const headers = new Headers(init.headers);
+  headers.set("authorization", `Bearer ${bearerToken()}`);
+  const response = await fetch(path, { ...init, headers, cache: "no-store" });
+  if (response.ok) return response;
+  const problem = await readProblem(response);
+  if (response.status === 401) signOut(problem.detail ?? problem.title);
+  const retryAfter = Number(response.headers.get("retry-after"));
+  throw new ProblemError(problem, retryAfter > 0 ? retryAfter : undefined);
+}
+
+async function readProblem(response: Response): Promise<Problem> {
+  const fallback: Problem = { title: `The gateway answered ${response.status}`, status: response.status };
+  const traceId = response.headers.get("x-trace-id");
+  if (traceId) fallback.trace_id = traceId;
+  try {
+    return { ...fallback, ...((await response.json()) as Partial<Problem>) };
+  } catch {
+    return fallback;
+  }
+}

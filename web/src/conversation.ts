@@ -1,0 +1,81 @@
+// The conversation on show: its answers in order, kept for this tab across a reload.
+import { computed, effect, signal } from "@preact/signals";
+import { Answer, type Saved } from "./answer";
+import { signedIn } from "./identity";
+import type { Question } from "./api";
+
+const KEY = "tailrace.conversation";
+
+/** Older answers leave the page (not the ledger) beyond this. */
+const ANSWERS_MAX = 50;
+
+export const answers = signal<readonly Answer[]>([]);
+
+/** The passage on show and the place it was opened from. */
+export const openPassage = signal<{ answer: Answer; number: number; statement: string; opener: HTMLElement } | undefined>(undefined);
+
+export const busy = computed(() => answers.value.at(-1)?.running.value ?? false);
+
+/** What is being typed; survives everything but the tab. */
+export const draft = signal("");
+
+let sessionId = "";
+
+export async function ask(question: string, cache: Question["cache"] = "use"): Promise<void> {
+  if (busy.value) return;
+  const answer = new Answer(question);
+  answers.value = [...answers.value.slice(1 - ANSWERS_MAX), answer];
+  await answer.run({ question, session_id: sessionId, cache }, ({ session_id }) => {
+    sessionId = session_id;
+    save();
+  });
+  save();
+}
+
+/** Asks again in place of an answer that failed or was stopped. */
+export function retry(answer: Answer): void {
+  if (busy.value) return;
+  answers.value = answers.value.filter((other) => other !== answer);
+  void ask(answer.question);
+}
+
+export function startNew(): void {
+  for (const answer of answers.value) answer.leave();
+  answers.value = [];
+  openPassage.value = undefined;
+  sessionId = "";
+  sessionStorage.removeItem(KEY);
+}
+
+/** Brings back what this tab showed before a reload, and goes on with an answer that was still on its way. */
+export function restore(): void {
+  try {
+    const saved = JSON.parse(sessionStorage.getItem(KEY) ?? "null") as { sessionId: string; answers: Saved[] } | null;
+    if (!saved) return;
+    sessionId = saved.sessionId;
+    answers.value = saved.answers.filter(({ answerId, phase }) => answerId || phase !== "running").map((one) => Answer.restore(one));
+  } catch {
+    sessionStorage.removeItem(KEY);
+    return;
+  }
+  const last = answers.value.at(-1);
+  if (last?.running.value) void last.continue().then(save);
+}
+
+function save(): void {
+  if (!answers.value.length) return;
+  try {
+    sessionStorage.setItem(KEY, JSON.stringify({ sessionId, answers: answers.value.map((answer) => answer.save()) }));
+  } catch {
+    // The tab's storage is full: the conversation goes on, only a reload would lose it.
+    sessionStorage.removeItem(KEY);
+  }
+}
+
+// Who signs out leaves nothing behind.
+effect(() => {
+  if (!signedIn.value) {
+    startNew();
+    draft.value = "";
+  }
+});

@@ -1,0 +1,82 @@
+import { useEffect, useRef } from "preact/hooks";
+import { openPassage } from "../conversation";
+import { count } from "../format";
+import { findSupport } from "../support";
+import type { Passage } from "../wire";
+import { Back, Close, Forward } from "./icons";
+
+/** The passage behind a citation, beside the answer. Not modal: the answer stays readable and usable. */
+export function PassagePanel() {
+  const panel = useRef<HTMLDivElement>(null);
+  const open = openPassage.value;
+  const passage = open?.answer.passage(open.number);
+  const opener = open?.opener;
+  useEffect(() => {
+    if (!opener) return;
+    panel.current?.focus();
+    return () => (opener.isConnected ? opener : document.getElementById("question"))?.focus();
+  }, [opener]);
+  useEffect(() => {
+    const text = panel.current?.querySelector("mark") ?? panel.current?.querySelector(".passage-text");
+    text?.scrollIntoView({ block: "nearest" });
+  }, [open]);
+  if (!open || !passage) return null;
+  const { answer, number } = open;
+  const show = (other: number) => (openPassage.value = { ...open, number: other, statement: "" });
+  return (
+    <div class="panel" role="dialog" aria-labelledby="passage-title" tabIndex={-1} ref={panel}>
+      <div class="panel-head">
+        <span class="number">{number}</span>
+        <span class="panel-where">
+          of {answer.passages.value.length}
+        </span>
+        <button type="button" class="quiet" disabled={!answer.passage(number - 1)} onClick={() => show(number - 1)} aria-label="Previous passage">
+          <Back />
+        </button>
+        <button type="button" class="quiet" disabled={!answer.passage(number + 1)} onClick={() => show(number + 1)} aria-label="Next passage">
+          <Forward />
+        </button>
+        <button type="button" class="quiet panel-close" onClick={() => (openPassage.value = undefined)} aria-label="Close the passage" title="Close (Esc)">
+          <Close />
+        </button>
+      </div>
+      <div class="panel-body">
+        <h2 id="passage-title">{passage.title || passage.source_uri}</h2>
+        {passage.heading_path.length > 0 && <p class="path">{passage.heading_path.join(" › ")}</p>}
+        <div class="passage-text" tabIndex={0} role="region" aria-label="Text of the passage">
+          <Highlighted text={passage.text} statement={open.statement} />
+        </div>
+        <Facts passage={passage} />
+      </div>
+    </div>
+  );
+}
+
+function Highlighted({ text, statement }: { text: string; statement: string }) {
+  const span = statement ? findSupport(text, statement) : undefined;
+  if (!span) return <>{text}</>;
+  return (
+    <>
+      {text.slice(0, span.start)}
+      <mark>{text.slice(span.start, span.end)}</mark>
+      {text.slice(span.end)}
+    </>
+  );
+}
+
+function Facts({ passage }: { passage: Passage }) {
+  return (
+    <dl class="facts">
+      <dt>Source</dt>
+      <dd>{passage.source_uri}</dd>
+      <dt>Characters</dt>
+      <dd>
+        {count(passage.start)}–{count(passage.end)}
+      </dd>
+      <dt>Version</dt>
+      <dd>{passage.document_version}</dd>
+      <dt>Score</dt>
+      <dd>{passage.score.toFixed(4)}</dd>
+    </dl>
+  );
+}

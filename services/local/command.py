@@ -1,0 +1,314 @@
+"""The `tailrace` command: its arguments and how results look in a terminal. What is done is in the modules it calls."""
+
+import asyncio
+import dataclasses
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import tailrace
+from services.chassis.config import SettingsError
+from services.chassis.principal import ROLES
+from services.local.config import make_state_dir, state_dir
+
+SUFFIXES = frozenset({".md", ".markdown", ".html", ".htm", ".txt", ".text"})
+"""What is taken from a folder. A file named by itself is always sent: the service knows best what it can read."""
+FILES_PER_STREAM = 100
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Tailrace: answers that are streamed, cited and priced."
+)
+
+
+def main() -> None:
+    """Run the command; errors a user can do something about are one line, not a traceback."""
+    try:
+        app()
+    except tailrace.TailraceError as error:
+        hint = (
+            "\nStart it with `tailrace up`, or set TAILRACE_TARGET." if isinstance(error, tailrace.Unavailable) and not error.reason else ""
+        )
+        sys.exit(f"{type(error).__name__}: {error}{hint}")
+    except SettingsError as error:
+        sys.exit(f"the settings are wrong\n{error}")
+
+
+@app.command()
+def up() -> None:
+    """Start stores and services, and keep them alive until Ctrl-C."""
+    from services.local.preflight import NotPossible
+    from services.local.suite import up as bring_up
+
+    try:
+        code = bring_up(os.environ)
+    except NotPossible as error:
+        sys.exit(f"tailrace: {error}")
+    raise typer.Exit(code)
+
+
+@app.command()
+def ask(
+    question: str,
+    session: Annotated[str, typer.Option(help="Conversation to go on with.")] = "",
+    collection: Annotated[str, typer.Option(help="Documents to answer from.")] = "",
+    model: Annotated[str, typer.Option(help="Model to ask.")] = "",
+    tier: Annotated[str, typer.Option(help="Tier to ask: fast, smart, …")] = "",
+    cache: Annotated[str, typer.Option(help="use, refresh or off.")] = "use",
+    steps: Annotated[bool, typer.Option("--steps", help="Show the steps of the chain as they end.")] = False,
+) -> None:
+    """Ask a question; the answer streams to standard output, everything else to standard error."""
+    if cache not in {"use", "refresh", "off"}:
+        raise typer.BadParameter("use, refresh or off", param_hint="--cache")
+
+    async def run() -> None:
+        async with connected() as client:
+            sources: dict[int, tailrace.Passage] = {}
+            cited: dict[int, None] = {}
+            answer = client.answer(question, session_id=session, collection=collection, model=model, tier=tier, cache=cache)  # type: ignore[arg-type]
+            async for event in answer:
+                match event:
+                    case tailrace.Step() if steps and event.status != "running":
+                        note(f"  {event.name:<9} {event.duration_ms:8.1f} ms  {'' if event.status == 'done' else event.status}")
+                    case tailrace.Passages():
+                        sources = {passage.number: passage for passage in event.passages}
+                    case tailrace.Delta():
+                        sys.stdout.write(event.text)
+                        sys.stdout.flush()
+                    case tailrace.Citation():
+                        cited[event.number] = None
+                    case tailrace.Receipt():
+                        sys.stdout.write("\n")
+                        sys.stdout.flush()
+                        for number in sorted(cited):
+                            note(f"  [{number}] {describe(sources[number])}" if number in sources else f"  [{number}]")
+                        note(cost_line(event))
+
+    finish(run())
+
+
+@app.command()
+def ingest(
+    paths: Annotated[list[str], typer.Argument(help="Files, folders or patterns such as 'docs/**/*.md'.")],
+    collection: Annotated[str, typer.Option(help="Collection to put them in.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON line for each document, and one for the sum.")] = False,
+) -> None:
+    """Take in documents: Markdown, HTML and plain text. Exit code 1 if any failed."""
+    uploads = list(found(paths))
+    if not uploads:
+        sys.exit(f"no documents found in {', '.join(paths)} (looked for {', '.join(sorted(SUFFIXES))})")
+    raise typer.Exit(finish(ingestion(uploads, collection, as_json)))
+
+
+@app.command()
+def token(
+    user: Annotated[str, typer.Option(help="Whom it is for (`sub`).")],
+    tenant: Annotated[str, typer.Option(help="Their tenant.")] = "local",
+    role: Annotated[list[str] | None, typer.Option(help="user, service or admin; may be given more than once.")] = None,
+    days: Annotated[int, typer.Option(min=1, max=3650, help="How long it is valid.")] = 30,
+) -> None:
+    """Print a token signed with the development key of the state directory."""
+    from services.local.issuer import Issuer
+
+    roles = role or ["user"]
+    if unknown := set(roles) - ROLES:
+        raise typer.BadParameter(f"{', '.join(sorted(unknown))}: not one of {', '.join(sorted(ROLES))}", param_hint="--role")
+    if os.environ.get("TAILRACE_ENV") == "production":
+        sys.exit("TAILRACE_ENV=production accepts no tokens of the development issuer; ask your own issuer")
+    folder = state_dir(os.environ)
+    make_state_dir(folder)
+    typer.echo(Issuer(folder).mint(user, tenant, roles, days * 24 * 3600))
+
+
+@app.command()
+def doctor() -> None:
+    """Look at what could keep Tailrace from running here. Exit code 1 if something does."""
+    from services.local.doctor import examine
+
+    bad = 0
+    for finding in examine(os.environ):
+        bad += finding.state == "bad"
+        typer.echo(f"{finding.state:<5} {finding.name:<11} {finding.text}")
+    raise typer.Exit(1 if bad else 0)
+
+
+@app.command()
+def operations(
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="How many.")] = 20,
+    watch: Annotated[bool, typer.Option("--watch", help="Keep the table up to date until Ctrl-C.")] = False,
+) -> None:
+    """Show the latest operations: model, tokens, cost, cache verdict, latency."""
+    from rich.console import Console
+    from rich.live import Live
+
+    async def table(client: tailrace.AsyncClient) -> Any:
+        return operations_table([row async for row in client.operations(limit=limit)])
+
+    async def run() -> None:
+        async with connected() as client:
+            if not watch:
+                Console().print(await table(client))
+                return
+            with Live(await table(client), auto_refresh=False) as live:
+                while True:
+                    await asyncio.sleep(1)
+                    live.update(await table(client), refresh=True)
+
+    finish(run())
+
+
+def connected() -> tailrace.AsyncClient:
+    """A client for the suite the environment names, else for the one of this state directory."""
+    target = os.environ.get("TAILRACE_TARGET") or f"127.0.0.1:{os.environ.get('TAILRACE_GATEWAY_PORT') or 50050}"
+    secret = os.environ.get("TAILRACE_TOKEN")
+    if not secret:
+        path = state_dir(os.environ) / "dev-token"
+        try:
+            secret = path.read_text()
+        except OSError:
+            sys.exit(f"no token: set TAILRACE_TOKEN, or start Tailrace with `tailrace up`, which writes {path}")
+    return tailrace.AsyncClient(target, token=secret)
+
+
+def finish(work: Coroutine[Any, Any, Any]) -> Any:
+    """Run `work`; Ctrl-C ends it quietly."""
+    try:
+        return asyncio.run(work)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def note(text: str) -> None:
+    """Say something about the answer, apart from it."""
+    typer.echo(text, err=True)
+
+
+def describe(passage: tailrace.Passage) -> str:
+    """A passage as one line."""
+    return " › ".join([passage.title or passage.source_uri, *passage.heading_path])
+
+
+def cost_line(receipt: tailrace.Receipt) -> str:
+    """The receipt as one line."""
+    cost = f"{'about ' if receipt.estimated else ''}{usd(receipt.cost_nanousd)}"
+    saved = f" (saved {usd(receipt.cache.saved_nanousd)})" if receipt.cache.saved_nanousd else ""
+    return (
+        f"  {receipt.model} · {receipt.usage.input_tokens} + {receipt.usage.output_tokens} tokens · {cost}{saved} · "
+        f"cache {receipt.cache.verdict} · first text {receipt.first_token_ms:.0f} ms, all {receipt.duration_ms:.0f} ms · "
+        f"trace {receipt.trace_id}"
+    )
+
+
+def usd(nanousd: int) -> str:
+    """Nano-USD as people read them, exact."""
+    whole, rest = divmod(abs(nanousd), 1_000_000_000)
+    decimals = f"{rest:09d}".rstrip("0").ljust(2, "0")
+    return f"{'-' if nanousd < 0 else ''}{whole}.{decimals} USD"
+
+
+def found(paths: list[str]) -> Iterator[tuple[str, Path]]:
+    """Every document in `paths`, each once, with the name it will be known by: its place below the folder that was named."""
+    seen: set[Path] = set()
+    for text in paths:
+        path = Path(text)
+        if path.is_dir():
+            inside = (item for item in sorted(path.rglob("*")) if item.is_file() and item.suffix.lower() in SUFFIXES)
+            named = [(f"{path.resolve().name}/{item.relative_to(path)}", item) for item in inside if not _hidden(item.relative_to(path))]
+        elif path.is_file():
+            named = [(path.name, path)]
+        elif any(sign in text for sign in "*?["):
+            anchor = Path(path.anchor) if path.is_absolute() else Path()
+            pattern = str(path.relative_to(anchor))
+            named = [(str(item), item) for item in sorted(anchor.glob(pattern)) if item.is_file()]
+        else:
+            sys.exit(f"{text}: no such file or folder")
+        for name, item in named:
+            if (resolved := item.resolve()) not in seen:
+                seen.add(resolved)
+                yield name, item
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+async def ingestion(files: list[tuple[str, Path]], collection: str, as_json: bool) -> int:
+    """Send `files` in streams of bounded length, show each one's stage, and return the exit code."""
+    stages: Counter[str] = Counter()
+    chunks = 0
+    with _shown(len(files), as_json) as show:
+        async for progress in _progress(files, collection):
+            show(progress)
+            if progress.final:
+                stages[progress.stage] += 1
+                chunks += progress.chunks_total if progress.stage == "indexed" else 0
+    unanswered = len(files) - stages.total()
+    if as_json:
+        typer.echo(json.dumps({"documents": len(files), **stages, "chunks": chunks, "unanswered": unanswered}))
+    else:
+        parts = [f"{stages[stage]} {stage}" for stage in ("indexed", "unchanged", "failed") if stages[stage]]
+        typer.echo(f"{len(files)} documents: {', '.join(parts) or 'none taken in'}; {chunks} new chunks")
+    return 1 if stages["failed"] or unanswered else 0
+
+
+async def _progress(files: list[tuple[str, Path]], collection: str) -> AsyncIterator[tailrace.Progress]:
+    async with connected() as client:
+        for start in range(0, len(files), FILES_PER_STREAM):
+            uploads = [tailrace.Upload(name, path) for name, path in files[start : start + FILES_PER_STREAM]]
+            async for progress in client.ingest(*uploads, collection=collection):
+                yield progress
+
+
+@contextmanager
+def _shown(total: int, as_json: bool) -> Iterator[Callable[[tailrace.Progress], None]]:
+    """What to call with each progress: lines of JSON, or a bar for all with a line for each document under way."""
+    if as_json:
+
+        def write(progress: tailrace.Progress) -> None:
+            if progress.final:
+                typer.echo(json.dumps(dataclasses.asdict(progress)))
+
+        yield write
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[stage]}"))
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bars:
+        everything = bars.add_task("all documents", total=total, stage="")
+        under_way: dict[tuple[str, int], TaskID] = {}
+
+        def draw(progress: tailrace.Progress) -> None:
+            key = (progress.job_id, progress.index)
+            if progress.final:
+                if key in under_way:
+                    bars.remove_task(under_way.pop(key))
+                bars.advance(everything)
+                if progress.stage == "failed":
+                    bars.console.print(f"{progress.name}: {progress.error_detail or progress.error_reason}", markup=False, highlight=False)
+                return
+            if key not in under_way:
+                under_way[key] = bars.add_task(progress.name, total=None, stage=progress.stage)
+            bars.update(under_way[key], total=progress.chunks_total or None, completed=progress.chunks_done, stage=progress.stage)
+
+        yield draw
+
+
+def operations_table(rows: list[tailrace.Operation]) -> Any:
+    """Operations as a table, newest first."""
+    from rich.table import Table
+
+    table = Table("when", "status", "model", "tokens", "cost", "cache", "first", "all", "operation")
+    for row in rows:
+        tokens = f"{row.usage.input_tokens} + {row.usage.output_tokens}"
+        when = row.created_at.astimezone().strftime("%d %b %H:%M:%S")
+        status = row.error_reason or row.status
+        first, whole = f"{row.first_token_ms:.0f} ms", f"{row.duration_ms:.0f} ms"
+        table.add_row(when, status, row.model, tokens, usd(row.cost_nanousd), row.cache.verdict, first, whole, row.operation_id)
+    return table

@@ -297,9 +297,10 @@ async def ingest(client: httpx.AsyncClient, documents: dict[str, str], collectio
 async def until(probe: Callable[[], Awaitable[T | None]], timeout_s: float = 10.0) -> T:
     """What `probe` finds, as soon as it finds something true. For facts that arrive a moment later by design."""
     async with asyncio.timeout(timeout_s):
-        while not (found := await probe()):
+        while True:
+            if found := await probe():
+                return found
             await asyncio.sleep(0.01)
-        return found
 
 
 @contextlib.asynccontextmanager
@@ -327,7 +328,7 @@ async def running(*, traces: bool = False, folder: Path | None = None, **extra: 
             "TAILRACE_INTERNAL_KEY": "a key that only this suite knows",
             "DATABASE_URL": postgres.url,
             "REDIS_URL": valkey.url,
-            "ANTHROPIC_API_KEY": "simulated",
+            "ANTHROPIC_API_KEY": "a key for the simulator",
             "ANTHROPIC_BASE_URL": provider.url,
             "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.port}" if collector else "",
             **{variable: str(ports[name]) for name, variable in names.items()},

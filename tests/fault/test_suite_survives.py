@@ -1,0 +1,118 @@
+"""Stores that go away and services that are killed: what is asked meanwhile fails by type; afterwards all works and nothing is lost."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+
+from bench.script import Behaviour
+from tests.suite import SERVICES, Suite, ask, ingest, running, until
+
+RECOVERED_WITHIN_S = 20.0
+DOCUMENTS = {"The ferry": "The ferry over the Lahn is pulled along a chain. The ferryman is called Anselm."}
+
+
+@pytest.fixture(scope="module")
+async def suite() -> AsyncIterator[Suite]:
+    """A suite of its own, because it is taken apart."""
+    async with running() as suite:
+        async with suite.client() as client:
+            await ingest(client, DOCUMENTS)
+        yield suite
+
+
+@pytest.fixture
+async def client(suite: Suite) -> AsyncIterator[httpx.AsyncClient]:
+    """A user, a ready suite, and a provider that has forgotten everything."""
+    await suite.until_ready()
+    await suite.provider.reset()
+    async with suite.client() as client:
+        yield client
+
+
+async def until_answered(client: httpx.AsyncClient, question: str) -> Any:
+    """The first answer that ends well. Until then every failure must be a typed problem that may be tried again."""
+
+    async def probe() -> Any:
+        try:
+            async with client.stream("POST", "/v1/answers", json={"question": question, "cache": "off"}) as response:
+                body = (await response.aread()).decode()
+        except httpx.TransportError:
+            return None  # nobody listens while the gateway itself is down
+        if response.status_code != 200:
+            assert response.status_code == 503, body
+            assert int(response.headers["retry-after"]) >= 1
+            return None
+        return body if "event: done" in body else None
+
+    return await until(probe, RECOVERED_WITHIN_S)
+
+
+@pytest.mark.parametrize("store", ["postgres", "valkey"])
+async def test_a_store_that_is_away_is_named_and_comes_back_by_itself(suite: Suite, client: httpx.AsyncClient, store: str) -> None:
+    """Readiness says which; requests that need it get 503 with Retry-After; nothing has to be restarted when it returns."""
+    before = {name: process.pid for name, process in suite.processes.items()}
+    server = suite.postgres if store == "postgres" else suite.valkey
+    await server.stop()
+    try:
+        said = await suite.until_ready(ready=False)
+        response = await client.post("/v1/answers", json={"question": "Who is the ferryman?", "cache": "off", "stream": False})
+    finally:
+        await server.start()
+
+    assert said.status_code == 503
+    assert {"postgres": "postgres", "valkey": "redis"}[store] in said.text
+    if store == "postgres":  # money fails closed; limits and the cache may go on without their store
+        assert response.status_code == 503, response.text
+        assert int(response.headers["retry-after"]) >= 1
+        assert response.json()["reason"] == "UNAVAILABLE"
+    else:
+        assert response.status_code in (200, 503), response.text
+    await until_answered(client, "Who is the ferryman on the Lahn?")
+    await suite.until_ready()
+    assert {name: process.pid for name, process in suite.processes.items()} == before
+
+
+@pytest.mark.parametrize("service", SERVICES)
+async def test_a_killed_service_loses_nothing(suite: Suite, client: httpx.AsyncClient, service: str) -> None:
+    """kill -9 and a start: the next request works, and documents, answers, cached answers, sessions and books are as they were."""
+    question = f"What is pulled along a chain, asks the {service}?"
+    asked = await ask(client, question, session_id=f"before-{service}")
+    documents = (await client.get("/v1/documents")).json()
+    records = await suite.rows("SELECT count(*) AS n, sum(cost_nanousd) AS cost FROM operations")
+
+    await suite.kill(service)
+    await suite.start(service)
+    await suite.until_ready()
+    await until_answered(client, f"What is the {service} called?")
+    again = await ask(client, question, session_id=f"before-{service}")
+
+    assert (await client.get("/v1/documents")).json() == documents
+    assert again.done["cache"]["verdict"] == "exact"
+    assert again.text == asked.text
+    record = (await client.get(f"/v1/answers/{asked.answer_id}")).raise_for_status().json()
+    assert record["text"] == asked.text
+    turns = (await client.get(f"/v1/sessions/before-{service}")).raise_for_status().json()
+    assert len(turns["turns"]) == 2
+    after = await suite.rows("SELECT count(*) AS n, sum(cost_nanousd) AS cost FROM operations")
+    assert after[0]["n"] >= records[0]["n"] + 2
+
+
+async def test_answers_that_end_while_the_ledger_is_away_are_booked_when_it_returns(suite: Suite, client: httpx.AsyncClient) -> None:
+    """The ledger dies in the middle of answers; each still ends with its receipt, and afterwards each is on the books, once."""
+    await suite.provider.behave(Behaviour(tokens=60, tokens_per_s=60))
+    async with client.stream("POST", "/v1/answers", json={"question": "What does Anselm pull all day?", "cache": "off"}) as response:
+        lines = response.aiter_lines()
+        async for line in lines:
+            if line == "event: delta":
+                break
+        await suite.kill("ledger")
+        rest = [line async for line in lines]
+    (record,) = await suite.provider.records()
+    assert "event: done" in rest
+    await suite.start("ledger")
+
+    rows = await until(lambda: suite.rows("SELECT * FROM attempts WHERE provider_request_id = $1", record.request_id), RECOVERED_WITHIN_S)
+
+    assert [(row["input_tokens"], row["output_tokens"]) for row in rows] == [(record.input_tokens, 60)]

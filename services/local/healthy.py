@@ -1,0 +1,9 @@
+"""`python -m services.local.healthy host:port`: exit code 0 if the gRPC server there is serving. For health checks of containers."""
+
+import asyncio
+import sys
+
+from services.local.processes import grpc_health
+
+if __name__ == "__main__":
+    sys.exit(0 if asyncio.run(grpc_health(sys.argv[1])()) else 1)

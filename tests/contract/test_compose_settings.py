@@ -1,0 +1,164 @@
+"""compose.yaml, .env.example and the Dockerfile say nothing that the services do not understand, and all that they need."""
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from services.chassis.config import ServiceSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+PORTS = {"gateway": 50050, "orchestrator": 50051, "retrieval": 50052, "ledger": 50053}
+STORES = {"postgres", "valkey", "qdrant", "jaeger"}
+SECRETS = {"TAILRACE_INTERNAL_KEY", "POSTGRES_PASSWORD", "VALKEY_PASSWORD"}
+VARIABLE = re.compile(r"\$\$|\$\{(\w+)(?:(:?[-?])([^}]*))?\}")
+
+
+class Missing(Exception):
+    """A variable that compose insists on is not set."""
+
+
+def env_file(text: str) -> dict[str, str]:
+    """The variables of an .env file."""
+    lines = (line.strip() for line in text.splitlines())
+    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+
+
+def interpolated(node: Any, variables: dict[str, str]) -> Any:
+    """A loaded file as compose reads it: variables are replaced in strings, after the YAML is parsed."""
+    if isinstance(node, dict):
+        return {key: interpolated(value, variables) for key, value in node.items()}
+    if isinstance(node, list):
+        return [interpolated(value, variables) for value in node]
+    if not isinstance(node, str):
+        return node
+
+    def value(match: re.Match[str]) -> str:
+        name, operator, operand = match[1], match[2], match[3]
+        if name is None:
+            return "$"
+        found = variables.get(name)
+        if found is None or (not found and operator and operator.startswith(":")):
+            if operator in {"?", ":?"}:
+                raise Missing(name)
+            return operand or ""
+        return found
+
+    return VARIABLE.sub(value, node)
+
+
+def compose(variables: dict[str, str]) -> dict[str, Any]:
+    loaded: dict[str, Any] = interpolated(yaml.safe_load((ROOT / "compose.yaml").read_text()), variables)
+    return loaded
+
+
+EXAMPLE = env_file((ROOT / ".env.example").read_text())
+FILLED = {**EXAMPLE, **{name: "0123456789abcdef" * 3 for name in SECRETS}}
+
+
+def settings_class(service: str) -> type[ServiceSettings]:
+    module = importlib.import_module(f"services.{service}.config")
+    return next(item for item in vars(module).values() if isinstance(item, type) and item.__module__ == module.__name__)
+
+
+def environment(service: str) -> dict[str, str]:
+    return {name: str(value) for name, value in compose(FILLED)["services"][service]["environment"].items()}
+
+
+@pytest.mark.parametrize("service", PORTS)
+def test_every_variable_that_compose_sets_is_claimed_by_the_service(service: str) -> None:
+    """A variable nobody reads is a mistake in waiting."""
+    claimed = set(settings_class(service).variables())
+
+    assert set(environment(service)) - claimed == set()
+
+
+@pytest.mark.parametrize("service", PORTS)
+def test_the_settings_of_compose_are_accepted_and_services_find_each_other(service: str) -> None:
+    """With its secrets filled in, .env.example starts every service on its default port, where the others look for it."""
+    settings = settings_class(service).load(environment(service))
+    described = dict(line.split("=", 1) for line in settings.described().splitlines())
+    targets = {name: value for name, value in described.items() if name.endswith("_TARGET") and value.startswith("dns:")}
+
+    assert described[f"TAILRACE_{service.upper()}_PORT"] == str(PORTS[service])
+    assert described["TAILRACE_BIND_HOST"] == "0.0.0.0"
+    for name, value in targets.items():
+        other = name.removeprefix("TAILRACE_").removesuffix("_TARGET").lower()
+        assert value == f"dns:///{other}:{PORTS[other]}"
+
+
+def test_compose_refuses_to_start_without_each_secret() -> None:
+    """.env.example holds no secret, and none has a default."""
+    for secret in SECRETS:
+        with pytest.raises(Missing, match=secret):
+            compose({**FILLED, secret: ""})
+
+    assert {name for name in SECRETS if EXAMPLE[name]} == set()
+
+
+def test_every_variable_of_the_example_is_used() -> None:
+    """.env.example names, commented out or not, exactly what compose.yaml reads."""
+    named = set(re.findall(r"^#?([A-Z][A-Z0-9_]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
+    read = {match[1] for match in VARIABLE.finditer((ROOT / "compose.yaml").read_text()) if match[1]}
+
+    assert named == read
+
+
+def test_the_stores_are_there_pinned_and_checked() -> None:
+    """Every image has an exact version, every store but Jaeger a health check, and PostgreSQL 18 its volume where it looks."""
+    services = compose(FILLED)["services"]
+    unpinned = [name for name, service in services.items() if not re.search(r":v?\d+\.\d+[\w.-]*$", service["image"])]
+    unchecked = [name for name in STORES - {"jaeger"} if "test" not in services[name].get("healthcheck", {})]
+
+    assert set(services) >= STORES
+    assert unpinned == []
+    assert unchecked == []
+    assert services["postgres"]["volumes"] == ["postgres-data:/var/lib/postgresql"]
+
+
+def test_only_loopback_ports_are_published() -> None:
+    """Nothing of compose.yaml is reachable from another machine."""
+    published = [port for service in compose(FILLED)["services"].values() for port in service.get("ports", [])]
+
+    assert published
+    assert [port for port in published if not port.startswith("127.0.0.1:")] == []
+
+
+def test_every_volume_and_dependency_exists_and_is_waited_for_properly() -> None:
+    """A dependency is waited for until it is healthy, or done where it runs once."""
+    stack = compose(FILLED)
+    services = stack["services"]
+    for service in services.values():
+        for volume in service.get("volumes", []):
+            assert volume.split(":")[0] in stack["volumes"]
+        for name, how in service.get("depends_on", {}).items():
+            once = services[name]["restart"] == "no"
+            assert how["condition"] == ("service_completed_successfully" if once else "service_healthy")
+            assert once or "test" in services[name]["healthcheck"]
+
+
+def test_the_services_run_unprivileged() -> None:
+    """No root, no capabilities, no writable file system but their volumes."""
+    dockerfile = (ROOT / "deploy" / "Dockerfile").read_text()
+    services = compose(FILLED)["services"]
+    for name in PORTS:
+        assert services[name]["read_only"] is True
+        assert services[name]["cap_drop"] == ["ALL"]
+        assert services[name]["command"][-1] == f"services.{name}"
+
+    assert re.search(r"^USER tailrace$", dockerfile, re.MULTILINE)
+
+
+def test_the_image_is_built_from_pinned_bases_and_exposes_the_default_ports() -> None:
+    """The Dockerfile's bases have exact versions; its ports are the settings' defaults; it copies only what exists."""
+    dockerfile = (ROOT / "deploy" / "Dockerfile").read_text()
+    bases = re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE)
+    exposed = set(map(int, re.findall(r"^EXPOSE (.*)$", dockerfile, re.MULTILINE)[0].split()))
+    copied = [name for line in re.findall(r"^COPY (?!--from)(.*)$", dockerfile, re.MULTILINE) for name in line.split()[:-1]]
+
+    assert [base for base in bases if not re.fullmatch(r"python:3\.\d+\.\d+-[a-z-]+", base)] == []
+    assert exposed == {8080, *PORTS.values()}
+    assert [name for name in copied if not (ROOT / name).exists()] == []

@@ -15,21 +15,15 @@ import uvloop
 
 from bench import corpus, report
 from bench.measure import Bench
-from tests.suite import SERVICES, running
+from bench.start import cold_starts
+from tests.suite import running
 
 
 async def measure(chunks: int) -> dict[str, Any]:
     """Every figure, in the order that disturbs them least."""
     began = time.perf_counter()
+    starts = await cold_starts()
     async with running() as suite:
-        first_s = time.perf_counter() - began
-        for service in reversed(SERVICES):
-            await suite.stop(service)
-        stopped = time.perf_counter()
-        for service in SERVICES:
-            await suite.start(service)
-        await suite.until_ready()
-        again_s = time.perf_counter() - stopped
         bench = Bench(suite, corpus.load(chunks))
         prepared = await bench.prepare()
         idle = await bench.idle()
@@ -39,7 +33,7 @@ async def measure(chunks: int) -> dict[str, Any]:
         return {
             "machine": {"cpus": os.cpu_count(), "platform": platform.platform(terse=True), "python": platform.python_version()},
             "corpus": prepared,
-            "start": {"first_s": round(first_s, 2), "again_s": round(again_s, 2)},
+            "start": starts,
             "first_token": [one, many],
             "cpu": cpu,
             "idle": idle,

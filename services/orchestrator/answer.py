@@ -1,0 +1,246 @@
+"""One answer, from the accepted question to the receipt. Read `answer` and you know the system; `produce` surrounds it.
+
+Steps raise what went wrong; none knows a wire format, a provider's SDK or a store. Every event goes to the answer's log and nowhere else.
+"""
+
+import asyncio
+import random
+from collections.abc import Coroutine
+from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
+from typing import Any
+
+import structlog
+
+from services.chassis.deadline import Deadline, current_deadline
+from services.chassis.errors import AnswerCancelled, DeadlineTooShort, DomainError, Internal, Overloaded, Unavailable
+from services.chassis.telemetry import StepRecord
+from services.orchestrator.attempts import first_draft
+from services.orchestrator.compose import compose
+from services.orchestrator.domain import CachedAnswer, CacheReceipt, Draft, Passage, Prompt, Question, Turn
+from services.orchestrator.log import EventLog
+from services.orchestrator.ports import Recalling
+from services.orchestrator.run import Run, Toolkit
+from services.orchestrator.standalone import depends_on_history, depends_on_time
+from services.orchestrator.validate import judge
+
+log = structlog.get_logger(__name__)
+
+QUERY_BYTES_MAX = 32_768
+REMEMBER_WAIT_S = 0.1
+"""How long `done` waits for the caches, so that the same question asked again at once is a hit. They go on without us."""
+BOOKED_WAIT_S = 0.1
+"""How long `done` waits for the ledger's word, so that the record can be looked up right after it. It is on disk anyway."""
+TURN_TRIES_MAX = 8
+
+
+async def answer(run: Run) -> None:
+    """Answer `run.question`: each line one step, one span. Returns once the text has left and was checked; `conclude` does the rest."""
+    with run.step("history") as step:
+        run.turns = await read_history(run, step)
+    async with begin_recall(run) as recalling:
+        with run.step("recall") as step:
+            cached = await look_up(run, recalling, step)
+        if cached is not None:
+            return serve_again(run, cached)
+        with run.step("passages") as step:
+            passages = await find_passages(recalling, step)
+    with run.step("compose") as step:
+        prompt = write_prompt(run, passages, step)
+    draft = await first_draft(run, prompt)  # the steps `hold` and `generate`, once for each attempt
+    with run.step("validate") as step:
+        check(run, draft, step)
+    with run.step("remember") as step:
+        await remember(run, step)
+    return None
+
+
+async def produce(question: Question, kit: Toolkit, events: EventLog) -> None:
+    """Answer within the deadline and conclude: by whatever door the answer ends, it is booked and its log gets its one end.
+
+    Cancellation: the provider's connection is closed, what was used is booked, the log ends in AnswerCancelled.
+    """
+    run = Run(question, kit, events)
+    failure: DomainError | None = None
+    try:
+        current_deadline.set(Deadline.after(kit.limits.deadline_s))
+        async with asyncio.timeout(kit.limits.deadline_s):
+            run.accept()
+            await answer(run)
+    except asyncio.CancelledError:
+        failure = AnswerCancelled("the answer was stopped", answer_id=question.answer_id)
+        raise
+    except TimeoutError:
+        failure = DeadlineTooShort("the answer took too long", step=run.trail.steps[-1].name if run.trail.steps else "", left_ms=0)
+    except DomainError as error:
+        failure = error
+    except Exception as error:
+        log.exception("answer_failed_unexpectedly", answer_id=question.answer_id, error=type(error).__name__)
+        failure = Internal("", trace_id=run.trace_id)
+    finally:
+        current_deadline.set(None)  # what is left to do has bounds of its own
+        await _outliving(kit, run, failure)
+
+
+async def conclude(run: Run, failure: DomainError | None) -> None:
+    """Step `record`, then the end of the log: `done`, which implies that the record is durable, or the failure."""
+    try:
+        with run.step("record") as step:
+            await record(run, failure, step)
+    except DomainError as error:
+        failure = failure or error
+    except Exception as error:
+        log.exception("record_failed_unexpectedly", answer_id=run.question.answer_id, error=type(error).__name__)
+        failure = failure or Internal("", trace_id=run.trace_id)
+    if failure is None:
+        run.events.append(run.receipt())
+    run.events.end(failure)
+
+
+async def read_history(run: Run, step: StepRecord) -> tuple[Turn, ...]:
+    """The conversation, if the question leans on it. Then no cache is asked: the same words mean something else elsewhere."""
+    asked, turns_max = run.question, run.kit.limits.history_turns_max
+    if asked.session_is_new or turns_max == 0 or not depends_on_history(asked.text):
+        step.skip("new_session" if asked.session_is_new else "stands_alone")
+        return ()
+    turns = await run.kit.ledger.turns(asked.session_id, turns_max)
+    step.note(turns=len(turns))
+    return turns
+
+
+def begin_recall(run: Run) -> AbstractAsyncContextManager[Recalling]:
+    """Ask the memory once for all: epoch, cached answer, passages. Decides whether a cached answer may be served at all."""
+    asked = run.question
+    if run.cache.reason == "" and run.turns:
+        run.cache = replace(run.cache, reason="context_dependent")
+    elif run.cache.reason == "" and depends_on_time(asked.text):
+        run.cache = replace(run.cache, reason="time_dependent")
+    query = asked.text
+    if run.turns and len(contextual := f"{run.turns[-1].question}\n{asked.text}".encode()) <= QUERY_BYTES_MAX:
+        query = contextual.decode()  # "and how long?" finds nothing by itself
+    return run.kit.memory.recall(
+        query, asked.collection, run.scope, want_cached=run.cache.reason == "", passages_max=run.kit.limits.passages_max
+    )
+
+
+async def look_up(run: Run, recalling: Recalling, step: StepRecord) -> CachedAnswer | None:
+    """The exact tier as soon as the epoch is known, while the memory still embeds; then the semantic one."""
+    run.epoch = await recalling.epoch()
+    step.note(epoch=run.epoch)
+    if run.cache.reason:
+        step.note(cache=run.cache.reason)
+        return None
+    cached, similarity = await run.kit.exact.get(run.question, run.scope, run.epoch), None
+    if cached is None:
+        verdict = await recalling.verdict()
+        cached, similarity = verdict.answer, verdict.similarity
+        if cached is None:
+            run.cache = CacheReceipt("miss", similarity=similarity, reason=verdict.reason or "no_candidate")
+            step.note(cache=run.cache.reason)
+            return None
+    run.cache = CacheReceipt(
+        "exact" if similarity is None else "semantic",
+        similarity=similarity,
+        source_question=cached.question if cached.user == run.question.principal.user else None,
+        source_answer_id=cached.answer_id,
+        age_s=max(0, int((run.kit.clock.now() - cached.created_at).total_seconds())),
+        saved_nanousd=cached.cost_nanousd,
+    )
+    step.note(cache=run.cache.verdict)
+    return cached
+
+
+def serve_again(run: Run, cached: CachedAnswer) -> None:
+    """A cached answer as if it were new: passages, text, citations. It was checked before it was kept."""
+    run.show(cached.passages)
+    run.write(cached.text)
+    run.model, run.provider, run.finish_reason, run.verdict = cached.model, cached.provider, cached.finish_reason, "passed"
+
+
+async def find_passages(recalling: Recalling, step: StepRecord) -> tuple[Passage, ...]:
+    passages = await recalling.passages()
+    step.note(found=len(passages))
+    return passages
+
+
+def write_prompt(run: Run, passages: tuple[Passage, ...], step: StepRecord) -> Prompt:
+    """The prompt, small enough for every candidate; and the passages that are in it, for the reader."""
+    asked = run.question
+    room = min(c.context_tokens_max - min(asked.output_tokens_max, c.output_tokens_max) for c in asked.candidates)
+    prompt = compose(run.kit.template, asked.text, passages, run.turns, min(room, run.kit.limits.prompt_tokens_max))
+    run.show(prompt.passages)
+    step.note(template=prompt.template, passages=len(prompt.passages), messages=len(prompt.messages), tokens_max=prompt.input_tokens_max)
+    return prompt
+
+
+def check(run: Run, draft: Draft, step: StepRecord) -> None:
+    """Judge the whole text. What fails is told in the receipt and not remembered; it has been read already."""
+    run.finish_reason = draft.finish_reason
+    run.verdict = judge(run.text, draft.finish_reason, run.citations.unknown)
+    step.note(verdict=run.verdict, cited=len(run.citations.cited))
+
+
+async def remember(run: Run, step: StepRecord) -> None:
+    """Offer a sound answer to both tiers of the cache. Neither can harm the answer any more."""
+    may_be_kept = run.cache.verdict == "miss" and run.cache.reason not in ("context_dependent", "time_dependent")
+    if not may_be_kept or run.turns or depends_on_time(run.question.text):
+        return step.skip(run.cache.reason)
+    if run.verdict != "passed":
+        return step.skip(run.verdict)
+    kept, asked = run.cacheable(), run.question
+
+    async def in_words() -> None:
+        step.note(exact=await run.kit.exact.put(asked, run.scope, run.epoch, kept))
+
+    async def in_meaning() -> None:
+        try:
+            step.note(semantic=await run.kit.memory.remember(kept, asked.collection, run.scope, run.epoch) or "kept")
+        except DomainError as error:
+            log.warning("answer_not_remembered", answer_id=asked.answer_id, reason=error.reason)
+
+    await _briefly(run.kit, REMEMBER_WAIT_S, in_words(), in_meaning())
+    return None
+
+
+async def record(run: Run, failure: DomainError | None, step: StepRecord) -> None:
+    """Make the record durable; then give the ledger a moment to book it and to keep the turn. Raises Unavailable if the disk fails."""
+    booked = await run.kit.books.record(run.record(failure))
+    works = [_keep_turn(run, complete=failure is None and run.verdict == "passed")] if run.pieces else []
+    await _briefly(run.kit, BOOKED_WAIT_S, *works, also=booked)
+    step.note(booked=booked.done(), cost_nanousd=run.cost_nanousd)
+
+
+async def _keep_turn(run: Run, *, complete: bool) -> None:
+    """The words go to the ledger on their own way: the spool holds counts alone."""
+    asked = run.question
+    for tries in range(TURN_TRIES_MAX):
+        try:
+            await run.kit.ledger.append_turn(asked.session_id, run.turn(complete=complete), asked.principal)
+            return
+        except (Unavailable, DeadlineTooShort):
+            await asyncio.sleep(random.uniform(0.1, 0.25 * 2**tries))  # noqa: S311 - jitter, not a secret
+        except DomainError as error:
+            log.error("turn_rejected", answer_id=asked.answer_id, reason=error.reason)
+            return
+    log.error("turn_lost", answer_id=asked.answer_id, tries=TURN_TRIES_MAX)
+
+
+async def _briefly(kit: Toolkit, wait_s: float, *works: Coroutine[Any, Any, None], also: "asyncio.Future[None] | None" = None) -> None:
+    """Start `works` as work that outlives us and wait for them, and `also`, a moment. Work that finds no room is given up."""
+    waited: list[asyncio.Future[None]] = [] if also is None else [also]
+    for work in works:
+        try:
+            waited.append(kit.after.spawn(work, "aftermath"))
+        except Overloaded:
+            log.error("afterwork_refused")
+    if waited:
+        await asyncio.wait(waited, timeout=wait_s)
+
+
+async def _outliving(kit: Toolkit, run: Run, failure: DomainError | None) -> None:
+    """Conclude in a task that no cancellation of ours reaches; wait for it if we may."""
+    try:
+        concluding = kit.after.spawn(conclude(run, failure), "conclude")
+    except Overloaded:
+        return await conclude(run, failure)
+    return await asyncio.shield(concluding)

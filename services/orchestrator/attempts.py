@@ -1,0 +1,139 @@
+"""The provider calls of one answer: each with a hold before it and a true account after it, tried again only while no text has left."""
+
+import asyncio
+import random
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from opentelemetry.trace import SpanKind
+
+from services.chassis import telemetry
+from services.chassis.deadline import current_deadline
+from services.chassis.errors import BudgetExhausted, DomainError, PriceUnknown
+from services.chassis.telemetry import StepRecord, span
+from services.orchestrator.domain import Attempt, Candidate, Draft, Hold, Prompt
+from services.orchestrator.router import next_try
+from services.orchestrator.run import Run
+
+HOLD_MARGIN_S = 60.0
+"""A hold outlives the deadline by this, so that the sweeper never books what is about to be recorded."""
+
+
+@dataclass(slots=True)
+class _Call:
+    """One provider call in the making."""
+
+    number: int
+    candidate: Candidate
+    prompt: Prompt
+    output_tokens_max: int
+    draft: Draft
+    hold: Hold | None = None
+    began_at: float = 0.0
+    first_text_at: float = 0.0
+
+
+async def first_draft(run: Run, prompt: Prompt) -> Draft:
+    """Ask the candidates, one call at a time, until one has written an answer.
+
+    Raises the last failure when nothing is left to try, and the first one after text has left: what was shown cannot be unsaid.
+    """
+    candidate, asked = run.question.candidates[0], list[Candidate]()
+    while True:
+        asked.append(candidate)
+        call = _Call(len(asked), candidate, prompt, min(run.question.output_tokens_max, candidate.output_tokens_max), Draft(run.write))
+        try:
+            with run.step("hold") as step:
+                await _hold(run, call, step)
+            with run.step("generate") as step:
+                await _generate(run, call, step)
+            return call.draft
+        except DomainError as failure:
+            if call.hold is None or call.draft.pieces:
+                raise
+            retry = next_try(run.question.candidates, asked, failure, random.random())  # noqa: S311 - jitter, not a secret
+            if retry is None:
+                raise
+        await asyncio.sleep(retry.delay_s)
+        candidate = retry.candidate
+
+
+async def _hold(run: Run, call: _Call, step: StepRecord) -> None:
+    """Set the worst case of the call aside. Without that no byte is sent."""
+    deadline = current_deadline.get()
+    ttl_ms = int(((deadline.remaining_s if deadline else run.kit.limits.deadline_s) + HOLD_MARGIN_S) * 1000)
+    try:
+        call.hold = await run.kit.ledger.reserve(
+            run.question.answer_id, call.number, call.candidate, call.prompt.input_tokens_max, call.output_tokens_max, ttl_ms
+        )
+    except (BudgetExhausted, PriceUnknown):
+        raise
+    except BaseException as error:
+        run.attempts.append(_account(call, error))  # nobody knows whether the hold exists: the record says that nothing was sent
+        raise
+    step.note(attempt=call.number, held_nanousd=call.hold.amount_nanousd, price_version=call.hold.price.version)
+
+
+async def _generate(run: Run, call: _Call, step: StepRecord) -> None:
+    """Call the provider; whatever happens, the attempt is accounted for."""
+    candidate, draft = call.candidate, call.draft
+    call.began_at = time.perf_counter()
+
+    def write(text: str) -> None:
+        if not call.first_text_at:
+            call.first_text_at = time.perf_counter()
+        run.write(text)
+
+    draft.on_text = write
+    run.model, run.provider = candidate.model, candidate.provider
+    attributes: dict[str, Any] = {
+        telemetry.GEN_AI_OPERATION: "chat",
+        telemetry.GEN_AI_PROVIDER: candidate.provider,
+        telemetry.GEN_AI_REQUEST_MODEL: candidate.model,
+        telemetry.GEN_AI_REQUEST_MAX_TOKENS: call.output_tokens_max,
+        telemetry.GEN_AI_CONVERSATION: run.question.session_id,
+    }
+    failure: BaseException | None = None
+    with span(f"chat {candidate.model}", kind=SpanKind.CLIENT, **attributes) as running:
+        try:
+            await run.kit.models[candidate.provider].generate(call.prompt, candidate, call.output_tokens_max, draft)
+        except BaseException as error:
+            failure = error
+            raise
+        finally:
+            attempt = _account(call, failure)
+            run.attempts.append(attempt)
+            run.model = attempt.model
+            step.note(attempt=call.number, provider=candidate.provider, model=attempt.model)
+            step.note(input_tokens=attempt.usage.prompt_tokens, output_tokens=attempt.usage.output_tokens)
+            running.set_attribute(telemetry.GEN_AI_RESPONSE_MODEL, attempt.model)
+            running.set_attribute(telemetry.GEN_AI_INPUT_TOKENS, attempt.usage.prompt_tokens)
+            running.set_attribute(telemetry.GEN_AI_OUTPUT_TOKENS, attempt.usage.output_tokens)
+            running.set_attribute(telemetry.GEN_AI_CACHE_READ_TOKENS, attempt.usage.cache_read_tokens)
+            running.set_attribute(telemetry.GEN_AI_TIME_TO_FIRST_CHUNK, attempt.first_token_ms / 1000)
+            running.set_attribute(telemetry.COST_NANOUSD, attempt.cost_nanousd)
+            if attempt.finish_reason:
+                running.set_attribute(telemetry.GEN_AI_FINISH_REASONS, (attempt.finish_reason,))
+
+
+def _account(call: _Call, failure: BaseException | None) -> Attempt:
+    usage, estimated = call.draft.usage(call.prompt)
+    price = call.hold.price if call.hold is not None else None
+    reason = "" if failure is None else getattr(failure, "reason", "") or "ANSWER_CANCELLED"
+    return Attempt(
+        attempt=call.number,
+        hold_id=call.hold.hold_id if call.hold is not None else "",
+        provider=call.candidate.provider,
+        model=call.draft.model or call.candidate.model,
+        provider_request_id=call.draft.request_id,
+        usage=usage,
+        cost_nanousd=price.cost_nanousd(usage) if price is not None else 0,
+        finish_reason=call.draft.finish_reason if failure is None else "",
+        error_reason=reason,
+        first_token_ms=round((call.first_text_at - call.began_at) * 1000, 3) if call.first_text_at else 0.0,
+        duration_ms=round((time.perf_counter() - call.began_at) * 1000, 3) if call.began_at else 0.0,
+        estimated=estimated,
+        price_version=price.version if price is not None else 0,
+        not_sent=not call.draft.sent,
+    )

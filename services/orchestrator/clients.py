@@ -1,0 +1,352 @@
+"""Retrieval and the ledger as the orchestrator's ports, and the translation of their messages. No decision is made here."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import grpc
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from services.chassis.channel import Caller
+from services.chassis.errors import Unavailable
+from services.chassis.principal import Principal
+from services.chassis.wire import price_value, timestamp, usage_message, usage_value
+from services.orchestrator.domain import (
+    Attempt,
+    CachedAnswer,
+    CacheReceipt,
+    Candidate,
+    Hold,
+    OperationRecord,
+    Passage,
+    RecallVerdict,
+    StepChange,
+    Turn,
+)
+from services.orchestrator.spool import Ack, Spool
+from tailrace.common.v1 import common_pb2
+from tailrace.ledger.v1 import ledger_service_pb2 as ledger_pb
+from tailrace.ledger.v1 import ledger_service_pb2_grpc as ledger_rpc
+from tailrace.retrieval.v1 import retrieval_service_pb2 as retrieval_pb
+from tailrace.retrieval.v1 import retrieval_service_pb2_grpc as retrieval_rpc
+
+SERVICE = Principal("tailrace", "orchestrator", frozenset({"service"}))
+"""Who the orchestrator is when it writes what it alone knows."""
+RECALL_TIMEOUT_S = 15.0
+RECORD_STREAM_S = 3600.0
+ACK_TIMEOUT_S = 30.0
+
+
+@contextlib.contextmanager
+def _named(dependency: str) -> Iterator[None]:
+    """Call a service that cannot be reached by its name instead of its address. What is away behind it keeps its own name."""
+    try:
+        yield
+    except Unavailable as error:
+        if ":" in error.metadata.get("dependency", ":"):
+            raise Unavailable(f"the {dependency} service cannot be reached", dependency=dependency) from error
+        raise
+
+
+def passage_value(message: common_pb2.CitedPassage) -> Passage:
+    return Passage(
+        number=message.number,
+        document_id=message.document_id,
+        chunk_id=message.chunk_id,
+        title=message.title,
+        source_uri=message.source_uri,
+        text=message.text,
+        start=message.start,
+        end=message.end,
+        score=message.score,
+        heading_path=tuple(message.heading_path),
+        document_version=message.document_version,
+    )
+
+
+def passage_message(passage: Passage) -> common_pb2.CitedPassage:
+    return common_pb2.CitedPassage(
+        number=passage.number,
+        document_id=passage.document_id,
+        chunk_id=passage.chunk_id,
+        title=passage.title,
+        source_uri=passage.source_uri,
+        text=passage.text,
+        start=passage.start,
+        end=passage.end,
+        score=passage.score,
+        heading_path=passage.heading_path,
+        document_version=passage.document_version,
+    )
+
+
+def cache_message(receipt: CacheReceipt) -> common_pb2.CacheReceipt:
+    return common_pb2.CacheReceipt(
+        verdict=receipt.verdict,
+        similarity=receipt.similarity,
+        source_question=receipt.source_question,
+        source_answer_id=receipt.source_answer_id,
+        age_s=receipt.age_s,
+        saved_nanousd=receipt.saved_nanousd,
+        reason=receipt.reason,
+    )
+
+
+def _cached_value(message: retrieval_pb.CachedAnswer) -> CachedAnswer:
+    return CachedAnswer(
+        answer_id=message.answer_id,
+        question=message.question,
+        user=message.user,
+        text=message.text,
+        passages=tuple(map(passage_value, message.passages)),
+        model=message.model,
+        provider=message.provider,
+        cost_nanousd=message.cost_nanousd,
+        created_at=_moment(message.created_at),
+        finish_reason=message.finish_reason,
+        usage=usage_value(message.usage),
+    )
+
+
+def _cached_message(answer: CachedAnswer) -> retrieval_pb.CachedAnswer:
+    return retrieval_pb.CachedAnswer(
+        answer_id=answer.answer_id,
+        question=answer.question,
+        user=answer.user,
+        text=answer.text,
+        passages=map(passage_message, answer.passages),
+        model=answer.model,
+        provider=answer.provider,
+        cost_nanousd=answer.cost_nanousd,
+        created_at=timestamp(answer.created_at),
+        finish_reason=answer.finish_reason,
+        usage=usage_message(answer.usage),
+    )
+
+
+def _turn_value(message: ledger_pb.Turn) -> Turn:
+    return Turn(
+        answer_id=message.answer_id,
+        question=message.question,
+        text=message.text,
+        passages=tuple(map(passage_value, message.citations)),
+        created_at=_moment(message.created_at),
+        complete=message.complete,
+    )
+
+
+def _turn_message(turn: Turn) -> ledger_pb.Turn:
+    return ledger_pb.Turn(
+        answer_id=turn.answer_id,
+        question=turn.question,
+        text=turn.text,
+        citations=map(passage_message, turn.passages),
+        created_at=timestamp(turn.created_at),
+        complete=turn.complete,
+    )
+
+
+def _step_message(step: StepChange) -> common_pb2.StepTiming:
+    return common_pb2.StepTiming(
+        name=step.name, status=step.status, started_ms=step.started_ms, duration_ms=step.duration_ms, facts=step.facts
+    )
+
+
+def _attempt_message(attempt: Attempt) -> ledger_pb.Attempt:
+    return ledger_pb.Attempt(
+        attempt=attempt.attempt,
+        hold_id=attempt.hold_id,
+        provider=attempt.provider,
+        model=attempt.model,
+        provider_request_id=attempt.provider_request_id,
+        usage=usage_message(attempt.usage),
+        cost_nanousd=attempt.cost_nanousd,
+        finish_reason=attempt.finish_reason,
+        error_reason=attempt.error_reason,
+        first_token_ms=attempt.first_token_ms,
+        duration_ms=attempt.duration_ms,
+        estimated=attempt.estimated,
+        price_version=attempt.price_version,
+        not_sent=attempt.not_sent,
+    )
+
+
+def operation_message(record: OperationRecord) -> ledger_pb.Operation:
+    """The record as the ledger books it. The asker's own words stay out, also those of a cached question."""
+    asked = record.question
+    cache = cache_message(record.cache)
+    cache.ClearField("source_question")
+    return ledger_pb.Operation(
+        operation_id=asked.answer_id,
+        tenant=asked.principal.tenant,
+        user=asked.principal.user,
+        session_id=asked.session_id,
+        trace_id=record.trace_id,
+        status=record.status,
+        tier=asked.tier,
+        model=record.model,
+        provider=record.provider,
+        finish_reason=record.finish_reason,
+        error_reason=record.error_reason,
+        usage=usage_message(record.usage),
+        cost_nanousd=record.cost_nanousd,
+        cache=cache,
+        estimated=record.estimated,
+        created_at=timestamp(asked.created_at),
+        first_token_ms=record.first_token_ms,
+        duration_ms=record.duration_ms,
+        steps=map(_step_message, record.steps),
+        attempts=map(_attempt_message, record.attempts),
+        collection=asked.collection,
+        api_key_id=asked.principal.api_key_id,
+    )
+
+
+class RemoteRecall:
+    """A Recall stream, part by part."""
+
+    def __init__(self, parts: AsyncIterator[Any]) -> None:
+        self._parts = parts
+
+    async def epoch(self) -> int:
+        return int((await self._part("started")).collection_epoch)
+
+    async def verdict(self) -> RecallVerdict:
+        message = await self._part("verdict")
+        return RecallVerdict(
+            answer=_cached_value(message.answer) if message.HasField("answer") else None,
+            similarity=message.similarity if message.HasField("similarity") else None,
+            reason=message.reason,
+        )
+
+    async def passages(self) -> tuple[Passage, ...]:
+        return tuple(map(passage_value, (await self._part("passages")).passages))
+
+    async def _part(self, name: str) -> Any:
+        """The next part of this name; those before it were not asked for."""
+        with _named("retrieval"):
+            async for message in self._parts:
+                if message.WhichOneof("part") == name:
+                    return getattr(message, name)
+        raise Unavailable("the retrieval service ended a recall too early", dependency="retrieval")
+
+
+class RemoteMemory:
+    """Memory at the retrieval service."""
+
+    def __init__(self, channel: grpc.aio.Channel, caller: Caller) -> None:
+        self._stub = retrieval_rpc.RetrievalServiceStub(channel)
+        self._caller = caller
+
+    @contextlib.asynccontextmanager
+    async def recall(self, query: str, collection: str, scope: str, *, want_cached: bool, passages_max: int) -> AsyncIterator[RemoteRecall]:
+        request = retrieval_pb.RecallRequest(
+            question=query, collection=collection, cache_scope=scope, want_cached=want_cached, passages_max=passages_max
+        )
+        async with self._caller.stream(self._stub.Recall, request, timeout_s=RECALL_TIMEOUT_S) as parts:
+            yield RemoteRecall(parts)
+
+    async def remember(self, answer: CachedAnswer, collection: str, scope: str, epoch: int) -> str:
+        request = retrieval_pb.RememberAnswerRequest(
+            answer=_cached_message(answer), collection=collection, cache_scope=scope, collection_epoch=epoch
+        )
+        with _named("retrieval"):
+            reply = await self._caller.unary(self._stub.RememberAnswer, request, timeout_s=10)
+        return "" if reply.remembered else reply.reason or "refused"
+
+
+class RemoteLedger:
+    """Ledger at the ledger service."""
+
+    def __init__(self, channel: grpc.aio.Channel, caller: Caller) -> None:
+        self._stub = ledger_rpc.LedgerServiceStub(channel)
+        self._caller = caller
+
+    async def reserve(
+        self, operation_id: str, attempt: int, candidate: Candidate, input_tokens_max: int, output_tokens_max: int, ttl_ms: int
+    ) -> Hold:
+        request = ledger_pb.ReserveRequest(
+            operation_id=operation_id,
+            attempt=attempt,
+            provider=candidate.provider,
+            model=candidate.model,
+            input_tokens_max=input_tokens_max,
+            output_tokens_max=output_tokens_max,
+            ttl_ms=ttl_ms,
+        )
+        with _named("ledger"):
+            reply = await self._caller.unary(self._stub.Reserve, request, timeout_s=5)
+        return Hold(reply.hold_id, reply.amount_nanousd, price_value(reply.price))
+
+    async def turns(self, session_id: str, limit: int) -> tuple[Turn, ...]:
+        request = ledger_pb.ListTurnsRequest(session_id=session_id, limit=limit)
+        with _named("ledger"):
+            async with self._caller.stream(self._stub.ListTurns, request, timeout_s=5) as rows:
+                return tuple([_turn_value(row.turn) async for row in rows])
+
+    async def append_turn(self, session_id: str, turn: Turn, principal: Principal) -> None:
+        request = ledger_pb.AppendTurnRequest(session_id=session_id, turn=_turn_message(turn))
+        with _named("ledger"):
+            await self._caller.unary(self._stub.AppendTurn, request, timeout_s=10, principal=principal)
+
+    @contextlib.asynccontextmanager
+    async def recording(self) -> AsyncIterator["RecordLink"]:
+        """Open the long-lived stream that operations are recorded through."""
+        link = RecordLink()
+        async with self._caller.stream(self._stub.RecordOperations, link.requests(), timeout_s=RECORD_STREAM_S, principal=SERVICE) as acks:
+            link.acks = acks
+            yield link
+
+
+class RecordLink:
+    """Records out, acks in."""
+
+    def __init__(self) -> None:
+        self._outgoing: asyncio.Queue[ledger_pb.RecordOperationsRequest] = asyncio.Queue(maxsize=64)
+        self.acks: AsyncIterator[Any] | None = None
+
+    async def requests(self) -> AsyncIterator[ledger_pb.RecordOperationsRequest]:
+        while True:
+            yield await self._outgoing.get()
+
+    async def send(self, record_id: int, payload: bytes) -> None:
+        operation = ledger_pb.Operation.FromString(payload)
+        await self._outgoing.put(ledger_pb.RecordOperationsRequest(record_id=record_id, operation=operation))
+
+    async def ack(self) -> Ack:
+        assert self.acks is not None
+        try:
+            async with asyncio.timeout(ACK_TIMEOUT_S):
+                reply = await anext(self.acks)
+        except TimeoutError as error:
+            raise Unavailable("the ledger did not acknowledge in time", dependency="ledger") from error
+        return Ack(reply.record_id, reply.rejected_reason, reply.rejected_detail)
+
+
+class SpooledBooks:
+    """Books: on our disk first, at the ledger as soon as it can be."""
+
+    def __init__(self, spool: Spool) -> None:
+        self._spool = spool
+
+    @property
+    def has_room(self) -> bool:
+        return self._spool.has_room
+
+    async def record(self, record: OperationRecord) -> "asyncio.Future[None]":
+        return await self._spool.append(operation_message(record).SerializeToString())
+
+
+async def ping(channel: grpc.aio.Channel, dependency: str) -> None:
+    """Raise Unavailable unless `channel` is connected or can be at once."""
+    try:
+        async with asyncio.timeout(0.8):
+            await channel.channel_ready()
+    except TimeoutError as error:
+        raise Unavailable(f"the {dependency} service cannot be reached", dependency=dependency) from error
+
+
+def _moment(message: Timestamp) -> datetime:
+    return message.ToDatetime(tzinfo=UTC)

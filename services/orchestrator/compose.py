@@ -1,0 +1,80 @@
+"""The prompt: instructions, passages as numbered data, conversation where it is needed, question; within a token budget. Pure."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.chassis.errors import RequestInvalid
+from services.orchestrator.domain import Message, Passage, Prompt, Turn
+
+TEMPLATE_FILE = Path(__file__).parent / "prompts" / "answer.v1.md"
+MESSAGE_OVERHEAD_TOKENS = 16
+"""What a provider adds around each message; generous."""
+PROMPT_OVERHEAD_TOKENS = 64
+ANSWER_KEPT_CHARACTERS = 2_000
+"""Of an earlier answer in the conversation. Enough to know what "it" is; the passages hold the facts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """The instructions, and a name that changes whenever a letter of them does."""
+
+    name: str
+    system: str
+
+
+def read_template(path: Path = TEMPLATE_FILE) -> Template:
+    text = path.read_text(encoding="utf-8").strip()
+    return Template(f"{path.stem}-{hashlib.sha256(text.encode()).hexdigest()[:12]}", text)
+
+
+def tokens_max(text: str) -> int:
+    """Bound on the tokens of `text`, whatever the tokenizer.
+
+    Every token of a byte-level vocabulary covers at least one byte. Four times too much for English, but a hold that is too
+    large is given back a moment later, while one that is too small breaks a budget; and no tokenizer is ours to call offline.
+    """
+    return len(text.encode())
+
+
+def compose(template: Template, question: str, passages: Sequence[Passage], turns: Sequence[Turn], prompt_tokens_max: int) -> Prompt:
+    """Render the prompt. What does not fit goes: oldest turns first, then the worst passages.
+
+    Raises RequestInvalid if the question alone is too long for the model.
+    """
+    kept_turns, kept_passages = list(turns), list(passages)
+    while True:
+        messages = _messages(question, kept_passages, kept_turns)
+        size = PROMPT_OVERHEAD_TOKENS + tokens_max(template.system)
+        size += sum(tokens_max(message.text) + MESSAGE_OVERHEAD_TOKENS for message in messages)
+        if size <= prompt_tokens_max:
+            return Prompt(template.name, template.system, messages, question, tuple(kept_passages), size)
+        if kept_turns:
+            kept_turns.pop(0)
+        elif kept_passages:
+            kept_passages.pop()
+        else:
+            raise RequestInvalid(
+                "the question does not fit into the model's context", field="question", bound=f"{prompt_tokens_max} tokens"
+            )
+
+
+def _messages(question: str, passages: Sequence[Passage], turns: Sequence[Turn]) -> tuple[Message, ...]:
+    messages = []
+    for turn in turns:
+        messages.append(Message("user", turn.question))
+        messages.append(Message("assistant", turn.text[:ANSWER_KEPT_CHARACTERS] or "(no answer)"))
+    shown = "\n".join(_fenced(passage) for passage in passages) or "(no passages were found)"
+    messages.append(Message("user", f"<passages>\n{shown}\n</passages>\n\n<question>\n{_defused(question)}\n</question>"))
+    return tuple(messages)
+
+
+def _fenced(passage: Passage) -> str:
+    place = " › ".join((passage.title, *passage.heading_path)).replace('"', "'")
+    return f'<passage n="{passage.number}" from="{_defused(place)}">\n{_defused(passage.text)}\n</passage>'
+
+
+def _defused(text: str) -> str:
+    """Text that cannot close the fence it stands in."""
+    return text.replace("</", "<\u200b/")

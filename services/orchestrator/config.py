@@ -1,0 +1,69 @@
+"""What the orchestrator is told from outside. Nothing here has a meaning for another service."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, SecretStr
+
+from services.chassis.config import ServiceSettings
+
+
+class OrchestratorSettings(ServiceSettings):
+    """Settings of the orchestrator. Every default works on one machine without an account anywhere."""
+
+    prefix: ClassVar[str] = "TAILRACE_ORCHESTRATOR_"
+
+    port: int = Field(50051, ge=0, le=65535, validation_alias="TAILRACE_ORCHESTRATOR_PORT")
+    """Port to listen on; 0 = any free one."""
+    target: str = Field("127.0.0.1:50051", validation_alias="TAILRACE_ORCHESTRATOR_TARGET")
+    """Where others reach this service. Not used here; claimed because all services share one environment."""
+    retrieval_target: str = Field("127.0.0.1:50052", validation_alias="TAILRACE_RETRIEVAL_TARGET")
+    """Where retrieval is reached."""
+    ledger_target: str = Field("127.0.0.1:50053", validation_alias="TAILRACE_LEDGER_TARGET")
+    """Where the ledger is reached."""
+    redis_url: SecretStr = Field(SecretStr("redis://127.0.0.1:6379/0"), validation_alias="REDIS_URL")
+    """Redis or Valkey that keeps exact answers. Answers go on without it."""
+
+    anthropic_api_key: SecretStr = Field(SecretStr(""), validation_alias="ANTHROPIC_API_KEY")
+    """Key for Claude. Empty = every tier is served by the extractive model."""
+    anthropic_base_url: str = Field("https://api.anthropic.com", validation_alias="ANTHROPIC_BASE_URL")
+    """Where Claude is reached. The key is sent nowhere else."""
+    model_connect_s: float = Field(5.0, gt=0, le=60, validation_alias="TAILRACE_MODEL_CONNECT_S")
+    """Longest wait for a connection to a provider, seconds."""
+    model_first_token_s: float = Field(60.0, gt=0, le=600, validation_alias="TAILRACE_MODEL_FIRST_TOKEN_S")
+    """Longest wait from the request to the first piece of text, seconds."""
+    model_stall_s: float = Field(20.0, gt=0, le=600, validation_alias="TAILRACE_MODEL_STALL_S")
+    """Longest silence between two pieces of text, seconds. Pings do not count: they are not progress."""
+    answer_deadline_s: float = Field(300.0, gt=0, le=3000, validation_alias="TAILRACE_ANSWER_DEADLINE_S")
+    """Longest time from acceptance to the last token, seconds. Below an hour, the longest life of a hold."""
+
+    default_tier: str = Field("fast", validation_alias="TAILRACE_ORCHESTRATOR_DEFAULT_TIER")
+    """Tier of a question that names neither tier nor model."""
+    output_tokens_default: int = Field(1024, ge=1, le=64_000, validation_alias="TAILRACE_ORCHESTRATOR_OUTPUT_TOKENS_DEFAULT")
+    """Most tokens of an answer to a question that sets no bound."""
+    prompt_tokens_max: int = Field(65_536, ge=4_096, le=1_000_000, validation_alias="TAILRACE_ORCHESTRATOR_PROMPT_TOKENS_MAX")
+    """Bound of a prompt, counted as bytes (see compose.tokens_max), so about a quarter of it in real tokens."""
+    passages_max: int = Field(8, ge=1, le=32, validation_alias="TAILRACE_ORCHESTRATOR_PASSAGES_MAX")
+    """Passages to ask for. Eight hold the answer nearly always and keep prompts short."""
+    history_turns_max: int = Field(6, ge=0, le=50, validation_alias="TAILRACE_ORCHESTRATOR_HISTORY_TURNS_MAX")
+    """Turns put before a question that leans on the conversation."""
+
+    answers_max: int = Field(500, ge=1, le=10_000, validation_alias="TAILRACE_ORCHESTRATOR_ANSWERS_MAX")
+    """Answers produced at the same time; above it new ones are refused."""
+    logs_kept_max: int = Field(2_000, ge=1, le=100_000, validation_alias="TAILRACE_ORCHESTRATOR_LOGS_KEPT_MAX")
+    """Ended answers whose events are still kept for resuming."""
+    logs_kept_s: float = Field(600.0, ge=0, le=86_400, validation_alias="TAILRACE_ORCHESTRATOR_LOGS_KEPT_S")
+    """How long they are kept, seconds."""
+    detach_grace_s: float = Field(60.0, ge=0, le=3_600, validation_alias="TAILRACE_ORCHESTRATOR_DETACH_GRACE_S")
+    """How long an answer goes on after its last reader left, seconds."""
+    heartbeat_s: float = Field(15.0, gt=0, le=60, validation_alias="TAILRACE_ORCHESTRATOR_HEARTBEAT_S")
+    """Silence after which a reader gets a heartbeat, seconds. Proxies cut idle streams after 30 to 60."""
+
+    cache_scope: Literal["tenant", "user"] = Field("tenant", validation_alias="TAILRACE_ORCHESTRATOR_CACHE_SCOPE")
+    """Who shares cached answers. Documents belong to the tenant and only questions that stand alone are cached, so a tenant may."""
+    cache_ttl_s: int = Field(86_400, ge=1, le=2_592_000, validation_alias="TAILRACE_ORCHESTRATOR_CACHE_TTL_S")
+    """Life of an exact answer, seconds."""
+    cache_timeout_s: float = Field(0.25, gt=0, le=5, validation_alias="TAILRACE_ORCHESTRATOR_CACHE_TIMEOUT_S")
+    """Longest wait for the exact cache, seconds. A slow cache is worse than none."""
+
+    spool_records_max: int = Field(100_000, ge=1, le=10_000_000, validation_alias="TAILRACE_ORCHESTRATOR_SPOOL_RECORDS_MAX")
+    """Records that may wait for the ledger; above it new answers are refused, and nothing is dropped."""

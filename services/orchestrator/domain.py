@@ -1,0 +1,316 @@
+"""The values one answer is made of: the question, what was recalled, what the model wrote, what is booked, and the events a reader sees.
+
+Nothing here does anything that could fail or wait; no wire format and no vendor is known.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Literal
+
+from services.chassis.money import Price, Usage
+from services.chassis.principal import Principal
+
+CacheMode = Literal["use", "refresh", "off"]
+CacheVerdict = Literal["miss", "exact", "semantic", "off"]
+
+ESTIMATE_BYTES_PER_TOKEN = 4
+"""Mean of English prose with current tokenizers. For estimates that are booked as such; never for bounds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A model that can be asked, with its limits."""
+
+    provider: str
+    model: str
+    context_tokens_max: int
+    output_tokens_max: int
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A checked request. Everything an answer depends on besides documents and conversation."""
+
+    answer_id: str
+    text: str
+    principal: Principal
+    session_id: str
+    session_is_new: bool
+    tier: str
+    candidates: tuple[Candidate, ...]
+    """Models to ask, in order. Never empty."""
+    output_tokens_max: int
+    collection: str
+    cache: CacheMode
+    created_at: datetime
+    idempotency_key: str = ""
+    cancel_on_disconnect: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A place in a document; see tailrace.common.v1.CitedPassage for each field."""
+
+    number: int
+    document_id: str
+    chunk_id: str
+    title: str
+    source_uri: str
+    text: str
+    start: int
+    end: int
+    score: float
+    heading_path: tuple[str, ...] = ()
+    document_version: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class CachedAnswer:
+    """An answer that was given before and may be served again."""
+
+    answer_id: str
+    question: str
+    user: str
+    text: str
+    passages: tuple[Passage, ...]
+    model: str
+    provider: str
+    cost_nanousd: int
+    created_at: datetime
+    finish_reason: str
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class RecallVerdict:
+    """What the semantic cache said."""
+
+    answer: CachedAnswer | None = None
+    similarity: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheReceipt:
+    """What is told about the cache; see tailrace.common.v1.CacheReceipt for each field."""
+
+    verdict: CacheVerdict
+    similarity: float | None = None
+    source_question: str | None = None
+    source_answer_id: str | None = None
+    age_s: int | None = None
+    saved_nanousd: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A question and its answer, as a conversation keeps them."""
+
+    answer_id: str
+    question: str
+    text: str
+    passages: tuple[Passage, ...]
+    created_at: datetime
+    complete: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a prompt."""
+
+    role: Literal["user", "assistant"]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a model is given. `system` and `messages` are the same thing, rendered, as `question` and `passages`."""
+
+    template: str
+    """Version and hash of the template, for the record and the cache's scope."""
+    system: str
+    messages: tuple[Message, ...]
+    question: str
+    passages: tuple[Passage, ...]
+    input_tokens_max: int
+    """No tokenizer can make more tokens of it than this."""
+
+    @property
+    def input_tokens_estimate(self) -> int:
+        return -(-self.input_tokens_max // ESTIMATE_BYTES_PER_TOKEN)
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Money set aside for one provider call, and the price it will be settled with."""
+
+    hold_id: str
+    amount_nanousd: int
+    price: Price
+
+
+@dataclass(slots=True)
+class Draft:
+    """What one provider call has produced so far. The adapter fills it in; it tells the truth at any moment, however the call ends."""
+
+    on_text: Callable[[str], None]
+    """Hears of every piece of text, at once."""
+    pieces: list[str] = field(default_factory=list)
+    deltas: int = 0
+    """Pieces as the provider cut them: at least one token each."""
+    model: str = ""
+    """Model as the provider calls it."""
+    request_id: str = ""
+    sent: bool = False
+    """Whether a byte of the request may have reached the provider."""
+    rejected: bool = False
+    """Whether the provider refused before it did anything that it bills."""
+    finish_reason: str = ""
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cache_read_tokens: int = 0
+    cache_write_tokens: int = 0
+    cache_write_1h_tokens: int = 0
+    usage_is_final: bool = False
+    """Whether the provider has said the last word on `output_tokens`."""
+
+    def write(self, text: str, deltas: int = 1) -> None:
+        self.pieces.append(text)
+        self.deltas += deltas
+        self.on_text(text)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+    def usage(self, prompt: Prompt) -> tuple[Usage, bool]:
+        """What was used, and whether any count is an estimate. A reported 0 is a count; an absent one is estimated."""
+        if not self.sent or self.rejected:
+            return Usage(), False
+        estimated = self.input_tokens is None or self.output_tokens is None or not self.usage_is_final
+        output = self.output_tokens
+        if output is None or not self.usage_is_final:
+            written = sum(len(piece.encode()) for piece in self.pieces)
+            output = max(output or 0, self.deltas, -(-written // ESTIMATE_BYTES_PER_TOKEN))
+        return (
+            Usage(
+                prompt.input_tokens_estimate if self.input_tokens is None else self.input_tokens,
+                output,
+                self.cache_read_tokens,
+                self.cache_write_tokens,
+                min(self.cache_write_1h_tokens, self.cache_write_tokens),
+            ),
+            estimated,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One provider call, as it is booked; see tailrace.ledger.v1.Attempt for each field."""
+
+    attempt: int
+    hold_id: str
+    provider: str
+    model: str
+    provider_request_id: str
+    usage: Usage
+    cost_nanousd: int
+    finish_reason: str
+    error_reason: str
+    first_token_ms: float
+    duration_ms: float
+    estimated: bool
+    price_version: int
+    not_sent: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepChange:
+    """A step began or ended. Times in milliseconds after the question was accepted."""
+
+    name: str
+    status: str
+    started_ms: float
+    duration_ms: float
+    facts: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class OperationRecord:
+    """Everything that is booked of one answer, without its text; see tailrace.ledger.v1.Operation."""
+
+    question: Question
+    trace_id: str
+    status: Literal["done", "failed", "cancelled"]
+    model: str
+    provider: str
+    finish_reason: str
+    error_reason: str
+    usage: Usage
+    cost_nanousd: int
+    cache: CacheReceipt
+    estimated: bool
+    first_token_ms: float
+    duration_ms: float
+    steps: tuple[StepChange, ...]
+    attempts: tuple[Attempt, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The question was taken on."""
+
+    answer_id: str
+    session_id: str
+    trace_id: str
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class PassagesFound:
+    """What the answer may cite."""
+
+    passages: tuple[Passage, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """More text."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Citation:
+    """A `[n]` marker in the text that points at a real passage. Offsets in code points."""
+
+    number: int
+    start: int
+    end: int
+    document_id: str
+    chunk_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The receipt; see tailrace.orchestrator.v1.Done for each field."""
+
+    answer_id: str
+    text_sha256: str
+    usage: Usage
+    cost_nanousd: int
+    model: str
+    provider: str
+    tier: str
+    finish_reason: str
+    cache: CacheReceipt
+    trace_id: str
+    estimated: bool
+    verdict: str
+    first_token_ms: float
+    duration_ms: float
+
+
+Event = Accepted | StepChange | PassagesFound | TextDelta | Citation | Done

@@ -1,0 +1,125 @@
+"""The event log of one answer: append, read from a number on, end. Who produces and who may read is decided elsewhere.
+
+Readers never slow the producer: each goes through the log at its own pace. What was appended never changes, so that a reader who
+comes back sees the very same events under the very same numbers.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from services.chassis.errors import DomainError, ModelFailed, Overloaded
+from services.orchestrator.domain import Citation, Done, Event, PassagesFound, TextDelta
+
+EVENTS_MAX = 70_000
+"""More than one delta per token of the longest answer that can be asked for, and every citation of a normal one."""
+BYTES_MAX = 4 * 1024 * 1024
+CITATION_BYTES = 100
+READERS_MAX = 16
+RESERVED_EVENTS = 64
+"""Room that text may not take, so that an answer which fills the log can still say how it ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An event with its number."""
+
+    sequence: int
+    event: Event
+
+
+class EventLog:
+    """Append-only, bounded, in memory. Used from one event loop."""
+
+    def __init__(self, answer_id: str, *, events_max: int = EVENTS_MAX, bytes_max: int = BYTES_MAX, readers_max: int = READERS_MAX) -> None:
+        self.answer_id = answer_id
+        self.ended = False
+        self.failure: DomainError | None = None
+        """Set if the answer ended in an error instead of `done`."""
+        self.bytes = 0
+        self._entries: list[Entry] = []
+        self._events_max, self._bytes_max, self._readers_max = events_max, bytes_max, readers_max
+        self._readers: set[Reader] = set()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def readers(self) -> int:
+        return len(self._readers)
+
+    def append(self, event: Event) -> None:
+        """Give `event` the next number. Text beyond the bounds raises ModelFailed: nothing is dropped silently."""
+        assert not self.ended, "an ended log takes nothing more"
+        match event:
+            case TextDelta(text):
+                size = len(text) if text.isascii() else len(text.encode())
+            case PassagesFound(passages):
+                size = sum(len(passage.text.encode()) for passage in passages)
+            case Citation():
+                size = CITATION_BYTES
+            case _:
+                size = 0
+        if size and (len(self._entries) >= self._events_max - RESERVED_EVENTS or self.bytes + size > self._bytes_max):
+            raise ModelFailed("the answer is longer than can be kept", cause="too_long", bound_bytes=self._bytes_max)
+        self.bytes += size
+        self._entries.append(Entry(len(self._entries) + 1, event))
+        self._wake()
+
+    def end(self, failure: DomainError | None = None) -> None:
+        """Close the log: after `done`, or with what stood in its way."""
+        assert not self.ended, "a log ends once"
+        assert failure is not None or isinstance(self._entries[-1].event, Done), "a log that ends well ends with done"
+        self.ended, self.failure = True, failure
+        self._wake()
+
+    def read(self, after: int) -> Sequence[Entry]:
+        """What lies after number `after`, which may be nothing."""
+        return self._entries[after:] if after < len(self._entries) else ()
+
+    def reader(self, after: int) -> "Reader":
+        """Begin to read after number `after`. Raises Overloaded if too many do already."""
+        if len(self._readers) >= self._readers_max:
+            raise Overloaded("too many readers follow this answer", retry_after_ms=1000)
+        reader = Reader(self, after)
+        self._readers.add(reader)
+        return reader
+
+    def leave(self, reader: "Reader") -> None:
+        self._readers.discard(reader)
+
+    def _wake(self) -> None:
+        for reader in self._readers:
+            reader.wake()
+
+
+class Reader:
+    """One reader's place in a log."""
+
+    def __init__(self, log: EventLog, after: int) -> None:
+        self.position = after
+        self._log = log
+        self._waiting: asyncio.Future[None] | None = None
+
+    def wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    async def next(self, silence_s: float) -> Sequence[Entry]:
+        """What came since the last call: at once if there is something, else as soon as there is.
+
+        Returns nothing when `silence_s` have passed, or when the log has ended and everything was read.
+        """
+        entries = self._log.read(self.position)
+        if not entries and not self._log.ended:
+            loop = asyncio.get_running_loop()
+            self._waiting = loop.create_future()
+            alarm = loop.call_later(silence_s, self.wake)
+            try:
+                await self._waiting
+            finally:
+                alarm.cancel()
+                self._waiting = None
+            entries = self._log.read(self.position)
+        self.position += len(entries)
+        return entries

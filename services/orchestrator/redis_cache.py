@@ -1,0 +1,98 @@
+"""The exact tier of the answer cache, in Redis: an answer by the very words of its question. What may be cached is decided in `answer`.
+
+A store that is away, slow or full is a miss, counted and logged, never an error. A command that is cancelled costs its connection:
+the reply that was on its way belongs to nobody, so redis-py closes the connection instead of giving it to the next command.
+"""
+
+import asyncio
+import hashlib
+import re
+import unicodedata
+
+import msgspec
+import redis.asyncio as redis
+import structlog
+from redis.exceptions import RedisError
+
+from services.orchestrator.domain import CachedAnswer, Question
+
+log = structlog.get_logger(__name__)
+
+VALUE_BYTES_MAX = 512 * 1024
+_SPACE = re.compile(r"\s+")
+
+
+class _Kept(msgspec.Struct):
+    """A cached answer with the mark of the tenant it belongs to: a second lock should a reply ever reach the wrong command."""
+
+    tenant: str
+    question: str
+    """Normalised."""
+    answer: CachedAnswer
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(_Kept).decode
+
+
+def normalise(question: str) -> str:
+    """Fold what cannot change the meaning: Unicode compatibility forms, white space, the case of a first letter, a final mark.
+
+    Case elsewhere stays: `US` is not `us`. A final `!` or several marks stay too.
+    """
+    text = _SPACE.sub(" ", unicodedata.normalize("NFKC", question)).strip()
+    if len(text) > 1 and text[-1] in ".?" and text[-2] not in ".?!":
+        text = text[:-1].rstrip()
+    first, separator, rest = text.partition(" ")
+    return first.lower() + separator + rest if first.istitle() else text
+
+
+def cache_key(question: Question, scope: str, epoch: int) -> str:
+    """Everything the answer depends on, so that nothing but the very same question in the very same place finds it."""
+    parts = (question.principal.tenant, scope, question.collection, str(epoch), normalise(question.text))
+    digest = hashlib.sha256()
+    for part in parts:
+        encoded = part.encode()
+        digest.update(len(encoded).to_bytes(8, "big"))  # lengths, so that no two lists of parts look alike
+        digest.update(encoded)
+    return f"tailrace:answer:{digest.hexdigest()}"
+
+
+class RedisCache:
+    """ExactCache on Redis or Valkey."""
+
+    def __init__(self, client: redis.Redis, *, ttl_s: int, timeout_s: float) -> None:
+        self._client, self._ttl_s, self._timeout_s = client, ttl_s, timeout_s
+        self.failures = 0
+        """Commands that did not get an answer in time, or any."""
+
+    async def get(self, question: Question, scope: str, epoch: int) -> CachedAnswer | None:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                value = await self._client.get(cache_key(question, scope, epoch))
+            kept = _decode(value) if isinstance(value, bytes) else None
+        except (RedisError, OSError, TimeoutError, msgspec.MsgspecError) as error:
+            self._failed("get", error)
+            return None
+        if kept is None:
+            return None
+        if kept.tenant != question.principal.tenant or kept.question != normalise(question.text):
+            self._failed("get", ValueError("the value is not the one that was asked for"))
+            return None
+        return kept.answer
+
+    async def put(self, question: Question, scope: str, epoch: int, answer: CachedAnswer) -> bool:
+        value = _encode(_Kept(question.principal.tenant, normalise(question.text), answer))
+        if len(value) > VALUE_BYTES_MAX:
+            return False
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._client.set(cache_key(question, scope, epoch), value, ex=self._ttl_s)
+        except (RedisError, OSError, TimeoutError) as error:
+            self._failed("put", error)
+            return False
+        return True
+
+    def _failed(self, command: str, error: Exception) -> None:
+        self.failures += 1
+        log.warning("exact_cache_failed", command=command, error=type(error).__name__, failures=self.failures)

@@ -1,0 +1,199 @@
+"""The orchestrator's RPCs: check what came in, hand it on, render what comes out. No step of an answer happens here."""
+
+import hashlib
+import os
+import re
+import time
+from uuid import UUID
+
+import grpc
+
+from services.chassis.clock import Clock
+from services.chassis.errors import Overloaded, RequestInvalid
+from services.chassis.principal import Principal, current_principal
+from services.chassis.server import Server
+from services.chassis.wire import timestamp, usage_message
+from services.orchestrator.clients import cache_message, passage_message
+from services.orchestrator.domain import Accepted, CacheMode, Citation, Done, PassagesFound, Question, StepChange, TextDelta
+from services.orchestrator.log import Entry, EventLog
+from services.orchestrator.ports import Books
+from services.orchestrator.registry import Kept, Registry
+from services.orchestrator.router import Router
+from tailrace.orchestrator.v1 import orchestrator_service_pb2 as pb
+from tailrace.orchestrator.v1 import orchestrator_service_pb2_grpc as pb_grpc
+
+QUESTION_BYTES_MAX = 32_768
+OUTPUT_TOKENS_MAX = 64_000
+KEY_CHARACTERS_MAX = 256
+ANSWER_ID_CHARACTERS_MAX = 64
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_CACHE_MODES: dict[int, CacheMode] = {
+    pb.CACHE_MODE_UNSPECIFIED: "use",
+    pb.CACHE_MODE_USE: "use",
+    pb.CACHE_MODE_REFRESH: "refresh",
+    pb.CACHE_MODE_OFF: "off",
+}
+
+
+def new_answer_id() -> str:
+    """A UUID of version 7: sortable by time, 74 random bits; RFC 9562, section 5.7."""
+    value = int(time.time() * 1000) << 80 | int.from_bytes(os.urandom(10), "big")
+    value = value & ~(0xF << 76) | 7 << 76
+    value = value & ~(0x3 << 62) | 2 << 62
+    return str(UUID(int=value))
+
+
+def read_question(request: pb.AnswerRequest, principal: Principal, router: Router, clock: Clock, output_tokens_default: int) -> Question:
+    """Check every field of `request`. Raises RequestInvalid that names the field and its bound, or ModelUnknown."""
+    size = len(request.question.encode())
+    if size > QUESTION_BYTES_MAX:
+        raise RequestInvalid(f"the question has {size} bytes", field="question", bound=f"1-{QUESTION_BYTES_MAX} bytes")
+    if not request.question.strip():
+        raise RequestInvalid("the question is empty", field="question", bound=f"1-{QUESTION_BYTES_MAX} bytes")
+    if "\x00" in request.question:
+        raise RequestInvalid("the question holds a NUL character", field="question", bound="no U+0000")
+    for field in ("session_id", "collection"):
+        value = getattr(request, field)
+        if value and not _NAME.fullmatch(value):
+            raise RequestInvalid(f"{field} has characters or a length that is not allowed", field=field, bound="1-64 of [A-Za-z0-9_-]")
+    if request.HasField("max_output_tokens") and not 1 <= request.max_output_tokens <= OUTPUT_TOKENS_MAX:
+        raise RequestInvalid("max_output_tokens is out of bounds", field="max_output_tokens", bound=f"1-{OUTPUT_TOKENS_MAX}")
+    if len(request.idempotency_key) > KEY_CHARACTERS_MAX:
+        raise RequestInvalid("the idempotency key is too long", field="idempotency_key", bound=f"0-{KEY_CHARACTERS_MAX} characters")
+    if request.cache not in _CACHE_MODES:
+        raise RequestInvalid("there is no such cache mode", field="cache", bound="0-3")
+    if request.HasField("output_schema"):
+        raise RequestInvalid("no configured model can be bound to a schema", field="output_schema")
+    if request.tools:
+        raise RequestInvalid("no configured model can call tools", field="tools")
+    tier, candidates = router.route(request.model, request.tier)
+    answer_id = new_answer_id()
+    return Question(
+        answer_id=answer_id,
+        text=request.question,
+        principal=principal,
+        session_id=request.session_id or answer_id,
+        session_is_new=not request.session_id,
+        tier=tier,
+        candidates=candidates,
+        output_tokens_max=request.max_output_tokens if request.HasField("max_output_tokens") else output_tokens_default,
+        collection=request.collection or "default",
+        cache=_CACHE_MODES[request.cache],
+        created_at=clock.now(),
+        idempotency_key=request.idempotency_key,
+        cancel_on_disconnect=request.cancel_on_disconnect,
+    )
+
+
+def event_message(answer_id: str, entry: Entry) -> pb.AnswerEvent:
+    """An entry of the log as readers see it; the same entry is always the same message."""
+    match entry.event:
+        case TextDelta(text):
+            return pb.AnswerEvent(answer_id=answer_id, sequence=entry.sequence, delta=pb.Delta(text=text))
+        case Citation() as cited:
+            citation = pb.Citation(
+                number=cited.number, start=cited.start, end=cited.end, document_id=cited.document_id, chunk_id=cited.chunk_id
+            )
+            return pb.AnswerEvent(answer_id=answer_id, sequence=entry.sequence, citation=citation)
+        case StepChange() as step:
+            change = pb.Step(name=step.name, status=step.status, started_ms=step.started_ms, duration_ms=step.duration_ms, facts=step.facts)
+            return pb.AnswerEvent(answer_id=answer_id, sequence=entry.sequence, step=change)
+        case PassagesFound(passages):
+            shown = pb.Passages(passages=map(passage_message, passages))
+            return pb.AnswerEvent(answer_id=answer_id, sequence=entry.sequence, passages=shown)
+        case Accepted() as taken:
+            accepted = pb.Accepted(
+                answer_id=taken.answer_id, session_id=taken.session_id, trace_id=taken.trace_id, created_at=timestamp(taken.created_at)
+            )
+            return pb.AnswerEvent(answer_id=answer_id, sequence=entry.sequence, accepted=accepted)
+        case Done() as done:
+            return pb.AnswerEvent(answer_id=answer_id, sequence=entry.sequence, done=_done_message(done))
+
+
+def _done_message(done: Done) -> pb.Done:
+    return pb.Done(
+        answer_id=done.answer_id,
+        text_sha256=done.text_sha256,
+        usage=usage_message(done.usage),
+        cost_nanousd=done.cost_nanousd,
+        model=done.model,
+        tier=done.tier,
+        finish_reason=done.finish_reason,
+        cache=cache_message(done.cache),
+        trace_id=done.trace_id,
+        estimated=done.estimated,
+        verdict=done.verdict,
+        first_token_ms=done.first_token_ms,
+        duration_ms=done.duration_ms,
+        provider=done.provider,
+    )
+
+
+class OrchestratorRpc(pb_grpc.OrchestratorServiceServicer):
+    """Handlers write into their stream and are never generators: grpc.aio does not close those."""
+
+    def __init__(
+        self, registry: Registry, router: Router, books: Books, clock: Clock, *, output_tokens_default: int, heartbeat_s: float
+    ) -> None:
+        self._registry, self._router, self._books, self._clock = registry, router, books, clock
+        self._output_tokens_default, self._heartbeat_s = output_tokens_default, heartbeat_s
+
+    async def Answer(self, request: pb.AnswerRequest, context: grpc.aio.ServicerContext) -> None:  # type: ignore[override]
+        question = read_question(request, current_principal(), self._router, self._clock, self._output_tokens_default)
+        if not self._books.has_room:
+            raise Overloaded("too many records wait for the ledger", retry_after_ms=5000)
+        fingerprint = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
+        await self._follow(self._registry.begin(question, fingerprint), 0, context)
+
+    async def ResumeAnswer(self, request: pb.ResumeAnswerRequest, context: grpc.aio.ServicerContext) -> None:  # type: ignore[override]
+        kept = self._registry.find(current_principal(), _answer_id(request.answer_id))
+        if not 0 <= request.after_sequence <= len(kept.events):
+            bound = f"0-{len(kept.events)}"
+            raise RequestInvalid("the answer has no event of this number", field="after_sequence", bound=bound)
+        await self._follow(kept, request.after_sequence, context)
+
+    async def CancelAnswer(self, request: pb.CancelAnswerRequest, context: grpc.aio.ServicerContext) -> pb.CancelAnswerResponse:
+        return pb.CancelAnswerResponse(was_running=self._registry.cancel(current_principal(), _answer_id(request.answer_id)))
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext) -> pb.ListModelsResponse:
+        models = [
+            pb.Model(
+                model=offer.candidate.model,
+                provider=offer.candidate.provider,
+                tiers=offer.tiers,
+                context_tokens_max=offer.candidate.context_tokens_max,
+                output_tokens_max=offer.candidate.output_tokens_max,
+            )
+            for offer in self._router.offers()
+        ]
+        return pb.ListModelsResponse(models=models, default_tier=self._router.default_tier)
+
+    async def _follow(self, kept: Kept, after: int, context: grpc.aio.ServicerContext) -> None:
+        """Write the answer's events from after a number on, until `done` or its error."""
+        events: EventLog = kept.events
+        answer_id = kept.question.answer_id
+        async with self._registry.reading(kept, after) as reader:
+            while True:
+                entries = await reader.next(self._heartbeat_s)
+                for entry in entries:
+                    await context.write(event_message(answer_id, entry))
+                if entries:
+                    continue
+                if not events.ended:
+                    await context.write(pb.AnswerEvent(answer_id=answer_id, sequence=reader.position, heartbeat=pb.Heartbeat()))
+                elif events.failure is not None:
+                    raise events.failure
+                else:
+                    return
+
+
+def offer(server: Server, handlers: OrchestratorRpc) -> None:
+    """Put the handlers on `server` under the contract's name."""
+    name = pb.DESCRIPTOR.services_by_name["OrchestratorService"].full_name
+    server.add(pb_grpc.add_OrchestratorServiceServicer_to_server, handlers, name)
+
+
+def _answer_id(value: str) -> str:
+    if not 1 <= len(value) <= ANSWER_ID_CHARACTERS_MAX:
+        raise RequestInvalid("the answer id is missing or too long", field="answer_id", bound=f"1-{ANSWER_ID_CHARACTERS_MAX} characters")
+    return value

@@ -1,0 +1,204 @@
+"""What is known of one answer while it is made, and how that becomes its receipt and its record. It decides nothing."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from services.chassis import telemetry
+from services.chassis.afterwork import AfterWork
+from services.chassis.clock import Clock
+from services.chassis.errors import AnswerCancelled, DomainError
+from services.chassis.money import Usage
+from services.chassis.telemetry import StepRecord, Trail
+from services.orchestrator.compose import Template
+from services.orchestrator.domain import (
+    Accepted,
+    Attempt,
+    CachedAnswer,
+    CacheReceipt,
+    Done,
+    Event,
+    OperationRecord,
+    Passage,
+    PassagesFound,
+    Question,
+    StepChange,
+    TextDelta,
+    Turn,
+)
+from services.orchestrator.log import EventLog
+from services.orchestrator.ports import Books, ExactCache, Ledger, Memory, Model
+from services.orchestrator.standalone import language
+from services.orchestrator.validate import CitationReader
+
+FACTS_MAX = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of one answer; see the settings of the same names."""
+
+    deadline_s: float
+    prompt_tokens_max: int
+    passages_max: int
+    history_turns_max: int
+    cache_per_user: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Toolkit:
+    """What all answers of a process share."""
+
+    memory: Memory
+    ledger: Ledger
+    exact: ExactCache
+    books: Books
+    models: Mapping[str, Model]
+    """By provider."""
+    after: AfterWork
+    clock: Clock
+    template: Template
+    limits: Limits
+
+
+class Run:
+    """The one mutable thing of an answer. Every change that a reader may see goes to the log at once."""
+
+    def __init__(self, question: Question, kit: Toolkit, events: EventLog) -> None:
+        self.question, self.kit, self.events = question, kit, events
+        self.trail = Trail("orchestrator", lambda step: self.events.append(_change(step)))
+        self.step = self.trail.step
+        self.trace_id = telemetry.current_trace_id()
+        self.turns: tuple[Turn, ...] = ()
+        self.passages: tuple[Passage, ...] = ()
+        self.citations = CitationReader(())
+        self.epoch = 0
+        self.cache = CacheReceipt("off" if question.cache == "off" else "miss", reason="" if question.cache == "use" else "requested")
+        self.pieces: list[str] = []
+        self.model = self.provider = self.finish_reason = self.verdict = ""
+        self.first_token_ms = 0.0
+        self.attempts: list[Attempt] = []
+
+    def accept(self) -> None:
+        """Say that the question was taken on: the first event."""
+        asked = self.question
+        self.events.append(Accepted(asked.answer_id, asked.session_id, self.trace_id, asked.created_at))
+
+    def show(self, passages: tuple[Passage, ...]) -> None:
+        """Say what `[n]` may point at from now on."""
+        self.passages, self.citations = passages, CitationReader(passages)
+        self.events.append(PassagesFound(passages))
+
+    def write(self, text: str) -> None:
+        """Pass on a piece of text, then the citations it completes."""
+        if not self.first_token_ms:
+            self.first_token_ms = self.trail.elapsed_ms
+        self.pieces.append(text)
+        event: Event = TextDelta(text)
+        self.events.append(event)
+        for event in self.citations.read(text):
+            self.events.append(event)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+    @property
+    def scope(self) -> str:
+        """Digest of everything besides tenant, documents and words that the answer depends on. Similarity never crosses it."""
+        asked, limits = self.question, self.kit.limits
+        parts = (
+            asked.principal.user if limits.cache_per_user else "",
+            asked.tier,
+            *(candidate.model for candidate in asked.candidates),
+            self.kit.template.name,
+            language(asked.text),
+            str(asked.output_tokens_max),
+            str(limits.passages_max),
+        )
+        return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()
+
+    @property
+    def usage(self) -> Usage:
+        return sum((attempt.usage for attempt in self.attempts), Usage())
+
+    @property
+    def cost_nanousd(self) -> int:
+        return sum(attempt.cost_nanousd for attempt in self.attempts)
+
+    @property
+    def estimated(self) -> bool:
+        return any(attempt.estimated for attempt in self.attempts)
+
+    def receipt(self) -> Done:
+        return Done(
+            answer_id=self.question.answer_id,
+            text_sha256=hashlib.sha256(self.text.encode()).hexdigest(),
+            usage=self.usage,
+            cost_nanousd=self.cost_nanousd,
+            model=self.model,
+            provider=self.provider,
+            tier=self.question.tier,
+            finish_reason=self.finish_reason,
+            cache=self.cache,
+            trace_id=self.trace_id,
+            estimated=self.estimated,
+            verdict=self.verdict,
+            first_token_ms=round(self.first_token_ms, 3),
+            duration_ms=round(self.trail.elapsed_ms, 3),
+        )
+
+    def record(self, failure: DomainError | None) -> OperationRecord:
+        """What is booked. The step that books it is in it too, with the time it had taken so far."""
+        status = "done" if failure is None else "cancelled" if isinstance(failure, AnswerCancelled) else "failed"
+        steps = [_change(step) for step in self.trail.steps if step.status != "running"]
+        steps += [
+            StepChange(step.name, "done", step.started_ms, round(self.trail.elapsed_ms - step.started_ms, 3), {})
+            for step in self.trail.steps
+            if step.status == "running"
+        ]
+        return OperationRecord(
+            question=self.question,
+            trace_id=self.trace_id,
+            status=status,  # type: ignore[arg-type]
+            model=self.model,
+            provider=self.provider,
+            finish_reason=self.finish_reason if failure is None else "",
+            error_reason=failure.reason if failure is not None else "",
+            usage=self.usage,
+            cost_nanousd=self.cost_nanousd,
+            cache=self.cache,
+            estimated=self.estimated,
+            first_token_ms=round(self.first_token_ms, 3),
+            duration_ms=round(self.trail.elapsed_ms, 3),
+            steps=tuple(steps),
+            attempts=tuple(self.attempts),
+        )
+
+    def turn(self, *, complete: bool) -> Turn:
+        """The turn the conversation keeps: with the passages that are cited, so that its markers can be opened later."""
+        cited = tuple(passage for passage in self.passages if passage.number in self.citations.cited)
+        asked = self.question
+        return Turn(asked.answer_id, asked.text, self.text, cited, asked.created_at, complete)
+
+    def cacheable(self) -> CachedAnswer:
+        """This answer, as it may be served again."""
+        asked = self.question
+        return CachedAnswer(
+            answer_id=asked.answer_id,
+            question=asked.text,
+            user=asked.principal.user,
+            text=self.text,
+            passages=self.passages,
+            model=self.model,
+            provider=self.provider,
+            cost_nanousd=self.cost_nanousd,
+            created_at=asked.created_at,
+            finish_reason=self.finish_reason,
+            usage=self.usage,
+        )
+
+
+def _change(step: StepRecord) -> StepChange:
+    facts = dict(list((step.facts or {}).items())[:FACTS_MAX])
+    return StepChange(step.name, step.status, step.started_ms, step.duration_ms, facts)

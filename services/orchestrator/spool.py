@@ -1,0 +1,248 @@
+"""Records on their way to the ledger, on disk until it has booked them: SQLite, synced at every commit. It knows bytes alone.
+
+One thread owns the database and commits together what waits together, so that a hundred answers that end at once cost one sync.
+Nothing is ever dropped: what the ledger can never book is put aside in a table of its own.
+"""
+
+import asyncio
+import contextlib
+import queue
+import random
+import sqlite3
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import structlog
+
+from services.chassis.errors import DomainError, Unavailable
+
+log = structlog.get_logger(__name__)
+
+BATCH_MAX = 64
+BACKOFF_MIN_S, BACKOFF_MAX_S = 0.1, 30.0
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS outbox (
+    record_id INTEGER PRIMARY KEY AUTOINCREMENT, -- never used twice, so an old acknowledgement cannot hit a new record
+    payload BLOB NOT NULL
+);
+CREATE TABLE IF NOT EXISTS dead_letter (
+    record_id INTEGER PRIMARY KEY,
+    payload BLOB NOT NULL,
+    reason TEXT NOT NULL,
+    detail TEXT NOT NULL,
+    rejected_at TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))
+);
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """The ledger's word on one record."""
+
+    record_id: int
+    rejected_reason: str = ""
+    rejected_detail: str = ""
+
+
+class Link(Protocol):
+    """A connection to where records go. Acks come in the order of the records."""
+
+    async def send(self, record_id: int, payload: bytes) -> None: ...
+
+    async def ack(self) -> Ack: ...
+
+
+OpenLink = Callable[[], AbstractAsyncContextManager[Link]]
+_Job = tuple[Callable[[sqlite3.Connection], Any], "asyncio.Future[Any]"]
+
+
+class Spool:
+    """The outbox. Open it with `opened`; `drain_forever` sends what is in it."""
+
+    def __init__(self, path: Path, records_max: int) -> None:
+        self._records_max = records_max
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._loop = asyncio.get_running_loop()
+        self._news = asyncio.Event()
+        self._empty = asyncio.Event()
+        self._booked: dict[int, asyncio.Future[None]] = {}
+        self.depth = 0
+        """Records that wait."""
+        self.dead_letters = 0
+        """Records put aside."""
+        self._broken = False
+        self._database = _open(path)
+        self.depth = self._database.execute("SELECT count(*) FROM outbox").fetchone()[0]
+        self.dead_letters = self._database.execute("SELECT count(*) FROM dead_letter").fetchone()[0]
+        if self.depth:
+            self._news.set()
+        else:
+            self._empty.set()
+        self._thread = threading.Thread(target=self._work, name="spool", daemon=True)
+        self._thread.start()
+
+    @property
+    def has_room(self) -> bool:
+        """False while too many records wait, or since the disk failed: then no new work may begin."""
+        return not self._broken and self.depth < self._records_max
+
+    async def append(self, payload: bytes) -> asyncio.Future[None]:
+        """Return once `payload` is on disk; the future is done once it was acknowledged. Raises Unavailable if the disk fails.
+
+        Cancellation: the record may be written all the same.
+        """
+        if self._broken:
+            raise Unavailable("the spool cannot be written", dependency="spool")
+        self.depth += 1
+        self._empty.clear()
+        try:
+            record_id = await self._do(lambda db: db.execute("INSERT INTO outbox (payload) VALUES (?)", (payload,)).lastrowid)
+        except sqlite3.Error as error:
+            # After a failed sync nobody knows what is on disk; trying again would only hide it (fsyncgate).
+            self._broken = True
+            log.error("spool_failed", error=type(error).__name__)
+            raise Unavailable("the spool cannot be written", dependency="spool") from error
+        booked = self._booked[record_id] = self._loop.create_future()
+        self._news.set()
+        return booked
+
+    async def drain_forever(self, open_link: OpenLink) -> None:
+        """Send what is in the outbox, at least once, oldest first, for ever. Whatever fails is tried again; the wait grows to 30 s."""
+        failures = 0
+        while True:
+            try:
+                async with open_link() as link:
+                    while True:
+                        await self._news.wait()
+                        if await self._send_batch(link) < BATCH_MAX and not self.depth:
+                            self._news.clear()
+                        failures = 0
+            except (DomainError, OSError, StopAsyncIteration) as error:
+                ceiling_s = min(BACKOFF_MAX_S, BACKOFF_MIN_S * 2 ** min(failures, 10))
+                failures += 1
+                if failures == 1 or failures % 10 == 0:
+                    log.warning("spool_waits", error=type(error).__name__, depth=self.depth, failures=failures)
+                await asyncio.sleep(random.uniform(BACKOFF_MIN_S / 2, ceiling_s))  # noqa: S311 - jitter, not a secret
+
+    async def _send_batch(self, link: Link) -> int:
+        rows = await self._do(
+            lambda db: db.execute("SELECT record_id, payload FROM outbox ORDER BY record_id LIMIT ?", (BATCH_MAX,)).fetchall()
+        )
+        for record_id, payload in rows:
+            await link.send(record_id, payload)
+        payloads, acks = dict(rows), []
+        try:
+            for _ in rows:
+                ack = await link.ack()
+                if ack.record_id not in payloads:
+                    raise Unavailable("an acknowledgement names a record that was not sent", dependency="ledger")
+                acks.append(ack)
+                if (booked := self._booked.pop(ack.record_id, None)) is not None and not booked.done():
+                    booked.set_result(None)  # the ledger has it; what is left is only our own housekeeping
+        finally:
+            if acks:
+                await self._settle([(ack, payloads[ack.record_id]) for ack in acks])
+        return len(rows)
+
+    async def _settle(self, acked: list[tuple[Ack, bytes]]) -> None:
+        rejected = [
+            (ack.record_id, payload, ack.rejected_reason, ack.rejected_detail[:1000]) for ack, payload in acked if ack.rejected_reason
+        ]
+
+        def settle(db: sqlite3.Connection) -> None:
+            db.executemany("INSERT OR REPLACE INTO dead_letter (record_id, payload, reason, detail) VALUES (?, ?, ?, ?)", rejected)
+            db.executemany("DELETE FROM outbox WHERE record_id = ?", [(ack.record_id,) for ack, _ in acked])
+
+        await self._do(settle)
+        for record_id, _, reason, _ in rejected:
+            self.dead_letters += 1
+            log.error("record_rejected", record_id=record_id, reason=reason, dead_letters=self.dead_letters)
+        self.depth -= len(acked)
+        if self.depth == 0:
+            self._empty.set()
+
+    async def flush(self, timeout_s: float) -> int:
+        """Wait until everything was acknowledged, at most `timeout_s`; return how many records stay on disk for the next start."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._empty.wait()
+        return self.depth
+
+    async def close(self) -> None:
+        """End the thread after what it was given, and close the database."""
+        self._jobs.put(None)
+        await asyncio.to_thread(self._thread.join)
+        self._database.close()
+
+    async def _do(self, job: Callable[[sqlite3.Connection], Any]) -> Any:
+        future: asyncio.Future[Any] = self._loop.create_future()
+        self._jobs.put((job, future))
+        return await future
+
+    def _work(self) -> None:
+        """The thread: take all jobs that wait, run them in one transaction, answer them after its commit."""
+        ended = False
+        while not ended:
+            jobs, ended = self._take()
+            results: list[tuple[asyncio.Future[Any], Any, Exception | None]] = []
+            try:
+                self._database.execute("BEGIN IMMEDIATE")
+                results = [(future, job(self._database), None) for job, future in jobs]
+                self._database.execute("COMMIT")
+            except sqlite3.Error as error:
+                with contextlib.suppress(sqlite3.Error):
+                    self._database.execute("ROLLBACK")
+                results = [(future, None, error) for _, future in jobs]
+            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits any more
+                self._loop.call_soon_threadsafe(_answer, results)
+
+    def _take(self) -> tuple[list[_Job], bool]:
+        jobs: list[_Job] = []
+        item = self._jobs.get()
+        while item is not None:
+            jobs.append(item)
+            if len(jobs) == BATCH_MAX:
+                return jobs, False
+            try:
+                item = self._jobs.get_nowait()
+            except queue.Empty:
+                return jobs, False
+        return jobs, True
+
+
+def _answer(results: list[tuple[asyncio.Future[Any], Any, Exception | None]]) -> None:
+    for future, value, error in results:
+        if future.done():
+            continue
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(value)
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    database = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
+    # One process, one spool: a second one would send the same records and delete under the first one's feet.
+    database.execute("PRAGMA locking_mode = EXCLUSIVE")
+    database.execute("PRAGMA journal_mode = WAL")
+    database.execute("PRAGMA synchronous = FULL")
+    database.executescript(_SCHEMA)
+    return database
+
+
+@contextlib.asynccontextmanager
+async def opened(path: Path, records_max: int) -> AsyncIterator[Spool]:
+    """Open the spool at `path`, made if it is not there. Raises OSError if another process has it."""
+    try:
+        spool = Spool(path, records_max)
+    except sqlite3.OperationalError as error:
+        raise OSError(f"the spool {path} cannot be opened: {error}") from error
+    try:
+        yield spool
+    finally:
+        await spool.close()

@@ -1,0 +1,128 @@
+"""What the orchestrator is made of: acquired from top to bottom, released in reverse. The only place where adapters meet ports."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import redis.asyncio as redis
+
+from services.chassis.afterwork import AfterWork
+from services.chassis.channel import Caller, open_channel
+from services.chassis.clock import SystemClock
+from services.chassis.lifecycle import Service
+from services.chassis.passport import Passport
+from services.chassis.server import Server, passport_identity
+from services.orchestrator import spool
+from services.orchestrator.answer import produce
+from services.orchestrator.claude_model import PROVIDER as ANTHROPIC
+from services.orchestrator.claude_model import ClaudeModel
+from services.orchestrator.clients import RemoteLedger, RemoteMemory, SpooledBooks, ping
+from services.orchestrator.compose import read_template
+from services.orchestrator.config import OrchestratorSettings
+from services.orchestrator.extractive_model import ExtractiveModel
+from services.orchestrator.ports import Model
+from services.orchestrator.redis_cache import RedisCache
+from services.orchestrator.registry import Registry
+from services.orchestrator.router import EXTRACTIVE, read_models
+from services.orchestrator.rpc import OrchestratorRpc, offer
+from services.orchestrator.run import Limits, Toolkit
+from services.orchestrator.standalone import language
+
+WORKS_PER_ANSWER_MAX = 5
+"""Conclusion, turn and two caches of an answer, and one more for those that wait for a ledger that is away."""
+REDIS_CONNECTIONS_MAX = 200
+
+
+@contextlib.asynccontextmanager
+async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
+    """Open everything the orchestrator needs and hand over the service."""
+    async with contextlib.AsyncExitStack() as stack:
+        clock = SystemClock()
+        passport = Passport(settings.internal_key.get_secret_value().encode())
+
+        outbox = await stack.enter_async_context(spool.opened(settings.state_dir / "orchestrator" / "spool.db", settings.spool_records_max))
+        books = SpooledBooks(outbox)
+
+        ledger_channel = await stack.enter_async_context(open_channel(settings.ledger_target))
+        ledger = RemoteLedger(ledger_channel, Caller(settings.ledger_target, passport))
+        retrieval_channel = await stack.enter_async_context(open_channel(settings.retrieval_target))
+        memory = RemoteMemory(retrieval_channel, Caller(settings.retrieval_target, passport))
+
+        # No retries here: the cache's own time limit is shorter than they are worth.
+        pool = redis.BlockingConnectionPool.from_url(
+            settings.redis_url.get_secret_value(),
+            max_connections=REDIS_CONNECTIONS_MAX,
+            timeout=settings.cache_timeout_s,
+            socket_timeout=1.0,
+            socket_connect_timeout=1.0,
+            retry=None,
+        )
+        cache = await stack.enter_async_context(redis.Redis.from_pool(pool))
+        exact = RedisCache(cache, ttl_s=settings.cache_ttl_s, timeout_s=settings.cache_timeout_s)
+
+        models: dict[str, Model] = {EXTRACTIVE: ExtractiveModel(language)}
+        if key := settings.anthropic_api_key.get_secret_value():
+            claude = ClaudeModel(
+                key,
+                settings.anthropic_base_url,
+                connect_s=settings.model_connect_s,
+                first_token_s=settings.model_first_token_s,
+                stall_s=settings.model_stall_s,
+            )
+            stack.push_async_callback(claude.aclose)
+            models[ANTHROPIC] = claude
+        router = read_models(models, settings.default_tier)
+
+        after = AfterWork(tasks_max=WORKS_PER_ANSWER_MAX * settings.answers_max)
+        limits = Limits(
+            deadline_s=settings.answer_deadline_s,
+            prompt_tokens_max=settings.prompt_tokens_max,
+            passages_max=settings.passages_max,
+            history_turns_max=settings.history_turns_max,
+            cache_per_user=settings.cache_scope == "user",
+        )
+        kit = Toolkit(memory, ledger, exact, books, models, after, clock, read_template(), limits)
+        registry = Registry(
+            lambda question, events: produce(question, kit, events),
+            answers_max=settings.answers_max,
+            kept_max=settings.logs_kept_max,
+            kept_s=settings.logs_kept_s,
+            detach_grace_s=settings.detach_grace_s,
+        )
+
+        sender = asyncio.create_task(outbox.drain_forever(ledger.recording), name="spool sender")
+        stack.push_async_callback(_ended, sender)
+
+        server = Server(passport_identity(passport), reflect=settings.environment == "development")
+        handlers = OrchestratorRpc(
+            registry, router, books, clock, output_tokens_default=settings.output_tokens_default, heartbeat_s=settings.heartbeat_s
+        )
+        offer(server, handlers)
+
+        async def drain(timeout_s: float) -> int:
+            """Answers first, then what they left to do, then what the ledger has not booked; that much stays on disk."""
+            loop = asyncio.get_running_loop()
+            ends_at = loop.time() + timeout_s
+            stopped = await registry.drain(timeout_s / 2)
+            await after.drain(max(0.5, ends_at - loop.time() - 0.5))
+            await outbox.flush(max(0.5, ends_at - loop.time()))
+            return stopped
+
+        async def redis_answers() -> None:
+            await cache.ping()
+
+        yield Service(
+            server=server,
+            port=settings.port,
+            probes={
+                "ledger": lambda: ping(ledger_channel, "ledger"),
+                "retrieval": lambda: ping(retrieval_channel, "retrieval"),
+                "redis": redis_answers,
+            },
+            drain=drain,
+        )
+
+
+async def _ended(task: "asyncio.Task[None]") -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

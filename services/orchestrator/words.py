@@ -1,0 +1,12 @@
+"""The word lists of `words.toml` as sets. Nothing is decided with them here."""
+
+import tomllib
+from pathlib import Path
+
+_TABLE = tomllib.loads((Path(__file__).parent / "words.toml").read_text(encoding="utf-8"))
+
+POINTERS = frozenset(_TABLE["pointers"].split())
+CONVERSATION = frozenset(_TABLE["conversation"].split())
+LITTLE = frozenset(_TABLE["little"].split())
+STOP = frozenset(_TABLE["stop"].split())
+LANGUAGES = {code: frozenset(words.split()) for code, words in _TABLE["languages"].items()}

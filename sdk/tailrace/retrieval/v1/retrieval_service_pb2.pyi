@@ -786,16 +786,24 @@ class GetDocumentRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DOCUMENT_ID_FIELD_NUMBER: _builtins.int
+    FIRST_CHUNK_FIELD_NUMBER: _builtins.int
+    CHUNKS_MAX_FIELD_NUMBER: _builtins.int
     document_id: _builtins.str
     """Which document."""
+    first_chunk: _builtins.int
+    """Ordinal of the first chunk to send. >= 0."""
+    chunks_max: _builtins.int
+    """How many chunks to send at most, 1-1000. 0 = 1000. A reply holds fewer if they would make it too large."""
     def __init__(
         self,
         *,
         document_id: _builtins.str = ...,
+        first_chunk: _builtins.int = ...,
+        chunks_max: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["document_id", b"document_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks_max", b"chunks_max", "document_id", b"document_id", "first_chunk", b"first_chunk"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -807,6 +815,9 @@ class GetDocumentResponse(_message.Message):
 
     DOCUMENT_FIELD_NUMBER: _builtins.int
     CHUNKS_FIELD_NUMBER: _builtins.int
+    NEXT_CHUNK_FIELD_NUMBER: _builtins.int
+    next_chunk: _builtins.int
+    """Where to go on with `first_chunk`. 0 = these were the last."""
     @_builtins.property
     def document(self) -> Global___Document:
         """The document."""
@@ -820,10 +831,11 @@ class GetDocumentResponse(_message.Message):
         *,
         document: Global___Document | None = ...,
         chunks: _abc.Iterable[Global___Chunk] | None = ...,
+        next_chunk: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["document", b"document"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "document", b"document"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "document", b"document", "next_chunk", b"next_chunk"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,176 @@
+"""The routes of administration. The role is checked before any of them runs; what a change means, the ledger decides."""
+
+import re
+
+from services.chassis.errors import RequestInvalid
+from services.chassis.principal import Principal, current_principal
+from services.gateway import bodies, render, usd
+from services.gateway.exchange import Exchange
+from services.gateway.kit import Kit
+from services.gateway.queries import at, page
+from tailrace.ledger.v1 import ledger_service_pb2 as ledger
+
+SCOPES = ("tenant", "user", "key")
+
+
+async def plans(exchange: Exchange, kit: Kit) -> None:
+    """GET /v1/admin/plans"""
+    exchange.query(())
+    rows = await kit.backends.ledger.rows(kit.backends.ledger.stub.ListPlans, ledger.ListPlansRequest())
+    await exchange.respond_json({"plans": [render.plan(row.plan) for row in rows]})
+
+
+async def put_plan(exchange: Exchange, kit: Kit) -> None:
+    """PUT /v1/admin/plans/{name}, POST /v1/admin/plans"""
+    exchange.query(())
+    body = await exchange.json()
+    if name := exchange.params.get("name"):
+        if not re.fullmatch(r"[a-z0-9_-]{1,64}", name, re.ASCII):
+            raise RequestInvalid("not the name of a plan", field="name", bound="1-64 of [a-z0-9_-]")
+        request = bodies.parse(body, bodies.PlanBody).message(name)
+    else:
+        named = bodies.parse(body, bodies.NamedPlanBody)
+        request = named.message(named.name)
+    reply = await kit.backends.ledger.unary(kit.backends.ledger.stub.PutPlan, request)
+    kit.limits.forget()
+    await exchange.respond_json(render.plan(reply.plan))
+
+
+async def subscription(exchange: Exchange, kit: Kit) -> None:
+    """GET /v1/admin/subscriptions/{user}"""
+    exchange.query(())
+    request = ledger.GetSubscriptionRequest(user=_subject(exchange, "user"))
+    reply = await kit.backends.ledger.unary(kit.backends.ledger.stub.GetSubscription, request)
+    await exchange.respond_json(render.plain(reply.subscription))
+
+
+async def put_subscription(exchange: Exchange, kit: Kit) -> None:
+    """PUT /v1/admin/subscriptions/{user}"""
+    exchange.query(())
+    user = _subject(exchange, "user")
+    body = bodies.parse(await exchange.json(), bodies.SubscriptionBody)
+    request = ledger.PutSubscriptionRequest(user=user, plan=body.plan)
+    reply = await kit.backends.ledger.unary(kit.backends.ledger.stub.PutSubscription, request)
+    _forget(kit, user)
+    await exchange.respond_json(render.plain(reply.subscription))
+
+
+async def delete_subscription(exchange: Exchange, kit: Kit) -> None:
+    """DELETE /v1/admin/subscriptions/{user}"""
+    exchange.query(())
+    user = _subject(exchange, "user")
+    await kit.backends.ledger.unary(kit.backends.ledger.stub.DeleteSubscription, ledger.DeleteSubscriptionRequest(user=user))
+    _forget(kit, user)
+    await exchange.respond(204, b"", b"")
+
+
+async def budgets(exchange: Exchange, kit: Kit) -> None:
+    """GET /v1/admin/budgets/{scope}/{id}"""
+    exchange.query(())
+    scope, subject = _budget_of(exchange)
+    request = ledger.GetBudgetsRequest(scope=scope, subject=subject)
+    reply = await kit.backends.ledger.unary(kit.backends.ledger.stub.GetBudgets, request)
+    await exchange.respond_json({"budgets": [render.budget(budget) for budget in reply.budgets]})
+
+
+async def put_budget(exchange: Exchange, kit: Kit) -> None:
+    """PUT /v1/admin/budgets/{scope}/{id}"""
+    exchange.query(())
+    scope, subject = _budget_of(exchange)
+    body = bodies.parse(await exchange.json(), bodies.BudgetBody)
+    request = ledger.PutBudgetRequest(scope=scope, subject=subject, period=body.period, limit_nanousd=usd.parse(body.limit_usd))
+    reply = await kit.backends.ledger.unary(kit.backends.ledger.stub.PutBudget, request)
+    await exchange.respond_json(render.budget(reply.budget))
+
+
+async def delete_budget(exchange: Exchange, kit: Kit) -> None:
+    """DELETE /v1/admin/budgets/{scope}/{id}"""
+    period = exchange.query({"period"}).get("period", "")
+    if period not in ("", "day", "month"):
+        raise RequestInvalid("there is no such period", field="period", bound="day, month")
+    scope, subject = _budget_of(exchange)
+    request = ledger.DeleteBudgetRequest(scope=scope, subject=subject, period=period)
+    await kit.backends.ledger.unary(kit.backends.ledger.stub.DeleteBudget, request)
+    await exchange.respond(204, b"", b"")
+
+
+async def prices(exchange: Exchange, kit: Kit) -> None:
+    """GET /v1/admin/prices"""
+    exchange.query(())
+    rows = await kit.backends.ledger.rows(kit.backends.ledger.stub.ListPrices, ledger.ListPricesRequest())
+    await exchange.respond_json({"prices": [render.price(row.price) for row in rows]})
+
+
+async def put_price(exchange: Exchange, kit: Kit) -> None:
+    """PUT and POST /v1/admin/prices: a new version."""
+    exchange.query(())
+    request = bodies.parse(await exchange.json(), bodies.PriceBody).message()
+    reply = await kit.backends.ledger.unary(kit.backends.ledger.stub.PutPrice, request, idempotent=False)
+    await exchange.respond_json(render.price(reply.price))
+
+
+async def api_keys(exchange: Exchange, kit: Kit) -> None:
+    """GET /v1/admin/api-keys"""
+    exchange.query(())
+    rows = await kit.backends.ledger.rows(kit.backends.ledger.stub.ListApiKeys, ledger.ListApiKeysRequest())
+    await exchange.respond_json({"api_keys": [render.plain(row.key) for row in rows]})
+
+
+async def create_api_key(exchange: Exchange, kit: Kit) -> None:
+    """POST /v1/admin/api-keys"""
+    exchange.query(())
+    body = bodies.parse(await exchange.json(), bodies.ApiKeyBody)
+    request = ledger.CreateApiKeyRequest(name=body.name, user=body.user, roles=body.roles)
+    if body.expires_at:
+        request.expires_at.FromDatetime(at(body.expires_at, "expires_at"))
+    reply = await kit.backends.ledger.unary(kit.backends.ledger.stub.CreateApiKey, request, idempotent=False)
+    await exchange.respond_json({**render.plain(reply.key), "secret": reply.secret}, 201)
+
+
+async def revoke_api_key(exchange: Exchange, kit: Kit) -> None:
+    """DELETE /v1/admin/api-keys/{id}"""
+    exchange.query(())
+    request = ledger.RevokeApiKeyRequest(key_id=exchange.params["id"])
+    await kit.backends.ledger.unary(kit.backends.ledger.stub.RevokeApiKey, request)
+    kit.identity.forget_api_keys()
+    await exchange.respond(204, b"", b"")
+
+
+async def users(exchange: Exchange, kit: Kit) -> None:
+    """GET /v1/admin/users"""
+    size, token = page(exchange.query({"page_size", "page_token"}))
+    rows = await kit.backends.ledger.rows(kit.backends.ledger.stub.ListUsers, ledger.ListUsersRequest(page_size=size, page_token=token))
+    listed = [render.plain(row.user) for row in rows if row.HasField("user")]
+    await exchange.respond_json({"users": listed, "next_page_token": rows[-1].next_page_token if rows else ""})
+
+
+async def put_user(exchange: Exchange, kit: Kit) -> None:
+    """PUT /v1/admin/users/{user}, POST /v1/admin/users"""
+    exchange.query(())
+    content = await exchange.json()
+    if "user" in exchange.params:
+        user, body = _subject(exchange, "user"), bodies.parse(content, bodies.UserBody)
+    else:
+        named = bodies.parse(content, bodies.NamedUserBody)
+        user, body = named.user, named
+    request = ledger.PutUserRequest(user=user, display_name=body.display_name)
+    reply = await kit.backends.ledger.unary(kit.backends.ledger.stub.PutUser, request)
+    await exchange.respond_json(render.plain(reply.user))
+
+
+def _forget(kit: Kit, user: str) -> None:
+    kit.limits.forget(Principal(current_principal().tenant, user))
+
+
+def _budget_of(exchange: Exchange) -> tuple[str, str]:
+    scope = exchange.params["scope"]
+    if scope not in SCOPES:
+        raise RequestInvalid("there is no such scope", field="scope", bound=", ".join(SCOPES))
+    return scope, _subject(exchange, "id")
+
+
+def _subject(exchange: Exchange, field: str) -> str:
+    value = exchange.params[field]
+    if not 1 <= len(value) <= 256 or "\0" in value:
+        raise RequestInvalid(f"{field} is out of bounds", field=field, bound="1-256 characters")
+    return value

@@ -1,0 +1,130 @@
+"""The routes of an answer: ask, resume, cancel, look up. What an answer is, the orchestrator decides; here one stream becomes the other."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from services.chassis.errors import AnswerInterrupted, RequestInvalid
+from services.gateway import bodies, render
+from services.gateway.bridge import Bridge
+from services.gateway.exchange import Exchange
+from services.gateway.kit import Kit
+from tailrace.ledger.v1 import ledger_service_pb2 as ledger
+from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
+
+DEADLINE_SLACK_S = 10.0
+"""Longer than the orchestrator's own deadline, so that its typed error arrives before ours."""
+
+
+async def ask(exchange: Exchange, kit: Kit) -> None:
+    """POST /v1/answers"""
+    exchange.query(())
+    body = bodies.parse(await exchange.json(), bodies.AnswerBody)
+    request = body.message(_idempotency_key(exchange))
+    stub = kit.backends.orchestrator.stub
+    async with kit.backends.orchestrator.stream(stub.Answer, request, timeout_s=kit.answer_timeout_s + DEADLINE_SLACK_S) as events:
+        if body.stream:
+            await _relay(exchange, kit, events)
+        else:
+            await exchange.respond_json(await kit.unless_client_leaves(exchange, _whole(events)))
+
+
+async def resume(exchange: Exchange, kit: Kit) -> None:
+    """GET /v1/answers/{id}/events"""
+    request = orchestrator.ResumeAnswerRequest(answer_id=exchange.params["id"], after_sequence=_after(exchange))
+    stub = kit.backends.orchestrator.stub
+    async with kit.backends.orchestrator.stream(stub.ResumeAnswer, request, timeout_s=kit.answer_timeout_s + DEADLINE_SLACK_S) as events:
+        await _relay(exchange, kit, events)
+
+
+async def cancel(exchange: Exchange, kit: Kit) -> None:
+    """POST /v1/answers/{id}/cancel"""
+    exchange.query(())
+    request = orchestrator.CancelAnswerRequest(answer_id=exchange.params["id"])
+    reply = await kit.backends.orchestrator.unary(kit.backends.orchestrator.stub.CancelAnswer, request)
+    await exchange.respond_json({"answer_id": exchange.params["id"], "was_running": reply.was_running}, 202)
+
+
+async def show(exchange: Exchange, kit: Kit) -> None:
+    """GET /v1/answers/{id}"""
+    exchange.query(())
+    request = ledger.GetOperationRequest(operation_id=exchange.params["id"], with_turn=True)
+    reply = await kit.backends.ledger.unary(kit.backends.ledger.stub.GetOperation, request)
+    await exchange.respond_json(render.answer_record(reply))
+
+
+async def models(exchange: Exchange, kit: Kit) -> None:
+    """GET /v1/models"""
+    exchange.query(())
+    reply = await kit.backends.orchestrator.unary(kit.backends.orchestrator.stub.ListModels, orchestrator.ListModelsRequest())
+    data = [
+        {
+            "id": model.model,
+            "object": "model",
+            "created": 0,
+            "owned_by": model.provider,
+            "tiers": list(model.tiers),
+            "context_tokens_max": model.context_tokens_max,
+            "output_tokens_max": model.output_tokens_max,
+        }
+        for model in reply.models
+    ]
+    await exchange.respond_json({"object": "list", "data": data, "default_tier": reply.default_tier})
+
+
+async def _relay(exchange: Exchange, kit: Kit, events: AsyncIterator[Any]) -> None:
+    bridge = Bridge(exchange, render.answer_event, render.is_done, kit.timing, kit.draining)
+    with kit.counted(bridge, "answers"):
+        if not await bridge.run(events):
+            # The log has ended and the client has all of it: 204 is what stops a browser from coming back.
+            await exchange.respond(204, b"", b"")
+
+
+async def _whole(events: AsyncIterator[Any]) -> dict[str, Any]:
+    """The answer as one document."""
+    text: list[str] = []
+    citations: list[dict[str, Any]] = []
+    passages: list[dict[str, Any]] = []
+    steps: dict[str, dict[str, Any]] = {}
+    session_id = ""
+    async for event in events:
+        match event.WhichOneof("event"):
+            case "accepted":
+                session_id = event.accepted.session_id
+            case "delta":
+                text.append(event.delta.text)
+            case "citation":
+                citations.append(render.plain(event.citation))
+            case "passages":
+                passages = [render.plain(passage) for passage in event.passages.passages]
+            case "step":
+                steps[event.step.name] = render.plain(event.step)
+            case "done":
+                return {
+                    **render.plain(event.done),
+                    "session_id": session_id,
+                    "text": "".join(text),
+                    "citations": citations,
+                    "passages": passages,
+                    "steps": list(steps.values()),
+                }
+    raise AnswerInterrupted("the answer ended before it was done")
+
+
+def _idempotency_key(exchange: Exchange) -> str:
+    key = exchange.header("idempotency-key")
+    bound = f"at most {bodies.KEY_LENGTH_MAX} printable ASCII characters"
+    if len(key) > bodies.KEY_LENGTH_MAX or not (key.isascii() and key.isprintable()):
+        raise RequestInvalid("the idempotency key is not valid", field="Idempotency-Key", bound=bound)
+    return key
+
+
+def _after(exchange: Exchange) -> int:
+    """What the client has already: `?after=`, else `Last-Event-ID`, else nothing."""
+    query = exchange.query({"after"})
+    field = "after" if "after" in query else "Last-Event-ID"
+    value = query.get("after", exchange.header("last-event-id"))
+    if not value:
+        return 0
+    if not (value.isascii() and value.isdecimal() and len(value) <= 18):
+        raise RequestInvalid("not the number of an event", field=field, bound="0 to 999999999999999999")
+    return int(value)

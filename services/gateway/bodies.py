@@ -1,0 +1,308 @@
+"""What clients send as JSON: exact shapes with bounds, and how each becomes a message. Every mistake names its field and its bound.
+
+Nothing is read here that is not in a shape; tenant and user are in none.
+"""
+
+import re
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from google.protobuf.struct_pb2 import Struct
+
+from services.chassis.errors import PayloadTooLarge, RequestInvalid
+from services.gateway import usd
+from tailrace.common.v1 import common_pb2 as common
+from tailrace.ledger.v1 import ledger_service_pb2 as ledger
+from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
+from tailrace.retrieval.v1 import retrieval_service_pb2 as retrieval
+
+QUESTION_BYTES_MAX = 32_768
+DOCUMENT_BYTES_MAX = 20 * 1024 * 1024
+SCHEMA_DEPTH_MAX = 24
+"""A level of JSON is three nested messages, and protobuf stops at a hundred."""
+KEY_LENGTH_MAX = 256
+
+Name = Annotated[str, msgspec.Meta(max_length=64, pattern=r"^[A-Za-z0-9_-]*\Z")]
+Usd = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,9}(\.[0-9]{1,9})?\Z")]
+Tier = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+UserName = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+PlanName = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[a-z0-9_-]+\Z")]
+Role = Literal["user", "service", "admin"]
+
+B = TypeVar("B", bound="Body")
+
+
+class Body(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """A JSON object with exactly these fields."""
+
+
+class ToolBody(Body, frozen=True, kw_only=True):
+    """A tool as the model sees it."""
+
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+\Z")]
+    description: Annotated[str, msgspec.Meta(max_length=4096)] = ""
+    input_schema: dict[str, Any] = {}
+
+
+class AnswerBody(Body, frozen=True, kw_only=True):
+    """A question."""
+
+    question: str
+    session_id: Name = ""
+    model: Annotated[str, msgspec.Meta(max_length=128)] = ""
+    tier: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    max_output_tokens: Annotated[int, msgspec.Meta(ge=1, le=64_000)] | None = None
+    collection: Name = ""
+    cache: Literal["use", "refresh", "off"] = "use"
+    stream: bool = True
+    output_schema: dict[str, Any] | None = None
+    tools: Annotated[list[ToolBody], msgspec.Meta(max_length=64)] = []
+
+    def message(self, idempotency_key: str) -> orchestrator.AnswerRequest:
+        """As the orchestrator takes it. Raises RequestInvalid."""
+        _require_text(self.question, "question")
+        request = orchestrator.AnswerRequest(
+            question=self.question,
+            session_id=self.session_id,
+            model=self.model,
+            tier=self.tier,
+            max_output_tokens=self.max_output_tokens,
+            collection=self.collection,
+            cache=_CACHE_MODES[self.cache],
+            idempotency_key=idempotency_key,
+            cancel_on_disconnect=not self.stream,
+        )
+        if self.output_schema is not None:
+            request.output_schema.CopyFrom(_struct(self.output_schema, "output_schema"))
+        for number, tool in enumerate(self.tools):
+            schema = _struct(tool.input_schema, f"tools[{number}].input_schema")
+            request.tools.add(name=tool.name, description=tool.description, input_schema=schema)
+        return request
+
+
+class DocumentBody(Body, frozen=True, kw_only=True):
+    """A document as text."""
+
+    text: str
+    title: Annotated[str, msgspec.Meta(max_length=512)] = ""
+    source_uri: Annotated[str, msgspec.Meta(max_length=1024)] = ""
+    metadata: Annotated[
+        dict[Annotated[str, msgspec.Meta(max_length=256)], Annotated[str, msgspec.Meta(max_length=256)]], msgspec.Meta(max_length=32)
+    ] = {}
+    collection: Name = ""
+
+    def header(self) -> retrieval.DocumentHeader:
+        """As retrieval takes it."""
+        if not self.title.strip() and not self.source_uri.strip():
+            raise RequestInvalid("a document needs a title or a source_uri", field="title", bound="1-512 characters")
+        for field, value in (("title", self.title), ("source_uri", self.source_uri)):
+            if "\0" in value:
+                raise RequestInvalid(f"{field} contains a NUL character", field=field, bound="no NUL")
+        return retrieval.DocumentHeader(
+            title=self.title, source_uri=self.source_uri, collection=self.collection, metadata=dict(self.metadata)
+        )
+
+    def content(self) -> bytes:
+        """Its text as UTF-8. Raises PayloadTooLarge, RequestInvalid."""
+        content = self.text.encode()
+        if not content.strip():
+            raise RequestInvalid("the text is empty", field="text", bound="1 byte to 20 MiB")
+        if len(content) > DOCUMENT_BYTES_MAX:
+            raise PayloadTooLarge(f"a document has at most {DOCUMENT_BYTES_MAX} bytes", field="text", bound_bytes=DOCUMENT_BYTES_MAX)
+        return content
+
+
+class SearchBody(Body, frozen=True, kw_only=True):
+    """A search."""
+
+    query: str
+    limit: Annotated[int, msgspec.Meta(ge=1, le=100)] = 10
+    mode: Literal["hybrid", "dense", "sparse"] = "hybrid"
+    collection: Name = ""
+
+    def message(self) -> retrieval.SearchRequest:
+        """As retrieval takes it."""
+        _require_text(self.query, "query")
+        return retrieval.SearchRequest(query=self.query, limit=self.limit, mode=_SEARCH_MODES[self.mode], collection=self.collection)
+
+
+class PlanBody(Body, frozen=True, kw_only=True):
+    """A plan."""
+
+    requests_per_minute: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+    tokens_per_minute: Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000)]
+    concurrent_answers: Annotated[int, msgspec.Meta(ge=1, le=10_000)]
+    monthly_budget_usd: Usd = "0"
+    tiers: Annotated[list[Tier], msgspec.Meta(min_length=1, max_length=32)]
+
+    def message(self, name: str) -> ledger.PutPlanRequest:
+        plan = ledger.Plan(
+            name=name,
+            requests_per_minute=self.requests_per_minute,
+            tokens_per_minute=self.tokens_per_minute,
+            concurrent_answers=self.concurrent_answers,
+            monthly_budget_nanousd=usd.parse(self.monthly_budget_usd),
+            tiers=self.tiers,
+        )
+        return ledger.PutPlanRequest(plan=plan)
+
+
+class NamedPlanBody(PlanBody, frozen=True, kw_only=True):
+    """A plan that says its own name."""
+
+    name: PlanName
+
+
+class SubscriptionBody(Body, frozen=True, kw_only=True):
+    """Which plan a user is on."""
+
+    plan: PlanName
+
+
+class BudgetBody(Body, frozen=True, kw_only=True):
+    """How much may be spent in a period."""
+
+    period: Literal["day", "month"]
+    limit_usd: Usd
+
+
+class PriceBody(Body, frozen=True, kw_only=True):
+    """A new version of a model's price, in US dollars per million tokens."""
+
+    provider: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+    model: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+    input_usd_per_mtok: Usd
+    output_usd_per_mtok: Usd
+    cache_read_usd_per_mtok: Usd = "0"
+    cache_write_5m_usd_per_mtok: Usd = "0"
+    cache_write_1h_usd_per_mtok: Usd = "0"
+    long_context_above_tokens: Annotated[int, msgspec.Meta(ge=0, le=1_000_000_000)] = 0
+    long_input_usd_per_mtok: Usd = "0"
+    long_output_usd_per_mtok: Usd = "0"
+    source: Annotated[str, msgspec.Meta(max_length=256)] = ""
+
+    def message(self) -> ledger.PutPriceRequest:
+        price = common.Price(
+            provider=self.provider,
+            model=self.model,
+            input_nanousd_per_mtok=usd.parse(self.input_usd_per_mtok),
+            output_nanousd_per_mtok=usd.parse(self.output_usd_per_mtok),
+            cache_read_nanousd_per_mtok=usd.parse(self.cache_read_usd_per_mtok),
+            cache_write_5m_nanousd_per_mtok=usd.parse(self.cache_write_5m_usd_per_mtok),
+            cache_write_1h_nanousd_per_mtok=usd.parse(self.cache_write_1h_usd_per_mtok),
+            long_context_above_tokens=self.long_context_above_tokens,
+            long_input_nanousd_per_mtok=usd.parse(self.long_input_usd_per_mtok),
+            long_output_nanousd_per_mtok=usd.parse(self.long_output_usd_per_mtok),
+            source=self.source,
+        )
+        return ledger.PutPriceRequest(price=price)
+
+
+class ApiKeyBody(Body, frozen=True, kw_only=True):
+    """A key to be made."""
+
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+    user: UserName
+    roles: Annotated[list[Role], msgspec.Meta(max_length=3)] = []
+    expires_at: str = ""
+
+
+class UserBody(Body, frozen=True, kw_only=True):
+    """What is kept of a user."""
+
+    display_name: Annotated[str, msgspec.Meta(max_length=256)] = ""
+
+
+class NamedUserBody(UserBody, frozen=True, kw_only=True):
+    """A user that says its own name."""
+
+    user: UserName
+
+
+_CACHE_MODES = {
+    "use": orchestrator.CACHE_MODE_USE,
+    "refresh": orchestrator.CACHE_MODE_REFRESH,
+    "off": orchestrator.CACHE_MODE_OFF,
+}
+_SEARCH_MODES = {
+    "hybrid": retrieval.SEARCH_MODE_HYBRID,
+    "dense": retrieval.SEARCH_MODE_DENSE,
+    "sparse": retrieval.SEARCH_MODE_SPARSE,
+}
+_PATH = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>[^`]*)`)?$", re.DOTALL)
+_NAMED = re.compile(r"field `(?P<name>[^`]*)`")
+
+
+def parse(body: bytes, shape: type[B], *, within: str = "") -> B:
+    """Read `body` as `shape`. `within` is put before the names of fields, to say which of many objects it was. Raises RequestInvalid."""
+    if not body.strip():
+        raise RequestInvalid("the body is empty", field=within or "body", bound="a JSON object")
+    try:
+        value = msgspec.json.decode(body, type=shape)
+    except msgspec.ValidationError as error:
+        raise _mistake(str(error), within) from None
+    except UnicodeDecodeError:
+        raise RequestInvalid("the body is not UTF-8", field=within or "body", bound="UTF-8") from None
+    except RecursionError:
+        raise RequestInvalid("the JSON is nested too deep", field=within or "body", bound="less nesting") from None
+    except msgspec.DecodeError as error:
+        raise RequestInvalid(f"the body is not JSON: {str(error)[:120]}", field=within or "body", bound="a JSON object") from None
+    _refuse_nul(value, within)
+    return value
+
+
+def collection(name: str) -> str:
+    """`name` as the name of a collection that did not come in JSON; empty = the default one. Raises RequestInvalid."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]{0,64}", name, re.ASCII):
+        raise RequestInvalid("not the name of a collection", field="collection", bound="1-64 of [A-Za-z0-9_-]")
+    return name
+
+
+def _mistake(text: str, within: str) -> RequestInvalid:
+    match = _PATH.match(text)
+    assert match is not None  # every part of the pattern may be empty
+    what, path = match["what"], (match["path"] or "").removeprefix("$").removeprefix(".")
+    if named := _NAMED.search(what):
+        path = ".".join(part for part in (path, named["name"][:64]) if part)
+    field = ".".join(part for part in (within, path) if part) or "body"
+    return RequestInvalid(what[:200], field=field, bound=what[:200])
+
+
+def _refuse_nul(value: Body, within: str) -> None:
+    """No store keeps NUL in text, so none gets in. (A document's text is bytes to us; what it is, retrieval decides.)"""
+    for field in value.__struct_fields__:
+        if field != "text" and isinstance(text := getattr(value, field), str) and "\0" in text:
+            raise RequestInvalid(f"{field} contains a NUL character", field=f"{within}.{field}" if within else field, bound="no NUL")
+
+
+def _require_text(text: str, field: str) -> None:
+    bound = f"1-{QUESTION_BYTES_MAX} bytes of UTF-8, not only white space"
+    if not text.strip():
+        raise RequestInvalid(f"the {field} is empty", field=field, bound=bound)
+    if len(text.encode()) > QUESTION_BYTES_MAX:
+        raise RequestInvalid(f"the {field} is too long", field=field, bound=bound)
+
+
+def _struct(value: dict[str, Any], field: str) -> Struct:
+    if _depth(value) > SCHEMA_DEPTH_MAX:
+        raise RequestInvalid(f"{field} is nested too deep", field=field, bound=f"at most {SCHEMA_DEPTH_MAX} levels")
+    struct = Struct()
+    try:
+        struct.update(value)
+    except (ValueError, TypeError, OverflowError):
+        raise RequestInvalid(
+            f"{field} holds a value that cannot be kept", field=field, bound="JSON with numbers of double precision"
+        ) from None
+    return struct
+
+
+def _depth(value: object) -> int:
+    deepest, waiting = 0, [(value, 1)]
+    while waiting:
+        item, depth = waiting.pop()
+        deepest = max(deepest, depth)
+        if depth > SCHEMA_DEPTH_MAX:
+            break
+        children = item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+        waiting += [(child, depth + 1) for child in children if isinstance(child, dict | list)]
+    return deepest

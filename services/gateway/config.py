@@ -1,0 +1,78 @@
+"""What the gateway is told. No default of another module is repeated here."""
+
+from pathlib import Path
+from typing import ClassVar, Self
+
+from pydantic import Field, SecretStr, model_validator
+
+from services.chassis.config import ServiceSettings
+
+DEVELOPMENT_ISSUER = "tailrace-dev"
+
+
+class Settings(ServiceSettings):
+    """Settings of the edge."""
+
+    prefix: ClassVar[str] = "TAILRACE_GATEWAY_"
+
+    http_port: int = Field(8080, ge=0, le=65535, validation_alias="TAILRACE_HTTP_PORT")
+    """Where browsers and HTTP clients connect; 0 = any free port."""
+    grpc_port: int = Field(50050, ge=0, le=65535, validation_alias="TAILRACE_GATEWAY_PORT")
+    """Where internal services with a token connect over gRPC."""
+    own_target: str = Field("127.0.0.1:50050", validation_alias="TAILRACE_GATEWAY_TARGET")
+    """Address under which others reach the gRPC port. Told to every service alike; not used by the gateway itself."""
+    orchestrator_target: str = Field("127.0.0.1:50051", validation_alias="TAILRACE_ORCHESTRATOR_TARGET")
+    """Where the orchestrator is: `host:port` or `dns:///name:port`."""
+    retrieval_target: str = Field("127.0.0.1:50052", validation_alias="TAILRACE_RETRIEVAL_TARGET")
+    """Where retrieval is."""
+    ledger_target: str = Field("127.0.0.1:50053", validation_alias="TAILRACE_LEDGER_TARGET")
+    """Where the ledger is."""
+    redis_url: str = Field("redis://127.0.0.1:6379/0", validation_alias="REDIS_URL")
+    """Where the request windows are kept, shared by all replicas."""
+
+    jwt_issuer: str = Field(DEVELOPMENT_ISSUER, min_length=1, validation_alias="TAILRACE_JWT_ISSUER")
+    """The one `iss` that is accepted."""
+    jwt_audience: str = Field("tailrace", min_length=1, validation_alias="TAILRACE_JWT_AUDIENCE")
+    """The one `aud` that is accepted."""
+    jwks_url: str = Field("", pattern=r"^(https?://.+)?$", validation_alias="TAILRACE_JWKS_URL")
+    """Where the issuer publishes its public keys."""
+    jwks_path: Path | None = Field(None, validation_alias="TAILRACE_JWKS_FILE")
+    """A file with the issuer's public keys. Unset in development = `dev-jwks.json` in the state directory."""
+    jwt_hs256_secret: SecretStr = Field(SecretStr(""), validation_alias="TAILRACE_JWT_HS256_SECRET")
+    """Shared secret of at least 32 bytes. HS256 is accepted only if it is set. Or TAILRACE_JWT_HS256_SECRET_FILE."""
+    jwt_leeway_s: int = Field(30, ge=0, le=60, validation_alias="TAILRACE_JWT_LEEWAY_S")
+    """How far the issuer's clock may be from ours."""
+
+    requests_per_minute_default: int = Field(60, ge=1, le=1_000_000, validation_alias="TAILRACE_REQUESTS_PER_MINUTE_DEFAULT")
+    """Limit of a user whose plan the ledger cannot tell right now."""
+    heartbeat_s: float = Field(15.0, gt=0, le=300, validation_alias="TAILRACE_HEARTBEAT_S")
+    """Longest silence of a stream before a comment is sent, so that proxies keep it."""
+    write_stall_s: float = Field(30.0, gt=0, le=600, validation_alias="TAILRACE_WRITE_STALL_S")
+    """How long a reader may take nothing before it is let go. Its answer goes on and can be resumed."""
+    body_stall_s: float = Field(30.0, gt=0, le=600, validation_alias="TAILRACE_BODY_STALL_S")
+    """How long a request may send nothing while its body is awaited."""
+    answer_deadline_s: float = Field(300.0, gt=0, le=3600, validation_alias="TAILRACE_ANSWER_DEADLINE_S")
+    """Longest answer. The gateway waits a little longer, so that the orchestrator is the one to say so."""
+
+    @model_validator(mode="after")
+    def _issuer_fits_the_environment(self) -> Self:
+        if self.environment == "production":
+            if self.jwt_issuer == DEVELOPMENT_ISSUER:
+                raise ValueError(f"TAILRACE_JWT_ISSUER={DEVELOPMENT_ISSUER} is for development; name your own issuer")
+            if not (self.jwks_url or self.jwks_path or self.jwt_hs256_secret.get_secret_value()):
+                raise ValueError("one of TAILRACE_JWKS_URL, TAILRACE_JWKS_FILE and TAILRACE_JWT_HS256_SECRET is needed")
+        if self.jwks_url and self.jwks_path:
+            raise ValueError("TAILRACE_JWKS_URL and TAILRACE_JWKS_FILE exclude each other")
+        secret = self.jwt_hs256_secret.get_secret_value()
+        if secret and len(secret.encode()) < 32:
+            raise ValueError("TAILRACE_JWT_HS256_SECRET needs at least 32 bytes")
+        return self
+
+    @property
+    def jwks_file(self) -> Path | None:
+        """The key file in force, if keys come from a file."""
+        if self.jwks_path or self.jwks_url:
+            return self.jwks_path
+        if self.environment == "production" or self.jwt_hs256_secret.get_secret_value():
+            return None
+        return self.state_dir / "dev-jwks.json"

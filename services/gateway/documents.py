@@ -1,0 +1,244 @@
+"""The routes of documents: upload, list, show, delete, search, and the jobs that ingest them. What a document means, retrieval decides."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import orjson
+
+from services.chassis.errors import AnswerInterrupted, RequestInvalid
+from services.gateway import bodies, render, sse, uploads
+from services.gateway.bridge import Bridge
+from services.gateway.exchange import Exchange
+from services.gateway.kit import Kit
+from services.gateway.queries import page
+from tailrace.retrieval.v1 import retrieval_service_pb2 as retrieval
+
+INGEST_TIMEOUT_S = 3600.0
+FINAL_STAGES = frozenset({"indexed", "unchanged", "failed"})
+
+Progress = retrieval.IngestDocumentsResponse
+
+
+async def upload(exchange: Exchange, kit: Kit) -> None:
+    """POST /v1/documents"""
+    await _ingest(exchange, kit, uploads.parts_of(exchange))
+
+
+async def upload_lines(exchange: Exchange, kit: Kit) -> None:
+    """POST /v1/documents:bulk"""
+    await _ingest(exchange, kit, uploads.parts_of_lines(exchange))
+
+
+async def listed(exchange: Exchange, kit: Kit) -> None:
+    """GET /v1/documents"""
+    query = exchange.query({"collection", "page_size", "page_token"})
+    size, token = page(query)
+    request = retrieval.ListDocumentsRequest(collection=bodies.collection(query.get("collection", "")), page_size=size, page_token=token)
+    rows = await kit.backends.retrieval.rows(kit.backends.retrieval.stub.ListDocuments, request)
+    documents = [render.plain(row.document) for row in rows if row.HasField("document")]
+    await exchange.respond_json({"documents": documents, "next_page_token": rows[-1].next_page_token if rows else ""})
+
+
+async def show(exchange: Exchange, kit: Kit) -> None:
+    """GET /v1/documents/{id}"""
+    exchange.query(())
+    request = retrieval.GetDocumentRequest(document_id=exchange.params["id"])
+    reply = await kit.backends.retrieval.unary(kit.backends.retrieval.stub.GetDocument, request)
+    await exchange.respond_json({**render.plain(reply.document), "chunks": [render.chunk(chunk) for chunk in reply.chunks]})
+
+
+async def delete(exchange: Exchange, kit: Kit) -> None:
+    """DELETE /v1/documents/{id}"""
+    exchange.query(())
+    request = retrieval.DeleteDocumentRequest(document_id=exchange.params["id"])
+    reply = await kit.backends.retrieval.unary(kit.backends.retrieval.stub.DeleteDocument, request, timeout_s=30.0, idempotent=False)
+    await exchange.respond_json({"document_id": exchange.params["id"], "chunks_deleted": reply.chunks_deleted})
+
+
+async def search(exchange: Exchange, kit: Kit) -> None:
+    """POST /v1/search"""
+    exchange.query(())
+    request = bodies.parse(await exchange.json(), bodies.SearchBody).message()
+    rows = await kit.backends.retrieval.rows(kit.backends.retrieval.stub.Search, request)
+    await exchange.respond_json({"hits": [render.hit(row.hit) for row in rows]})
+
+
+async def job(exchange: Exchange, kit: Kit) -> None:
+    """GET /v1/jobs/{id}"""
+    exchange.query(())
+    job_id, stub = exchange.params["id"], kit.backends.retrieval.stub
+    if not exchange.accepts("text/event-stream"):
+        request = retrieval.GetIngestionJobRequest(job_id=job_id)
+        await exchange.respond_json(render.plain(await kit.backends.retrieval.unary(stub.GetIngestionJob, request)))
+        return
+    watch = retrieval.WatchIngestionJobRequest(job_id=job_id)
+    async with kit.backends.retrieval.stream(stub.WatchIngestionJob, watch, timeout_s=INGEST_TIMEOUT_S) as messages:
+        await _relay(exchange, kit, _summed({}, messages))
+
+
+async def _ingest(exchange: Exchange, kit: Kit, parts: AsyncIterator[uploads.Part]) -> None:
+    wait = _wait(exchange)
+    sent = _Sent(parts, detach=not wait)
+    stub = kit.backends.retrieval.stub
+    async with kit.backends.retrieval.stream(stub.IngestDocuments, sent.requests(), timeout_s=INGEST_TIMEOUT_S) as messages:
+        reading = _Reading(messages)
+        try:
+            latest = await _while_sending(reading, sent)
+            if wait:
+                await _relay(exchange, kit, _summed(latest, reading))
+            else:
+                await _until_arrived(latest, reading, sent)
+                job_id = next(iter(latest.values())).job_id
+                documents = [render.plain(progress) for progress in latest.values()]
+                location = [(b"location", f"/v1/jobs/{job_id}".encode())]
+                await exchange.respond_json({"job_id": job_id, "status": "running", "documents": documents}, 202, location)
+        finally:
+            await reading.close()
+
+
+def _wait(exchange: Exchange) -> bool:
+    value = exchange.query({"wait"}).get("wait", "true")
+    if value not in ("true", "false"):
+        raise RequestInvalid("wait is neither true nor false", field="wait", bound="true, false")
+    return value == "true"
+
+
+class _Sent:
+    """The documents on their way to retrieval. gRPC takes them in a task of its own, so a mistake in the body is kept for the handler."""
+
+    def __init__(self, parts: AsyncIterator[uploads.Part], *, detach: bool) -> None:
+        self._parts = parts
+        self._detach = detach
+        self.error: Exception | None = None
+        self.ended = asyncio.Event()
+        self.bytes: list[int] = []
+        """Bytes sent of each document."""
+
+    async def requests(self) -> AsyncIterator[uploads.Part]:
+        try:
+            async for part in self._parts:
+                if part.HasField("header"):
+                    part.header.detach = self._detach and not self.bytes
+                    self.bytes.append(0)
+                else:
+                    self.bytes[-1] += len(part.content)
+                yield part
+        except Exception as error:
+            # Raising makes gRPC cancel the call instead of closing it, so that retrieval takes no half document for a whole one.
+            self.error = error
+            raise
+        finally:
+            self.ended.set()
+
+
+class _Reading:
+    """Progress messages, of which the next one may be waited for and left waiting."""
+
+    def __init__(self, messages: AsyncIterator[Progress]) -> None:
+        self._messages = messages
+        self._next: asyncio.Task[Progress] | None = None
+
+    def ask(self) -> "asyncio.Task[Progress]":
+        """The next message, when it comes. The same task until it was taken."""
+        if self._next is None:
+            self._next = asyncio.create_task(self._one(), name="ingest-progress")
+        return self._next
+
+    def take(self) -> Progress:
+        """The message of a finished task. Raises what the call ended with."""
+        assert self._next is not None
+        task, self._next = self._next, None
+        return task.result()
+
+    async def _one(self) -> Progress:
+        return await self._messages.__anext__()
+
+    def __aiter__(self) -> "_Reading":
+        return self
+
+    async def __anext__(self) -> Progress:
+        await asyncio.wait([self.ask()])
+        return self.take()
+
+    async def close(self) -> None:
+        if self._next is not None:
+            self._next.cancel()
+            await asyncio.gather(self._next, return_exceptions=True)
+
+
+async def _while_sending(reading: _Reading, sent: _Sent) -> dict[int, Progress]:
+    """Latest progress of each document when the last byte was sent; HTTP clients read nothing earlier, so no more is kept."""
+    latest: dict[int, Progress] = {}
+    ended = asyncio.create_task(sent.ended.wait(), name="upload-ended")
+    try:
+        while not sent.ended.is_set():
+            await asyncio.wait([reading.ask(), ended], return_when=asyncio.FIRST_COMPLETED)
+            if reading.ask().done():
+                try:
+                    message = reading.take()
+                except (StopAsyncIteration, asyncio.CancelledError):
+                    break  # the call has ended; why, is said below
+                latest[message.index] = message
+    finally:
+        ended.cancel()
+    if sent.error is not None:
+        raise sent.error
+    if not sent.ended.is_set():
+        raise AnswerInterrupted("the upload was cut off")
+    return latest
+
+
+async def _until_arrived(latest: dict[int, Progress], reading: _Reading, sent: _Sent) -> None:
+    """Read progress until retrieval has every byte, so that leaving takes nothing along."""
+
+    def arrived(index: int, size: int) -> bool:
+        progress = latest.get(index)
+        return progress is not None and (progress.stage != "received" or progress.bytes >= size)
+
+    while not all(arrived(index, size) for index, size in enumerate(sent.bytes)):
+        try:
+            message = await anext(reading)
+        except StopAsyncIteration:
+            break
+        latest[message.index] = message
+    if not latest:
+        raise AnswerInterrupted("the ingestion ended before it began")
+
+
+class _Summary:
+    """The end of an ingestion."""
+
+    def __init__(self, latest: dict[int, Progress]) -> None:
+        self._latest = latest
+
+    def block(self) -> bytes:
+        stages = [progress.stage for progress in self._latest.values()]
+        summary = {
+            "job_id": next((progress.job_id for progress in self._latest.values()), ""),
+            "documents": len(stages),
+            **{stage: stages.count(stage) for stage in ("indexed", "unchanged", "failed")},
+        }
+        return sse.block(orjson.dumps(summary), event=b"done")
+
+
+async def _summed(latest: dict[int, Progress], messages: AsyncIterator[Progress]) -> AsyncIterator[Progress | _Summary]:
+    """What is known already, what comes, and a summary if every document came to its end."""
+    for known in list(latest.values()):
+        yield known
+    async for message in messages:
+        latest[message.index] = message
+        yield message
+    if latest and all(progress.stage in FINAL_STAGES for progress in latest.values()):
+        yield _Summary(latest)
+
+
+async def _relay(exchange: Exchange, kit: Kit, messages: AsyncIterator[Any]) -> None:
+    bridge: Bridge[Any] = Bridge(exchange, _block, lambda message: isinstance(message, _Summary), kit.timing, kit.draining)
+    with kit.counted(bridge, "documents"):
+        if not await bridge.run(messages):
+            raise AnswerInterrupted("the ingestion ended without a word")
+
+
+def _block(message: Progress | _Summary) -> bytes:
+    return message.block() if isinstance(message, _Summary) else render.progress(message)

@@ -1,0 +1,161 @@
+"""One HTTP request and its response in the making: bounded reading of the body, one writer, response headers. It knows no route."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, MutableMapping
+from typing import Any
+from urllib.parse import parse_qsl
+
+import orjson
+
+from services.chassis import telemetry
+from services.chassis.errors import DomainError, PayloadTooLarge, RequestInvalid
+from services.chassis.principal import Principal
+from services.gateway import problems
+from services.gateway.problems import MediaTypeUnsupported, RequestTimeout
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+JSON_BYTES_MAX = 1024 * 1024
+QUERY_FIELDS_MAX = 32
+
+
+class ClientLeft(Exception):
+    """The client closed the connection; nobody reads what we would write."""
+
+
+class Exchange:
+    """A request that is being answered."""
+
+    def __init__(self, scope: Mapping[str, Any], receive: Receive, send: Send, *, request_id: str, body_stall_s: float) -> None:
+        self._receive = receive
+        self._send = send
+        self._body_stall_s = body_stall_s
+        self._body_ended = False
+        self.method: str = scope["method"]
+        self.headers: list[tuple[str, str]] = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
+        self._query_string: bytes = scope.get("query_string", b"")
+        self.request_id = request_id
+        self.trace_id = telemetry.current_trace_id()
+        self.params: dict[str, str] = {}
+        """Values of the path's placeholders."""
+        self.principal: Principal | None = None
+        """Set by the edge before an endpoint with a rule runs."""
+        self.extra_headers: list[tuple[bytes, bytes]] = []
+        """Sent with whatever response there will be."""
+        self.status = 0
+        """Status sent, 0 before that."""
+
+    # --- the request ---
+
+    def header(self, name: str) -> str:
+        """The only value of header `name` (in lower case), empty if it is missing. Raises RequestInvalid if it came more than once."""
+        values = [value for key, value in self.headers if key == name]
+        if len(values) > 1:
+            raise RequestInvalid(f"the header {name} came more than once", field=name)
+        return values[0].strip() if values else ""
+
+    def media_type(self) -> str:
+        """Type of the body without its parameters, in lower case."""
+        return self.header("content-type").partition(";")[0].strip().lower()
+
+    def accepts(self, media_type: str) -> bool:
+        """Whether the client names `media_type` in Accept. A wildcard does not count."""
+        return any(part.partition(";")[0].strip().lower() == media_type for part in self.header("accept").split(","))
+
+    def query(self, allowed: Iterable[str]) -> dict[str, str]:
+        """The query's fields, each of which must be `allowed` and come once."""
+        try:
+            pairs = parse_qsl(
+                self._query_string.decode("ascii"),
+                keep_blank_values=True,
+                strict_parsing=bool(self._query_string),
+                errors="strict",
+                max_num_fields=QUERY_FIELDS_MAX,
+            )
+        except ValueError as error:
+            raise RequestInvalid("the query cannot be read", field="query", bound=f"at most {QUERY_FIELDS_MAX} fields of UTF-8") from error
+        fields: dict[str, str] = {}
+        names = set(allowed)
+        for name, value in pairs:
+            if name not in names:
+                raise RequestInvalid(
+                    "the query has an unknown field", field=name[:64], bound="one of " + ", ".join(sorted(names)) if names else "none"
+                )
+            if name in fields:
+                raise RequestInvalid("the query has a field twice", field=name)
+            fields[name] = value
+        return fields
+
+    async def chunks(self, bytes_max: int, field: str = "body") -> AsyncIterator[bytes]:
+        """The body, piece by piece. Raises PayloadTooLarge, RequestTimeout, ClientLeft."""
+        declared = self.header("content-length")
+        if declared.isdecimal() and len(declared) <= 18 and int(declared) > bytes_max:
+            raise _too_large(bytes_max, field)
+        total = 0
+        while not self._body_ended:
+            try:
+                async with asyncio.timeout(self._body_stall_s):
+                    message = await self._receive()
+            except TimeoutError:
+                raise RequestTimeout(f"nothing came for {self._body_stall_s:g} s", waited_ms=int(self._body_stall_s * 1000)) from None
+            if message["type"] == "http.disconnect":
+                raise ClientLeft
+            self._body_ended = not message.get("more_body", False)
+            if body := message.get("body", b""):
+                total += len(body)
+                if total > bytes_max:
+                    raise _too_large(bytes_max, field)
+                yield body
+
+    async def body(self, bytes_max: int = JSON_BYTES_MAX, field: str = "body") -> bytes:
+        """The whole body. Raises as `chunks`."""
+        return b"".join([chunk async for chunk in self.chunks(bytes_max, field)])
+
+    async def json(self, bytes_max: int = JSON_BYTES_MAX) -> bytes:
+        """The whole body, which the client calls JSON or does not name. Raises MediaTypeUnsupported."""
+        if self.media_type() not in ("application/json", ""):
+            raise MediaTypeUnsupported("send application/json", accepts="application/json")
+        return await self.body(bytes_max)
+
+    async def until_client_leaves(self) -> None:
+        """Return when the client is gone. What it still sends is thrown away."""
+        while (await self._receive())["type"] != "http.disconnect":
+            self._body_ended = True
+
+    # --- the response ---
+
+    async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        """Send status and headers."""
+        self.status = status
+        await self._send({"type": "http.response.start", "status": status, "headers": [*headers, *self.extra_headers]})
+
+    async def write(self, body: bytes, *, last: bool = False) -> None:
+        """Send a piece of the body."""
+        await self._send({"type": "http.response.body", "body": body, "more_body": not last})
+
+    async def respond(self, status: int, body: bytes, media_type: bytes, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
+        """Send a whole response."""
+        framing = [] if status in (204, 304) else [(b"content-type", media_type), (b"content-length", str(len(body)).encode())]
+        await self.start(status, [*framing, *headers])
+        await self.write(b"" if status in (204, 304) else body, last=True)
+
+    async def respond_json(self, value: object, status: int = 200, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
+        """Send `value` as JSON that no cache keeps."""
+        await self.respond(status, orjson.dumps(value), b"application/json", [(b"cache-control", b"no-store"), *headers])
+
+    async def respond_problem(self, error: DomainError, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
+        """Send `error` as a problem document. What is left of the request's body is not read, so the connection closes after it."""
+        closing = [] if self._body_ended or self.method in ("GET", "HEAD") else [(b"connection", b"close")]
+        body = problems.body_of(error, trace_id=self.trace_id, request_id=self.request_id)
+        await self.respond(
+            problems.status_of(error),
+            body,
+            problems.MEDIA_TYPE,
+            [(b"cache-control", b"no-store"), *problems.headers_of(error), *closing, *headers],
+        )
+
+
+def _too_large(bytes_max: int, field: str) -> PayloadTooLarge:
+    return PayloadTooLarge(f"at most {bytes_max} bytes are accepted", field=field, bound_bytes=bytes_max)

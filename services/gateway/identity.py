@@ -1,0 +1,355 @@
+"""Who are you: a bearer token or an API key to a Principal. What a principal may do is decided elsewhere.
+
+Tokens follow RFC 8725: a closed list of algorithms, each bound to the key's own type; no key, address or option of verification is ever
+taken from the token itself.
+"""
+
+import asyncio
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import httpx
+import jwt
+import structlog
+from cryptography.hazmat.primitives.asymmetric import rsa
+from jwt.exceptions import PyJWTError
+
+from services.chassis.errors import DomainError, NotAuthenticated, Unavailable
+from services.chassis.principal import ROLES, Principal
+from services.gateway.memo import Memo
+
+log = structlog.get_logger(__name__)
+
+TOKEN_BYTES_MAX = 8192
+API_KEY_PREFIX = "trk_"
+API_KEY_BYTES_MAX = 256
+API_KEY_AGE_MAX_S = 5.0
+"""How long a revoked key may go on."""
+KEYS_MAX = 64
+RSA_BITS_MIN = 2048
+REFRESH_S = 300.0
+"""Keys are read anew after this, so that a withdrawn key ends."""
+UNKNOWN_KEY_PAUSE_S = 10.0
+"""A flood of made-up key ids may cause one reading of the keys in this time."""
+NO_KEYS_PAUSE_S = 0.5
+"""As long as there are no keys at all, they are looked for this often."""
+DOCUMENT_BYTES_MAX = 256 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class VerificationKey:
+    """A public key (or shared secret) with the one algorithm it may be used with."""
+
+    kid: str
+    algorithm: str
+    material: Any
+
+
+def parse_jwks(document: bytes) -> tuple[VerificationKey, ...]:
+    """The usable keys of a set. Keys that are not for signatures, too weak or of another kind are left out; nothing usable is an error.
+
+    Raises ValueError.
+    """
+    if len(document) > DOCUMENT_BYTES_MAX:
+        raise ValueError("the key set is too large")
+    parsed = json.loads(document)
+    entries = parsed.get("keys") if isinstance(parsed, dict) else None
+    if not isinstance(entries, list):
+        raise ValueError("not a JSON Web Key Set")
+    keys = tuple(key for entry in entries[:KEYS_MAX] if (key := _usable(entry)))
+    if not keys:
+        raise ValueError("no usable key in the set")
+    named = [key.kid for key in keys if key.kid]
+    if len(set(named)) != len(named):
+        raise ValueError("two keys with one id")
+    return keys
+
+
+_ALGORITHM_BY_KIND = {"OKP Ed25519": "EdDSA", "EC P-256": "ES256", "RSA": "RS256"}
+
+
+def _usable(entry: Any) -> VerificationKey | None:
+    if not isinstance(entry, dict) or entry.get("use", "sig") != "sig" or "verify" not in entry.get("key_ops", ["verify"]):
+        return None
+    kind = f"{entry.get('kty')} {entry.get('crv', '')}".strip()
+    algorithm = _ALGORITHM_BY_KIND.get(kind)
+    if algorithm is None or entry.get("alg", algorithm) != algorithm:
+        return None
+    kid = entry.get("kid", "")
+    if not isinstance(kid, str) or len(kid) > 256:
+        return None
+    public = {name: value for name, value in entry.items() if name in ("kty", "crv", "x", "y", "n", "e")}
+    try:
+        material = jwt.PyJWK(public, algorithm=algorithm).key
+    except (PyJWTError, ValueError, TypeError):
+        return None
+    if isinstance(material, rsa.RSAPublicKey) and (material.key_size < RSA_BITS_MIN or material.public_numbers().e < 65537):
+        return None
+    return VerificationKey(kid, algorithm, material)
+
+
+class Keys(Protocol):
+    """Where verification keys come from."""
+
+    async def find(self, kid: str, algorithm: str) -> VerificationKey | None:
+        """The key named `kid`, or the only one for `algorithm` if the token names none. Raises Unavailable."""
+        ...
+
+    async def probe(self) -> None:
+        """Raises if there are no keys."""
+        ...
+
+
+class SharedSecret:
+    """One HS256 secret."""
+
+    def __init__(self, secret: bytes) -> None:
+        self._key = VerificationKey("", "HS256", secret)
+
+    async def find(self, kid: str, algorithm: str) -> VerificationKey | None:
+        return self._key if algorithm == "HS256" else None
+
+    async def probe(self) -> None:
+        return
+
+
+class PublishedKeys:
+    """A key set that is published somewhere: read when needed, kept, read again when it is old or a token names a key it lacks.
+
+    While it cannot be read, the keys known so far go on.
+    """
+
+    def __init__(self, read: Callable[[], Awaitable[bytes]], clock: Callable[[], float] = time.monotonic) -> None:
+        self._read = read
+        self._clock = clock
+        self._keys: tuple[VerificationKey, ...] = ()
+        self._tried_at = -math.inf
+        self._due_at = -math.inf
+        self._readable = True
+        self._lock = asyncio.Lock()
+
+    async def find(self, kid: str, algorithm: str) -> VerificationKey | None:
+        if self._clock() >= self._due_at:
+            await self._refresh(lambda: self._clock() >= self._due_at)
+        key = self._pick(kid, algorithm)
+        if key is None and self._may_ask_for_unknown():
+            await self._refresh(self._may_ask_for_unknown)
+            key = self._pick(kid, algorithm)
+        if not self._keys:
+            raise Unavailable("the token issuer's keys cannot be read", dependency="jwks", retry_after_ms=1000)
+        return key
+
+    async def probe(self) -> None:
+        if self._clock() >= self._due_at:
+            await self._refresh(lambda: self._clock() >= self._due_at)
+        if not self._keys:
+            raise Unavailable("the token issuer's keys cannot be read", dependency="jwks")
+
+    def _may_ask_for_unknown(self) -> bool:
+        return self._clock() - self._tried_at >= UNKNOWN_KEY_PAUSE_S
+
+    def _pick(self, kid: str, algorithm: str) -> VerificationKey | None:
+        fitting = [key for key in self._keys if (key.kid == kid if kid else key.algorithm == algorithm)]
+        return fitting[0] if len(fitting) == 1 else None
+
+    async def _refresh(self, still_wanted: Callable[[], bool]) -> None:
+        """Read the keys, unless somebody else just did while we waited for our turn."""
+        async with self._lock:
+            if not still_wanted():
+                return
+            self._tried_at = self._clock()
+            try:
+                self._keys = parse_jwks(await self._read())
+                self._due_at, readable = self._clock() + REFRESH_S, True
+            except Exception as error:
+                pause_s = UNKNOWN_KEY_PAUSE_S if self._keys else NO_KEYS_PAUSE_S
+                self._due_at, readable = self._clock() + pause_s, False
+                if self._readable:
+                    log.warning("keys_unreadable", error=type(error).__name__, known=len(self._keys))
+            if readable and not self._readable:
+                log.info("keys_readable_again", known=len(self._keys))
+            self._readable = readable
+
+
+def keys_in_file(path: Path) -> Callable[[], Awaitable[bytes]]:
+    """Reads a key set from a small local file."""
+
+    async def read() -> bytes:
+        with path.open("rb") as file:
+            return file.read(DOCUMENT_BYTES_MAX + 1)
+
+    return read
+
+
+def keys_at_url(client: httpx.AsyncClient, url: str) -> Callable[[], Awaitable[bytes]]:
+    """Reads a key set from where its issuer publishes it, no further than its bound."""
+
+    async def read() -> bytes:
+        async with client.stream("GET", url) as response:
+            response.raise_for_status()
+            document = bytearray()
+            async for chunk in response.aiter_bytes():
+                document += chunk
+                if len(document) > DOCUMENT_BYTES_MAX:
+                    break
+            return bytes(document)
+
+    return read
+
+
+class AllKeys:
+    """Several sources as one; the first that knows the key wins."""
+
+    def __init__(self, sources: Iterable[Keys]) -> None:
+        self._sources = tuple(sources)
+
+    async def find(self, kid: str, algorithm: str) -> VerificationKey | None:
+        for source in self._sources:
+            if key := await source.find(kid, algorithm):
+                return key
+        return None
+
+    async def probe(self) -> None:
+        for source in self._sources:
+            await source.probe()
+
+
+class Tokens:
+    """Verifies JWTs of one issuer for one audience."""
+
+    ALGORITHMS = frozenset({"EdDSA", "ES256", "RS256", "HS256"})
+
+    def __init__(self, keys: Keys, *, issuer: str, audience: str, leeway_s: int) -> None:
+        self._keys = keys
+        self._issuer = issuer
+        self._audience = audience
+        self._leeway_s = leeway_s
+        self._decoder = jwt.PyJWT()
+
+    async def principal(self, token: str) -> Principal:
+        """The principal of a valid token. Raises NotAuthenticated with a cause, Unavailable without keys."""
+        header = self._header(token)
+        algorithm, kid = header["alg"], header.get("kid", "")
+        key = await self._keys.find(kid, algorithm)
+        if key is None or algorithm != key.algorithm:
+            raise NotAuthenticated("the token is signed with a key that is not known here", cause="unknown_key")
+        try:
+            claims = self._decoder.decode(
+                token,
+                key.material,
+                algorithms=[algorithm],
+                audience=self._audience,
+                issuer=self._issuer,
+                leeway=self._leeway_s,
+                options={"require": ["exp", "iss", "aud", "sub"]},
+            )
+        except jwt.ExpiredSignatureError:
+            raise NotAuthenticated("the token has expired", cause="expired") from None
+        except (jwt.InvalidIssuerError, jwt.InvalidAudienceError):
+            raise NotAuthenticated("the token is from or for somebody else", cause="issuer_or_audience") from None
+        except jwt.MissingRequiredClaimError as error:
+            raise NotAuthenticated(f"the token lacks the claim {error.claim}", cause="claim", claim=error.claim) from None
+        except (PyJWTError, ValueError, TypeError, OverflowError):
+            raise NotAuthenticated("the token is not valid", cause="invalid") from None
+        return _principal_of(claims)
+
+    def _header(self, token: str) -> dict[str, Any]:
+        """The token's header, if it asks for nothing that is not offered."""
+        if len(token) > TOKEN_BYTES_MAX:
+            raise NotAuthenticated(f"a token has at most {TOKEN_BYTES_MAX} bytes", cause="too_long")
+        try:
+            header = jwt.get_unverified_header(token)
+        except (PyJWTError, ValueError, TypeError, RecursionError):
+            raise NotAuthenticated("the token is malformed", cause="malformed") from None
+        algorithm, kind, kid = header.get("alg"), header.get("typ", "JWT"), header.get("kid", "")
+        if not isinstance(algorithm, str) or algorithm not in self.ALGORITHMS:
+            raise NotAuthenticated("the token's algorithm is not accepted", cause="algorithm")
+        if "crit" in header or "b64" in header or not isinstance(kid, str):
+            raise NotAuthenticated("the token's header is not accepted", cause="header")
+        if not isinstance(kind, str) or kind.lower() not in ("jwt", "at+jwt"):
+            raise NotAuthenticated("this is not an access token", cause="type")
+        return header
+
+
+def _principal_of(claims: Mapping[str, Any]) -> Principal:
+    user, tenant, roles = claims.get("sub"), claims.get("tenant"), claims.get("roles", ["user"])
+    if not _is_name(user, 256):
+        raise NotAuthenticated("the claim sub needs 1-256 printable characters", cause="claim", claim="sub")
+    if not _is_name(tenant, 128):
+        raise NotAuthenticated("the claim tenant needs 1-128 printable characters", cause="claim", claim="tenant")
+    if not isinstance(roles, list) or len(roles) > 16 or not all(isinstance(role, str) for role in roles):
+        raise NotAuthenticated("the claim roles is a list of at most 16 names", cause="claim", claim="roles")
+    assert isinstance(user, str)
+    assert isinstance(tenant, str)
+    return Principal(tenant, user, ROLES.intersection(roles))
+
+
+def _is_name(value: object, length_max: int) -> bool:
+    return isinstance(value, str) and 1 <= len(value) <= length_max and value.isprintable() and value.strip() == value
+
+
+Resolve = Callable[[str], Awaitable[Principal | None]]
+
+
+class Identity:
+    """Turns credentials into principals."""
+
+    def __init__(self, tokens: Tokens, resolve_api_key: Resolve) -> None:
+        self._tokens = tokens
+        self._resolve = resolve_api_key
+        self._known: Memo[bytes, Principal | None] = Memo(4096, API_KEY_AGE_MAX_S)
+
+    async def principal(self, credential: str) -> Principal:
+        """Whose credential this is. Raises NotAuthenticated, Unavailable."""
+        if not credential.startswith(API_KEY_PREFIX):
+            return await self._tokens.principal(credential)
+        if len(credential) > API_KEY_BYTES_MAX or not credential.isascii():
+            raise NotAuthenticated("the API key is not valid", cause="api_key")
+        digest = hashlib.blake2b(credential.encode(), digest_size=32, key=_DIGEST_KEY).digest()
+        principal = await self._known.get(digest, lambda: self._ask(credential))
+        if principal is None:
+            raise NotAuthenticated("the API key is not valid", cause="api_key")
+        return principal
+
+    def forget_api_keys(self) -> None:
+        """Ask the ledger about every API key again."""
+        self._known.clear()
+
+    async def _ask(self, secret: str) -> Principal | None:
+        try:
+            return await self._resolve(secret)
+        except Unavailable:
+            raise
+        except DomainError as error:
+            if error.code in ("NOT_FOUND", "UNAUTHENTICATED", "INVALID_ARGUMENT"):
+                return None
+            raise
+
+
+_DIGEST_KEY = os.urandom(32)
+"""So that what is remembered of a secret is of no use outside this process."""
+
+
+def credential_in(headers: Iterable[tuple[str, str]]) -> str:
+    """The one credential among `headers` (names in lower case): `authorization: Bearer …` or `x-api-key: …`. Raises NotAuthenticated."""
+    found: set[str] = set()
+    for name, value in headers:
+        if name == "authorization":
+            scheme, _, credential = value.partition(" ")
+            if scheme.lower() != "bearer" or not credential.strip():
+                raise NotAuthenticated("the authorization header is not `Bearer <token>`", cause="scheme")
+            found.add(credential.strip())
+        elif name == "x-api-key" and value.strip():
+            found.add(value.strip())
+    if not found:
+        raise NotAuthenticated("send `authorization: Bearer <token>`", cause="missing")
+    if len(found) > 1:
+        raise NotAuthenticated("the request carries more than one credential", cause="ambiguous")
+    return found.pop()

@@ -1,0 +1,111 @@
+"""The routes of what happened: operations, usage, conversations. What is counted, and who may see it, the ledger decides."""
+
+from typing import Any
+
+import orjson
+
+from services.chassis.errors import RequestInvalid
+from services.gateway import render, sse
+from services.gateway.bridge import Bridge
+from services.gateway.exchange import Exchange
+from services.gateway.kit import Kit
+from services.gateway.queries import moment, page
+from tailrace.ledger.v1 import ledger_service_pb2 as ledger
+
+WATCH_TIMEOUT_S = 86_400.0
+GROUPS = ("day", "hour", "user", "session", "model", "tier", "step", "cache")
+USAGE_TOKENS = ("input_tokens", "output_tokens", "cache_read_tokens", "cache_write_tokens", "cache_write_1h_tokens")
+USAGE_COLUMNS = ("operations", "failed", "cache_hits", *USAGE_TOKENS, "cost_usd", "saved_usd")
+USAGE_TIMES = ("duration_ms_p50", "duration_ms_p90", "duration_ms_p99", "first_token_ms_p50", "first_token_ms_p99")
+
+
+async def operations(exchange: Exchange, kit: Kit) -> None:
+    """GET /v1/operations"""
+    query = exchange.query({"page_size", "page_token", "session_id", "user"})
+    size, token = page(query)
+    request = ledger.ListOperationsRequest(
+        page_size=size, page_token=token, session_id=_name(query, "session_id", 64), user=_name(query, "user", 256)
+    )
+    rows = await kit.backends.ledger.rows(kit.backends.ledger.stub.ListOperations, request)
+    listed = [render.operation(row.operation) for row in rows if row.HasField("operation")]
+    await exchange.respond_json({"operations": listed, "next_page_token": rows[-1].next_page_token if rows else ""})
+
+
+async def operation(exchange: Exchange, kit: Kit) -> None:
+    """GET /v1/operations/{id}"""
+    exchange.query(())
+    request = ledger.GetOperationRequest(operation_id=exchange.params["id"])
+    reply = await kit.backends.ledger.unary(kit.backends.ledger.stub.GetOperation, request)
+    await exchange.respond_json(render.operation(reply.operation))
+
+
+async def watch(exchange: Exchange, kit: Kit) -> None:
+    """GET /v1/operations:watch"""
+    exchange.query(())
+    stub = kit.backends.ledger.stub
+    async with kit.backends.ledger.stream(stub.WatchOperations, ledger.WatchOperationsRequest(), timeout_s=WATCH_TIMEOUT_S) as messages:
+        bridge: Bridge[Any] = Bridge(exchange, _block, lambda _: False, kit.timing, kit.draining, lasting=True)
+        with kit.counted(bridge, "operations"):
+            await bridge.run(messages)
+
+
+async def usage(exchange: Exchange, kit: Kit) -> None:
+    """GET /v1/usage"""
+    query = exchange.query({"group_by", "from", "to"})
+    groups = [name for name in query.get("group_by", "").split(",") if name]
+    if len(groups) > 4 or len(set(groups)) != len(groups) or not set(groups) <= set(GROUPS):
+        raise RequestInvalid("cannot group by that", field="group_by", bound=f"at most 4 of {', '.join(GROUPS)}")
+    request = ledger.QueryUsageRequest(group_by=groups)
+    begin, end = moment(query, "from"), moment(query, "to")
+    if begin and end and begin >= end:
+        raise RequestInvalid("the time ends before it begins", field="to", bound="later than from")
+    if begin:
+        getattr(request, "from").FromDatetime(begin)
+    if end:
+        request.to.FromDatetime(end)
+    replies = await kit.backends.ledger.rows(kit.backends.ledger.stub.QueryUsage, request)
+    rows = [render.usage_row(row) for row in replies]
+    if not exchange.accepts("text/csv"):
+        await exchange.respond_json({"group_by": groups, "rows": rows})
+        return
+    columns = [*groups, *USAGE_COLUMNS, *USAGE_TIMES]
+    cells = [{**_cells(row), **{name: str(row["group"].get(name, "")) for name in groups}} for row in rows]
+    headers = [(b"cache-control", b"no-store"), (b"content-disposition", b'attachment; filename="usage.csv"')]
+    await exchange.respond(200, render.csv(cells, columns), b"text/csv; charset=utf-8", headers)
+
+
+async def sessions(exchange: Exchange, kit: Kit) -> None:
+    """GET /v1/sessions"""
+    size, token = page(exchange.query({"page_size", "page_token"}))
+    rows = await kit.backends.ledger.rows(
+        kit.backends.ledger.stub.ListSessions, ledger.ListSessionsRequest(page_size=size, page_token=token)
+    )
+    listed = [render.plain(row.session) for row in rows if row.HasField("session")]
+    await exchange.respond_json({"sessions": listed, "next_page_token": rows[-1].next_page_token if rows else ""})
+
+
+async def session(exchange: Exchange, kit: Kit) -> None:
+    """GET /v1/sessions/{id}"""
+    exchange.query(())
+    request = ledger.GetSessionRequest(session_id=exchange.params["id"])
+    reply = await kit.backends.ledger.unary(kit.backends.ledger.stub.GetSession, request)
+    await exchange.respond_json({**render.plain(reply.session), "turns": [render.plain(turn) for turn in reply.turns]})
+
+
+def _block(message: ledger.WatchOperationsResponse) -> bytes:
+    if not message.HasField("operation"):
+        return sse.HEARTBEAT
+    return sse.block(orjson.dumps(render.operation(message.operation)), event=b"operation")
+
+
+def _cells(row: dict[str, Any]) -> dict[str, str]:
+    used = row.get("usage", {})
+    flat = {**row, **{name: used.get(name, "0") for name in USAGE_TOKENS}}
+    return {name: str(flat.get(name, "")) for name in (*USAGE_COLUMNS, *USAGE_TIMES)}
+
+
+def _name(query: dict[str, str], field: str, length_max: int) -> str:
+    value = query.get(field, "")
+    if len(value) > length_max or "\0" in value:
+        raise RequestInvalid(f"{field} is too long", field=field, bound=f"at most {length_max} characters")
+    return value

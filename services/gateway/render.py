@@ -1,0 +1,124 @@
+"""Messages of the contract as the JSON that HTTP clients read: proto3 JSON with our field names, money also in dollars. Pure."""
+
+from typing import Any
+
+import orjson
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+
+from services.gateway import sse, usd
+from tailrace.common.v1 import common_pb2 as common
+from tailrace.ledger.v1 import ledger_service_pb2 as ledger
+from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
+from tailrace.retrieval.v1 import retrieval_service_pb2 as retrieval
+
+
+def plain(message: Message) -> dict[str, Any]:
+    """proto3 JSON: int64 as strings, every field that has no presence."""
+    return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+
+
+def answer_event(event: orchestrator.AnswerEvent) -> bytes:
+    """One event of an answer as a block. A piece of text, which is nearly every event, takes the short way."""
+    kind = event.WhichOneof("event")
+    if kind == "delta":
+        return sse.delta(event.sequence, event.delta.text)
+    if kind == "heartbeat":
+        return sse.HEARTBEAT
+    if kind is None:
+        return b""  # a kind of event that a newer orchestrator knows and we do not
+    retry_ms = sse.RETRY_MS if kind == "accepted" else None
+    return sse.block(orjson.dumps(plain(getattr(event, kind))), event=kind.encode(), event_id=event.sequence, retry_ms=retry_ms)
+
+
+def is_done(event: orchestrator.AnswerEvent) -> bool:
+    """Whether this is an answer's receipt."""
+    return event.WhichOneof("event") == "done"
+
+
+def operation(message: ledger.Operation) -> dict[str, Any]:
+    """An operation, with its cost in dollars beside the exact one."""
+    return {**plain(message), "cost_usd": usd.render(message.cost_nanousd)}
+
+
+def answer_record(reply: ledger.GetOperationResponse) -> dict[str, Any]:
+    """The record of an answer: its operation, and its text if that is kept."""
+    record = {"answer_id": reply.operation.operation_id, **operation(reply.operation)}
+    if reply.HasField("turn"):
+        turn = plain(reply.turn)
+        record |= {name: turn[name] for name in ("question", "text", "citations", "complete")}
+    return record
+
+
+def usage_row(row: ledger.QueryUsageResponse) -> dict[str, Any]:
+    """One row of usage."""
+    return {**plain(row), "cost_usd": usd.render(row.cost_nanousd), "saved_usd": usd.render(row.saved_nanousd)}
+
+
+def hit(passage: common.CitedPassage) -> dict[str, Any]:
+    """A search hit. Offsets count characters and fit a JSON number."""
+    return {**plain(passage), "start": passage.start, "end": passage.end, "document_version": passage.document_version}
+
+
+def chunk(message: retrieval.Chunk) -> dict[str, Any]:
+    """A chunk of a document. Offsets as in `hit`."""
+    return {**plain(message), "start": message.start, "end": message.end}
+
+
+def plan(message: ledger.Plan) -> dict[str, Any]:
+    return {
+        "name": message.name,
+        "requests_per_minute": message.requests_per_minute,
+        "tokens_per_minute": message.tokens_per_minute,
+        "concurrent_answers": message.concurrent_answers,
+        "monthly_budget_usd": usd.render(message.monthly_budget_nanousd),
+        "tiers": list(message.tiers),
+    }
+
+
+def budget(message: ledger.Budget) -> dict[str, Any]:
+    return {
+        "scope": message.scope,
+        "id": message.subject,
+        "period": message.period,
+        "limit_usd": usd.render(message.limit_nanousd),
+        "spent_usd": usd.render(message.spent_nanousd),
+        "held_usd": usd.render(message.held_nanousd),
+        "left_usd": usd.render(max(0, message.limit_nanousd - message.spent_nanousd - message.held_nanousd)),
+        "resets_at": message.resets_at.ToJsonString() if message.HasField("resets_at") else None,
+    }
+
+
+def price(message: common.Price) -> dict[str, Any]:
+    return {
+        "provider": message.provider,
+        "model": message.model,
+        "version": message.version,
+        "valid_from": message.valid_from.ToJsonString() if message.HasField("valid_from") else None,
+        "input_usd_per_mtok": usd.render(message.input_nanousd_per_mtok),
+        "output_usd_per_mtok": usd.render(message.output_nanousd_per_mtok),
+        "cache_read_usd_per_mtok": usd.render(message.cache_read_nanousd_per_mtok),
+        "cache_write_5m_usd_per_mtok": usd.render(message.cache_write_5m_nanousd_per_mtok),
+        "cache_write_1h_usd_per_mtok": usd.render(message.cache_write_1h_nanousd_per_mtok),
+        "long_context_above_tokens": message.long_context_above_tokens,
+        "long_input_usd_per_mtok": usd.render(message.long_input_nanousd_per_mtok),
+        "long_output_usd_per_mtok": usd.render(message.long_output_nanousd_per_mtok),
+        "source": message.source,
+    }
+
+
+def progress(message: retrieval.IngestDocumentsResponse) -> bytes:
+    """Progress of one document as a block."""
+    return sse.block(orjson.dumps(plain(message)), event=b"progress")
+
+
+def csv(rows: list[dict[str, str]], columns: list[str]) -> bytes:
+    """Rows as CSV (RFC 4180). A cell that a spreadsheet would run as a formula is made text by an apostrophe."""
+
+    def cell(value: str) -> str:
+        if value[:1] in ("=", "+", "-", "@", "\t", "\r"):
+            value = f"'{value}"
+        return '"' + value.replace('"', '""') + '"' if any(mark in value for mark in ',"\r\n') else value
+
+    lines = [",".join(columns), *(",".join(cell(row.get(column, "")) for column in columns) for row in rows)]
+    return ("\r\n".join(lines) + "\r\n").encode()

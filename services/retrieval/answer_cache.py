@@ -1,0 +1,94 @@
+"""The semantic tier: answers found again by what was asked. It decides nothing about what is worth keeping.
+
+Scope first, similarity second: tenant, collection, scope and epoch are conditions of the query; similarity only proposes, and the
+guards decide.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from services.chassis.clock import Clock
+from services.chassis.money import Usage
+from services.retrieval.access import Reach
+from services.retrieval.domain import CachedAnswer, Passage, Verdict, stable_id
+from services.retrieval.guards import difference, normalised
+from services.retrieval.ports import ANSWERS, Embedder, Filter, Payload, Point, Query, Record, VectorStore
+
+CANDIDATES = 5
+
+
+class AnswerCache:
+    """Answers in a VectorStore, one for each question, scope and epoch."""
+
+    def __init__(self, store: VectorStore, embedder: Embedder, clock: Clock, *, similarity_min: float, ttl_s: float) -> None:
+        self._store = store
+        self._embedder = embedder
+        self._clock = clock
+        self._similarity_min = similarity_min
+        self._ttl = timedelta(seconds=ttl_s)
+
+    async def lookup(self, reach: Reach, cache_scope: str, epoch: int, question: str, dense: Sequence[float]) -> Verdict:
+        """The nearest answer that may be served for `question`, or why there is none."""
+        where = reach.where(cache_scope=cache_scope, epoch=epoch)
+        records = await self._store.search(ANSWERS, Query(where, CANDIDATES, dense=dense))
+        if not records:
+            return Verdict(reason="no_candidate")
+        reasons = []
+        for record in records:
+            reason = self._refusal(question, record)
+            if not reason:
+                return Verdict(_answer(record.payload), min(record.score, 1.0))
+            reasons.append(reason)
+        return Verdict(similarity=min(records[0].score, 1.0), reason=reasons[0])
+
+    def _refusal(self, question: str, record: Record) -> str:
+        if record.score < self._similarity_min:
+            return "below_threshold"
+        if self._clock.now() - _moment(record.payload["created_us"]) > self._ttl:
+            return "expired"
+        return difference(question, record.payload["question"])
+
+    async def remember(self, reach: Reach, cache_scope: str, epoch: int, answer: CachedAnswer) -> None:
+        """Keep `answer`; the same question again takes its place."""
+        dense = (await self._embedder.embed_question(answer.question))[0]
+        payload = {**_payload(answer), "tenant": reach.tenant, "collection": reach.collection, "cache_scope": cache_scope, "epoch": epoch}
+        id_ = stable_id("answer", reach.tenant, reach.collection, cache_scope, str(epoch), normalised(answer.question))
+        await self._store.upsert(ANSWERS, [Point(id_, payload, dense)])
+
+    async def forget(self, tenant: str, *, collection: str = "", answer_id: str = "", user: str = "") -> int:
+        """Drop the tenant's answers that match all that is given; return how many."""
+        given = {"collection": collection, "answer_id": answer_id, "user": user}
+        where = Filter(tenant, equal={key: value for key, value in given.items() if value})
+        count = await self._store.count(ANSWERS, where)
+        await self._store.delete(ANSWERS, where)
+        return count
+
+
+def _payload(answer: CachedAnswer) -> dict[str, Any]:
+    row = asdict(answer)
+    row["created_us"] = int(row.pop("created_at").timestamp() * 1_000_000)
+    row["passages"] = [{**passage, "heading_path": list(passage["heading_path"])} for passage in row["passages"]]
+    return row
+
+
+def _answer(payload: Payload) -> CachedAnswer:
+    passages = tuple(replace(Passage(**passage), heading_path=tuple(passage["heading_path"])) for passage in payload["passages"])
+    return CachedAnswer(
+        answer_id=payload["answer_id"],
+        question=payload["question"],
+        user=payload["user"],
+        text=payload["text"],
+        passages=passages,
+        model=payload["model"],
+        provider=payload["provider"],
+        cost_nanousd=int(payload["cost_nanousd"]),
+        created_at=_moment(payload["created_us"]),
+        finish_reason=payload["finish_reason"],
+        usage=Usage(**{kind: int(count) for kind, count in payload["usage"].items()}),
+    )
+
+
+def _moment(microseconds: int) -> datetime:
+    return datetime.fromtimestamp(microseconds / 1_000_000, UTC)

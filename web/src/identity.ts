@@ -13,6 +13,12 @@ export const signedIn = computed(() => token.value !== "");
 /** What the token says about its bearer. For display only: the gateway decides. */
 export const bearer = computed(() => claims(token.value));
 
+/** Whose the page's content is; empty while nobody is signed in. */
+export const owner = computed(() => {
+  if (!signedIn.value) return "";
+  return bearer.value ? `${bearer.value.tenant}/${bearer.value.user}` : token.value;
+});
+
 export function bearerToken(): string {
   return token.peek();
 }

@@ -1,7 +1,7 @@
 import "./style.css";
 import { render } from "preact";
-import { restore } from "./conversation";
+import { bringBack } from "./belongings";
 import { App } from "./views/app";
 
-restore();
+bringBack();
 render(<App />, document.body);

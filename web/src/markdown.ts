@@ -15,10 +15,14 @@ const entities: Record<string, string> = { "&": "&amp;", "<": "&lt;", ">": "&gt;
 const escape = (text: string) => text.replace(/[&<>"']/g, (character) => entities[character] ?? "");
 
 const SAFE_ADDRESS = /^(?:https?:\/\/|mailto:)/i;
-const MARKER = /^\[(\d{1,2}(?:\s*,\s*\d{1,2})*)\](?!\(|:)/;
+const MARKER = /^ ?\[(\d{1,2}(?:\s*,\s*\d{1,2})*)\](?!\(|:)/;
+
+/** A chip stays on the line of the word it belongs to, and the punctuation after it too. */
+const tied = (html: string) =>
+  html.replace(/(?<=[\s>])([^\s<>]{1,24})((?:<button type="button" class="cite"[^>]*>\d+<\/button>)+[.,;:!?)]?)/g, '<span class="tied">$1$2</span>');
 
 function safe(html: string): string {
-  return purifier.sanitize(html, {
+  return purifier.sanitize(tied(html), {
     ALLOWED_TAGS: [
       ...["p", "br", "hr", "strong", "em", "del", "code", "pre", "blockquote", "ul", "ol", "li", "a", "button", "span", "div"],
       ...["h1", "h2", "h3", "h4", "h5", "h6", "table", "thead", "tbody", "tr", "th", "td"],
@@ -108,7 +112,7 @@ function citation(titleOf: (number: number) => string | undefined) {
     name: "citation",
     level: "inline" as const,
     start: (source: string) => {
-      const at = source.search(/\[\d/);
+      const at = source.search(/ ?\[\d/);
       return at < 0 ? undefined : at;
     },
     tokenizer(source: string) {

@@ -34,27 +34,31 @@ export interface Citation {
   number: number;
 }
 
+export interface Usage {
+  input_tokens: string;
+  output_tokens: string;
+  cache_read_tokens: string;
+  cache_write_tokens: string;
+}
+
+export interface Cache {
+  verdict: "miss" | "exact" | "semantic" | "coalesced" | "off";
+  similarity?: number;
+  source_question?: string;
+  age_s?: string;
+  saved_nanousd: string;
+  reason: string;
+}
+
 export interface Done {
   answer_id: string;
   text_sha256: string;
-  usage: {
-    input_tokens: string;
-    output_tokens: string;
-    cache_read_tokens: string;
-    cache_write_tokens: string;
-  };
+  usage?: Usage;
   cost_nanousd: string;
   model: string;
   tier: string;
   finish_reason: string;
-  cache: {
-    verdict: "miss" | "exact" | "semantic" | "coalesced" | "off";
-    similarity?: number;
-    source_question?: string;
-    age_s?: string;
-    saved_nanousd: string;
-    reason: string;
-  };
+  cache?: Cache;
   trace_id: string;
   estimated: boolean;
   verdict: string;

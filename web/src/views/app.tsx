@@ -1,5 +1,6 @@
+import { leave } from "../belongings";
 import { startNew } from "../conversation";
-import { bearer, signedIn, signOut } from "../identity";
+import { bearer, signedIn } from "../identity";
 import { view } from "../route";
 import { AskView } from "./ask";
 import { DocumentsView } from "./documents";
@@ -55,7 +56,7 @@ function Header() {
             {bearer.value.user}
           </span>
         )}
-        <button type="button" class="quiet" onClick={() => signOut()}>
+        <button type="button" class="quiet" onClick={leave}>
           Sign out
         </button>
       </div>

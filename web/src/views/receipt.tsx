@@ -1,11 +1,11 @@
 import { busy } from "../conversation";
 import { age, count, duration, usd } from "../format";
-import type { Done } from "../wire";
+import type { Cache, Done } from "../wire";
 import { CopyButton } from "./copy";
 
 /** The cost line: what was paid, to whom, how long it took, and what the cache had to say. */
 export function Receipt({ receipt, refresh }: { receipt: Done; refresh: () => void }) {
-  const { usage, cache } = receipt;
+  const { usage = NO_USAGE, cache = NO_VERDICT } = receipt;
   const hit = cache.verdict === "exact" || cache.verdict === "semantic" || cache.verdict === "coalesced";
   const cached = BigInt(usage.cache_read_tokens) + BigInt(usage.cache_write_tokens);
   return (
@@ -38,13 +38,16 @@ export function Receipt({ receipt, refresh }: { receipt: Done; refresh: () => vo
   );
 }
 
-function hitText(cache: Done["cache"]): string {
+const NO_USAGE = { input_tokens: "0", output_tokens: "0", cache_read_tokens: "0", cache_write_tokens: "0" };
+const NO_VERDICT: Cache = { verdict: "off", saved_nanousd: "0", reason: "" };
+
+function hitText(cache: Cache): string {
   if (cache.verdict === "exact") return "cached, same question";
   if (cache.verdict === "coalesced") return "shared with a running answer";
   return `cached, similarity ${(cache.similarity ?? 0).toFixed(3)}`;
 }
 
-function missText(cache: Done["cache"]): string {
+function missText(cache: Cache): string {
   const verdict = cache.verdict === "off" ? "cache off" : "cache miss";
   return cache.reason ? `${verdict}: ${cache.reason.replaceAll("_", " ")}` : verdict;
 }

@@ -1,3 +1,5 @@
+import { useSignal } from "@preact/signals";
+import { useEffect } from "preact/hooks";
 import type { Answer } from "../answer";
 import { duration } from "../format";
 import type { Step } from "../wire";
@@ -15,12 +17,14 @@ const NAMES: Record<string, string> = {
 };
 
 const FACTS_MAX = 3;
+const TICK_MS = 100;
 
 /** The steps as they happen, each with its time and its place in the whole. */
 export function Steps({ answer }: { answer: Answer }) {
   const steps = answer.steps.value;
   const running = answer.running.value;
-  const total = Math.max(answer.receipt.value?.duration_ms ?? 0, 1, ...steps.map((step) => step.started_ms + step.duration_ms));
+  const elapsed = useElapsed(answer);
+  const total = Math.max(answer.receipt.value?.duration_ms ?? 0, 1, elapsed, ...steps.map((step) => step.started_ms + step.duration_ms));
   return (
     <aside class="steps" aria-label="Steps">
       <h3>
@@ -28,7 +32,7 @@ export function Steps({ answer }: { answer: Answer }) {
       </h3>
       <ol>
         {steps.map((step) => (
-          <Row key={step.name} step={step} live={running} total={total} />
+          <Row key={step.name} step={step} live={running} elapsed={elapsed} total={total} />
         ))}
         {running && steps.length === 0 && (
           <li class="step running">
@@ -41,25 +45,20 @@ export function Steps({ answer }: { answer: Answer }) {
   );
 }
 
-function Row({ step, live, total }: { step: Step; live: boolean; total: number }) {
+function Row({ step, live, elapsed, total }: { step: Step; live: boolean; elapsed: number; total: number }) {
   const cut = step.status === "running" && !live;
   const status = cut ? "skipped" : step.status;
+  const took = status === "running" ? Math.max(0, elapsed - step.started_ms) : step.duration_ms;
   return (
     <li class={`step ${status}`} data-step={step.name}>
       <span class="dot" />
       <span class="step-name">{NAMES[step.name] ?? step.name}</span>
-      <span class="step-time">{status === "running" ? "running" : cut ? "cut" : status === "skipped" ? "skipped" : duration(step.duration_ms)}</span>
+      <span class="step-time">{cut ? "cut" : status === "skipped" ? "skipped" : duration(took)}</span>
       <span class="step-facts">{factsOf(step)}</span>
       <svg class="bar" width="100%" height="3" aria-hidden="true">
         <rect class="bar-ground" width="100%" height="3" rx="1.5" />
         {status !== "skipped" && (
-          <rect
-            class="bar-fill"
-            x={percent(step.started_ms, total)}
-            width={percent(status === "running" ? total - step.started_ms : step.duration_ms, total)}
-            height="3"
-            rx="1.5"
-          />
+          <rect class="bar-fill" x={place(step.started_ms, total)} width={length(took, total)} height="3" rx="1.5" />
         )}
       </svg>
       <span class="sr-only">{status}</span>
@@ -67,9 +66,25 @@ function Row({ step, live, total }: { step: Step; live: boolean; total: number }
   );
 }
 
-function percent(part: number, total: number): string {
-  return `${Math.min(100, Math.max(0.8, (100 * part) / total)).toFixed(2)}%`;
+/** Milliseconds since the question was taken on, ticking while the answer runs; 0 once it has ended. */
+function useElapsed(answer: Answer): number {
+  const elapsed = useSignal(0);
+  const running = answer.running.value;
+  useEffect(() => {
+    if (!running) return;
+    const timer = window.setInterval(() => (elapsed.value = answer.elapsed()), TICK_MS);
+    return () => {
+      window.clearInterval(timer);
+      elapsed.value = 0;
+    };
+  }, [running]);
+  return elapsed.value;
 }
+
+const place = (start: number, total: number) => `${Math.min(99.2, (100 * start) / total).toFixed(2)}%`;
+
+/** At least a trace that can be seen. */
+const length = (took: number, total: number) => `${Math.min(100, Math.max(0.8, (100 * took) / total)).toFixed(2)}%`;
 
 /** Reasons speak for themselves; other facts need their name. */
 function factsOf({ facts }: Step): string {

@@ -1,0 +1,451 @@
+"""The committed page in a real browser, against a scripted gateway: what a person sees, and what a hostile text cannot do."""
+
+import asyncio
+import os
+import shutil
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from page_gateway import TOKEN, TRACE, Cut, FakeGateway, Problem, citation, delta, document, done, passages, serving, step
+from playwright.async_api import Browser, BrowserContext, Page, Request, async_playwright, expect
+
+pytestmark = pytest.mark.slow
+
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+INSTALL = "apt-get install chromium (or point TAILRACE_BROWSER at a Chromium)"
+EXACT = "the producer runs on for a grace time of 60 seconds"
+
+
+def find_browser() -> str | None:
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return os.environ.get("TAILRACE_BROWSER") or next((path for name in names if (path := shutil.which(name))), None)
+
+
+@pytest.fixture(scope="session")
+async def browser() -> AsyncIterator[Browser]:
+    """A headless Chromium. Without one the tests are skipped, unless TAILRACE_REQUIRE_BROWSER says that they must run."""
+    executable = find_browser()
+    if executable is None:
+        if os.environ.get("TAILRACE_REQUIRE_BROWSER"):
+            pytest.fail(f"no browser found: {INSTALL}")
+        pytest.skip(f"the page was NOT tested, no browser found: {INSTALL}")
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=executable, args=ARGUMENTS)
+        yield browser
+        await browser.close()
+
+
+@dataclass
+class Visit:
+    """A signed-in page, the gateway behind it, and everything that went wrong or went elsewhere."""
+
+    page: Page
+    gateway: FakeGateway
+    context: BrowserContext
+    troubles: list[str] = field(default_factory=list)
+    strangers: list[str] = field(default_factory=list)
+
+    async def ask(self, question: str) -> None:
+        await self.page.fill("#question", question)
+        await self.page.press("#question", "Enter")
+
+    def watch(self, page: Page) -> None:
+        page.set_default_timeout(10_000)
+        page.on("pageerror", lambda error: self.troubles.append(str(error)))
+        page.on("console", lambda message: message.type == "error" and self.troubles.append(message.text))
+        page.on("request", self._seen)
+
+    def _seen(self, request: Request) -> None:
+        if not request.url.startswith(self.gateway.url):
+            self.strangers.append(request.url)
+
+
+@pytest.fixture
+async def visit(browser: Browser) -> AsyncIterator[Visit]:
+    """The page, opened with the address that the launcher prints. The page must not log an error or call another host."""
+    async with serving(FakeGateway()) as gateway:
+        context = await browser.new_context(viewport={"width": 1280, "height": 800})
+        page = await context.new_page()
+        visit = Visit(page, gateway, context)
+        visit.watch(page)
+        await page.goto(f"{gateway.url}/#token={TOKEN}")
+        await page.wait_for_selector("#question")
+        yield visit
+        await context.close()
+        assert visit.troubles == []
+        assert visit.strangers == []
+
+
+async def test_an_answer_streams_as_markdown_before_it_is_complete(visit: Visit) -> None:
+    """Text is drawn when it arrives, unfinished emphasis and code as if they were closed, and never as raw marks."""
+    more, end = asyncio.Event(), asyncio.Event()
+    text = "A **bold claim** with `code`.\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n```python\nx = 1\n```\n"
+    visit.gateway.on(
+        "Why?", step("generate", "running"), delta(text[:8]), more.wait, delta(text[8:24]), end.wait, delta(text[24:]), done(text)
+    )
+    await visit.ask("Why?")
+    answer = visit.page.locator(".answer")
+    await expect(answer.locator("strong")).to_have_text("bold")
+    await expect(answer).not_to_contain_text("*")
+    more.set()
+    await expect(answer.locator("strong")).to_have_text("bold claim")
+    await expect(answer.locator("p")).to_have_text("A bold claim with c")
+    end.set()
+    await expect(visit.page.locator(".receipt")).to_be_visible()
+    await expect(answer.locator("p code")).to_have_text("code")
+    await expect(answer.locator("td")).to_have_text(["1", "2"])
+    await expect(answer.locator("pre code")).to_have_text("x = 1")
+
+
+async def test_finished_blocks_are_not_drawn_again(visit: Visit) -> None:
+    """A paragraph that is complete keeps its element while the text goes on, so nothing flickers and a selection survives."""
+    more = asyncio.Event()
+    text = "First.\n\nSecond.\n\nThird.\n\nFourth."
+    visit.gateway.on("Go", delta(text[:-7]), more.wait, delta(text[-7:]), done(text))
+    await visit.ask("Go")
+    first = visit.page.locator(".answer p").first
+    await expect(visit.page.locator(".answer p")).to_have_count(3)
+    await first.evaluate("element => element.seen = true")
+    more.set()
+    await expect(visit.page.locator(".answer p").last).to_have_text("Fourth.")
+    assert await first.evaluate("element => element.seen === true")
+
+
+async def test_a_citation_opens_its_passage_and_gives_the_focus_back(visit: Visit) -> None:
+    """`[2]` is a chip; the panel shows where the passage stands and marks the sentence that carries the statement."""
+    text = "It goes on: the producer runs on for a grace time of 60 seconds [2]. Unknown [7]."
+    passage = f"First comes this. Then {EXACT}. And more."
+    found = passages("Something else entirely.", passage)
+    visit.gateway.on("Cite", found, delta(text), citation(2), done(text))
+    await visit.ask("Cite")
+    chip = visit.page.get_by_role("button", name="Passage 2: Streams 2")
+    await expect(visit.page.locator(".answer .cite")).to_have_text(["2"])
+    await expect(visit.page.locator(".answer")).to_contain_text("Unknown [7].")
+    await expect(visit.page.locator(".source.cited .number")).to_have_text(["2"])
+    await chip.focus()
+    await visit.page.keyboard.press("Enter")
+    panel = visit.page.get_by_role("dialog", name="Streams 2")
+    await expect(panel).to_be_focused()
+    await expect(panel.locator(".path")).to_have_text("Design › Part 2")
+    await expect(panel.locator("dd")).to_have_text(["docs/streams-2.md", f"2,400–{2400 + len(passage):,}", "3", "0.0325"])
+    await expect(panel.locator("mark")).to_have_text(f"Then {EXACT}.")
+    await panel.get_by_role("button", name="Previous passage").click()
+    await expect(visit.page.get_by_role("dialog", name="Streams 1")).to_contain_text("Something else entirely.")
+    await visit.page.keyboard.press("Escape")
+    await expect(visit.page.get_by_role("dialog")).to_have_count(0)
+    await expect(chip).to_be_focused()
+
+
+async def test_steps_appear_while_they_run_and_end_with_their_milliseconds(visit: Visit) -> None:
+    """Running, done, skipped with its reason: each in one row, in the order they came."""
+    found, end = asyncio.Event(), asyncio.Event()
+    visit.gateway.on(
+        "Steps",
+        step("recall", took=6.4),
+        step("passages", "running", 6.4),
+        found.wait,
+        step("passages", "done", 6.4, 312.2, found="5"),
+        step("history", "skipped", 318.0, reason="stands_alone"),
+        end.wait,
+        delta("Done."),
+        done("Done."),
+    )
+    await visit.ask("Steps")
+    row = visit.page.locator
+    await expect(row("[data-step=passages]")).to_have_class("step running")
+    await expect(row("[data-step=recall] .step-time")).to_have_text("6.4 ms")
+    found.set()
+    await expect(row("[data-step=passages]")).to_have_class("step done")
+    await expect(row("[data-step=passages] .step-time")).to_have_text("312 ms")
+    await expect(row("[data-step=passages] .step-facts")).to_have_text("5 found")
+    await expect(row("[data-step=history] .step-time")).to_have_text("skipped")
+    await expect(row("[data-step=history] .step-facts")).to_have_text("stands alone")
+    end.set()
+    await expect(row(".steps h3")).to_have_text("Steps 2.31 s")
+    assert await row(".steps li").evaluate_all("rows => rows.map(row => row.dataset.step)") == ["recall", "passages", "history"]
+
+
+async def test_the_cost_line_shows_exact_money_and_the_whole_receipt(visit: Visit) -> None:
+    """Nano-USD are shown to the last digit that was charged, beyond what a double can hold."""
+    visit.gateway.on("Cost", delta("So."), done("So.", cost_nanousd="9007199254740993"))
+    await visit.ask("Cost")
+    receipt = visit.page.locator(".receipt")
+    await expect(receipt.locator("strong")).to_have_text("$9,007,199.254740993")
+    for part in (
+        "claude-sonnet-4-5",
+        "smart",
+        "1,532 in, 214 out",
+        "cache miss: below threshold",
+        "first token 412 ms",
+        "total 2.31 s",
+        TRACE[:8],
+    ):
+        await expect(receipt).to_contain_text(part)
+    await visit.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    await receipt.get_by_role("button", name=f"Copy the trace id {TRACE}").click()
+    assert await visit.page.evaluate("navigator.clipboard.readText()") == TRACE
+
+
+async def test_a_cache_hit_says_what_it_saved_and_can_be_asked_afresh(visit: Visit) -> None:
+    """The verdict, its age and similarity, the question it was; asking afresh refreshes the cache."""
+    cache = {
+        "verdict": "semantic",
+        "similarity": 0.9731,
+        "source_question": "What then?",
+        "age_s": "754",
+        "saved_nanousd": "7806000",
+        "reason": "",
+    }
+    visit.gateway.on("What now?", delta("This."), done("This.", cost_nanousd="0", cache=cache))
+    await visit.ask("What now?")
+    receipt = visit.page.locator(".receipt")
+    for part in ("$0.00", "cached, similarity 0.973", "saved $0.007806", "12 min old", "Answered before as “What then?”"):
+        await expect(receipt).to_contain_text(part)
+    await receipt.get_by_role("button", name="Answer afresh").click()
+    await expect(visit.page.locator(".receipt")).to_have_count(2)
+    assert [asked["cache"] for asked in visit.gateway.asked] == ["use", "refresh"]
+
+
+@pytest.mark.parametrize("how", ["button", "escape"])
+async def test_stop_cancels_the_answer_and_keeps_what_had_arrived(visit: Visit, how: str) -> None:
+    """The gateway is told; the partial text stays; the question can be asked again."""
+    visit.gateway.on("Long", delta("As far as "), asyncio.Event().wait)
+    await visit.ask("Long")
+    await expect(visit.page.locator(".answer p")).to_contain_text("As far as")
+    if how == "button":
+        await visit.page.get_by_role("button", name="Stop the answer").click()
+    else:
+        await visit.page.press("#question", "Escape")
+    await expect(visit.page.locator(".notice")).to_contain_text("Stopped.")
+    await expect(visit.page.locator(".answer p")).to_contain_text("As far as")
+    await expect(visit.page.get_by_role("button", name="Send the question")).to_be_visible()
+    assert visit.gateway.cancelled == ["answer-1"]
+
+
+async def test_an_interrupted_stream_goes_on_where_it_broke(visit: Visit) -> None:
+    """A socket that closes without an end is resumed after the last event: nothing is lost and nothing comes twice."""
+    text = "One two three four."
+    visit.gateway.on("Count", delta("One "), delta("two "), Cut(), delta("three "), Cut(), delta("four."), done(text))
+    await visit.ask("Count")
+    await expect(visit.page.locator(".receipt")).to_be_visible()
+    await expect(visit.page.locator(".answer p")).to_have_text(text)
+    assert visit.gateway.resumed == [("answer-1", 3), ("answer-1", 4)]
+    assert len(visit.gateway.asked) == 1
+
+
+async def test_a_reload_in_the_middle_loses_nothing(visit: Visit) -> None:
+    """The answer goes on after a reload with the same text, in the same conversation, and ended answers come back as they were."""
+    end = asyncio.Event()
+    visit.gateway.on("First", delta("Whole."), done("Whole."))
+    visit.gateway.on("Second", passages("Text."), delta("Half "), end.wait, delta("and half."), done("Half and half."))
+    await visit.ask("First")
+    await expect(visit.page.locator(".receipt")).to_have_count(1)
+    await visit.ask("Second")
+    await expect(visit.page.locator(".turn:last-child .answer p")).to_contain_text("Half")
+    await visit.page.reload()
+    await expect(visit.page.locator(".turn:last-child .answer p")).to_contain_text("Half")
+    end.set()
+    await expect(visit.page.locator(".receipt")).to_have_count(2)
+    await expect(visit.page.locator(".answer")).to_have_text(["Whole.", "Half and half."])
+    assert visit.gateway.resumed == [("answer-2", 0)]
+    assert [asked["session_id"] for asked in visit.gateway.asked] == ["", "session-1"]
+
+
+async def test_a_failure_keeps_the_partial_answer_and_can_be_retried(visit: Visit) -> None:
+    """A plain cause, the trace id, what had arrived; Retry asks the same question again."""
+    visit.gateway.on("Fail", delta("Only this"), Problem("MODEL_STALLED", "The model went silent", "No token arrived for 20 s."))
+    await visit.ask("Fail")
+    alert = visit.page.get_by_role("alert")
+    for part in ("The model went silent", "No token arrived for 20 s.", TRACE[:8]):
+        await expect(alert).to_contain_text(part)
+    await expect(visit.page.locator(".answer p")).to_have_text("Only this")
+    visit.gateway.on("Fail", delta("All of it."), done("All of it."))
+    await alert.get_by_role("button", name="Retry").click()
+    await expect(visit.page.locator(".answer")).to_have_text(["All of it."])
+    assert [asked["question"] for asked in visit.gateway.asked] == ["Fail", "Fail"]
+
+
+async def test_a_text_that_is_not_what_the_receipt_says_is_not_passed_off_as_whole(visit: Visit) -> None:
+    """The hash of the receipt is checked against the text that was joined."""
+    visit.gateway.on("Hash", delta("Tampered."), done("Genuine."))
+    await visit.ask("Hash")
+    await expect(visit.page.locator(".notice")).to_contain_text("is not what the receipt says")
+
+
+HOSTILE = """
+<img src=x onerror="window.pwned=1"><script>window.pwned=1</script><svg onload="window.pwned=1"></svg>
+<iframe src="http://127.0.0.2:9/frame"></iframe><style>@import "http://127.0.0.2:9/style"</style>
+
+[script](javascript:window.pwned=1) [data](data:text/html,<script>window.pwned=1</script>) [spaced](java&#10;script:window.pwned=1)
+[by reference][evil] <javascript:window.pwned=1> [relative](/v1/answers) [quoted](https://example.com/"onmouseover="window.pwned=1)
+
+![remote](http://127.0.0.2:9/leak.png) ![by reference][leak] [![nested](http://127.0.0.2:9/nested.png)](https://example.com/ok)
+
+```"><img/src=x/onerror=window.pwned=1>
+<img src=x onerror=window.pwned=1>
+```
+
+| <img src=x onerror=window.pwned=1> | ![cell](http://127.0.0.2:9/cell.png) |
+|---|---|
+| a | b |
+
+[evil]: javascript:window.pwned=1
+[leak]: http://127.0.0.2:9/reference.png
+"""
+
+
+async def test_hostile_text_runs_nothing_loads_nothing_and_links_nowhere_unsafe(visit: Visit) -> None:
+    """Raw HTML is text, images are their alternative text, links are absolute and open without an opener, also while streaming."""
+    title = '<img src=x onerror="window.pwned=1">'
+    pieces = [delta(HOSTILE[start : start + 7]) for start in range(0, len(HOSTILE), 7)]
+    visit.gateway.on(title, passages(HOSTILE, title=title), *pieces, delta("[1]"), citation(1), done(HOSTILE + "[1]"))
+    await visit.ask(title)
+    await expect(visit.page.locator(".receipt")).to_be_visible()
+    await visit.page.locator(".answer .cite").click()
+    await expect(visit.page.locator(".passage-text")).to_contain_text("<script>window.pwned=1</script>")
+    answer = visit.page.locator(".answer")
+    await expect(answer).to_contain_text('<img src=x onerror="window.pwned=1">')
+    await expect(answer.locator("img, script, svg, iframe, style, [onerror], [onload], [onmouseover]")).to_have_count(0)
+    links = await answer.locator("a").evaluate_all("links => links.map(link => [link.protocol, link.hostname, link.target, link.rel])")
+    assert {tuple(link) for link in links} == {("https:", "example.com", "_blank", "noopener noreferrer")}
+    for text in ("script", "data", "spaced", "by reference", "relative"):
+        await expect(answer.get_by_role("link", name=text, exact=True)).to_have_count(0)
+    assert await visit.page.evaluate("window.pwned") is None
+
+
+async def test_the_token_leaves_the_address_bar_and_dies_with_the_tab(visit: Visit) -> None:
+    """The fragment is taken and removed; a reload stays signed in; signing out forgets everything; a pasted token signs in."""
+    assert visit.page.url == f"{visit.gateway.url}/"
+    visit.gateway.on("Mine", delta("Secret."), done("Secret."))
+    await visit.ask("Mine")
+    await expect(visit.page.locator(".receipt")).to_be_visible()
+    await visit.page.reload()
+    await expect(visit.page.locator(".answer")).to_have_text("Secret.")
+    await visit.page.get_by_role("button", name="Sign out").click()
+    await expect(visit.page.locator("#question")).to_have_count(0)
+    assert await visit.page.evaluate("JSON.stringify(sessionStorage) + JSON.stringify(localStorage) + document.cookie") == "{}{}"
+    await visit.page.fill("#token", f"  Bearer {TOKEN} ")
+    await visit.page.get_by_role("button", name="Sign in").click()
+    await expect(visit.page.get_by_role("heading", name="Ask your documents")).to_be_visible()
+
+
+async def test_an_expired_token_asks_to_sign_in_and_keeps_what_was_there(visit: Visit) -> None:
+    """Another token of the same person brings the conversation back."""
+    visit.gateway.on("Mine", delta("Kept."), done("Kept."))
+    await visit.ask("Mine")
+    await expect(visit.page.locator(".receipt")).to_be_visible()
+    await visit.page.evaluate("token => { location.hash = '#token=' + token }", TOKEN[:-4] + "b2xk")
+    await visit.ask("Mine")
+    await expect(visit.page.get_by_role("alert")).to_contain_text("The token has expired")
+    visit.troubles.clear()  # the browser itself logs the 401
+    await visit.page.fill("#token", TOKEN)
+    await visit.page.press("#token", "Enter")
+    await expect(visit.page.locator(".answer").first).to_have_text("Kept.")
+
+
+async def test_enter_sends_and_shift_enter_does_not(visit: Visit) -> None:
+    """The question keeps its lines; a draft typed while an answer runs is kept and not sent."""
+    end = asyncio.Event()
+    visit.gateway.on("one\ntwo", end.wait, delta("Yes."), done("Yes."))
+    box = visit.page.locator("#question")
+    await expect(box).to_be_focused()
+    await visit.page.keyboard.type("one")
+    await visit.page.keyboard.press("Shift+Enter")
+    await visit.page.keyboard.type("two")
+    await visit.page.keyboard.press("Enter")
+    await expect(visit.page.locator(".question")).to_have_text("one\ntwo")
+    await visit.page.keyboard.type("next")
+    await visit.page.keyboard.press("Enter")
+    end.set()
+    await expect(visit.page.locator(".receipt")).to_have_count(1)
+    await expect(box).to_have_value("next")
+    assert [asked["question"] for asked in visit.gateway.asked] == ["one\ntwo"]
+
+
+async def test_an_answer_is_announced_once_when_it_is_complete(visit: Visit) -> None:
+    """Screen readers hear the end and not every token."""
+    end = asyncio.Event()
+    visit.gateway.on("Say", delta("Part "), end.wait, delta("and whole."), done("Part and whole."))
+    status = visit.page.locator("main > [role=status]")
+    await visit.ask("Say")
+    await expect(visit.page.locator(".answer")).to_contain_text("Part")
+    await expect(status).to_have_text("Answering")
+    await expect(visit.page.get_by_role("log")).to_have_attribute("aria-live", "off")
+    end.set()
+    await expect(status).to_have_text("Answer complete. Part and whole.")
+
+
+async def test_a_refused_question_says_why_and_when_to_come_back(visit: Visit) -> None:
+    """A problem document before the stream is shown like one within it."""
+    visit.gateway.refusal = (
+        429,
+        {"title": "Too many requests", "detail": "At most 60 a minute.", "reason": "RATE_LIMITED", "trace_id": TRACE},
+    )
+    await visit.ask("Again")
+    await expect(visit.page.get_by_role("alert")).to_contain_text("At most 60 a minute.")
+    visit.troubles.clear()  # the browser itself logs the 429
+
+
+async def test_files_are_indexed_one_by_one_and_documents_deleted_for_good(visit: Visit) -> None:
+    """Every file has its own row and its own failure; the list follows; deleting asks once."""
+    visit.gateway.documents = [document("old.md", 512)]
+    await visit.page.get_by_role("link", name="Documents", exact=True).click()
+    await expect(visit.page.locator(".row-title")).to_have_text(["old.md"])
+    files = [
+        {"name": "guide.md", "mimeType": "text/markdown", "buffer": b"# Guide\n\nText."},
+        {"name": "picture.txt", "mimeType": "text/plain", "buffer": b"\0\1\2"},
+        {"name": "empty.txt", "mimeType": "text/plain", "buffer": b""},
+    ]
+    await visit.page.set_input_files("input[type=file]", files)  # type: ignore[arg-type]
+    row = visit.page.locator(".upload")
+    await expect(row.nth(0)).to_contain_text("Indexed · 4 chunks")
+    await expect(row.nth(1)).to_contain_text("The file is not text")
+    await expect(row.nth(2)).to_contain_text("The file is empty")
+    assert visit.gateway.uploaded == {"guide.md": b"# Guide\n\nText.", "picture.txt": b"\0\1\2"}
+    await expect(visit.page.locator(".row-title")).to_have_text(["guide.md", "old.md"])
+    await visit.page.get_by_role("button", name="Delete old.md").click()
+    await visit.page.get_by_role("button", name="Delete for good").click()
+    await expect(visit.page.locator(".row-title")).to_have_text(["guide.md"])
+    assert [one["title"] for one in visit.gateway.documents] == ["guide.md"]
+
+
+async def test_files_can_be_dropped(visit: Visit) -> None:
+    """What is dropped on the field is sent."""
+    await visit.page.get_by_role("link", name="Documents", exact=True).click()
+    transfer = await visit.page.evaluate_handle(
+        "() => { const transfer = new DataTransfer(); transfer.items.add(new File(['dropped'], 'drop.txt')); return transfer }"
+    )
+    await visit.page.dispatch_event(".drop", "drop", {"dataTransfer": transfer})
+    await expect(visit.page.locator(".upload")).to_contain_text("Indexed")
+    assert visit.gateway.uploaded == {"drop.txt": b"dropped"}
+
+
+async def test_a_narrow_window_shows_everything_without_scrolling_sideways(visit: Visit) -> None:
+    """Tables and code scroll within themselves, the page does not."""
+    text = "| " + " | ".join("wide" * 5 for _ in range(9)) + " |\n|" + "---|" * 9 + "\n\n```\n" + "x" * 400 + "\n```\n"
+    visit.gateway.on("w" * 300, passages("Text."), step("recall", took=1), delta(text), done(text))
+    await visit.page.set_viewport_size({"width": 340, "height": 700})
+    await visit.ask("w" * 300)
+    await expect(visit.page.locator(".receipt")).to_be_visible()
+    assert await visit.page.evaluate("document.documentElement.scrollWidth") <= 340
+    await expect(visit.page.locator(".steps")).to_be_visible()
+
+
+def test_the_built_page_is_small_and_its_lock_file_names_no_host() -> None:
+    """The committed build stays under 300 kB, with every asset behind a name that changes with its content."""
+    root = Path(__file__).resolve().parents[2]
+    static = root / "services" / "gateway" / "static"
+    sizes = {path.name: path.stat().st_size for path in static.rglob("*") if path.is_file()}
+    assert "index.html" in sizes
+    assert sum(sizes.values()) < 300_000
+    assert all("-" in path.stem for path in (static / "assets").iterdir())
+    assert '"resolved"' not in (root / "web" / "package-lock.json").read_text()

@@ -101,15 +101,16 @@ class Answer:
         )
 
     async def _read(self) -> AsyncGenerator[values.Event, None]:
-        async for message in _stream(self._begin()):
-            self.answer_id = message.answer_id or self.answer_id
-            self.last_sequence = max(self.last_sequence, message.sequence)
-            event = values.event(message)
-            if event is None:
-                continue
-            yield event
-            if isinstance(event, values.Receipt):
-                return
+        async with _reading(self._begin()) as messages:
+            async for message in messages:
+                self.answer_id = message.answer_id or self.answer_id
+                self.last_sequence = max(self.last_sequence, message.sequence)
+                event = values.event(message)
+                if event is None:
+                    continue
+                yield event
+                if isinstance(event, values.Receipt):
+                    return
         raise Interrupted("the stream ended before the answer did", metadata={"answer_id": self.answer_id})
 
 
@@ -194,8 +195,9 @@ class AsyncClient:
         request = retrieval.SearchRequest(
             query=query, limit=limit, mode=_SEARCH_MODES[mode], collection=collection, document_ids=document_ids
         )
-        async for message in _stream(self._call(self._stub.Search, request)):
-            yield values.passage(message.hit)
+        async with _reading(self._call(self._stub.Search, request)) as messages:
+            async for message in messages:
+                yield values.passage(message.hit)
 
     async def ingest(self, *documents: str | Path | Upload, collection: str = "") -> AsyncIterator[values.Progress]:
         """Take in files and uploads, and report every stage of each. One that fails does not stop the others.
@@ -205,7 +207,7 @@ class AsyncClient:
 
         unreadable: list[OSError] = []
 
-        async def messages() -> AsyncIterator[retrieval.IngestDocumentsRequest]:
+        async def requests() -> AsyncIterator[retrieval.IngestDocumentsRequest]:
             for document in documents:
                 upload = _upload(document)
                 try:
@@ -227,8 +229,9 @@ class AsyncClient:
         for document in documents:
             if isinstance(path := _upload(document).content, Path):
                 path.stat()  # a missing file is the caller's mistake, said before anything is sent
-        async for message in _stream(self._call(self._stub.IngestDocuments, messages())):
-            yield values.progress(message)
+        async with _reading(self._call(self._stub.IngestDocuments, requests())) as messages:
+            async for message in messages:
+                yield values.progress(message)
         if unreadable:
             raise unreadable[0]
 
@@ -238,9 +241,10 @@ class AsyncClient:
         while True:
             request = retrieval.ListDocumentsRequest(collection=collection, page_token=token)
             token = ""
-            async for message in _stream(self._call(self._stub.ListDocuments, request)):
-                token = message.next_page_token
-                yield values.document(message.document)
+            async with _reading(self._call(self._stub.ListDocuments, request)) as messages:
+                async for message in messages:
+                    token = message.next_page_token
+                    yield values.document(message.document)
             if not token:
                 return
 
@@ -257,14 +261,16 @@ class AsyncClient:
     async def operations(self, *, limit: int = 50, session_id: str = "") -> AsyncIterator[values.Operation]:
         """The latest operations, newest first. 1-1000."""
         request = ledger.ListOperationsRequest(page_size=limit, session_id=session_id)
-        async for message in _stream(self._call(self._stub.ListOperations, request)):
-            yield values.operation(message.operation)
+        async with _reading(self._call(self._stub.ListOperations, request)) as messages:
+            async for message in messages:
+                yield values.operation(message.operation)
 
     async def usage(self, *group_by: str, since: datetime | None = None, until: datetime | None = None) -> AsyncIterator[values.UsageRow]:
         """Tokens, cost, savings and latency, grouped by any of day, hour, user, session, model, tier, step, cache."""
         request = ledger.QueryUsageRequest(group_by=group_by, to=_timestamp(until), **{"from": _timestamp(since)})
-        async for message in _stream(self._call(self._stub.QueryUsage, request)):
-            yield values.usage_row(message)
+        async with _reading(self._call(self._stub.QueryUsage, request)) as messages:
+            async for message in messages:
+                yield values.usage_row(message)
 
     def _call(self, method: Any, request: Any) -> Any:
         metadata = (("authorization", f"Bearer {self._token}"),) if self._token else ()
@@ -290,14 +296,15 @@ async def _unary(call: Any) -> Any:
         raise from_rpc_error(error) from None
 
 
-async def _stream(call: Any) -> AsyncGenerator[Any, None]:
+@contextlib.asynccontextmanager
+async def _reading(call: Any) -> AsyncIterator[Any]:
+    """The messages of a streaming call. Left early, it closes the call; errors come out as ours."""
     try:
-        async for message in call:
-            yield message
+        yield call
     except grpc.aio.AioRpcError as error:
         raise from_rpc_error(error) from None
     finally:
-        call.cancel()  # a reader that stops early must not leave the call open; nothing happens if it has ended
+        call.cancel()  # nothing happens if it has ended
 
 
 class BlockingAnswer:

@@ -61,7 +61,8 @@ FILLED = {**EXAMPLE, **{name: "0123456789abcdef" * 3 for name in SECRETS}}
 
 def settings_class(service: str) -> type[ServiceSettings]:
     module = importlib.import_module(f"services.{service}.config")
-    return next(item for item in vars(module).values() if isinstance(item, type) and item.__module__ == module.__name__)
+    classes = (item for item in vars(module).values() if isinstance(item, type) and item.__module__ == module.__name__)
+    return next(item for item in classes if issubclass(item, ServiceSettings))
 
 
 def environment(service: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -44,11 +45,10 @@ class Sleeper(Child):
         self.events.append(f"{self.name} stopped")
 
 
-async def until(condition: object) -> None:
+async def until(condition: Callable[[], bool]) -> None:
     """Wait until `condition()` holds, at most ten seconds."""
-    assert callable(condition)
     async with asyncio.timeout(WAIT_S):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - what is waited for is another process
             await asyncio.sleep(0.01)
 
 

@@ -1,0 +1,28 @@
+"""What the ledger is told by its environment. Nothing here opens anything."""
+
+from typing import ClassVar
+
+from pydantic import Field, SecretStr
+
+from services.chassis.config import ServiceSettings
+
+
+class Settings(ServiceSettings):
+    """The ledger's settings."""
+
+    prefix: ClassVar[str] = "TAILRACE_LEDGER_"
+
+    port: int = Field(50053, ge=0, le=65535, validation_alias="TAILRACE_LEDGER_PORT")
+    """Where to listen; 0 = any free port."""
+    target: str = Field("127.0.0.1:50053", validation_alias="TAILRACE_LEDGER_TARGET")
+    """Where the other services find the ledger. Claimed here because all services share one environment; not used."""
+    database_url: SecretStr = Field(validation_alias="DATABASE_URL")
+    """PostgreSQL 15 or newer, `postgresql://user:password@host:port/database`. Needs no extension and no superuser."""
+    connections_max: int = Field(10, ge=2, le=200, validation_alias="TAILRACE_LEDGER_CONNECTIONS_MAX")
+    """Most connections to PostgreSQL from this process, besides one that listens for recorded operations."""
+    start_wait_s: float = Field(60.0, ge=0, le=600, validation_alias="TAILRACE_LEDGER_START_WAIT_S")
+    """How long a start waits for PostgreSQL before it gives up."""
+    sweep_interval_ms: int = Field(5_000, ge=100, le=600_000, validation_alias="TAILRACE_LEDGER_SWEEP_INTERVAL_MS")
+    """How often expired holds are looked for."""
+    sweep_grace_ms: int = Field(60_000, ge=0, le=3_600_000, validation_alias="TAILRACE_LEDGER_SWEEP_GRACE_MS")
+    """How long after its expiry a hold waits for the true figures, which may still be in a spool. The money stays set aside meanwhile."""

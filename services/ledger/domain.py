@@ -1,0 +1,187 @@
+"""The ledger's values: what is kept of people, conversations and operations. No wire, no SQL; holds have a file of their own."""
+
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from services.chassis.money import Usage
+
+NO_USAGE = Usage()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a user may do. `monthly_budget_nanousd` 0 = none of its own."""
+
+    name: str
+    requests_per_minute: int
+    tokens_per_minute: int
+    concurrent_answers: int
+    monthly_budget_nanousd: int
+    tiers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A user of a tenant with the plan in force. `subscribed_at` is None on the free plan that everybody starts with."""
+
+    user: str
+    plan: Plan
+    display_name: str
+    created_at: datetime
+    subscribed_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """A limit with what its running period has seen."""
+
+    scope: str
+    subject: str
+    period: str
+    limit_nanousd: int
+    spent_nanousd: int
+    held_nanousd: int
+    resets_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """A key without its secret."""
+
+    key_id: str
+    tenant: str
+    user: str
+    name: str
+    roles: tuple[str, ...]
+    created_at: datetime
+    expires_at: datetime | None
+    revoked: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Citation:
+    """A passage that an answer points at."""
+
+    number: int
+    document_id: str
+    chunk_id: str
+    title: str
+    source_uri: str
+    text: str
+    start: int
+    end: int
+    score: float
+    heading_path: tuple[str, ...]
+    document_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A question and its answer. `answer_id` is a UUID."""
+
+    answer_id: str
+    question: str
+    text: str
+    citations: tuple[Citation, ...]
+    created_at: datetime
+    complete: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A conversation of one user."""
+
+    session_id: str
+    title: str
+    created_at: datetime
+    updated_at: datetime
+    turns: int
+
+
+@dataclass(frozen=True, slots=True)
+class CacheFacts:
+    """What the answer cache said, without any text."""
+
+    verdict: str
+    similarity: float | None = None
+    source_answer_id: str | None = None
+    age_s: int | None = None
+    saved_nanousd: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A timed part of an operation. Times in milliseconds after it was accepted."""
+
+    name: str
+    status: str
+    started_ms: float
+    duration_ms: float
+    facts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One provider call. Cost and price version are the ledger's own and 0 until it has booked the call."""
+
+    attempt: int
+    hold_id: str
+    provider: str
+    model: str
+    usage: Usage
+    provider_request_id: str = ""
+    cost_nanousd: int = 0
+    finish_reason: str = ""
+    error_reason: str = ""
+    first_token_ms: float = 0.0
+    duration_ms: float = 0.0
+    estimated: bool = False
+    price_version: int = 0
+    not_sent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """Everything that is kept of one request, without its text. Usage and cost are the sums over its attempts."""
+
+    operation_id: str
+    tenant: str
+    user: str
+    status: str
+    created_at: datetime
+    cache: CacheFacts
+    session_id: str = ""
+    api_key_id: str = ""
+    trace_id: str = ""
+    tier: str = ""
+    model: str = ""
+    provider: str = ""
+    collection: str = ""
+    finish_reason: str = ""
+    error_reason: str = ""
+    usage: Usage = NO_USAGE
+    cost_nanousd: int = 0
+    estimated: bool = False
+    first_token_ms: float = 0.0
+    duration_ms: float = 0.0
+    steps: tuple[Step, ...] = ()
+    attempts: tuple[Attempt, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRow:
+    """One group of a usage query. Times in milliseconds."""
+
+    group: dict[str, str]
+    operations: int
+    failed: int
+    cache_hits: int
+    usage: Usage
+    cost_nanousd: int
+    saved_nanousd: int
+    duration_ms_p50: float
+    duration_ms_p90: float
+    duration_ms_p99: float
+    first_token_ms_p50: float
+    first_token_ms_p99: float

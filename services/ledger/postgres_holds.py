@@ -1,0 +1,211 @@
+"""Holds in PostgreSQL: setting money aside in one round trip, and writing down what `holds` decides under a row lock."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import orjson
+
+from services.chassis.clock import Clock
+from services.chassis.errors import BudgetExhausted, IdempotencyConflict, NotFound, Overloaded
+from services.chassis.money import Usage
+from services.chassis.principal import Principal
+from services.ledger import holds
+from services.ledger.holds import Hold, HoldState, Move
+from services.ledger.postgres_database import Connection, Database
+from services.ledger.postgres_prices import PostgresPrices
+from services.ledger.prices import ListedPrice
+
+HOLD_COLUMNS = (
+    "hold_id, attempt, price_id, amount_nanousd, state, cost_nanousd, estimated,"
+    " input_tokens, output_tokens, cache_read_tokens, cache_write_tokens, cache_write_1h_tokens"
+)
+PRICE_TRIES_MAX = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """A provider call that money is asked for."""
+
+    operation_id: UUID
+    attempt: int
+    provider: str
+    model: str
+    input_tokens_max: int
+    output_tokens_max: int
+    ttl_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """What was set aside."""
+
+    hold_id: str
+    amount_nanousd: int
+    price: ListedPrice
+    expires_at: datetime
+
+
+class PostgresHolds:
+    """Reserve, settle, void and expire.
+
+    `clock` decides which price and period apply and what has expired; with none, the database's own does, which all replicas share.
+    """
+
+    def __init__(self, database: Database, prices: PostgresPrices, clock: Clock | None = None) -> None:
+        self._database, self._prices, self._clock = database, prices, clock
+
+    def _now(self) -> datetime | None:
+        return self._clock.now() if self._clock else None
+
+    async def reserve(self, principal: Principal, wanted: Reservation) -> Reserved:
+        """Set the worst case of a call aside, or return the hold that this (operation, attempt) already has.
+
+        Raises PriceUnknown, BudgetExhausted, IdempotencyConflict for the same attempt of another call, and the named error if
+        the hold was resolved already.
+        """
+        for _ in range(PRICE_TRIES_MAX):
+            book = self._prices.book
+            listed = await self._prices.in_force(principal.tenant, wanted.provider, wanted.model, self._now() or datetime.now(UTC))
+            amount = listed.price.worst_case_nanousd(wanted.input_tokens_max, wanted.output_tokens_max)
+            row = await self._database.row(
+                "SELECT * FROM reserve_hold($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
+                *(principal.tenant, principal.user, principal.api_key_id, wanted.operation_id, wanted.attempt),
+                *(wanted.provider, wanted.model, listed.price_id, amount, wanted.input_tokens_max, wanted.output_tokens_max),
+                *(timedelta(milliseconds=wanted.ttl_ms), self._now()),
+            )
+            if row["outcome"] != "price_changed":
+                return await self._reserved(row, wanted, amount)
+            await self._prices.reload(book)
+        raise Overloaded("the price changes faster than it can be read", retry_after_ms=1000)
+
+    async def _reserved(self, row: Any, wanted: Reservation, amount: int) -> Reserved:
+        if row["outcome"] == "exhausted":
+            raise BudgetExhausted(
+                f"the {row['scope']}'s budget has {row['left_nanousd']} nano-USD left and the call may cost {amount}",
+                needed_nanousd=amount,
+                left_nanousd=row["left_nanousd"],
+                scope=row["scope"],
+                resets_at=row["resets_at"].isoformat(),
+            )
+        if row["outcome"] == "conflict":
+            key = f"{wanted.operation_id}/{wanted.attempt}"
+            raise IdempotencyConflict("this attempt was reserved for another call", key=key)
+        # A hold that was there before may have been made with a version that came into force since the book was read.
+        listed = self._prices.book.version(row["price_id"]) or (await self._prices.reload()).version(row["price_id"])
+        assert listed is not None
+        hold = Hold(str(row["hold_id"]), row["amount_nanousd"], listed.price, HoldState(row["state"]))
+        if hold.state is not HoldState.RESERVED:
+            raise holds.refusal(hold)
+        return Reserved(hold.hold_id, hold.amount_nanousd, listed, row["expires_at"])
+
+    async def settle(self, principal: Principal, hold_id: UUID, usage: Usage, *, estimated: bool) -> Hold:
+        """Book what a hold used; the same again changes nothing. Raises NotFound and what holds.settle raises."""
+
+        async def work(connection: Connection) -> Hold:
+            async with connection.transaction():
+                hold = await self._locked(connection, principal, hold_id)
+                move = holds.settle(hold, usage, estimated=estimated)
+                if move is None:
+                    return hold
+                await resolve(connection, [move], self._now())
+                return move.hold
+
+        return await self._database.run(work)
+
+    async def void(self, principal: Principal, hold_id: UUID) -> int:
+        """Give a hold back and return its amount, in nano-USD. Raises NotFound and what holds.void raises."""
+
+        async def work(connection: Connection) -> int:
+            async with connection.transaction():
+                move = holds.void(await self._locked(connection, principal, hold_id))
+                await resolve(connection, [move], self._now())
+                return move.hold.amount_nanousd
+
+        return await self._database.run(work)
+
+    async def expire_one(self, grace_ms: int) -> str | None:
+        """Book one hold that expired more than `grace_ms` ago in full; return its id, or None if there is none left.
+
+        Holds that somebody else is resolving now are passed over.
+        """
+
+        async def work(connection: Connection) -> str | None:
+            async with connection.transaction():
+                row = await connection.fetchrow(
+                    f"SELECT {HOLD_COLUMNS} FROM holds WHERE state = 'reserved'"
+                    " AND expires_at <= coalesce($1, clock_timestamp()) - $2::interval"
+                    " ORDER BY expires_at LIMIT 1 FOR UPDATE SKIP LOCKED",
+                    self._now(),
+                    timedelta(milliseconds=grace_ms),
+                )
+                if row is None:
+                    return None
+                hold = await self.hold_of(row, connection)
+                await resolve(connection, [holds.expire(hold)], self._now())
+                return hold.hold_id
+
+        return await self._database.run(work)
+
+    async def _locked(self, connection: Connection, principal: Principal, hold_id: UUID) -> Hold:
+        row = await connection.fetchrow(
+            f"SELECT {HOLD_COLUMNS} FROM holds WHERE tenant = $1 AND hold_id = $2 AND (user_id = $3 OR $4) FOR UPDATE",
+            *(principal.tenant, hold_id, principal.user, "admin" in principal.roles),
+        )
+        if row is None:
+            raise NotFound("no such hold", kind="hold")
+        return await self.hold_of(row, connection)
+
+    async def hold_of(self, row: Any, connection: Connection) -> Hold:
+        """A row of HOLD_COLUMNS as the state machine's value."""
+        listed = await self._prices.version(row["price_id"], connection)
+        return Hold(
+            str(row["hold_id"]),
+            row["amount_nanousd"],
+            listed.price,
+            HoldState(row["state"]),
+            usage_of(row),
+            row["cost_nanousd"],
+            row["estimated"],
+        )
+
+
+async def resolve(connection: Connection, moves: Sequence[Move], at: datetime | None) -> None:
+    """Write moves down, inside the transaction that has locked their holds."""
+    await connection.execute("SELECT resolve_holds($1, $2)", encoded(moves), at)
+
+
+def encoded(moves: Sequence[Move]) -> str:
+    """Moves as resolve_holds reads them."""
+    rows = [
+        {
+            "hold_id": move.hold.hold_id,
+            "state": move.hold.state.value,
+            "kind": move.kind,
+            "held": move.held_nanousd,
+            "spent": move.spent_nanousd,
+            "cost_nanousd": move.hold.cost_nanousd,
+            "estimated": move.hold.estimated,
+            **usage_columns(move.hold.usage),
+        }
+        for move in moves
+    ]
+    return orjson.dumps(rows).decode()
+
+
+def usage_columns(usage: Usage) -> dict[str, int]:
+    return {
+        "input_tokens": usage.input_tokens,
+        "output_tokens": usage.output_tokens,
+        "cache_read_tokens": usage.cache_read_tokens,
+        "cache_write_tokens": usage.cache_write_tokens,
+        "cache_write_1h_tokens": usage.cache_write_1h_tokens,
+    }
+
+
+def usage_of(row: Any) -> Usage:
+    return Usage(
+        row["input_tokens"], row["output_tokens"], row["cache_read_tokens"], row["cache_write_tokens"], row["cache_write_1h_tokens"]
+    )

@@ -1,0 +1,89 @@
+"""API keys in PostgreSQL. A secret is seen once, when it is made; what is kept of it cannot be turned back."""
+
+import hashlib
+import hmac
+import re
+import secrets
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from services.chassis.clock import Clock
+from services.chassis.errors import NotAuthenticated, NotFound, Overloaded
+from services.chassis.principal import Principal
+from services.ledger.domain import ApiKey
+from services.ledger.postgres_database import Connection, Database
+
+KEYS_OF_TENANT_MAX = 10_000
+SECRET_PATTERN = re.compile(r"trk_([0-9a-f]{16})_[A-Za-z0-9_-]{43}")
+_COLUMNS = "key_id, tenant, user_id, name, roles, created_at, expires_at, revoked_at IS NOT NULL AS revoked"
+
+
+class PostgresKeys:
+    """Makes, shows, ends and recognises keys."""
+
+    def __init__(self, database: Database, clock: Clock) -> None:
+        self._database, self._clock = database, clock
+
+    async def create(self, tenant: str, user: str, name: str, roles: Sequence[str], expires_at: datetime | None) -> tuple[ApiKey, str]:
+        """Make a key and return it with its secret. Raises Overloaded if the tenant has too many."""
+        key_id = secrets.token_hex(8)
+        # 256 random bits need no slow hash: there is nothing to guess.
+        secret = f"trk_{key_id}_{secrets.token_urlsafe(32)}"
+
+        async def work(connection: Connection) -> Any:
+            async with connection.transaction():
+                if await connection.fetchval("SELECT count(*) FROM api_keys WHERE tenant = $1", tenant) >= KEYS_OF_TENANT_MAX:
+                    raise Overloaded(f"a tenant may have {KEYS_OF_TENANT_MAX} keys")
+                await connection.execute("SELECT ensure_user($1, $2)", tenant, user)
+                return await connection.fetchrow(
+                    "INSERT INTO api_keys (key_id, tenant, user_id, name, roles, secret_sha256, created_at, expires_at)"
+                    f" VALUES ($1, $2, $3, $4, $5, $6, $7, $8) ON CONFLICT (key_id) DO UPDATE SET name = $4 RETURNING {_COLUMNS}",
+                    *(key_id, tenant, user, name, list(roles), _digest(secret), self._clock.now(), expires_at),
+                )
+
+        return _key_of(await self._database.run(work)), secret
+
+    async def list(self, tenant: str) -> Sequence[ApiKey]:
+        """Keys of a tenant, oldest first, ended ones too."""
+        rows = await self._database.fetch(f"SELECT {_COLUMNS} FROM api_keys WHERE tenant = $1 ORDER BY created_at, key_id", tenant)
+        return [_key_of(row) for row in rows]
+
+    async def revoke(self, tenant: str, key_id: str) -> None:
+        """End a key; one that ended before stays ended. Raises NotFound."""
+        revoked = await self._database.value(
+            "UPDATE api_keys SET revoked_at = coalesce(revoked_at, now()) WHERE tenant = $1 AND key_id = $2 RETURNING true", tenant, key_id
+        )
+        if not revoked:
+            raise NotFound("no such key", kind="api_key")
+
+    async def resolve(self, secret: str) -> Principal:
+        """Whose key this is. Raises NotAuthenticated; why a key is refused is told only to who has its secret."""
+        match = SECRET_PATTERN.fullmatch(secret)
+        row = match and await self._database.row(f"SELECT {_COLUMNS}, secret_sha256 FROM api_keys WHERE key_id = $1", match[1])
+        kept = row["secret_sha256"] if row else bytes(32)
+        if not hmac.compare_digest(_digest(secret), kept) or not row:
+            raise NotAuthenticated("the API key is not known", cause="unknown")
+        key = _key_of(row)
+        if key.revoked:
+            raise NotAuthenticated("the API key was revoked", cause="revoked")
+        if key.expires_at is not None and key.expires_at <= self._clock.now():
+            raise NotAuthenticated("the API key has expired", cause="expired")
+        return Principal(key.tenant, key.user, frozenset(key.roles), key.key_id)
+
+
+def _digest(secret: str) -> bytes:
+    return hashlib.sha256(secret.encode()).digest()
+
+
+def _key_of(row: Any) -> ApiKey:
+    return ApiKey(
+        row["key_id"],
+        row["tenant"],
+        row["user_id"],
+        row["name"],
+        tuple(row["roles"]),
+        row["created_at"],
+        row["expires_at"],
+        row["revoked"],
+    )

@@ -1,0 +1,301 @@
+"""Operations in PostgreSQL: booking what happened, once, and showing it again. Aggregates are in `postgres_usage`."""
+
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import orjson
+
+from services.chassis.clock import Clock
+from services.chassis.errors import IdempotencyConflict, NotFound, RequestInvalid
+from services.chassis.money import Usage
+from services.chassis.principal import Principal
+from services.ledger import holds
+from services.ledger.domain import Attempt, CacheFacts, Operation, Step
+from services.ledger.holds import Hold, Move
+from services.ledger.paging import Page
+from services.ledger.postgres_database import Connection, Database
+from services.ledger.postgres_holds import HOLD_COLUMNS, PostgresHolds, encoded, usage_columns, usage_of
+from services.ledger.postgres_prices import PostgresPrices
+
+FUTURE_MAX = timedelta(hours=1)
+"""A recorder's clock may be so far ahead of ours; more is a mistake that would hide the row at the top of every list."""
+
+_OPERATION = (
+    "o.tenant, o.operation_id, o.user_id, o.session_id, o.api_key_id, o.trace_id, o.status, o.tier, o.model, o.provider, o.collection,"
+    " o.finish_reason, o.error_reason, o.input_tokens, o.output_tokens, o.cache_read_tokens, o.cache_write_tokens, o.cache_write_1h_tokens,"
+    " o.cost_nanousd, o.estimated, o.cache_verdict, o.cache_similarity, o.cache_source_id, o.cache_age_s, o.cache_saved_nanousd,"
+    " o.cache_reason, o.created_at, o.recorded_at, o.first_token_ms, o.duration_ms,"
+    " (SELECT jsonb_agg(to_jsonb(a) ORDER BY a.attempt) FROM attempts a"
+    "  WHERE a.tenant = o.tenant AND a.operation_id = o.operation_id) AS attempts,"
+    " (SELECT jsonb_agg(to_jsonb(s) ORDER BY s.ordinal) FROM steps s"
+    "  WHERE s.tenant = o.tenant AND s.operation_id = o.operation_id) AS steps"
+)
+
+
+class Recorded:
+    """What an ack says."""
+
+    __slots__ = ("cost_nanousd", "duplicate")
+
+    def __init__(self, cost_nanousd: int, *, duplicate: bool) -> None:
+        self.cost_nanousd, self.duplicate = cost_nanousd, duplicate
+
+
+class PostgresOperations:
+    """Records and shows operations."""
+
+    def __init__(self, database: Database, held: PostgresHolds, prices: PostgresPrices, clock: Clock) -> None:
+        self._database, self._held, self._prices, self._clock = database, held, prices, clock
+
+    async def record(self, operation: Operation) -> Recorded:
+        """Book an operation with its attempts and steps and resolve its holds, all or nothing. The same again changes nothing.
+
+        A call without a hold is booked late, at the price that was valid when the operation was accepted. Raises PriceUnknown if
+        there was none, RequestInvalid for a record that contradicts itself, IdempotencyConflict if the id is another user's,
+        and what holds.settle raises.
+        """
+        if operation.created_at > self._clock.now() + FUTURE_MAX:
+            raise RequestInvalid("the operation lies in the future", field="operation.created_at")
+        return await self._database.run(lambda connection: self._record(connection, operation))
+
+    async def _record(self, connection: Connection, operation: Operation) -> Recorded:
+        async with connection.transaction():
+            attempts, moves = await self._booked(connection, operation)
+            booked = replace(
+                operation,
+                attempts=attempts,
+                usage=sum((attempt.usage for attempt in attempts), Usage()),
+                cost_nanousd=sum(attempt.cost_nanousd for attempt in attempts),
+                estimated=operation.estimated or any(attempt.estimated for attempt in attempts),
+            )
+            fresh = await connection.fetchval("SELECT record_operation($1, $2, $3, $4)", *_columns(booked), encoded(moves))
+            if fresh:
+                return Recorded(booked.cost_nanousd, duplicate=False)
+            if moves:  # the very same record would have found all its holds resolved; the error undoes what was done here
+                raise IdempotencyConflict("the operation was recorded with other attempts", key=operation.operation_id)
+            row = await connection.fetchrow(
+                "SELECT user_id, cost_nanousd FROM operations WHERE tenant = $1 AND operation_id = $2",
+                *(operation.tenant, UUID(operation.operation_id)),
+            )
+            if row["user_id"] != operation.user:
+                raise IdempotencyConflict("the operation was recorded for another user", key=operation.operation_id)
+            return Recorded(row["cost_nanousd"], duplicate=True)
+
+    async def _booked(self, connection: Connection, operation: Operation) -> tuple[tuple[Attempt, ...], list[Move]]:
+        """The attempts with what they cost, and the moves that book it."""
+        if not operation.attempts:
+            return (), []
+        known = await self._holds(connection, operation)
+        missing = [attempt for attempt in operation.attempts if attempt.attempt not in known]
+        if missing:
+            await self._open_late(connection, operation, missing)
+            known = await self._holds(connection, operation)
+        attempts, moves = [], []
+        for attempt in operation.attempts:
+            hold = known[attempt.attempt]
+            if attempt.hold_id and attempt.hold_id != hold.hold_id:
+                raise RequestInvalid(f"attempt {attempt.attempt} names a hold that is not its own", field="attempts.hold_id")
+            if attempt.not_sent and attempt.usage != Usage():
+                raise RequestInvalid(f"attempt {attempt.attempt} was not sent and yet used tokens", field="attempts.not_sent")
+            move = holds.not_sent(hold) if attempt.not_sent else holds.settle(hold, attempt.usage, estimated=attempt.estimated)
+            if move is not None:
+                moves.append(move)
+                hold = move.hold
+            attempts.append(replace(attempt, hold_id=hold.hold_id, cost_nanousd=hold.cost_nanousd, price_version=hold.price.version))
+        return tuple(attempts), moves
+
+    async def _holds(self, connection: Connection, operation: Operation) -> dict[int, Hold]:
+        """The operation's holds by attempt, locked."""
+        rows = await connection.fetch(
+            f"SELECT {HOLD_COLUMNS} FROM holds WHERE tenant = $1 AND operation_id = $2 AND user_id = $3 ORDER BY attempt FOR UPDATE",
+            *(operation.tenant, UUID(operation.operation_id), operation.user),
+        )
+        return {row["attempt"]: await self._held.hold_of(row, connection) for row in rows}
+
+    async def _open_late(self, connection: Connection, operation: Operation, attempts: list[Attempt]) -> None:
+        """Make holds of nothing for calls that had none, so that late money takes the same way through the books as any other."""
+        await connection.execute("SELECT ensure_user($1, $2)", operation.tenant, operation.user)
+        for attempt in attempts:
+            listed = await self._prices.in_force(operation.tenant, attempt.provider, attempt.model, operation.created_at, connection)
+            opened = await connection.fetchval(
+                "INSERT INTO holds (tenant, user_id, api_key_id, operation_id, attempt, provider, model, price_id,"
+                " input_tokens_max, output_tokens_max, amount_nanousd, created_at, expires_at)"
+                " VALUES ($1, $2, $3, $4, $5, $6, $7, $8, 0, 0, 0, $9, $9)"
+                " ON CONFLICT (tenant, operation_id, attempt) DO UPDATE SET hold_id = holds.hold_id RETURNING user_id",
+                *(operation.tenant, operation.user, operation.api_key_id, UUID(operation.operation_id), attempt.attempt),
+                *(attempt.provider, attempt.model, listed.price_id, operation.created_at),
+            )
+            if opened != operation.user:
+                raise IdempotencyConflict("the operation belongs to another user", key=operation.operation_id)
+
+    async def get(self, principal: Principal, operation_id: UUID) -> Operation:
+        """One operation that the principal may see. Raises NotFound."""
+        row = await self._database.row(
+            f"SELECT {_OPERATION} FROM operations o WHERE o.tenant = $1 AND o.operation_id = $2 AND (o.user_id = $3 OR $4)",
+            *(principal.tenant, operation_id, principal.user, "admin" in principal.roles),
+        )
+        if row is None:
+            raise NotFound("no such operation", kind="operation")
+        return operation_of(row)
+
+    async def page(
+        self, principal: Principal, *, size: int, after: tuple[datetime, UUID] | None, session_id: str = "", user: str = ""
+    ) -> Page[Operation]:
+        """Operations the principal may see, newest first, older than `after`; of one session or user if given."""
+        conditions, arguments = ["o.tenant = $1"], [principal.tenant, size + 1]
+        if "admin" not in principal.roles:
+            arguments.append(principal.user)
+            conditions.append(f"o.user_id = ${len(arguments)}")
+        for column, wanted in (("session_id", session_id), ("user_id", user)):
+            if wanted:
+                arguments.append(wanted)
+                conditions.append(f"o.{column} = ${len(arguments)}")
+        if after is not None:
+            arguments += after
+            conditions.append(f"(o.created_at, o.operation_id) < (${len(arguments) - 1}, ${len(arguments)})")
+        rows = await self._database.fetch(
+            f"SELECT {_OPERATION} FROM operations o WHERE {' AND '.join(conditions)}"
+            " ORDER BY o.created_at DESC, o.operation_id DESC LIMIT $2",
+            *arguments,
+        )
+        last = rows[size - 1] if len(rows) > size else None
+        return Page([operation_of(row) for row in rows[:size]], (last["created_at"], str(last["operation_id"])) if last else None)
+
+
+async def recorded_since(connection: Connection, moment: datetime, limit: int) -> list[tuple[Operation, datetime]]:
+    """Operations of all tenants recorded after `moment`, in that order, with when. For the feed, which filters by tenant itself."""
+    rows = await connection.fetch(
+        f"SELECT {_OPERATION} FROM operations o WHERE o.recorded_at > $1 ORDER BY o.recorded_at LIMIT $2", *(moment, limit)
+    )
+    return [(operation_of(row), row["recorded_at"]) for row in rows]
+
+
+async def recorded(connection: Connection, tenant: str, operation_id: UUID) -> tuple[Operation, datetime] | None:
+    """One operation with when it was recorded."""
+    row = await connection.fetchrow(
+        f"SELECT {_OPERATION} FROM operations o WHERE o.tenant = $1 AND o.operation_id = $2", tenant, operation_id
+    )
+    return (operation_of(row), row["recorded_at"]) if row else None
+
+
+def _columns(operation: Operation) -> tuple[str, str, str]:
+    """An operation, its attempts and its steps as record_operation reads them."""
+    key = {"tenant": operation.tenant, "operation_id": operation.operation_id}
+    row = {
+        **key,
+        "user_id": operation.user,
+        "session_id": operation.session_id,
+        "api_key_id": operation.api_key_id,
+        "trace_id": operation.trace_id,
+        "status": operation.status,
+        "tier": operation.tier,
+        "model": operation.model,
+        "provider": operation.provider,
+        "collection": operation.collection,
+        "finish_reason": operation.finish_reason,
+        "error_reason": operation.error_reason,
+        **usage_columns(operation.usage),
+        "cost_nanousd": operation.cost_nanousd,
+        "estimated": operation.estimated,
+        "cache_verdict": operation.cache.verdict,
+        "cache_similarity": operation.cache.similarity,
+        "cache_source_id": operation.cache.source_answer_id,
+        "cache_age_s": operation.cache.age_s,
+        "cache_saved_nanousd": operation.cache.saved_nanousd,
+        "cache_reason": operation.cache.reason,
+        "created_at": operation.created_at,
+        "first_token_ms": operation.first_token_ms,
+        "duration_ms": operation.duration_ms,
+    }
+    attempts = [
+        {
+            **key,
+            "attempt": attempt.attempt,
+            "hold_id": attempt.hold_id,
+            "provider": attempt.provider,
+            "model": attempt.model,
+            "provider_request_id": attempt.provider_request_id,
+            "price_version": attempt.price_version,
+            **usage_columns(attempt.usage),
+            "cost_nanousd": attempt.cost_nanousd,
+            "finish_reason": attempt.finish_reason,
+            "error_reason": attempt.error_reason,
+            "first_token_ms": attempt.first_token_ms,
+            "duration_ms": attempt.duration_ms,
+            "estimated": attempt.estimated,
+            "not_sent": attempt.not_sent,
+        }
+        for attempt in operation.attempts
+    ]
+    steps = [
+        {
+            **key,
+            "ordinal": ordinal,
+            "name": step.name,
+            "status": step.status,
+            "started_ms": step.started_ms,
+            "duration_ms": step.duration_ms,
+            "facts": step.facts,
+        }
+        for ordinal, step in enumerate(operation.steps, 1)
+    ]
+    return orjson.dumps(row).decode(), orjson.dumps(attempts).decode(), orjson.dumps(steps).decode()
+
+
+def operation_of(row: Any) -> Operation:
+    return Operation(
+        operation_id=str(row["operation_id"]),
+        tenant=row["tenant"],
+        user=row["user_id"],
+        session_id=row["session_id"],
+        api_key_id=row["api_key_id"],
+        trace_id=row["trace_id"],
+        status=row["status"],
+        tier=row["tier"],
+        model=row["model"],
+        provider=row["provider"],
+        collection=row["collection"],
+        finish_reason=row["finish_reason"],
+        error_reason=row["error_reason"],
+        usage=usage_of(row),
+        cost_nanousd=row["cost_nanousd"],
+        estimated=row["estimated"],
+        cache=CacheFacts(
+            row["cache_verdict"],
+            row["cache_similarity"],
+            row["cache_source_id"],
+            row["cache_age_s"],
+            row["cache_saved_nanousd"],
+            row["cache_reason"],
+        ),
+        created_at=row["created_at"],
+        first_token_ms=row["first_token_ms"],
+        duration_ms=row["duration_ms"],
+        attempts=tuple(_attempt_of(attempt) for attempt in orjson.loads(row["attempts"] or "[]")),
+        steps=tuple(_step_of(step) for step in orjson.loads(row["steps"] or "[]")),
+    )
+
+
+def _attempt_of(row: dict[str, Any]) -> Attempt:
+    return Attempt(
+        attempt=row["attempt"],
+        hold_id=row["hold_id"],
+        provider=row["provider"],
+        model=row["model"],
+        usage=usage_of(row),
+        provider_request_id=row["provider_request_id"],
+        cost_nanousd=row["cost_nanousd"],
+        finish_reason=row["finish_reason"],
+        error_reason=row["error_reason"],
+        first_token_ms=row["first_token_ms"],
+        duration_ms=row["duration_ms"],
+        estimated=row["estimated"],
+        price_version=row["price_version"],
+        not_sent=row["not_sent"],
+    )
+
+
+def _step_of(row: dict[str, Any]) -> Step:
+    return Step(row["name"], row["status"], row["started_ms"], row["duration_ms"], row["facts"])

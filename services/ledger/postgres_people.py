@@ -1,0 +1,119 @@
+"""Users, plans and subscriptions in PostgreSQL. Budgets and keys have files of their own."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from services.chassis.errors import NotFound
+from services.ledger.domain import Member, Plan
+from services.ledger.paging import Page
+from services.ledger.postgres_database import Connection, Database
+
+_PLAN = "requests_per_minute, tokens_per_minute, concurrent_answers, monthly_budget_nanousd, tiers"
+_MEMBER = f"user_id, display_name, created_at, subscribed_at, plan, {_PLAN}"
+
+
+class PostgresPeople:
+    """Who there is and what they may do."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def member(self, tenant: str, user: str) -> Member:
+        """A user with the plan in force; made known at first sight."""
+        known = await self._member(tenant, user)
+        if known is None:
+            await self._database.value("SELECT ensure_user($1, $2)", tenant, user)
+            known = await self._member(tenant, user)
+        assert known is not None
+        return known
+
+    async def known_member(self, tenant: str, user: str) -> Member:
+        """A user that exists. Raises NotFound."""
+        known = await self._member(tenant, user)
+        if known is None:
+            raise NotFound("no such user", kind="user")
+        return known
+
+    async def _member(self, tenant: str, user: str) -> Member | None:
+        row = await self._database.row(f"SELECT {_MEMBER} FROM members WHERE tenant = $1 AND user_id = $2", tenant, user)
+        return _member_of(row) if row else None
+
+    async def page(self, tenant: str, *, size: int, after: str) -> Page[Member]:
+        """Users of a tenant in the order of their ids."""
+        rows = await self._database.fetch(
+            f"SELECT {_MEMBER} FROM members WHERE tenant = $1 AND user_id > $2 ORDER BY user_id LIMIT $3", tenant, after, size + 1
+        )
+        last = (rows[size - 1]["user_id"],) if len(rows) > size else None
+        return Page([_member_of(row) for row in rows[:size]], last)
+
+    async def put(self, tenant: str, user: str, display_name: str) -> Member:
+        """Make a user known or rename them."""
+
+        async def work(connection: Connection) -> None:
+            async with connection.transaction():
+                await connection.execute("SELECT ensure_user($1, $2)", tenant, user)
+                await connection.execute(
+                    "UPDATE users SET display_name = $3 WHERE tenant = $1 AND user_id = $2", tenant, user, display_name
+                )
+
+        await self._database.run(work)
+        return await self.member(tenant, user)
+
+    async def plans(self, tenant: str) -> Sequence[Plan]:
+        """The plans of a tenant: its own, and the common ones it has not replaced."""
+        rows = await self._database.fetch(
+            f"SELECT DISTINCT ON (name) name AS plan, {_PLAN} FROM plans WHERE tenant IN ('', $1) ORDER BY name, tenant <> '' DESC", tenant
+        )
+        return [_plan_of(row) for row in rows]
+
+    async def put_plan(self, tenant: str, plan: Plan) -> None:
+        """Add a plan to a tenant or change it; one with a common plan's name replaces that for this tenant alone."""
+        await self._database.value(
+            "INSERT INTO plans (tenant, name, requests_per_minute, tokens_per_minute, concurrent_answers, monthly_budget_nanousd, tiers)"
+            " VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT (tenant, name) DO UPDATE SET requests_per_minute = $3,"
+            " tokens_per_minute = $4, concurrent_answers = $5, monthly_budget_nanousd = $6, tiers = $7, updated_at = now()",
+            *(tenant, plan.name, plan.requests_per_minute, plan.tokens_per_minute, plan.concurrent_answers),
+            *(plan.monthly_budget_nanousd, list(plan.tiers)),
+        )
+
+    async def subscribe(self, tenant: str, user: str, plan: str) -> Member:
+        """Put a user on a plan at once; the former subscription ends. Raises NotFound for an unknown plan."""
+
+        async def work(connection: Connection) -> None:
+            async with connection.transaction():
+                if not await connection.fetchval("SELECT true FROM plans WHERE tenant IN ('', $1) AND name = $2 LIMIT 1", tenant, plan):
+                    raise NotFound("no such plan", kind="plan")
+                await connection.execute("SELECT ensure_user($1, $2)", tenant, user)
+                # The user's row is the lock: two changes at once follow one another.
+                await connection.execute("SELECT 1 FROM users WHERE tenant = $1 AND user_id = $2 FOR NO KEY UPDATE", tenant, user)
+                running = "tenant = $1 AND user_id = $2 AND ended_at IS NULL"
+                if await connection.fetchval(f"SELECT plan FROM subscriptions WHERE {running}", tenant, user) == plan:
+                    return
+                await connection.execute(f"UPDATE subscriptions SET ended_at = greatest(started_at, now()) WHERE {running}", tenant, user)
+                await connection.execute("INSERT INTO subscriptions (tenant, user_id, plan) VALUES ($1, $2, $3)", tenant, user, plan)
+
+        await self._database.run(work)
+        return await self.member(tenant, user)
+
+    async def unsubscribe(self, tenant: str, user: str) -> None:
+        """End a subscription. Raises NotFound for an unknown user; one without a subscription stays as they are."""
+        await self.known_member(tenant, user)
+        await self._database.value(
+            "UPDATE subscriptions SET ended_at = greatest(started_at, now()) WHERE tenant = $1 AND user_id = $2 AND ended_at IS NULL",
+            *(tenant, user),
+        )
+
+
+def _plan_of(row: Any) -> Plan:
+    return Plan(
+        row["plan"],
+        row["requests_per_minute"],
+        row["tokens_per_minute"],
+        row["concurrent_answers"],
+        row["monthly_budget_nanousd"],
+        tuple(row["tiers"]),
+    )
+
+
+def _member_of(row: Any) -> Member:
+    return Member(row["user_id"], _plan_of(row), row["display_name"], row["created_at"], row["subscribed_at"])

@@ -1,0 +1,42 @@
+"""The contract's side of the ledger: every RPC validates, calls and translates. No SQL, no arithmetic; only here are messages known."""
+
+from services.chassis.clock import Clock
+from services.ledger.postgres_budgets import PostgresBudgets
+from services.ledger.postgres_conversations import PostgresConversations
+from services.ledger.postgres_feed import PostgresFeed
+from services.ledger.postgres_holds import PostgresHolds
+from services.ledger.postgres_keys import PostgresKeys
+from services.ledger.postgres_operations import PostgresOperations
+from services.ledger.postgres_people import PostgresPeople
+from services.ledger.postgres_prices import PostgresPrices
+from services.ledger.postgres_usage import PostgresUsage
+from services.ledger.rpc.conversations import ConversationRpcs
+from services.ledger.rpc.money import MoneyRpcs
+from services.ledger.rpc.people import PeopleRpcs
+from services.ledger.rpc.records import RecordRpcs
+from tailrace.ledger.v1 import ledger_service_pb2, ledger_service_pb2_grpc
+
+SERVICE_NAME = ledger_service_pb2.DESCRIPTOR.services_by_name["LedgerService"].full_name
+register = ledger_service_pb2_grpc.add_LedgerServiceServicer_to_server
+
+
+class LedgerServicer(MoneyRpcs, RecordRpcs, PeopleRpcs, ConversationRpcs):
+    """LedgerService, one file a family of RPCs."""
+
+    def __init__(
+        self,
+        *,
+        holds: PostgresHolds,
+        operations: PostgresOperations,
+        usage: PostgresUsage,
+        feed: PostgresFeed,
+        people: PostgresPeople,
+        budgets: PostgresBudgets,
+        keys: PostgresKeys,
+        conversations: PostgresConversations,
+        prices: PostgresPrices,
+        clock: Clock,
+    ) -> None:
+        self._holds, self._operations, self._usage, self._feed = holds, operations, usage, feed
+        self._people, self._budgets, self._keys, self._conversations = people, budgets, keys, conversations
+        self._prices, self._clock = prices, clock

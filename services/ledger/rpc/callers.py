@@ -1,0 +1,27 @@
+"""Who calls, and what a streaming call is answered through."""
+
+from typing import Any, Protocol
+
+from services.chassis.principal import Principal, current_principal
+
+
+class Writer(Protocol):
+    """The part of a call's context that a streaming RPC needs."""
+
+    async def write(self, message: Any) -> None:
+        """Send one message; waits while the reader is slow."""
+        ...
+
+
+def admin() -> Principal:
+    """The caller, who must be an admin. Raises NotAllowed."""
+    principal = current_principal()
+    principal.require("admin")
+    return principal
+
+
+def service() -> Principal:
+    """The caller, who must be a service. Raises NotAllowed."""
+    principal = current_principal()
+    principal.require("service")
+    return principal

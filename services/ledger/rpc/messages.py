@@ -1,0 +1,338 @@
+"""The ledger's values as messages and back. Checks what comes in; decides nothing."""
+
+import math
+import re
+from datetime import datetime
+
+from services.chassis.errors import RequestInvalid
+from services.chassis.money import Price
+from services.chassis.wire import price_message, price_value, timestamp, usage_message
+from services.ledger.domain import ApiKey, Attempt, Budget, CacheFacts, Citation, Member, Operation, Plan, Session, Step, Turn, UsageRow
+from services.ledger.prices import ListedPrice
+from services.ledger.rpc import checks
+from tailrace.common.v1 import common_pb2
+from tailrace.ledger.v1 import ledger_service_pb2 as pb
+
+QUESTION_CHARACTERS_MAX = 32 * 1024
+ANSWER_CHARACTERS_MAX = 1_000_000
+CITATIONS_MAX = 200
+ATTEMPTS_MAX = 100
+STEPS_MAX = 200
+FACTS_MAX = 16
+PRICE_MAX = 10**13
+"""10,000 USD per million tokens: dearer than anything, and far from what would overflow a sum."""
+
+STATUSES = ("done", "failed", "cancelled")
+STEP_STATUSES = ("done", "skipped", "failed")
+VERDICTS = ("", "miss", "exact", "semantic", "coalesced", "off")
+PLAN_NAME = re.compile(r"[a-z0-9_-]{1,64}")
+TRACE_ID = re.compile(r"([0-9a-f]{32})?")
+
+
+def plan_message(plan: Plan) -> pb.Plan:
+    return pb.Plan(
+        name=plan.name,
+        requests_per_minute=plan.requests_per_minute,
+        tokens_per_minute=plan.tokens_per_minute,
+        concurrent_answers=plan.concurrent_answers,
+        monthly_budget_nanousd=plan.monthly_budget_nanousd,
+        tiers=plan.tiers,
+    )
+
+
+def plan_value(message: pb.Plan) -> Plan:
+    checks.between(len(message.tiers), "plan.tiers", 1, 32)
+    return Plan(
+        checks.matching(message.name, "plan.name", PLAN_NAME, "1-64 of [a-z0-9_-]"),
+        checks.between(message.requests_per_minute, "plan.requests_per_minute", 1, 1_000_000),
+        checks.between(message.tokens_per_minute, "plan.tokens_per_minute", 1, 1_000_000_000),
+        checks.between(message.concurrent_answers, "plan.concurrent_answers", 1, 10_000),
+        checks.between(message.monthly_budget_nanousd, "plan.monthly_budget_nanousd", 0, checks.MONEY_MAX),
+        tuple(dict.fromkeys(checks.text(tier, "plan.tiers", 64, empty=False) for tier in message.tiers)),
+    )
+
+
+def user_message(member: Member) -> pb.User:
+    return pb.User(user=member.user, plan=member.plan.name, created_at=timestamp(member.created_at), display_name=member.display_name)
+
+
+def subscription_message(member: Member) -> pb.Subscription:
+    started_at = member.subscribed_at or member.created_at
+    return pb.Subscription(user=member.user, plan=member.plan.name, started_at=timestamp(started_at))
+
+
+def budget_message(budget: Budget) -> pb.Budget:
+    return pb.Budget(
+        scope=budget.scope,
+        subject=budget.subject,
+        period=budget.period,
+        limit_nanousd=budget.limit_nanousd,
+        spent_nanousd=budget.spent_nanousd,
+        held_nanousd=budget.held_nanousd,
+        resets_at=timestamp(budget.resets_at),
+    )
+
+
+def key_message(key: ApiKey) -> pb.ApiKey:
+    return pb.ApiKey(
+        key_id=key.key_id,
+        name=key.name,
+        user=key.user,
+        roles=key.roles,
+        created_at=timestamp(key.created_at),
+        expires_at=timestamp(key.expires_at) if key.expires_at else None,
+        revoked=key.revoked,
+    )
+
+
+def listed_price_message(listed: ListedPrice) -> common_pb2.Price:
+    return price_message(listed.price, listed.valid_from)
+
+
+def price_and_day(message: common_pb2.Price) -> tuple[Price, datetime | None]:
+    """A price that an admin gives, and from when, if that was said."""
+    checks.text(message.provider, "price.provider", 64, empty=False)
+    checks.text(message.model, "price.model", 128, empty=False)
+    checks.text(message.source, "price.source", 512)
+    for name in (
+        "input_nanousd_per_mtok",
+        "output_nanousd_per_mtok",
+        "cache_read_nanousd_per_mtok",
+        "cache_write_5m_nanousd_per_mtok",
+        "cache_write_1h_nanousd_per_mtok",
+        "long_input_nanousd_per_mtok",
+        "long_output_nanousd_per_mtok",
+    ):
+        checks.between(getattr(message, name), f"price.{name}", 0, PRICE_MAX)
+    checks.between(message.long_context_above_tokens, "price.long_context_above_tokens", 0, checks.TOKENS_MAX)
+    if message.long_context_above_tokens:
+        for name in ("input", "output"):
+            usual, long = getattr(message, f"{name}_nanousd_per_mtok"), getattr(message, f"long_{name}_nanousd_per_mtok")
+            if long < usual:  # an unset figure would make long prompts free
+                bound = f">= {name}_nanousd_per_mtok"
+                raise RequestInvalid(f"the long-context price must be {bound}", field=f"price.long_{name}_nanousd_per_mtok", bound=bound)
+    return price_value(message), checks.moment(message.valid_from, "price.valid_from") if message.HasField("valid_from") else None
+
+
+def session_message(session: Session) -> pb.Session:
+    return pb.Session(
+        session_id=session.session_id,
+        title=session.title,
+        created_at=timestamp(session.created_at),
+        updated_at=timestamp(session.updated_at),
+        turns=session.turns,
+    )
+
+
+def turn_message(turn: Turn) -> pb.Turn:
+    return pb.Turn(
+        answer_id=turn.answer_id,
+        question=turn.question,
+        text=turn.text,
+        citations=[_citation_message(citation) for citation in turn.citations],
+        created_at=timestamp(turn.created_at),
+        complete=turn.complete,
+    )
+
+
+def turn_value(message: pb.Turn, now: datetime) -> Turn:
+    """A turn to keep; without a time, it is of now."""
+    checks.between(len(message.citations), "turn.citations", 0, CITATIONS_MAX)
+    return Turn(
+        str(checks.uuid(message.answer_id, "turn.answer_id")),
+        checks.prose(message.question, "turn.question", QUESTION_CHARACTERS_MAX),
+        checks.prose(message.text, "turn.text", ANSWER_CHARACTERS_MAX),
+        tuple(_citation_value(citation) for citation in message.citations),
+        checks.moment(message.created_at, "turn.created_at") if message.HasField("created_at") else now,
+        message.complete,
+    )
+
+
+def _citation_message(citation: Citation) -> common_pb2.CitedPassage:
+    return common_pb2.CitedPassage(
+        number=citation.number,
+        document_id=citation.document_id,
+        chunk_id=citation.chunk_id,
+        title=citation.title,
+        source_uri=citation.source_uri,
+        text=citation.text,
+        start=citation.start,
+        end=citation.end,
+        score=citation.score,
+        heading_path=citation.heading_path,
+        document_version=citation.document_version,
+    )
+
+
+def _citation_value(message: common_pb2.CitedPassage) -> Citation:
+    field = "turn.citations"
+    return Citation(
+        number=checks.between(message.number, f"{field}.number", 1, 10_000),
+        document_id=checks.text(message.document_id, f"{field}.document_id", 256),
+        chunk_id=checks.text(message.chunk_id, f"{field}.chunk_id", 256),
+        title=checks.prose(message.title, f"{field}.title", 4096),
+        source_uri=checks.prose(message.source_uri, f"{field}.source_uri", 4096),
+        text=checks.prose(message.text, f"{field}.text", 100_000),
+        start=message.start,
+        end=message.end,
+        score=message.score if math.isfinite(message.score) else 0.0,
+        heading_path=tuple(checks.prose(heading, f"{field}.heading_path", 4096) for heading in message.heading_path),
+        document_version=message.document_version,
+    )
+
+
+def usage_row_message(row: UsageRow) -> pb.QueryUsageResponse:
+    return pb.QueryUsageResponse(
+        group=row.group,
+        operations=row.operations,
+        failed=row.failed,
+        cache_hits=row.cache_hits,
+        usage=usage_message(row.usage),
+        cost_nanousd=row.cost_nanousd,
+        saved_nanousd=row.saved_nanousd,
+        duration_ms_p50=row.duration_ms_p50,
+        duration_ms_p90=row.duration_ms_p90,
+        duration_ms_p99=row.duration_ms_p99,
+        first_token_ms_p50=row.first_token_ms_p50,
+        first_token_ms_p99=row.first_token_ms_p99,
+    )
+
+
+def operation_message(operation: Operation, source_question: str | None = None) -> pb.Operation:
+    cache = operation.cache
+    return pb.Operation(
+        operation_id=operation.operation_id,
+        tenant=operation.tenant,
+        user=operation.user,
+        session_id=operation.session_id,
+        trace_id=operation.trace_id,
+        status=operation.status,
+        tier=operation.tier,
+        model=operation.model,
+        provider=operation.provider,
+        finish_reason=operation.finish_reason,
+        error_reason=operation.error_reason,
+        usage=usage_message(operation.usage),
+        cost_nanousd=operation.cost_nanousd,
+        cache=common_pb2.CacheReceipt(
+            verdict=cache.verdict,
+            similarity=cache.similarity,
+            source_question=source_question,
+            source_answer_id=cache.source_answer_id,
+            age_s=cache.age_s,
+            saved_nanousd=cache.saved_nanousd,
+            reason=cache.reason,
+        ),
+        estimated=operation.estimated,
+        created_at=timestamp(operation.created_at),
+        first_token_ms=operation.first_token_ms,
+        duration_ms=operation.duration_ms,
+        steps=[
+            common_pb2.StepTiming(
+                name=step.name, status=step.status, started_ms=step.started_ms, duration_ms=step.duration_ms, facts=step.facts
+            )
+            for step in operation.steps
+        ],
+        attempts=[_attempt_message(attempt) for attempt in operation.attempts],
+        collection=operation.collection,
+        api_key_id=operation.api_key_id,
+    )
+
+
+def _attempt_message(attempt: Attempt) -> pb.Attempt:
+    return pb.Attempt(
+        attempt=attempt.attempt,
+        hold_id=attempt.hold_id,
+        provider=attempt.provider,
+        model=attempt.model,
+        provider_request_id=attempt.provider_request_id,
+        usage=usage_message(attempt.usage),
+        cost_nanousd=attempt.cost_nanousd,
+        finish_reason=attempt.finish_reason,
+        error_reason=attempt.error_reason,
+        first_token_ms=attempt.first_token_ms,
+        duration_ms=attempt.duration_ms,
+        estimated=attempt.estimated,
+        price_version=attempt.price_version,
+        not_sent=attempt.not_sent,
+    )
+
+
+def operation_value(message: pb.Operation) -> Operation:
+    """A record as it was sent. Usage and cost of the whole are not read: the ledger sums them itself."""
+    checks.between(len(message.attempts), "operation.attempts", 0, ATTEMPTS_MAX)
+    checks.between(len(message.steps), "operation.steps", 0, STEPS_MAX)
+    attempts = tuple(_attempt_value(attempt) for attempt in message.attempts)
+    if len({attempt.attempt for attempt in attempts}) < len(attempts):
+        raise RequestInvalid("two attempts have the same number", field="operation.attempts.attempt")
+    if not message.HasField("created_at"):
+        raise RequestInvalid("an operation needs the time it was accepted", field="operation.created_at")
+    return Operation(
+        operation_id=str(checks.uuid(message.operation_id, "operation.operation_id")),
+        tenant=checks.text(message.tenant, "operation.tenant", 128, empty=False),
+        user=checks.text(message.user, "operation.user", 256, empty=False),
+        status=checks.one_of(message.status, "operation.status", STATUSES),
+        created_at=checks.moment(message.created_at, "operation.created_at"),
+        cache=_cache_value(message.cache),
+        session_id=checks.text(message.session_id, "operation.session_id", 128),
+        api_key_id=checks.text(message.api_key_id, "operation.api_key_id", 64),
+        trace_id=checks.matching(message.trace_id, "operation.trace_id", TRACE_ID, "32 hex digits"),
+        tier=checks.text(message.tier, "operation.tier", 128),
+        model=checks.text(message.model, "operation.model", 128),
+        provider=checks.text(message.provider, "operation.provider", 64),
+        collection=checks.text(message.collection, "operation.collection", 128),
+        finish_reason=checks.text(message.finish_reason, "operation.finish_reason", 64),
+        error_reason=checks.text(message.error_reason, "operation.error_reason", 64),
+        estimated=message.estimated,
+        first_token_ms=checks.milliseconds(message.first_token_ms, "operation.first_token_ms"),
+        duration_ms=checks.milliseconds(message.duration_ms, "operation.duration_ms"),
+        steps=tuple(_step_value(step) for step in message.steps),
+        attempts=attempts,
+    )
+
+
+def _attempt_value(message: pb.Attempt) -> Attempt:
+    field = "operation.attempts"
+    return Attempt(
+        attempt=checks.between(message.attempt, f"{field}.attempt", 1, ATTEMPTS_MAX),
+        hold_id=str(checks.uuid(message.hold_id, f"{field}.hold_id")) if message.hold_id else "",
+        provider=checks.text(message.provider, f"{field}.provider", 64),
+        model=checks.text(message.model, f"{field}.model", 128),
+        usage=checks.usage(message.usage, f"{field}.usage"),
+        provider_request_id=checks.text(message.provider_request_id, f"{field}.provider_request_id", 256),
+        finish_reason=checks.text(message.finish_reason, f"{field}.finish_reason", 64),
+        error_reason=checks.text(message.error_reason, f"{field}.error_reason", 64),
+        first_token_ms=checks.milliseconds(message.first_token_ms, f"{field}.first_token_ms"),
+        duration_ms=checks.milliseconds(message.duration_ms, f"{field}.duration_ms"),
+        estimated=message.estimated,
+        not_sent=message.not_sent,
+    )
+
+
+def _step_value(message: common_pb2.StepTiming) -> Step:
+    field = "operation.steps"
+    checks.between(len(message.facts), f"{field}.facts", 0, FACTS_MAX)
+    facts = {checks.text(key, f"{field}.facts", 64): checks.text(value, f"{field}.facts", 512) for key, value in message.facts.items()}
+    return Step(
+        checks.text(message.name, f"{field}.name", 64, empty=False),
+        checks.one_of(message.status, f"{field}.status", STEP_STATUSES),
+        checks.milliseconds(message.started_ms, f"{field}.started_ms"),
+        checks.milliseconds(message.duration_ms, f"{field}.duration_ms"),
+        facts,
+    )
+
+
+def _cache_value(message: common_pb2.CacheReceipt) -> CacheFacts:
+    """The receipt without its text: an operation keeps none."""
+    field = "operation.cache"
+    similarity = message.similarity if message.HasField("similarity") else None
+    if similarity is not None and not -1.001 <= similarity <= 1.001:  # the comparison is false for NaN too
+        raise RequestInvalid(f"{field}.similarity must be -1 to 1", field=f"{field}.similarity", bound="-1 to 1")
+    return CacheFacts(
+        checks.one_of(message.verdict, f"{field}.verdict", VERDICTS),
+        similarity,
+        checks.text(message.source_answer_id, f"{field}.source_answer_id", 64) if message.HasField("source_answer_id") else None,
+        checks.between(message.age_s, f"{field}.age_s", 0, 10**10) if message.HasField("age_s") else None,
+        checks.between(message.saved_nanousd, f"{field}.saved_nanousd", 0, checks.MONEY_MAX),
+        checks.text(message.reason, f"{field}.reason", 64),
+    )

@@ -1,0 +1,64 @@
+"""Everything the ledger owns, from the database up to the server. Acquired downwards, released in reverse."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+from services.chassis.clock import SystemClock
+from services.chassis.lifecycle import Service
+from services.chassis.passport import Passport
+from services.chassis.server import Server, passport_identity
+from services.ledger import postgres_schema
+from services.ledger.config import Settings
+from services.ledger.postgres_budgets import PostgresBudgets
+from services.ledger.postgres_conversations import PostgresConversations
+from services.ledger.postgres_database import opened
+from services.ledger.postgres_feed import PostgresFeed
+from services.ledger.postgres_holds import PostgresHolds
+from services.ledger.postgres_keys import PostgresKeys
+from services.ledger.postgres_operations import PostgresOperations
+from services.ledger.postgres_people import PostgresPeople
+from services.ledger.postgres_prices import PostgresPrices
+from services.ledger.postgres_usage import PostgresUsage
+from services.ledger.rpc import SERVICE_NAME, LedgerServicer, register
+from services.ledger.sweeper import sweep_forever
+
+
+@contextlib.asynccontextmanager
+async def build(settings: Settings) -> AsyncIterator[Service]:
+    """The ledger, ready to listen. Raises OSError if the database does not answer in time or is not ours to use."""
+    clock = SystemClock()
+    url = settings.database_url.get_secret_value()
+    async with opened(url, connections_max=settings.connections_max, wait_s=settings.start_wait_s) as database:
+        await postgres_schema.prepare(database)
+
+        prices = PostgresPrices(database, clock)
+        await prices.reload()
+        holds = PostgresHolds(database, prices)
+        operations = PostgresOperations(database, holds, prices, clock)
+        feed = PostgresFeed(url, database)
+        servicer = LedgerServicer(
+            holds=holds,
+            operations=operations,
+            usage=PostgresUsage(database),
+            feed=feed,
+            people=PostgresPeople(database),
+            budgets=PostgresBudgets(database, clock),
+            keys=PostgresKeys(database, clock),
+            conversations=PostgresConversations(database),
+            prices=prices,
+            clock=clock,
+        )
+
+        key = settings.internal_key.get_secret_value().encode()
+        server = Server(passport_identity(Passport(key)), reflect=settings.environment != "production")
+        server.add(register, servicer, SERVICE_NAME)
+
+        sweeping = sweep_forever(holds, interval_ms=settings.sweep_interval_ms, grace_ms=settings.sweep_grace_ms)
+        background = [asyncio.create_task(sweeping, name="sweeper"), asyncio.create_task(feed.run(), name="feed")]
+        try:
+            yield Service(server, settings.port, probes={"postgres": database.probe})
+        finally:
+            for task in background:
+                task.cancel()
+            await asyncio.gather(*background, return_exceptions=True)

@@ -84,9 +84,10 @@ class Caller:
 
     @contextlib.asynccontextmanager
     async def stream(self, method: Any, request: Any, *, timeout_s: float, principal: Principal | None = None) -> AsyncIterator[Any]:
-        """Open a server stream (or a stream both ways, if `request` is an async iterator) and yield an iterator over its messages.
+        """Open a server stream and yield an iterator over its messages.
 
-        Leaving the block by any door cancels what is left of the call.
+        A stream both ways takes an async iterator as `request`, or None: then the block sends by `write`. Leaving the block by any
+        door cancels what is left of the call.
         """
         call = method(request, metadata=self.metadata(principal), timeout=budget_s(timeout_s))
         try:
@@ -99,8 +100,14 @@ class _Messages:
     """The messages of a call, with its errors as ours."""
 
     def __init__(self, call: Any, target: str) -> None:
+        self._call = call
         self._messages = call.__aiter__()
         self._target = target
+
+    async def write(self, message: Any) -> None:
+        """Send `message` on a stream both ways that was opened without an iterator."""
+        with errors_of(self._target):
+            await self._call.write(message)
 
     def __aiter__(self) -> "_Messages":
         return self

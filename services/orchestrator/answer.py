@@ -115,12 +115,21 @@ def begin_recall(run: Run) -> AbstractAsyncContextManager[Recalling]:
         run.cache = replace(run.cache, reason="context_dependent")
     elif run.cache.reason == "" and depends_on_time(asked.text):
         run.cache = replace(run.cache, reason="time_dependent")
-    query = asked.text
-    if run.turns and len(contextual := f"{run.turns[-1].question}\n{asked.text}".encode()) <= QUERY_BYTES_MAX:
-        query = contextual.decode()  # "and how long?" finds nothing by itself
     return run.kit.memory.recall(
-        query, asked.collection, run.scope, want_cached=run.cache.reason == "", passages_max=run.kit.limits.passages_max
+        search_query(run), asked.collection, run.scope, want_cached=run.cache.reason == "", passages_max=run.kit.limits.passages_max
     )
+
+
+def search_query(run: Run) -> str:
+    """What to search for: the question, after those it leans on, back to the last that stood alone. "And how long?" finds nothing by itself."""
+    asked = run.question.text
+    questions = [asked]
+    for turn in reversed(run.turns):
+        questions.insert(0, turn.question)
+        if not depends_on_history(turn.question):
+            break
+    query = "\n".join(questions)
+    return query if len(query.encode()) <= QUERY_BYTES_MAX else asked
 
 
 async def look_up(run: Run, recalling: Recalling, step: StepRecord) -> CachedAnswer | None:

@@ -294,32 +294,27 @@ class RemoteLedger:
     @contextlib.asynccontextmanager
     async def recording(self) -> AsyncIterator["RecordLink"]:
         """Open the long-lived stream that operations are recorded through."""
-        link = RecordLink()
-        async with self._caller.stream(self._stub.RecordOperations, link.requests(), timeout_s=RECORD_STREAM_S, principal=SERVICE) as acks:
-            link.acks = acks
-            yield link
+        async with self._caller.stream(self._stub.RecordOperations, None, timeout_s=RECORD_STREAM_S, principal=SERVICE) as messages:
+            yield RecordLink(messages)
 
 
 class RecordLink:
     """Records out, acks in."""
 
-    def __init__(self) -> None:
-        self._outgoing: asyncio.Queue[ledger_pb.RecordOperationsRequest] = asyncio.Queue(maxsize=64)
-        self.acks: AsyncIterator[Any] | None = None
-
-    async def requests(self) -> AsyncIterator[ledger_pb.RecordOperationsRequest]:
-        while True:
-            yield await self._outgoing.get()
+    def __init__(self, messages: Any) -> None:
+        self._messages = messages
 
     async def send(self, record_id: int, payload: bytes) -> None:
         operation = ledger_pb.Operation.FromString(payload)
-        await self._outgoing.put(ledger_pb.RecordOperationsRequest(record_id=record_id, operation=operation))
+        try:
+            await self._messages.write(ledger_pb.RecordOperationsRequest(record_id=record_id, operation=operation))
+        except asyncio.InvalidStateError as error:  # how grpc.aio says that the call is over
+            raise Unavailable("the ledger ended the stream", dependency="ledger") from error
 
     async def ack(self) -> Ack:
-        assert self.acks is not None
         try:
             async with asyncio.timeout(ACK_TIMEOUT_S):
-                reply = await anext(self.acks)
+                reply = await anext(self._messages)
         except TimeoutError as error:
             raise Unavailable("the ledger did not acknowledge in time", dependency="ledger") from error
         return Ack(reply.record_id, reply.rejected_reason, reply.rejected_detail)

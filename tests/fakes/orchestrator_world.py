@@ -1,0 +1,332 @@
+"""An orchestrator with everything around it: real channels, a real Valkey, the simulated provider, stand-ins for retrieval and the ledger.
+
+The stand-ins keep the contract's rules that the orchestrator relies on: acknowledgement after booking, one hold per attempt, epochs.
+"""
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from bench.script import Behaviour, Record
+from bench.simulator import Connection, Provider
+from services.chassis.channel import Caller, open_channel
+from services.chassis.errors import BudgetExhausted, NotAllowed, PriceUnknown, Unavailable
+from services.chassis.lifecycle import started
+from services.chassis.money import Price
+from services.chassis.passport import Passport
+from services.chassis.principal import Principal, current_principal
+from services.chassis.server import Server, passport_identity
+from services.chassis.wire import price_message, usage_value
+from services.orchestrator.config import OrchestratorSettings
+from services.orchestrator.wiring import build
+from tailrace.common.v1 import common_pb2
+from tailrace.ledger.v1 import ledger_service_pb2 as ledger_pb
+from tailrace.ledger.v1 import ledger_service_pb2_grpc as ledger_rpc
+from tailrace.orchestrator.v1 import orchestrator_service_pb2 as pb
+from tailrace.orchestrator.v1 import orchestrator_service_pb2_grpc as pb_grpc
+from tailrace.retrieval.v1 import retrieval_service_pb2 as retrieval_pb
+from tailrace.retrieval.v1 import retrieval_service_pb2_grpc as retrieval_rpc
+
+KEY = "an internal key for tests"
+ALICE = Principal("acme", "alice")
+BOB = Principal("acme", "bob")
+MALLORY = Principal("other", "alice")
+PRICES = {
+    "claude-haiku-5-5": Price("anthropic", "claude-haiku-5-5", 1, 100_000_000, 500_000_000, 10_000_000, 125_000_000, 200_000_000),
+    "claude-sonnet-5-5": Price(
+        "anthropic", "claude-sonnet-5-5", 1, 2_000_000_000, 10_000_000_000, 100_000_000, 2_500_000_000, 4_000_000_000
+    ),
+    "extractive": Price("extractive", "extractive"),
+}
+PASSAGES = [
+    common_pb2.CitedPassage(
+        number=1,
+        document_id="d1",
+        chunk_id="d1-0",
+        title="Operations guide",
+        source_uri="guide.md",
+        text="The gateway listens on port 8080. It speaks HTTP and gRPC. Every answer is streamed from the first token.",
+        start=0,
+        end=107,
+        score=0.9,
+        document_version=1,
+    ),
+    common_pb2.CitedPassage(
+        number=2,
+        document_id="d2",
+        chunk_id="d2-3",
+        title="Ledger",
+        source_uri="ledger.md",
+        text="The ledger keeps every hold for ten minutes. Prices are integers in nano-USD per million tokens.",
+        start=40,
+        end=136,
+        score=0.5,
+        document_version=2,
+    ),
+]
+
+
+@dataclass
+class FakeRetrieval(retrieval_rpc.RetrievalServiceServicer):
+    """Two passages, an epoch, and a semantic cache that answers only what it is told to."""
+
+    epoch: int = field(default_factory=itertools.count(1, 1000).__next__)
+    """Another one for each world, because all worlds share one Valkey."""
+    passages: list[common_pb2.CitedPassage] = field(default_factory=lambda: list(PASSAGES))
+    semantic: dict[str, tuple[retrieval_pb.CachedAnswer, float]] = field(default_factory=dict)
+    recalls: list[retrieval_pb.RecallRequest] = field(default_factory=list)
+    remembered: list[retrieval_pb.RememberAnswerRequest] = field(default_factory=list)
+    away: bool = False
+
+    async def Recall(self, request: retrieval_pb.RecallRequest, context: grpc.aio.ServicerContext) -> None:
+        if self.away:
+            raise Unavailable("qdrant is away", dependency="qdrant")
+        self.recalls.append(request)
+        await context.write(retrieval_pb.RecallResponse(started=retrieval_pb.RecallStarted(collection_epoch=self.epoch)))
+        verdict = retrieval_pb.RecallVerdict(reason="no_candidate")
+        if request.want_cached and request.question in self.semantic:
+            answer, similarity = self.semantic[request.question]
+            verdict = retrieval_pb.RecallVerdict(answer=answer, similarity=similarity)
+        await context.write(retrieval_pb.RecallResponse(verdict=verdict))
+        await context.write(retrieval_pb.RecallResponse(passages=retrieval_pb.RecallPassages(passages=self.passages)))
+
+    async def RememberAnswer(
+        self, request: retrieval_pb.RememberAnswerRequest, context: grpc.aio.ServicerContext
+    ) -> retrieval_pb.RememberAnswerResponse:
+        self.remembered.append(request)
+        if request.collection_epoch != self.epoch:
+            return retrieval_pb.RememberAnswerResponse(remembered=False, reason="epoch_changed")
+        return retrieval_pb.RememberAnswerResponse(remembered=True)
+
+
+@dataclass
+class FakeLedger(ledger_rpc.LedgerServiceServicer):
+    """Books in memory."""
+
+    holds: dict[str, ledger_pb.ReserveRequest] = field(default_factory=dict)
+    open_holds: set[str] = field(default_factory=set)
+    operations: dict[str, ledger_pb.Operation] = field(default_factory=dict)
+    records: int = 0
+    turns: dict[str, list[ledger_pb.Turn]] = field(default_factory=dict)
+    broke: bool = False
+    away: bool = False
+    reject: str = ""
+    recording: bool = True
+    """While false, records arrive and are neither booked nor acknowledged."""
+
+    async def Reserve(self, request: ledger_pb.ReserveRequest, context: grpc.aio.ServicerContext) -> ledger_pb.ReserveResponse:
+        if self.away:
+            raise Unavailable("postgres is away", dependency="postgres")
+        if self.broke:
+            raise BudgetExhausted("nothing is left", needed_nanousd=1, left_nanousd=0, scope="tenant")
+        price = PRICES.get(request.model)
+        if price is None:
+            raise PriceUnknown("no price", model=request.model)
+        hold_id = f"hold-{request.operation_id}-{request.attempt}"
+        self.holds[hold_id] = request
+        self.open_holds.add(hold_id)
+        reply = ledger_pb.ReserveResponse(
+            hold_id=hold_id, amount_nanousd=price.worst_case_nanousd(request.input_tokens_max, request.output_tokens_max)
+        )
+        message = ledger_pb.ReserveResponse().expires_at
+        message.GetCurrentTime()
+        reply.price.CopyFrom(price_message(price, message.ToDatetime()))
+        return reply
+
+    async def RecordOperations(self, requests: AsyncIterator[ledger_pb.RecordOperationsRequest], context: grpc.aio.ServicerContext) -> None:
+        if "service" not in current_principal().roles:
+            raise NotAllowed("", needs="service")
+        if self.away:
+            raise Unavailable("postgres is away", dependency="postgres")
+        async for request in requests:
+            if self.away:
+                raise Unavailable("postgres is away", dependency="postgres")
+            if not self.recording:
+                continue
+            self.records += 1
+            if self.reject:
+                await context.write(ledger_pb.RecordOperationsResponse(record_id=request.record_id, rejected_reason=self.reject))
+                continue
+            duplicate = request.operation.operation_id in self.operations
+            self.operations.setdefault(request.operation.operation_id, request.operation)
+            for attempt in request.operation.attempts:
+                self.open_holds.discard(attempt.hold_id)
+            await context.write(ledger_pb.RecordOperationsResponse(record_id=request.record_id, duplicate=duplicate))
+
+    async def ListTurns(self, request: ledger_pb.ListTurnsRequest, context: grpc.aio.ServicerContext) -> None:
+        for turn in self.turns.get(request.session_id, [])[-request.limit :]:
+            await context.write(ledger_pb.ListTurnsResponse(turn=turn))
+
+    async def AppendTurn(self, request: ledger_pb.AppendTurnRequest, context: grpc.aio.ServicerContext) -> ledger_pb.AppendTurnResponse:
+        if self.away:
+            raise Unavailable("postgres is away", dependency="postgres")
+        turns = self.turns.setdefault(request.session_id, [])
+        if request.turn.answer_id not in {turn.answer_id for turn in turns}:
+            turns.append(request.turn)
+        return ledger_pb.AppendTurnResponse(ordinal=len(turns))
+
+    def billed(self) -> tuple[int, int]:
+        """Prompt and answer tokens over all operations."""
+        usages = [usage_value(operation.usage) for operation in self.operations.values()]
+        return sum(usage.prompt_tokens for usage in usages), sum(usage.output_tokens for usage in usages)
+
+
+@dataclass
+class Reply:
+    """One answer as its reader saw it."""
+
+    events: list[pb.AnswerEvent] = field(default_factory=list)
+
+    @property
+    def kinds(self) -> list[str]:
+        return [str(event.WhichOneof("event")) for event in self.events]
+
+    @property
+    def text(self) -> str:
+        return "".join(event.delta.text for event in self.events if event.HasField("delta"))
+
+    @property
+    def done(self) -> pb.Done:
+        assert self.kinds[-1] == "done"
+        return self.events[-1].done
+
+    @property
+    def answer_id(self) -> str:
+        return self.events[0].answer_id
+
+    def steps(self) -> dict[str, str]:
+        """Last status of each step, in the order they began."""
+        return {event.step.name: event.step.status for event in self.events if event.HasField("step")}
+
+
+@dataclass
+class World:
+    """Everything a test may touch."""
+
+    stub: Any
+    caller: Caller
+    ledger: FakeLedger
+    retrieval: FakeRetrieval
+    provider: Provider
+    settings: OrchestratorSettings
+    spool_path: Path
+    spans: InMemorySpanExporter
+
+    async def ask(self, question: str, *, principal: Principal = ALICE, into: Reply | None = None, **fields: Any) -> Reply:
+        """Ask and read to the end. Raises what the answer ended in; `into` then holds what was read before."""
+        reply = into or Reply()
+        async with self.caller.stream(
+            self.stub.Answer, pb.AnswerRequest(question=question, **fields), timeout_s=60, principal=principal
+        ) as events:
+            async for event in events:
+                reply.events.append(event)
+        return reply
+
+    async def resume(self, answer_id: str, after: int = 0, *, principal: Principal = ALICE) -> Reply:
+        reply = Reply()
+        request = pb.ResumeAnswerRequest(answer_id=answer_id, after_sequence=after)
+        async with self.caller.stream(self.stub.ResumeAnswer, request, timeout_s=60, principal=principal) as events:
+            async for event in events:
+                reply.events.append(event)
+        return reply
+
+    async def cancel(self, answer_id: str, *, principal: Principal = ALICE) -> bool:
+        request = pb.CancelAnswerRequest(answer_id=answer_id)
+        return bool((await self.caller.unary(self.stub.CancelAnswer, request, principal=principal)).was_running)
+
+    def behave(self, **behaviour: Any) -> None:
+        self.provider.default = Behaviour(**behaviour)
+
+    async def records(self, *, over: bool = True) -> list[Record]:
+        """The provider's own records; waits until every response is over."""
+        if over:
+            await until(lambda: all(record.state != "running" for record in self.provider.records))
+        return list(self.provider.records)
+
+    async def booked(self, answer_id: str) -> ledger_pb.Operation:
+        """The operation as the ledger booked it."""
+        await until(lambda: answer_id in self.ledger.operations)
+        return self.ledger.operations[answer_id]
+
+
+async def until(condition: Any, timeout_s: float = 10.0) -> None:
+    """Wait until `condition()` holds."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110 - what is waited for is on the other side of a socket
+            await asyncio.sleep(0.005)
+
+
+def spans_of_this_process() -> InMemorySpanExporter:
+    """Spans made from now on. The process has one tracer provider; it is set up if nobody has."""
+    if not isinstance(trace.get_tracer_provider(), TracerProvider):
+        trace.set_tracer_provider(TracerProvider())
+    tracers, exporter = trace.get_tracer_provider(), InMemorySpanExporter()
+    assert isinstance(tracers, TracerProvider)
+    tracers.add_span_processor(SimpleSpanProcessor(exporter))
+    return exporter
+
+
+@contextlib.asynccontextmanager
+async def provider_server(provider: Provider) -> AsyncIterator[str]:
+    """The simulated provider in this process; yields its address."""
+    server = await asyncio.get_running_loop().create_server(lambda: Connection(provider), "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+
+
+@contextlib.asynccontextmanager
+async def serving(register: Any, servicer: object, port: int = 0) -> AsyncIterator[int]:
+    """A stand-in on a port of its own."""
+    server = Server(passport_identity(Passport(KEY.encode())), reflect=False)
+    server.add(register, servicer, "stand-in")
+    await server.start("127.0.0.1", port)
+    try:
+        yield server.port
+    finally:
+        await server.stop(0, 0)
+
+
+@contextlib.asynccontextmanager
+async def world(folder: Path, redis_url: str, *, with_key: bool = True, **variables: str) -> AsyncIterator[World]:
+    """Start everything; `variables` are further settings."""
+    ledger, retrieval, provider, spans = FakeLedger(), FakeRetrieval(), Provider(), spans_of_this_process()
+    async with contextlib.AsyncExitStack() as stack:
+        base_url = await stack.enter_async_context(provider_server(provider))
+        ledger_port = await stack.enter_async_context(serving(ledger_rpc.add_LedgerServiceServicer_to_server, ledger))
+        retrieval_port = await stack.enter_async_context(serving(retrieval_rpc.add_RetrievalServiceServicer_to_server, retrieval))
+        settings = OrchestratorSettings.load(
+            {
+                "TAILRACE_INTERNAL_KEY": KEY,
+                "TAILRACE_STATE_DIR": str(folder),
+                "TAILRACE_ORCHESTRATOR_PORT": "0",
+                "TAILRACE_LEDGER_TARGET": f"127.0.0.1:{ledger_port}",
+                "TAILRACE_RETRIEVAL_TARGET": f"127.0.0.1:{retrieval_port}",
+                "REDIS_URL": redis_url,
+                "ANTHROPIC_API_KEY": "test-key" if with_key else "",
+                "ANTHROPIC_BASE_URL": base_url,
+                **variables,
+            }
+        )
+        async with build(settings) as service:
+            async with started(service, "127.0.0.1") as port:
+                async with open_channel(f"127.0.0.1:{port}") as channel:
+                    caller = Caller(f"127.0.0.1:{port}", Passport(KEY.encode()))
+                    stub = pb_grpc.OrchestratorServiceStub(channel)
+                    spool_path = folder / "orchestrator" / "spool.db"
+                    yield World(stub, caller, ledger, retrieval, provider, settings, spool_path, spans)
+            await service.server.stop(0, 0)
+            assert service.drain is not None
+            await service.drain(5)
+        spans.shutdown()

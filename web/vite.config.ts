@@ -13,6 +13,7 @@ export default defineConfig({
     assetsInlineLimit: 0,
     modulePreload: { polyfill: false },
     reportCompressedSize: false,
+    license: { fileName: "third-party-licenses.md" },
   },
   server: { proxy: { "/v1": gateway } },
 });

@@ -1,4 +1,7 @@
-"""A gateway that says what a test scripts: the HTTP surface that the page uses, its content policy and the committed build. No service is behind it."""
+"""A gateway that says what a test scripts: the HTTP surface that the page uses, with the real content policy and the committed build.
+
+No service is behind it.
+"""
 
 import asyncio
 import contextlib
@@ -6,7 +9,6 @@ import hashlib
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -18,8 +20,8 @@ from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-STATIC = Path(__file__).resolve().parents[2] / "services" / "gateway" / "static"
-POLICY = "default-src 'self'; style-src 'self'; img-src 'self' data:; script-src 'self'; connect-src 'self'; base-uri 'none'; frame-ancestors 'none'"
+from services.gateway.page import POLICY, STATIC
+
 TOKEN = "e30.eyJzdWIiOiJhZGEiLCJ0ZW5hbnQiOiJhY21lIn0.c2ln"
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 

@@ -40,7 +40,11 @@ export function AskView() {
   );
 }
 
+/** Answered by the project's own documents, which the first start puts in; `make run` prints the same question. */
+const SAMPLE_QUESTION = "What happens when a client disconnects during an answer?";
+
 function Welcome() {
+  const sample = documents.value.some(({ source_uri, title }) => source_uri === "README.md" && title.startsWith("Tailrace"));
   const total = documents.value.length;
   return (
     <div class="welcome">
@@ -56,6 +60,11 @@ function Welcome() {
             <a href="#documents">{plural(total, "document")} indexed</a>
           )}
         </p>
+      )}
+      {sample && (
+        <button type="button" class="suggestion" onClick={() => ask(SAMPLE_QUESTION)}>
+          {SAMPLE_QUESTION}
+        </button>
       )}
     </div>
   );

@@ -1,7 +1,7 @@
 import { useSignal } from "@preact/signals";
 import { useEffect } from "preact/hooks";
 import type { Answer } from "../answer";
-import { duration } from "../format";
+import { count, duration } from "../format";
 import type { Step } from "../wire";
 
 const NAMES: Record<string, string> = {
@@ -86,12 +86,25 @@ const place = (start: number, total: number) => `${Math.min(99.2, (100 * start) 
 /** At least a trace that can be seen. */
 const length = (took: number, total: number) => `${Math.min(100, Math.max(0.8, (100 * took) / total)).toFixed(2)}%`;
 
-/** Reasons speak for themselves; other facts need their name. */
+/** Facts that say enough without their name. */
+const SPEAKING = new Set(["reason", "cache", "verdict", "model", "provider", "semantic"]);
+
+/** Facts for operators, or that the receipt shows better. */
+const HIDDEN = new Set(["epoch", "template", "cost_nanousd"]);
+
 function factsOf({ facts }: Step): string {
   return Object.entries(facts)
+    .filter(([name, value]) => value && !HIDDEN.has(name))
     .slice(0, FACTS_MAX)
-    .map(([name, value]) => (name === "reason" || name === "model" || name === "verdict" ? words(value) : `${value} ${words(name)}`))
+    .map(([name, value]) => fact(name, value))
     .join(" · ");
+}
+
+function fact(name: string, value: string): string {
+  if (SPEAKING.has(name)) return words(value);
+  if (/^true$/i.test(value)) return words(name);
+  if (/^false$/i.test(value)) return `not ${words(name)}`;
+  return /^\d+$/.test(value) ? `${count(value)} ${words(name)}` : `${words(name)} ${value}`;
 }
 
 const words = (name: string) => name.replaceAll("_", " ");

@@ -41,6 +41,8 @@ class Service:
     """Ends work that outlives its request, within so many seconds; returns how much was abandoned."""
     ready: Callable[[dict[str, bool]], None] | None = None
     """Told the state of every dependency after each poll."""
+    stopping: Callable[[], None] | None = None
+    """Ends calls that would go on for ever, such as watches; without it each of them would use up the whole drain grace."""
 
 
 Build = Callable[[SettingsT], contextlib.AbstractAsyncContextManager[Service]]
@@ -94,6 +96,8 @@ async def serve(build: Build[SettingsT], settings: SettingsT, stop: asyncio.Even
             log.info("serving", port=port)
             await stop.wait()
             log.info("draining")
+        if service.stopping:
+            service.stopping()
         grace_s = settings.drain_grace_ms / 1000
         ends_at = time.monotonic() + grace_s
         await service.server.stop(settings.drain_notice_ms / 1000, grace_s)

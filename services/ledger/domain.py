@@ -2,10 +2,43 @@
 
 from dataclasses import dataclass, field
 from datetime import datetime
+from uuid import UUID
 
 from services.chassis.money import Usage
+from services.ledger.prices import ListedPrice
 
 NO_USAGE = Usage()
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """A provider call that money is asked for."""
+
+    operation_id: UUID
+    attempt: int
+    provider: str
+    model: str
+    input_tokens_max: int
+    output_tokens_max: int
+    ttl_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """What was set aside, and the price it was counted with."""
+
+    hold_id: str
+    amount_nanousd: int
+    price: ListedPrice
+    expires_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What became of a record."""
+
+    cost_nanousd: int
+    duplicate: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,6 @@
 """Holds in PostgreSQL: setting money aside in one round trip, and writing down what `holds` decides under a row lock."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -13,39 +12,16 @@ from services.chassis.errors import BudgetExhausted, IdempotencyConflict, NotFou
 from services.chassis.money import Usage
 from services.chassis.principal import Principal
 from services.ledger import holds
+from services.ledger.domain import Reservation, Reserved
 from services.ledger.holds import Hold, HoldState, Move
 from services.ledger.postgres_database import Connection, Database
 from services.ledger.postgres_prices import PostgresPrices
-from services.ledger.prices import ListedPrice
 
 HOLD_COLUMNS = (
     "hold_id, attempt, price_id, amount_nanousd, state, cost_nanousd, estimated,"
     " input_tokens, output_tokens, cache_read_tokens, cache_write_tokens, cache_write_1h_tokens"
 )
 PRICE_TRIES_MAX = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """A provider call that money is asked for."""
-
-    operation_id: UUID
-    attempt: int
-    provider: str
-    model: str
-    input_tokens_max: int
-    output_tokens_max: int
-    ttl_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class Reserved:
-    """What was set aside."""
-
-    hold_id: str
-    amount_nanousd: int
-    price: ListedPrice
-    expires_at: datetime
 
 
 class PostgresHolds:

@@ -12,7 +12,7 @@ from services.chassis.errors import IdempotencyConflict, NotFound, RequestInvali
 from services.chassis.money import Usage
 from services.chassis.principal import Principal
 from services.ledger import holds
-from services.ledger.domain import Attempt, CacheFacts, Operation, Step
+from services.ledger.domain import Attempt, CacheFacts, Operation, Recorded, Step
 from services.ledger.holds import Hold, Move
 from services.ledger.paging import Page
 from services.ledger.postgres_database import Connection, Database
@@ -32,15 +32,6 @@ _OPERATION = (
     " (SELECT jsonb_agg(to_jsonb(s) ORDER BY s.ordinal) FROM steps s"
     "  WHERE s.tenant = o.tenant AND s.operation_id = o.operation_id) AS steps"
 )
-
-
-class Recorded:
-    """What an ack says."""
-
-    __slots__ = ("cost_nanousd", "duplicate")
-
-    def __init__(self, cost_nanousd: int, *, duplicate: bool) -> None:
-        self.cost_nanousd, self.duplicate = cost_nanousd, duplicate
 
 
 class PostgresOperations:

@@ -1,12 +1,12 @@
 """Books holds that nobody resolved in time. What that books is decided in `holds`; where it is written, in the store."""
 
 import asyncio
-from typing import Protocol
 
 import structlog
 
 from services.chassis.errors import DomainError
 from services.chassis.telemetry import span
+from services.ledger.ports import HoldBook
 
 log = structlog.get_logger(__name__)
 
@@ -14,15 +14,7 @@ SWEEP_MAX = 1_000
 """Holds booked in one go; the rest waits for the next."""
 
 
-class Expiring(Protocol):
-    """Where expired holds are found."""
-
-    async def expire_one(self, grace_ms: int) -> str | None:
-        """Book one hold that expired more than `grace_ms` ago; return its id, or None if there is none left."""
-        ...
-
-
-async def sweep(holds: Expiring, grace_ms: int) -> int:
+async def sweep(holds: HoldBook, grace_ms: int) -> int:
     """Book what has expired, each hold in a transaction of its own; return how many."""
     booked = 0
     while booked < SWEEP_MAX and (hold_id := await holds.expire_one(grace_ms)) is not None:
@@ -31,7 +23,7 @@ async def sweep(holds: Expiring, grace_ms: int) -> int:
     return booked
 
 
-async def sweep_forever(holds: Expiring, *, interval_ms: int, grace_ms: int) -> None:
+async def sweep_forever(holds: HoldBook, *, interval_ms: int, grace_ms: int) -> None:
     """Sweep every `interval_ms`. A failure is logged and the next round tries again: money waits, it is not lost."""
     while True:
         try:

@@ -57,7 +57,7 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         sweeping = sweep_forever(holds, interval_ms=settings.sweep_interval_ms, grace_ms=settings.sweep_grace_ms)
         background = [asyncio.create_task(sweeping, name="sweeper"), asyncio.create_task(feed.run(), name="feed")]
         try:
-            yield Service(server, settings.port, probes={"postgres": database.probe})
+            yield Service(server, settings.port, probes={"postgres": database.probe}, stopping=servicer.end_streams)
         finally:
             for task in background:
                 task.cancel()

@@ -1,15 +1,7 @@
 """The contract's side of the ledger: every RPC validates, calls and translates. No SQL, no arithmetic; only here are messages known."""
 
 from services.chassis.clock import Clock
-from services.ledger.postgres_budgets import PostgresBudgets
-from services.ledger.postgres_conversations import PostgresConversations
-from services.ledger.postgres_feed import PostgresFeed
-from services.ledger.postgres_holds import PostgresHolds
-from services.ledger.postgres_keys import PostgresKeys
-from services.ledger.postgres_operations import PostgresOperations
-from services.ledger.postgres_people import PostgresPeople
-from services.ledger.postgres_prices import PostgresPrices
-from services.ledger.postgres_usage import PostgresUsage
+from services.ledger.ports import Budgets, Conversations, HoldBook, Keys, OperationBook, OperationFeed, People, Prices, UsageReports
 from services.ledger.rpc.conversations import ConversationRpcs
 from services.ledger.rpc.money import MoneyRpcs
 from services.ledger.rpc.people import PeopleRpcs
@@ -26,17 +18,17 @@ class LedgerServicer(MoneyRpcs, RecordRpcs, PeopleRpcs, ConversationRpcs):
     def __init__(
         self,
         *,
-        holds: PostgresHolds,
-        operations: PostgresOperations,
-        usage: PostgresUsage,
-        feed: PostgresFeed,
-        people: PostgresPeople,
-        budgets: PostgresBudgets,
-        keys: PostgresKeys,
-        conversations: PostgresConversations,
-        prices: PostgresPrices,
+        holds: HoldBook,
+        operations: OperationBook,
+        usage: UsageReports,
+        feed: OperationFeed,
+        people: People,
+        budgets: Budgets,
+        keys: Keys,
+        conversations: Conversations,
+        prices: Prices,
         clock: Clock,
     ) -> None:
         self._holds, self._operations, self._usage, self._feed = holds, operations, usage, feed
         self._people, self._budgets, self._keys, self._conversations = people, budgets, keys, conversations
-        self._prices, self._clock = prices, clock
+        self._prices, self._clock, self._reading = prices, clock, set()

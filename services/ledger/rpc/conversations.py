@@ -4,7 +4,7 @@ from services.chassis.clock import Clock
 from services.chassis.principal import current_principal
 from services.chassis.telemetry import span
 from services.ledger.paging import moment_and_id, token_of
-from services.ledger.postgres_conversations import PostgresConversations
+from services.ledger.ports import Conversations
 from services.ledger.rpc import checks, messages
 from services.ledger.rpc.callers import Writer
 from tailrace.ledger.v1 import ledger_service_pb2 as pb
@@ -17,7 +17,7 @@ TURNS_DEFAULT = 20
 class ConversationRpcs:
     """Conversations of the calling user."""
 
-    _conversations: PostgresConversations
+    _conversations: Conversations
     _clock: Clock
 
     async def ListSessions(self, request: pb.ListSessionsRequest, context: Writer) -> None:

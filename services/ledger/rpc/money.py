@@ -4,9 +4,8 @@ from services.chassis.errors import NotFound
 from services.chassis.principal import Principal, current_principal
 from services.chassis.telemetry import span
 from services.chassis.wire import timestamp
-from services.ledger.postgres_budgets import PostgresBudgets
-from services.ledger.postgres_holds import PostgresHolds, Reservation
-from services.ledger.postgres_prices import PostgresPrices
+from services.ledger.domain import Reservation
+from services.ledger.ports import Budgets, HoldBook, Prices
 from services.ledger.rpc import checks, messages
 from services.ledger.rpc.callers import Writer, admin
 from tailrace.ledger.v1 import ledger_service_pb2 as pb
@@ -18,9 +17,9 @@ PERIODS = ("day", "month")
 class MoneyRpcs:
     """Reserve, settle, void; budgets; prices."""
 
-    _holds: PostgresHolds
-    _budgets: PostgresBudgets
-    _prices: PostgresPrices
+    _holds: HoldBook
+    _budgets: Budgets
+    _prices: Prices
 
     async def Reserve(self, request: pb.ReserveRequest, _: object) -> pb.ReserveResponse:
         principal = current_principal()

@@ -5,8 +5,7 @@ from services.chassis.errors import RequestInvalid
 from services.chassis.principal import current_principal
 from services.chassis.telemetry import span
 from services.ledger.paging import key_of, token_of
-from services.ledger.postgres_keys import PostgresKeys
-from services.ledger.postgres_people import PostgresPeople
+from services.ledger.ports import Keys, People
 from services.ledger.rpc import checks, messages
 from services.ledger.rpc.callers import Writer, admin, service
 from tailrace.common.v1 import common_pb2
@@ -16,8 +15,8 @@ from tailrace.ledger.v1 import ledger_service_pb2 as pb
 class PeopleRpcs:
     """Who there is, what they may do, and the keys they come with."""
 
-    _people: PostgresPeople
-    _keys: PostgresKeys
+    _people: People
+    _keys: Keys
     _clock: Clock
 
     async def GetEntitlements(self, _: pb.GetEntitlementsRequest, __: object) -> pb.GetEntitlementsResponse:

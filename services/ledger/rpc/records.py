@@ -14,10 +14,7 @@ from services.chassis.errors import DomainError, RequestInvalid
 from services.chassis.principal import current_principal
 from services.chassis.telemetry import span
 from services.ledger.paging import moment_and_uuid, token_of
-from services.ledger.postgres_conversations import PostgresConversations
-from services.ledger.postgres_feed import PostgresFeed
-from services.ledger.postgres_operations import PostgresOperations
-from services.ledger.postgres_usage import GROUPINGS, PostgresUsage
+from services.ledger.ports import Conversations, OperationBook, OperationFeed, UsageReports
 from services.ledger.rpc import checks, messages
 from services.ledger.rpc.callers import Writer, service
 from tailrace.ledger.v1 import ledger_service_pb2 as pb
@@ -29,6 +26,7 @@ T = TypeVar("T")
 RECORDING_MAX = 4
 """Records of one stream that are booked side by side. More than this mostly wait for each other's rows."""
 HEARTBEAT_S = 15.0
+GROUPINGS = ("day", "hour", "user", "session", "model", "tier", "step", "cache")
 GROUPINGS_MAX = 4
 USAGE_DEFAULT = timedelta(days=30)
 USAGE_MAX = timedelta(days=400)
@@ -37,11 +35,18 @@ USAGE_MAX = timedelta(days=400)
 class RecordRpcs:
     """Record, get, list and watch operations; query usage."""
 
-    _operations: PostgresOperations
-    _usage: PostgresUsage
-    _feed: PostgresFeed
-    _conversations: PostgresConversations
+    _operations: OperationBook
+    _usage: UsageReports
+    _feed: OperationFeed
+    _conversations: Conversations
     _clock: Clock
+    _reading: set[asyncio.Task[None]]
+
+    def end_streams(self) -> None:
+        """End the calls that would go on for ever: watchers are let go, recorders get the acks of what was read."""
+        self._feed.end()
+        for reading in self._reading:
+            reading.cancel()
 
     async def RecordOperations(self, requests: AsyncIterator[pb.RecordOperationsRequest], context: Writer) -> None:
         """Records are booked side by side and acknowledged in order.
@@ -68,12 +73,16 @@ class RecordRpcs:
                 begun.put_nowait(None)
 
         reading = start(read())
+        self._reading.add(reading)
         try:
             while (task := await begun.get()) is not None:
                 await context.write(await task)
                 free.release()
-            await reading
+            await asyncio.wait([reading])
+            if not reading.cancelled():
+                reading.result()
         finally:
+            self._reading.discard(reading)
             left = list(tasks)
             for unfinished in left:
                 unfinished.cancel()

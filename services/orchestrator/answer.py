@@ -121,7 +121,7 @@ def begin_recall(run: Run) -> AbstractAsyncContextManager[Recalling]:
 
 
 def search_query(run: Run) -> str:
-    """What to search for: the question, after those it leans on, back to the last that stood alone. "And how long?" finds nothing by itself."""
+    """What to search for: the question, after those it leans on, back to the last that stood alone. "How long?" alone finds nothing."""
     asked = run.question.text
     questions = [asked]
     for turn in reversed(run.turns):

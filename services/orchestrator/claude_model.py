@@ -143,27 +143,25 @@ class ClaudeModel:
             events, whole = EventBytes(), False
             async for chunk in response.aiter_raw():
                 written: list[str] = []
-                failure: DomainError | None = None
-                for data in events.feed(chunk):
-                    event = _read(data)
-                    if event.type == "content_block_delta":
-                        if event.delta is not None and event.delta.text:
-                            written.append(event.delta.text)
-                        silence.reschedule(loop.time() + self._stall_s)
-                    elif event.type == "message_start":
-                        _start(draft, event)
-                    elif event.type == "message_delta":
-                        _finish(draft, event)
-                    elif event.type == "message_stop":
-                        whole = True
-                    elif event.type == "error":
-                        failure = _failed_midway(event)
-                        break
-                if written:  # what arrived together leaves together
-                    draft.write("".join(written), len(written))
-                if failure is not None:
-                    draft.rejected = not draft.deltas and draft.input_tokens is None
-                    raise failure
+                try:
+                    for data in events.feed(chunk):
+                        event = _read(data)
+                        if event.type == "content_block_delta":
+                            if event.delta is not None and event.delta.text:
+                                written.append(event.delta.text)
+                            silence.reschedule(loop.time() + self._stall_s)
+                        elif event.type == "message_start":
+                            _start(draft, event)
+                        elif event.type == "message_delta":
+                            _finish(draft, event)
+                        elif event.type == "message_stop":
+                            whole = True
+                        elif event.type == "error":
+                            draft.rejected = not (draft.deltas or written) and draft.input_tokens is None
+                            raise _failed_midway(event)
+                finally:
+                    if written:  # what arrived together leaves together, also what came just before a failure
+                        draft.write("".join(written), len(written))
                 if whole:
                     break
             if not whole:

@@ -19,6 +19,8 @@ SENTENCE_CHARACTERS_MAX = 420
 SENTENCE_WORDS_MIN = 4
 COVERAGE_MIN = 0.34
 """Share of the question's weight that the best sentence, with its headings, must cover before anything is called an answer."""
+UNSEEN_WEIGHT = 0.6
+"""What a word of the question weighs that no passage has, against the rarest that one has."""
 RELATIVE_SCORE_MIN = 0.55
 """A further sentence must be this good, measured by the best one."""
 OVERLAP_MAX = 0.6
@@ -47,6 +49,12 @@ _BOILERPLATE = re.compile(
     r"|subscribe|skip to|cookie|share this|next:|previous:|note:?$|example:?$|warning:?$)",
     re.IGNORECASE,
 )
+_DANGLING = re.compile(
+    r"(?:it|this|that|these|those|they|he|she|but|so|however|besides|unlike|otherwise|therefore|on the other hand"
+    r"|in (?:this|that) case|see|if you)\b",
+    re.IGNORECASE,
+)
+"""Openings that lean on the sentence before, or lead elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +159,9 @@ def choose(question: str, passages: Sequence[Passage]) -> list[Sentence]:
     headings = [frozenset(content_words(" ".join((passage.title, *passage.heading_path)))) for passage in passages]
     seen_in = Counter(word for sentence in sentences for word in sentence.words)
     weight = {word: math.log(1 + (len(sentences) - seen_in[word] + 0.5) / (seen_in[word] + 0.5)) for word in asked}
+    for word in asked:
+        if not seen_in[word]:  # perhaps what the question is about, perhaps only how it is put
+            weight[word] *= UNSEEN_WEIGHT
     total = sum(weight.values()) or 1.0
 
     def covered(words: frozenset[str]) -> float:
@@ -171,6 +182,8 @@ def choose(question: str, passages: Sequence[Passage]) -> list[Sentence]:
         value = own + 0.5 * context + 0.15 * max(0.0, rank)
         if wants_number and any(letter.isdigit() for letter in sentence.text):
             value += 0.15
+        if _DANGLING.match(sentence.text):
+            value *= 0.85
         words = len(sentence.text.split())
         return value * (1.0 if words >= 6 else 0.8) / (1.0 + max(0, words - 45) / 60)
 

@@ -11,7 +11,7 @@ from services.gateway import bodies, render, sse, uploads
 from services.gateway.bridge import Bridge
 from services.gateway.exchange import Exchange
 from services.gateway.kit import Kit
-from services.gateway.queries import page
+from services.gateway.queries import number, page
 from tailrace.retrieval.v1 import retrieval_service_pb2 as retrieval
 
 INGEST_TIMEOUT_S = 3600.0
@@ -42,10 +42,15 @@ async def listed(exchange: Exchange, kit: Kit) -> None:
 
 async def show(exchange: Exchange, kit: Kit) -> None:
     """GET /v1/documents/{id}"""
-    exchange.query(())
-    request = retrieval.GetDocumentRequest(document_id=exchange.params["id"])
+    query = exchange.query({"first_chunk", "chunks_max"})
+    request = retrieval.GetDocumentRequest(
+        document_id=exchange.params["id"],
+        first_chunk=number(query, "first_chunk", 0, 10_000_000),
+        chunks_max=number(query, "chunks_max", 1, 1000),
+    )
     reply = await kit.backends.retrieval.unary(kit.backends.retrieval.stub.GetDocument, request)
-    await exchange.respond_json({**render.plain(reply.document), "chunks": [render.chunk(chunk) for chunk in reply.chunks]})
+    chunks = [render.chunk(chunk) for chunk in reply.chunks]
+    await exchange.respond_json({**render.plain(reply.document), "chunks": chunks, "next_chunk": reply.next_chunk})
 
 
 async def delete(exchange: Exchange, kit: Kit) -> None:
@@ -125,9 +130,10 @@ class _Sent:
                     self.bytes[-1] += len(part.content)
                 yield part
         except Exception as error:
-            # Raising makes gRPC cancel the call instead of closing it, so that retrieval takes no half document for a whole one.
+            # Ending here, or cancelling, could make retrieval take half a document for a whole one; an empty part is refused by
+            # its contract, and with it the document it stands in.
             self.error = error
-            raise
+            yield uploads.Part()
         finally:
             self.ended.set()
 
@@ -217,7 +223,9 @@ class _Summary:
         summary = {
             "job_id": next((progress.job_id for progress in self._latest.values()), ""),
             "documents": len(stages),
-            **{stage: stages.count(stage) for stage in ("indexed", "unchanged", "failed")},
+            "indexed": stages.count("indexed"),
+            "unchanged": stages.count("unchanged"),
+            "rejected": stages.count("failed"),
         }
         return sse.block(orjson.dumps(summary), event=b"done")
 

@@ -11,12 +11,20 @@ TOKEN_LENGTH_MAX = 1024
 
 def page(query: dict[str, str]) -> tuple[int, str]:
     """`page_size` (0 = the service's default) and `page_token`."""
-    size, token = query.get("page_size", ""), query.get("page_token", "")
-    if size and not (re.fullmatch(r"[0-9]{1,4}", size) and 1 <= int(size) <= PAGE_SIZE_MAX):
-        raise RequestInvalid("page_size is out of bounds", field="page_size", bound=f"1-{PAGE_SIZE_MAX}")
+    token = query.get("page_token", "")
     if len(token) > TOKEN_LENGTH_MAX or "\0" in token:
         raise RequestInvalid("not a page token", field="page_token", bound=f"at most {TOKEN_LENGTH_MAX} characters")
-    return int(size or 0), token
+    return number(query, "page_size", 1, PAGE_SIZE_MAX), token
+
+
+def number(query: dict[str, str], field: str, least: int, most: int) -> int:
+    """A count between `least` and `most`; 0 if it is missing."""
+    value = query.get(field, "")
+    if not value:
+        return 0
+    if not re.fullmatch(r"[0-9]{1,9}", value) or not least <= int(value) <= most:
+        raise RequestInvalid(f"{field} is out of bounds", field=field, bound=f"{least}-{most}")
+    return int(value)
 
 
 def moment(query: dict[str, str], field: str) -> datetime | None:

@@ -75,8 +75,14 @@ def _bound_lines(count: int) -> None:
 
 
 def _of_line(line: bytes, number: int) -> Iterator[Part]:
-    if line.strip():
-        yield from _document(bodies.parse(line, DocumentBody, within=f"line {number}"))
+    if not line.strip():
+        return
+    place = f"line {number}"
+    body = bodies.parse(line, DocumentBody, within=place)
+    try:
+        yield from _document(body)
+    except RequestInvalid as error:
+        raise RequestInvalid(error.detail, field=f"{place}.{error.field}", bound=error.metadata.get("bound", "")) from None
 
 
 def _document(body: DocumentBody) -> Iterator[Part]:

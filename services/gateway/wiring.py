@@ -34,14 +34,14 @@ class EdgeServer(Server):
         super().__init__(identify, reflect=reflect)
         self.http = http
         self._http_port = http_port
-        self._draining = draining
+        self.draining = draining
 
     async def start(self, host: str, port: int) -> int:
         await self.http.start(host, self._http_port)
         return await super().start(host, port)
 
     async def stop(self, notice_s: float, grace_s: float) -> None:
-        self._draining.set()
+        self.draining.set()
         await asyncio.gather(self._stop_http(notice_s, grace_s), super().stop(notice_s, grace_s))
 
     async def _stop_http(self, notice_s: float, grace_s: float) -> None:

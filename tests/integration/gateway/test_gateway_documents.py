@@ -1,0 +1,203 @@
+"""Documents over HTTP: uploads that are passed on as they come, and nothing half-written when they break."""
+
+import asyncio
+import json
+
+import httpx
+import pytest
+
+from services.gateway.bodies import DOCUMENT_BYTES_MAX
+from tailrace.common.v1 import common_pb2 as common
+from tailrace.retrieval.v1 import retrieval_service_pb2 as retrieval
+from tests.integration.gateway.conftest import Front, problem_of
+from tests.integration.gateway.test_gateway_answers import blocks_of
+
+MULTIPART = {"content-type": "multipart/form-data; boundary=frontier"}
+
+
+def form(*parts: bytes) -> bytes:
+    """A multipart body of the given parts."""
+    return b"".join(b"--frontier\r\n" + part + b"\r\n" for part in parts) + b"--frontier--\r\n"
+
+
+def file_part(name: bytes, content: bytes, field: bytes = b"files", media_type: bytes = b"text/plain") -> bytes:
+    return b'Content-Disposition: form-data; name="%s"; filename="%s"\r\nContent-Type: %s\r\n\r\n%s' % (field, name, media_type, content)
+
+
+async def test_files_arrive_whole_and_in_order_with_progress_of_each(front: Front, client: httpx.AsyncClient) -> None:
+    """Every byte of every file reaches retrieval; the stream tells each stage and ends with one `done`."""
+    large = bytes(range(256)) * 4096
+    files = [("files", ("a.md", b"# A\r\n--frontier", "text/markdown")), ("files", ("b.bin", large, "application/octet-stream"))]
+
+    response = await client.post("/v1/documents", files=files)
+    events = blocks_of(response.text)
+    headers = [header for header, _ in front.behind.retrieval.documents]
+
+    assert response.headers["content-type"] == "text/event-stream"
+    assert [content for _, content in front.behind.retrieval.documents] == [b"# A\r\n--frontier", large]
+    assert [(header.source_uri, header.media_type, header.detach) for header in headers] == [
+        ("a.md", "text/markdown", False),
+        ("b.bin", "", False),
+    ]
+    assert {event["data"]["name"] for event in events[:-1]} == {"a.md", "b.bin"}
+    assert events[-1]["event"] == "done"
+    assert events[-1]["data"] == {"job_id": "job-1", "documents": 2, "indexed": 2, "unchanged": 0, "rejected": 0}
+
+
+async def test_a_collection_in_the_form_is_that_of_the_files_after_it(front: Front, client: httpx.AsyncClient) -> None:
+    """The only other field a form may have."""
+    body = form(b'Content-Disposition: form-data; name="collection"\r\n\r\nhandbook', file_part("ä.txt".encode(), b"text"))
+
+    await client.post("/v1/documents", content=body, headers=MULTIPART)
+    header, _ = front.behind.retrieval.documents[0]
+
+    assert (header.collection, header.source_uri) == ("handbook", "ä.txt")
+
+
+async def test_a_document_as_json_arrives_as_its_text(front: Front, client: httpx.AsyncClient) -> None:
+    """Title, address, metadata and collection go along."""
+    body = {"title": "T", "text": "ünï\0x", "source_uri": "u", "metadata": {"k": "v"}, "collection": "c"}
+
+    response = await client.post("/v1/documents", json=body)
+    header, content = front.behind.retrieval.documents[0]
+
+    assert response.status_code == 200
+    assert (header.title, header.source_uri, dict(header.metadata), header.collection) == ("T", "u", {"k": "v"}, "c")
+    assert content == "ünï\0x".encode()
+
+
+async def test_lines_of_json_are_documents_of_one_job(front: Front, client: httpx.AsyncClient) -> None:
+    """Blank lines are nothing; the last line needs no end."""
+    lines = [json.dumps({"title": f"T{number}", "text": "x" * number}) for number in range(1, 4)]
+
+    response = await client.post("/v1/documents:bulk", content="\n\n".join(lines), headers={"content-type": "application/x-ndjson"})
+
+    assert [content for _, content in front.behind.retrieval.documents] == [b"x", b"xx", b"xxx"]
+    assert blocks_of(response.text)[-1]["data"]["documents"] == 3
+
+
+async def test_without_waiting_the_job_is_named_when_every_byte_arrived(front: Front, client: httpx.AsyncClient) -> None:
+    """202 with a place to look; retrieval was told to go on alone."""
+    response = await client.post("/v1/documents?wait=false", files=[("files", ("a.md", b"# A", "text/markdown"))])
+    header, content = front.behind.retrieval.documents[0]
+
+    assert (response.status_code, response.headers["location"]) == (202, "/v1/jobs/job-1")
+    assert response.json()["job_id"] == "job-1"
+    assert (header.detach, content) == (True, b"# A")
+
+
+BROKEN_FORMS = [
+    (b"", "body"),
+    (b"nonsense", "body"),
+    (form(file_part(b"a.txt", b"text"))[:-6], "body"),
+    (form(file_part(b"a.txt", b"text", field=b"other")), "other"),
+    (form(file_part(b"", b"text")), "files.filename"),
+    (form(file_part(b"a\0b", b"text")), "files.filename"),
+    (form(file_part(b"\xff\xfe", b"text")), "files.filename"),
+    (form(b'Content-Disposition: form-data; name="collection"\r\n\r\n../..', file_part(b"a", b"b")), "collection"),
+    (form(b'Content-Disposition: form-data; name="collection"\r\n\r\nc'), "files"),
+    (form(b"X-A: 1\r\n" * 30 + file_part(b"a", b"b")), "body"),
+]
+
+
+@pytest.mark.parametrize(("body", "field"), BROKEN_FORMS)
+async def test_a_broken_form_is_a_problem_and_leaves_nothing(front: Front, client: httpx.AsyncClient, body: bytes, field: str) -> None:
+    """400 that names the field; retrieval never sees a whole document."""
+    response = await client.post("/v1/documents", content=body, headers=MULTIPART)
+
+    assert problem_of(response, 400, "REQUEST_INVALID")["field"] == field
+    assert front.behind.retrieval.documents == []
+
+
+async def test_a_file_above_the_bound_ends_the_upload(front: Front, client: httpx.AsyncClient) -> None:
+    """413 with the bound in bytes, and no half document."""
+    body = form(file_part(b"large.txt", b"x" * (DOCUMENT_BYTES_MAX + 1)))
+
+    problem = problem_of(await client.post("/v1/documents", content=body, headers=MULTIPART), 413, "PAYLOAD_TOO_LARGE")
+
+    assert problem["bound_bytes"] == str(DOCUMENT_BYTES_MAX)
+    assert front.behind.retrieval.documents == []
+
+
+async def test_a_client_that_leaves_in_the_middle_leaves_nothing(front: Front) -> None:
+    """The call behind is cancelled, not closed, so half a file is not taken for a whole one."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", front.http_port)
+    head = f"POST /v1/documents HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {front.token()}\r\ncontent-length: 100000\r\n"
+    writer.write(
+        head.encode() + b"content-type: multipart/form-data; boundary=frontier\r\n\r\n" + form(file_part(b"a.txt", b"text" * 999))[:-20]
+    )
+    await writer.drain()
+    async with asyncio.timeout(5):
+        while not front.behind.seen.count("IngestDocuments"):
+            await asyncio.sleep(0.01)
+        writer.close()
+        while not front.behind.retrieval.broken_off:
+            await asyncio.sleep(0.01)
+    del reader
+
+    assert front.behind.retrieval.documents == []
+
+
+async def test_a_body_that_stops_coming_is_a_timeout(front: Front) -> None:
+    """408 instead of a connection held for ever."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", front.http_port)
+    head = f"POST /v1/search HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {front.token()}\r\ncontent-length: 10\r\n\r\n{{"
+    writer.write(head.encode())
+    status = await asyncio.wait_for(reader.readline(), 5)
+    writer.close()
+
+    assert status == b"HTTP/1.1 408 Request Timeout\r\n"
+
+
+@pytest.mark.parametrize("line", [b'{"title": "T"}', b'{"title": "T", "text": "x", "more": 1}', b"{", b'{"title": "T", "text": ""}'])
+async def test_a_bad_line_is_named_by_its_number(front: Front, client: httpx.AsyncClient, line: bytes) -> None:
+    """And the lines before it are not half of anything."""
+    body = b'{"title": "A", "text": "a"}\n' + line
+
+    problem = problem_of(
+        await client.post("/v1/documents:bulk", content=body, headers={"content-type": "application/x-ndjson"}), 400, "REQUEST_INVALID"
+    )
+
+    assert problem["field"].startswith("line 2")
+
+
+async def test_other_media_types_are_refused(front: Front, client: httpx.AsyncClient) -> None:
+    """415 that names what is read here."""
+    for path in ("/v1/documents", "/v1/documents:bulk", "/v1/answers", "/v1/search"):
+        response = await client.post(path, content=b"<x/>", headers={"content-type": "application/xml"})
+
+        assert "application/" in problem_of(response, 415, "MEDIA_TYPE_UNSUPPORTED")["accepts"]
+
+
+async def test_documents_are_listed_shown_and_deleted(front: Front, client: httpx.AsyncClient) -> None:
+    """Pages by token; a document with its chunks; an unknown one is a 404."""
+    listed = (await client.get("/v1/documents", params={"page_size": 1, "collection": "c"})).json()
+    shown = (await client.get("/v1/documents/d-1", params={"first_chunk": 3})).json()
+    deleted = await client.delete("/v1/documents/d-1")
+
+    assert (listed["documents"][0]["document_id"], listed["next_page_token"]) == ("d-1", "next")
+    assert shown["chunks"][0]["end"] == 4
+    assert front.behind.seen.last("GetDocument")[0].first_chunk == 3
+    assert deleted.json() == {"document_id": "d-1", "chunks_deleted": 3}
+    problem_of(await client.get("/v1/documents/other"), 404, "NOT_FOUND")
+
+
+async def test_search_gives_hits_with_numbers_for_offsets(front: Front, client: httpx.AsyncClient) -> None:
+    """Mode, limit and collection are passed on."""
+    passage = common.CitedPassage(number=1, document_id="d", chunk_id="c", text="t", start=5, end=6, score=0.5)
+    front.behind.retrieval.hits = [retrieval.SearchResponse(hit=passage)]
+
+    hits = (await client.post("/v1/search", json={"query": "q", "limit": 3, "mode": "sparse", "collection": "x"})).json()["hits"]
+    request, _ = front.behind.seen.last("Search")
+
+    assert (hits[0]["document_id"], hits[0]["start"], hits[0]["end"], hits[0]["score"]) == ("d", 5, 6, 0.5)
+    assert (request.limit, request.mode, request.collection) == (3, retrieval.SEARCH_MODE_SPARSE, "x")
+
+
+async def test_a_job_is_shown_as_json_or_followed_as_a_stream(front: Front, client: httpx.AsyncClient) -> None:
+    """By Accept."""
+    shown = (await client.get("/v1/jobs/job-1")).json()
+    followed = blocks_of((await client.get("/v1/jobs/job-1", headers={"accept": "text/event-stream"})).text)
+
+    assert (shown["job_id"], shown["status"]) == ("job-1", "running")
+    assert [event["event"] for event in followed] == ["progress", "done"]

@@ -1,0 +1,241 @@
+"""Operations, usage, conversations, administration and the map of the suite, over HTTP."""
+
+import asyncio
+from typing import Any
+
+import httpx
+import pytest
+
+from services.gateway.app import ROUTES, Rule
+from tailrace.common.v1 import common_pb2 as common
+from tailrace.ledger.v1 import ledger_service_pb2 as ledger
+from tests.integration.gateway.backends import ANSWER, forever
+from tests.integration.gateway.conftest import Front, problem_of
+from tests.integration.gateway.test_gateway_answers import blocks_of
+
+VALUES = {"{id}": "x", "{scope}": "user", "{user}": "ada", "{name}": "free"}
+
+
+def concrete(path: str) -> str:
+    for name, value in VALUES.items():
+        path = path.replace(name, value)
+    return path
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
+async def test_every_route_asks_for_what_its_rule_says(front: Front, client: httpx.AsyncClient, route: Any) -> None:
+    """Without a credential 401, without the role 403; open routes answer anybody."""
+    async with httpx.AsyncClient(base_url=front.url, trust_env=False) as stranger, front.client(roles=()) as nobody:
+        unknown = await stranger.request(route.method, concrete(route.path))
+        roleless = await nobody.request(route.method, concrete(route.path))
+
+    if route.rule is Rule.OPEN:
+        assert unknown.status_code in (200, 503)
+        return
+    problem_of(unknown, 401, "NOT_AUTHENTICATED")
+    problem_of(roleless, 403, "NOT_ALLOWED")
+    if route.rule is Rule.ADMIN:
+        problem_of(await client.request(route.method, concrete(route.path)), 403, "NOT_ALLOWED")
+    assert front.behind.seen.calls == []
+
+
+def test_only_health_is_open_and_everything_that_costs_is_limited() -> None:
+    """The table of rules, said once more by hand."""
+    assert {route.path for route in ROUTES if route.rule is Rule.OPEN} == {"/healthz", "/readyz", "/metrics"}
+    assert {route.path for route in ROUTES if route.rule is Rule.LIMITED} == {
+        "/v1/answers",
+        "/v1/documents",
+        "/v1/documents:bulk",
+        "/v1/search",
+    }
+    assert {route.rule for route in ROUTES if route.path.startswith("/v1/admin/")} == {Rule.ADMIN}
+
+
+async def test_operations_are_listed_and_shown(front: Front, client: httpx.AsyncClient) -> None:
+    """With the cost in dollars beside the exact one."""
+    listed = (await client.get("/v1/operations", params={"session_id": "s", "page_size": 5})).json()
+    shown = (await client.get(f"/v1/operations/{ANSWER}")).json()
+
+    assert listed["operations"][0]["operation_id"] == ANSWER
+    assert (shown["cost_nanousd"], shown["cost_usd"]) == ("7500000", "0.0075")
+
+
+async def test_a_watch_shows_operations_until_the_client_leaves(front: Front, client: httpx.AsyncClient) -> None:
+    """A heartbeat is a comment; leaving ends the call behind."""
+    operation = ledger.WatchOperationsResponse(operation=ledger.Operation(operation_id=ANSWER))
+    front.behind.ledger.watched = [ledger.WatchOperationsResponse(), operation, forever]
+
+    body = ""
+    async with client.stream("GET", "/v1/operations:watch") as response:
+        async for chunk in response.aiter_text():
+            body += chunk
+            if "event: operation" in body:
+                break
+
+    assert blocks_of(body)[0]["data"]["operation_id"] == ANSWER
+    assert body.startswith(": heartbeat\n\n")
+    await asyncio.wait_for(front.behind.seen.cancelled.wait(), 2)
+
+
+async def test_usage_is_json_or_csv_without_formulas(front: Front, client: httpx.AsyncClient) -> None:
+    """Names that a spreadsheet would run are made text."""
+    row = ledger.QueryUsageResponse(operations=3, cost_nanousd=1_500_000_000, usage=common.Usage(input_tokens=9))
+    row.group["user"] = '=HYPERLINK("http://x","y")'
+    row.group["model"] = "@m"
+    front.behind.ledger.usage = [row]
+
+    as_json = (
+        await client.get("/v1/usage", params={"group_by": "user,model", "from": "2026-01-01", "to": "2026-02-01T00:00:00+01:00"})
+    ).json()
+    as_csv = await client.get("/v1/usage?group_by=user,model", headers={"accept": "text/csv"})
+    request, _ = front.behind.seen.calls[0][1:]
+
+    assert (as_json["rows"][0]["cost_usd"], as_json["rows"][0]["usage"]["input_tokens"]) == ("1.50", "9")
+    assert getattr(request, "from").ToJsonString() == "2026-01-01T00:00:00Z"
+    assert request.to.ToJsonString() == "2026-01-31T23:00:00Z"
+    assert as_csv.headers["content-type"].startswith("text/csv")
+    lines = as_csv.text.split("\r\n")
+    assert lines[0].startswith("user,model,operations,failed,cache_hits,input_tokens")
+    assert lines[1].startswith('"\'=HYPERLINK(""http://x"",""y"")",\'@m,3,')
+
+
+@pytest.mark.parametrize(
+    ("query", "field"),
+    [
+        ("group_by=moon", "group_by"),
+        ("group_by=day,day", "group_by"),
+        ("group_by=day,hour,user,model,tier", "group_by"),
+        ("from=yesterday", "from"),
+        ("from=2026-01-01T00:00:00", "from"),
+        ("from=2026-02-01&to=2026-01-01", "to"),
+        ("tenant=globex", "tenant"),
+        ("from=2026-01-01&from=2026-01-02", "from"),
+        ("from=%FF", "query"),
+    ],
+)
+async def test_a_bad_query_names_its_field(front: Front, client: httpx.AsyncClient, query: str, field: str) -> None:
+    """400 with the bound."""
+    assert problem_of(await client.get(f"/v1/usage?{query}"), 400, "REQUEST_INVALID")["field"] == field
+
+
+async def test_conversations_are_listed_and_shown(front: Front, client: httpx.AsyncClient) -> None:
+    """With their turns."""
+    assert (await client.get("/v1/sessions")).json()["sessions"][0]["session_id"] == "s-1"
+    assert (await client.get("/v1/sessions/s-1")).json()["turns"][0]["question"] == "Why?"
+
+
+async def test_budgets_are_decimal_dollars_outside_and_nano_inside(front: Front, admin: httpx.AsyncClient) -> None:
+    """No float on the way."""
+    shown = (await admin.get("/v1/admin/budgets/user/ada")).json()["budgets"][0]
+    put = (await admin.put("/v1/admin/budgets/user/ada%2Fb", json={"period": "month", "limit_usd": "0.000000001"})).json()
+    request, principal = front.behind.seen.last("PutBudget")
+    gone = await admin.delete("/v1/admin/budgets/user/ada?period=day")
+
+    assert (shown["limit_usd"], shown["spent_usd"], shown["left_usd"]) == ("1.50", "0.000000001", "1.499999999")
+    assert (request.subject, request.period, request.limit_nanousd, principal.tenant) == ("ada/b", "month", 1, "acme")
+    assert put["limit_usd"] == "0.000000001"
+    assert gone.status_code == 204
+    for limit in ("-1", "1e3", "NaN", "1.0000000001", "", 1.5, "1,5", "9999999999"):
+        response = await admin.put("/v1/admin/budgets/user/ada", json={"period": "day", "limit_usd": limit})
+        assert problem_of(response, 400, "REQUEST_INVALID")["field"] == "limit_usd"
+    problem_of(await admin.get("/v1/admin/budgets/planet/x"), 400, "REQUEST_INVALID")
+
+
+async def test_plans_prices_keys_and_users_are_kept(front: Front, admin: httpx.AsyncClient) -> None:
+    """Each noun by its own route; a key's secret is shown once."""
+    plan = {"requests_per_minute": 5, "tokens_per_minute": 10, "concurrent_answers": 2, "monthly_budget_usd": "9.99", "tiers": ["fast"]}
+    price = {"provider": "anthropic", "model": "m", "input_usd_per_mtok": "2", "output_usd_per_mtok": "10.5"}
+
+    put = (await admin.put("/v1/admin/plans/pro", json=plan)).json()
+    posted = (await admin.post("/v1/admin/prices", json=price)).json()
+    key = await admin.post("/v1/admin/api-keys", json={"name": "ci", "user": "robot", "expires_at": "2027-01-01"})
+    user = (await admin.put("/v1/admin/users/eve", json={"display_name": "Eve"})).json()
+
+    assert (put["name"], put["monthly_budget_usd"], put["tiers"]) == ("pro", "9.99", ["fast"])
+    assert front.behind.seen.last("PutPlan")[0].plan.monthly_budget_nanousd == 9_990_000_000
+    assert front.behind.seen.last("PutPrice")[0].price.output_nanousd_per_mtok == 10_500_000_000
+    assert posted["input_usd_per_mtok"] == "2.00"
+    assert (key.status_code, key.json()["secret"]) == (201, "trk_once")
+    assert user["display_name"] == "Eve"
+    for path in ("plans", "prices", "api-keys", "users", "subscriptions/ada"):
+        assert (await admin.get(f"/v1/admin/{path}")).status_code == 200
+    for path in ("api-keys/k-1", "subscriptions/ada"):
+        assert (await admin.delete(f"/v1/admin/{path}")).status_code == 204
+
+
+async def test_readiness_names_what_is_missing_and_recovers(front: Front, client: httpx.AsyncClient) -> None:
+    """503 while anything is away, by name; 200 when it is back."""
+
+    async def until(status: int) -> Any:
+        async with asyncio.timeout(10):
+            while (said := await client.get("/readyz")).status_code != status:
+                await asyncio.sleep(0.05)
+        return said.json()
+
+    assert (await until(200))["services"]["ledger"] == {"ready": True, "dependencies": {"store": True}}
+    await front.behind.stop("ledger")
+    away = await until(503)
+    await front.behind.start("ledger")
+
+    assert (away["dependencies"]["ledger"], away["dependencies"]["retrieval"]) == (False, True)
+    assert (await until(200))["ready"] is True
+
+
+async def test_the_map_has_components_and_hops_with_live_figures(front: Front, client: httpx.AsyncClient) -> None:
+    """As JSON and as a stream of the same."""
+    await client.get("/v1/models")
+    picture = (await client.get("/v1/infrastructure")).json()
+    async with client.stream("GET", "/v1/infrastructure", headers={"accept": "text/event-stream"}) as response:
+        first = blocks_of(await anext(response.aiter_text()))[0]
+    hop = next(hop for hop in picture["hops"] if hop["to"] == "orchestrator")
+
+    assert {component["name"] for component in picture["components"]} >= {"gateway", "orchestrator", "retrieval", "ledger", "redis"}
+    assert (hop["from"], hop["requests"] >= 1, hop["p50_ms"] > 0) == ("gateway", True, True)
+    assert first["event"] == "infrastructure"
+
+
+async def test_metrics_have_closed_labels(front: Front, client: httpx.AsyncClient) -> None:
+    """However many paths and methods strangers invent."""
+    for number in range(5):
+        await client.get(f"/made/up/{number}")
+        await client.request(f"M{number}", "/v1/answers")
+    text = (await client.get("/metrics")).text
+
+    assert "made" not in text
+    assert 'method="M1"' not in text
+    assert 'route="unknown"' in text
+
+
+async def test_the_page_is_served_with_a_strict_policy(front: Front) -> None:
+    """No inline script, no foreign origin, no frame; unchanged files are not sent again."""
+    async with httpx.AsyncClient(base_url=front.url, trust_env=False) as stranger:
+        page = await stranger.get("/")
+        again = await stranger.get("/", headers={"if-none-match": page.headers["etag"]})
+        head = await stranger.head("/")
+        escape = await stranger.get("/assets/..%2f..%2fconfig.py")
+
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert page.headers["x-content-type-options"] == "nosniff"
+    assert (again.status_code, again.content) == (304, b"")
+    assert (head.status_code, head.content) == (200, b"")
+    assert escape.status_code == 404
+
+
+async def test_methods_and_paths_that_are_not_there(front: Front, client: httpx.AsyncClient) -> None:
+    """405 says what is; 404 says nothing."""
+    wrong = await client.patch("/v1/answers")
+
+    assert problem_of(wrong, 405, "METHOD_NOT_ALLOWED")["allow"] == wrong.headers["allow"] == "POST"
+    for path in ("/v1", "/v1/answers/", "/v1/answers/x/y", "/v1/documents/%00", "/v1/answers/" + "a" * 500, "/%ff"):
+        problem_of(await client.get(path), 404, "NOT_FOUND")
+
+
+async def test_a_trace_that_came_along_is_continued(front: Front, client: httpx.AsyncClient) -> None:
+    """The answer carries the caller's trace id, and a request id that is the caller's own if it is a sane one."""
+    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
+    response = await client.get("/healthz", headers={"traceparent": f"00-{trace_id}-00f067aa0ba902b7-01", "x-request-id": "mine-1"})
+    odd = await client.get("/healthz", headers={"x-request-id": "a b"})
+
+    assert (response.headers["x-trace-id"], response.headers["x-request-id"]) == (trace_id, "mine-1")
+    assert len(odd.headers["x-request-id"]) == 32

@@ -16,6 +16,8 @@ CacheVerdict = Literal["miss", "exact", "semantic", "off"]
 
 ESTIMATE_BYTES_PER_TOKEN = 4
 """Mean of English prose with current tokenizers. For estimates that are booked as such; never for bounds."""
+TOKEN_BYTES_MAX = 8
+"""Mean size of a piece up to which pieces are taken for single tokens: a long word with its space."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +187,11 @@ class Draft:
     def text(self) -> str:
         return "".join(self.pieces)
 
+    def _tokens_received(self) -> int:
+        """Estimate of the tokens in the text. A provider that cuts it token by token has counted for us; longer pieces say less."""
+        size = sum(len(piece.encode()) for piece in self.pieces)
+        return self.deltas if size <= TOKEN_BYTES_MAX * self.deltas else -(-size // ESTIMATE_BYTES_PER_TOKEN)
+
     def usage(self, prompt: Prompt) -> tuple[Usage, bool]:
         """What was used, and whether any count is an estimate. A reported 0 is a count; an absent one is estimated."""
         if not self.sent or self.rejected:
@@ -192,8 +199,7 @@ class Draft:
         estimated = self.input_tokens is None or self.output_tokens is None or not self.usage_is_final
         output = self.output_tokens
         if output is None or not self.usage_is_final:
-            written = sum(len(piece.encode()) for piece in self.pieces)
-            output = max(output or 0, self.deltas, -(-written // ESTIMATE_BYTES_PER_TOKEN))
+            output = max(output or 0, self._tokens_received())
         return (
             Usage(
                 prompt.input_tokens_estimate if self.input_tokens is None else self.input_tokens,

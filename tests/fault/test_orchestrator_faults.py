@@ -178,7 +178,7 @@ async def test_cancel_closes_the_provider_and_books_what_was_used(claude: World)
     assert record.state == "client_closed"
     assert (operation.status, operation.error_reason, operation.estimated) == ("cancelled", "ANSWER_CANCELLED", True)
     assert operation.usage.input_tokens == record.input_tokens
-    assert record.output_tokens <= operation.usage.output_tokens <= 2 * record.output_tokens
+    assert abs(operation.usage.output_tokens - record.output_tokens) <= 2
     assert not await claude.cancel(reply.answer_id)
 
 

@@ -120,6 +120,8 @@ class FakeGateway:
     uploaded: dict[str, bytes] = field(default_factory=dict)
     refusal: tuple[int, dict[str, Any]] | None = None
     """What POST /v1/answers says instead of answering."""
+    busy_uploads: int = 0
+    """How many uploads are told to come back in a second."""
     url: str = ""
     _scripts: dict[str, Sequence[Beat]] = field(default_factory=dict)
     _answers: dict[str, "_Running"] = field(default_factory=dict)
@@ -170,6 +172,10 @@ class FakeGateway:
         return _json({})
 
     async def _upload(self, request: Request) -> Response:
+        if self.busy_uploads:
+            self.busy_uploads -= 1
+            problem = _problem_document(429, "RATE_LIMITED", "Too many requests", "")
+            return Response(orjson.dumps(problem), 429, {"retry-after": "1"}, "application/problem+json")
         async with request.form() as form:
             files = [(one.filename or "", await one.read()) for one in form.getlist("files") if isinstance(one, UploadFile)]
         return StreamingResponse(self._index(files), media_type="text/event-stream")

@@ -1,6 +1,7 @@
 """The committed page in a real browser, against a scripted gateway: what a person sees, and what a hostile text cannot do."""
 
 import asyncio
+import hashlib
 import os
 import shutil
 from collections.abc import AsyncIterator
@@ -123,7 +124,7 @@ async def test_finished_blocks_are_not_drawn_again(visit: Visit) -> None:
 async def test_a_citation_opens_its_passage_and_gives_the_focus_back(visit: Visit) -> None:
     """`[2]` is a chip; the panel shows where the passage stands and marks the sentence that carries the statement."""
     text = "It goes on: the producer runs on for a grace time of 60 seconds [2]. Unknown [7]."
-    passage = f"First comes this. Then {EXACT}. And more."
+    passage = f"First comes\nthis. Then {EXACT}. And more.\n\n- one\n- two"
     found = passages("Something else entirely.", passage)
     visit.gateway.on("Cite", found, delta(text), citation(2), done(text))
     await visit.ask("Cite")
@@ -138,6 +139,8 @@ async def test_a_citation_opens_its_passage_and_gives_the_focus_back(visit: Visi
     await expect(panel.locator(".path")).to_have_text("Design › Part 2")
     await expect(panel.locator("dd")).to_have_text(["docs/streams-2.md", f"2,400–{2400 + len(passage):,}", "3", "0.0325"])
     await expect(panel.locator("mark")).to_have_text(f"Then {EXACT}.")
+    shown = await panel.locator(".passage-text").text_content()
+    assert shown == passage.replace("comes\nthis", "comes this")
     await panel.get_by_role("button", name="Previous passage").click()
     await expect(visit.page.get_by_role("dialog", name="Streams 1")).to_contain_text("Something else entirely.")
     await visit.page.keyboard.press("Escape")
@@ -438,6 +441,30 @@ async def test_a_narrow_window_shows_everything_without_scrolling_sideways(visit
     await expect(visit.page.locator(".receipt")).to_be_visible()
     assert await visit.page.evaluate("document.documentElement.scrollWidth") <= 340
     await expect(visit.page.locator(".steps")).to_be_visible()
+
+
+async def test_an_upload_that_meets_a_limit_is_sent_again(visit: Visit) -> None:
+    """A file waits as long as the gateway says, instead of failing."""
+    visit.gateway.busy_uploads = 1
+    await visit.page.get_by_role("link", name="Documents", exact=True).click()
+    file = {"name": "late.md", "mimeType": "text/markdown", "buffer": b"Late."}
+    await visit.page.set_input_files("input[type=file]", file)  # type: ignore[arg-type]
+    await expect(visit.page.locator(".upload")).to_contain_text("Waiting for its turn")
+    await expect(visit.page.locator(".upload")).to_contain_text("Indexed")
+    visit.troubles.clear()  # the browser itself logs the 429
+
+
+def test_the_build_is_as_new_as_its_source() -> None:
+    """`npm run build` in web/ writes a digest of the source beside the build."""
+    web = Path(__file__).resolve().parents[2] / "web"
+    single = ["digest.mjs", "index.html", "package-lock.json", "package.json", "tsconfig.json", "vite.config.ts"]
+    files = [web / name for name in single]
+    files += [path for folder in ("public", "src") for path in (web / folder).rglob("*") if path.is_file()]
+    digest = hashlib.sha256()
+    for name in sorted(path.relative_to(web).as_posix() for path in files):
+        digest.update(f"{name}\0".encode() + (web / name).read_bytes() + b"\0")
+    built = web.parent / "services" / "gateway" / "static" / "source.sha256"
+    assert built.read_text().strip() == digest.hexdigest(), "run `npm ci && npm run build` in web/"
 
 
 def test_the_built_page_is_small_and_its_lock_file_names_no_host() -> None:

@@ -141,7 +141,7 @@ export class Answer {
       const before = this.#sequence;
       try {
         const response = await connect(this.#abort.signal);
-        if (response.status === 204) return this.#fail(LOST);
+        if (response.status === 204) return this.#refused(LOST);
         for await (const event of events(response)) {
           this.#take(event, accepted);
           if (!this.running.value) return;
@@ -149,11 +149,11 @@ export class Answer {
       } catch (error) {
         if (this.#abort.signal.aborted) return;
         if (error instanceof ProblemError && !(this.#answerId && isPassing(error))) {
-          return this.#fail(error.problem.reason === "ANSWER_LOG_GONE" || error.problem.status === 410 ? LOST : withWait(error));
+          return this.#refused(error.problem.status === 410 ? LOST : withWait(error));
         }
       }
       if (this.#sequence > before) attempt = 0;
-      if (attempt + 1 >= (this.#answerId ? ATTEMPTS_MAX : 2)) return this.#fail(this.#answerId ? INTERRUPTED : problemOf(undefined));
+      if (attempt + 1 >= (this.#answerId ? ATTEMPTS_MAX : 2)) return this.#refused(this.#answerId ? INTERRUPTED : problemOf(undefined));
       this.phase.value = this.#answerId ? "reconnecting" : "asking";
       await pause(Math.min(BACKOFF_FIRST_MS * 2 ** attempt, BACKOFF_MAX_MS), this.#abort.signal);
       if (this.#abort.signal.aborted) return;
@@ -231,11 +231,7 @@ export class Answer {
   }
 
   #refused(problem: Problem): void {
-    if (problem.reason === "ANSWER_CANCELLED" || this.stopping.value) this.#end("stopped");
-    else this.#fail(problem);
-  }
-
-  #fail(problem: Problem): void {
+    if (problem.reason === "ANSWER_CANCELLED" || this.stopping.value) return this.#end("stopped");
     this.problem.value = problem;
     if (problem.trace_id) this.traceId.value = problem.trace_id;
     this.#end("failed");

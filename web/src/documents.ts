@@ -1,6 +1,6 @@
 // The tenant's documents: the list, uploads on their way, deletion. Nothing here draws.
 import { batch, computed, signal } from "@preact/signals";
-import { deleteDocument, listDocuments, problemOf, upload } from "./api";
+import { deleteDocument, listDocuments, ProblemError, problemOf, upload } from "./api";
 import { bytes } from "./format";
 import { signedIn } from "./identity";
 import { events } from "./sse";
@@ -9,10 +9,13 @@ import { DOCUMENT_BYTES_MAX, type Problem, type Progress, type StoredDocument } 
 /** Files sent at the same time; the others wait their turn. */
 const UPLOADS_AT_ONCE = 2;
 
+/** How often one file is sent if the gateway asks to come back later. */
+const ATTEMPTS_MAX = 10;
+
 /** Uploads kept in view; the oldest ended ones go first. */
 const UPLOADS_MAX = 200;
 
-export type UploadState = "waiting" | "sending" | Progress["stage"] | "cancelled";
+export type UploadState = "waiting" | "sending" | "held" | Progress["stage"] | "cancelled";
 
 export class Upload {
   readonly name: string;
@@ -35,16 +38,30 @@ export class Upload {
     if (this.ended.value) return;
     if (this.bytes > DOCUMENT_BYTES_MAX) return this.fail(`Larger than ${bytes(DOCUMENT_BYTES_MAX)}`);
     if (this.bytes === 0) return this.fail("The file is empty");
-    this.state.value = "sending";
-    try {
-      const response = await upload(this.#file, this.#abort.signal);
-      for await (const event of events(response)) this.#take(event.name, event.data);
-      if (!this.ended.value) this.fail("The connection was interrupted; send the file again to see where it stands");
-    } catch (error) {
-      if (this.#abort.signal.aborted) return;
-      const problem = problemOf(error);
-      this.fail(problem.detail || problem.title);
+    for (let attempt = 1; ; attempt++) {
+      this.state.value = "sending";
+      try {
+        const response = await upload(this.#file, this.#abort.signal);
+        for await (const event of events(response)) this.#take(event.name, event.data);
+        if (!this.ended.value) this.fail("The connection was interrupted; send the file again to see where it stands");
+        return;
+      } catch (error) {
+        if (this.#abort.signal.aborted) return;
+        const waitS = error instanceof ProblemError && attempt < ATTEMPTS_MAX ? error.retryAfterS : undefined;
+        if (waitS === undefined) return this.#failed(problemOf(error));
+        await this.#wait(waitS);
+        if (this.#abort.signal.aborted) return;
+      }
     }
+  }
+
+  /** Many files at once may meet a limit; the gateway says when it goes on. */
+  async #wait(seconds: number): Promise<void> {
+    this.state.value = "held";
+    await new Promise<void>((resolve) => {
+      const timer = window.setTimeout(resolve, seconds * 1000);
+      this.#abort.signal.addEventListener("abort", () => (window.clearTimeout(timer), resolve()), { once: true });
+    });
   }
 
   cancel(): void {
@@ -60,10 +77,13 @@ export class Upload {
     });
   }
 
+  #failed(problem: Problem): void {
+    this.fail(problem.detail || problem.title);
+  }
+
   #take(name: string, data: string): void {
     if (name === "error") {
-      const problem = JSON.parse(data) as Problem;
-      this.fail(problem.detail || problem.title);
+      this.#failed(JSON.parse(data) as Problem);
     } else if (name === "progress") {
       const progress = JSON.parse(data) as Progress;
       if (progress.stage === "failed") return this.fail(progress.error_detail);

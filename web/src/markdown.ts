@@ -137,6 +137,8 @@ export function heal(text: string): string {
   const start = text.lastIndexOf("\n\n") + 1;
   let tail = text.slice(start);
   if (isTableHead(tail)) return text.slice(0, start);
+  // Code inside a list: its marks are its own.
+  if (/^\s*(?:```|~~~)/m.test(tail)) return text;
   // A marker or a link that is not complete: `[`, `[1`, `[text`, `[text](addr`. Its text is shown, its address is not.
   tail = tail.replace(/!?\[([^\][\n]*)$/, (_, inner: string) => (/^[\d\s,]*$/.test(inner) ? "" : inner));
   tail = tail.replace(/!?\[([^\][\n]*)\]\([^)\n]*$/, "$1");

@@ -30,6 +30,24 @@ export function findSupport(passage: string, statement: string): Span | undefine
   return best;
 }
 
+const FENCE = /^\s*(?:```|~~~)/;
+const BLOCK_START = /^\s*(?:$|[-*+]\s|\d+[.)]\s|#|>|\||```|~~~)/;
+const STANDS_ALONE = /^\s*(?:$|#|\||```|~~~)/;
+
+/** The same text with hard-wrapped prose on one line. Every character keeps its place; lists, tables, code and headings keep their lines. */
+export function unwrap(text: string): string {
+  const [first = "", ...rest] = text.split("\n");
+  let joined = first;
+  let before = first;
+  let fenced = FENCE.test(first);
+  for (const line of rest) {
+    joined += (fenced || STANDS_ALONE.test(before) || BLOCK_START.test(line) ? "\n" : " ") + line;
+    if (FENCE.test(line)) fenced = !fenced;
+    before = line;
+  }
+  return joined;
+}
+
 function words(text: string): string[] {
   return text.toLowerCase().match(WORD) ?? [];
 }

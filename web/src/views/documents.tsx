@@ -92,11 +92,12 @@ function Uploads() {
 
 const STAGES: Record<string, { text: string; part: number }> = {
   waiting: { text: "Waiting", part: 0 },
+  held: { text: "Waiting for its turn", part: 0 },
   sending: { text: "Sending", part: 0.08 },
   received: { text: "Received", part: 0.2 },
   parsed: { text: "Read", part: 0.3 },
-  chunked: { text: "Cut into chunks", part: 0.4 },
-  embedded: { text: "Embedding", part: 0.45 },
+  chunked: { text: "Embedding", part: 0.4 },
+  embedded: { text: "Embedding", part: 0.4 },
   indexed: { text: "Indexed", part: 1 },
   unchanged: { text: "Already indexed", part: 1 },
   failed: { text: "Failed", part: 1 },
@@ -107,14 +108,15 @@ function UploadRow({ upload }: { upload: Upload }) {
   const state = upload.state.value;
   const { done, total } = upload.chunks.value;
   const stage = STAGES[state] ?? { text: state, part: 0 };
-  const part = state === "embedded" && total > 0 ? 0.45 + (0.5 * done) / total : stage.part;
+  const part = !upload.ended.value && total > 0 ? 0.4 + (0.55 * done) / total : stage.part;
+  const text = !upload.ended.value && total > 0 && done === total ? "Storing" : stage.text;
   const chunks = total > 0 ? (upload.ended.value ? plural(total, "chunk") : `${count(done)} of ${plural(total, "chunk")}`) : "";
   return (
     <li class={`upload ${state}`}>
       <span class="upload-name">{upload.name}</span>
       <span class="upload-size">{bytes(upload.bytes)}</span>
       <span class="upload-stage" role="status">
-        {stage.text}
+        {text}
         {chunks && ` · ${chunks}`}
       </span>
       {!upload.ended.value && (

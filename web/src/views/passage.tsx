@@ -1,7 +1,7 @@
 import { useEffect, useRef } from "preact/hooks";
 import { openPassage } from "../conversation";
 import { count } from "../format";
-import { findSupport } from "../support";
+import { findSupport, unwrap } from "../support";
 import type { Passage } from "../wire";
 import { Back, Close, Forward } from "./icons";
 
@@ -44,7 +44,7 @@ export function PassagePanel() {
         <h2 id="passage-title">{passage.title || passage.source_uri}</h2>
         {passage.heading_path.length > 0 && <p class="path">{passage.heading_path.join(" › ")}</p>}
         <div class="passage-text" tabIndex={0} role="region" aria-label="Text of the passage">
-          <Highlighted text={passage.text} statement={open.statement} />
+          <Highlighted text={unwrap(passage.text)} statement={open.statement} />
         </div>
         <Facts passage={passage} />
       </div>

@@ -1,7 +1,7 @@
 import { useSignal } from "@preact/signals";
 import { useEffect } from "preact/hooks";
 import type { Answer } from "../answer";
-import { count, duration } from "../format";
+import { count, duration, usd } from "../format";
 import type { Step } from "../wire";
 
 const NAMES: Record<string, string> = {
@@ -90,11 +90,11 @@ const length = (took: number, total: number) => `${Math.min(100, Math.max(0.8, (
 const SPEAKING = new Set(["reason", "cache", "verdict", "model", "provider", "semantic"]);
 
 /** Facts for operators, or that the receipt shows better. */
-const HIDDEN = new Set(["epoch", "template", "cost_nanousd"]);
+const HIDDEN = new Set(["epoch", "template", "messages", "price_version", "cost_nanousd"]);
 
 function factsOf({ facts }: Step): string {
   return Object.entries(facts)
-    .filter(([name, value]) => value && !HIDDEN.has(name))
+    .filter(([name, value]) => value && !HIDDEN.has(name) && !(name === "attempt" && value === "1"))
     .slice(0, FACTS_MAX)
     .map(([name, value]) => fact(name, value))
     .join(" · ");
@@ -104,7 +104,10 @@ function fact(name: string, value: string): string {
   if (SPEAKING.has(name)) return words(value);
   if (/^true$/i.test(value)) return words(name);
   if (/^false$/i.test(value)) return `not ${words(name)}`;
-  return /^\d+$/.test(value) ? `${count(value)} ${words(name)}` : `${words(name)} ${value}`;
+  if (!/^\d+$/.test(value)) return `${words(name)} ${value}`;
+  if (name.endsWith("_nanousd")) return `${usd(value)} ${words(name.slice(0, -"_nanousd".length))}`;
+  if (name.endsWith("_max")) return `at most ${count(value)} ${words(name.slice(0, -"_max".length))}`;
+  return `${count(value)} ${words(name)}`;
 }
 
 const words = (name: string) => name.replaceAll("_", " ");

@@ -91,13 +91,14 @@ function Sources({ answer }: { answer: Answer }) {
 function Source({ answer, passage, cited }: { answer: Answer; passage: Passage; cited: boolean }) {
   const open = (event: MouseEvent) =>
     (openPassage.value = { answer, number: passage.number, statement: "", opener: event.currentTarget as HTMLElement });
+  const heading = passage.heading_path.at(-1);
   const shown = openPassage.value?.answer === answer && openPassage.value.number === passage.number;
   return (
     <button type="button" class={cited ? "source cited" : "source"} aria-pressed={shown} onClick={open}>
       <span class="number">{passage.number}</span>
       <span class="source-text">
         <span class="source-title">{passage.title || passage.source_uri}</span>
-        <span class="source-place">{passage.heading_path.at(-1) ?? passage.source_uri}</span>
+        <span class="source-place">{heading && heading !== passage.title ? heading : passage.source_uri}</span>
       </span>
     </button>
   );

@@ -4,6 +4,7 @@ It runs a suite of its own on free ports in a temporary folder, so that nothing 
 """
 
 import argparse
+import asyncio
 import os
 import platform
 import sys
@@ -11,7 +12,6 @@ import time
 from typing import Any
 
 import orjson
-import uvloop
 
 from bench import corpus, report
 from bench.measure import Bench
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the figures as JSON instead of a table")
     parser.add_argument("--documents", type=int, default=1000, metavar="N", help="documents to ingest, about one chunk each (1000)")
     options = parser.parse_args()
-    figures = uvloop.run(measure(options.documents))
+    figures = asyncio.run(measure(options.documents))
     text = orjson.dumps(figures, option=orjson.OPT_INDENT_2).decode() if options.json else report.table(figures)
     sys.stdout.write(text + "\n")
 

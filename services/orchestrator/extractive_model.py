@@ -185,7 +185,7 @@ def choose(question: str, passages: Sequence[Passage]) -> list[Sentence]:
         if _DANGLING.match(sentence.text):
             value *= 0.85
         words = len(sentence.text.split())
-        return value * (1.0 if words >= 6 else 0.8) / (1.0 + max(0, words - 45) / 60)
+        return value * (1.0 if words >= 5 else 0.8) / (1.0 + max(0, words - 45) / 60)
 
     ranked = sorted(((score(sentence), sentence) for sentence in sentences), key=lambda pair: (-pair[0], pair[1].passage, pair[1].position))
     top, best = ranked[0]

@@ -11,17 +11,18 @@ from services.orchestrator.words import CONVERSATION, LANGUAGES, LITTLE, POINTER
 _WORD = re.compile(r"[^\W_]+(?:[-'’.][^\W_]+)*")
 
 _CONVERSATION_PHRASES = re.compile(
-    r"\b(you (?:said|told|mentioned|wrote|meant)|your (?:last|previous|earlier)? ?(?:answer|reply|response|point)|(?:last|previous|first|"
+    r"\b(you (?:said|told|mentioned|wrote|meant)|did you (?:say|tell|mention|write|mean)"
+    r"|your (?:last|previous|earlier)? ?(?:answer|reply|response|point)|(?:last|previous|first|"
     r"second|third) (?:answer|question|point|one)|tell me more|more (?:detail|details|examples?)|go on|continue|keep going|elaborate|"
     r"for example|rephrase|shorter|longer|simpler|summari[sz]e (?:that|this|it)|translate (?:that|this|it))\b"
 )
 _OPENERS = re.compile(r"^(?:and|but|so|also|or|then|else|what about|how about|what if|why not|und|aber|auch|et|mais|y|pero)\b")
 # First-person questions that only ask for help are about the matter, not about the asker: "how do I install x".
 _ASKING_FOR_HELP = re.compile(
-    r"\b(?:(?:how|what|where|when|which|why)\b[^.?!]{0,40}?\b(?:do|can|could|should|would|must|may|might|will|am) (?:i|we)"
-    r"|(?:can|could|should|may|must|do) (?:i|we)|(?:show|tell|give|help|let) (?:me|us)|if (?:i|we)|when (?:i|we)"
+    r"\b(?:(?:do|can|could|should|would|must|may|might|will) (?:i|we)|(?:show|tell|give|help|let) (?:me|us)|if (?:i|we)|when (?:i|we)"
     r"|i (?:want|need|would like|have) to|i'd like to)\b"
 )
+_DETERMINERS = frozenset({"the", "a", "an", "any", "every", "each", "all"})
 _CLOCK = re.compile(
     r"\b(?:today|tonight|tomorrow|yesterday|now|nowadays|currently|at (?:the|this) moment|right now|at present"
     r"|(?:this|last|next|past|coming) (?:hour|day|week|weekend|month|quarter|year|monday|tuesday|wednesday|thursday|friday|saturday|sunday)"
@@ -42,7 +43,9 @@ def depends_on_history(question: str) -> bool:
         return True
     names = {word.casefold() for word in _WORD.findall(question)[1:] if word[0].isupper() or any(letter.isdigit() for letter in word)}
     named = 0
-    for word in words:
+    for place, word in enumerate(words):
+        if word == "that" and named and _DETERMINERS & set(words[max(0, place - 3) : place - 1]):
+            continue  # "the header that carries it": a relative, not a pointer
         if word in POINTERS:
             if named < 2:
                 return True

@@ -1,0 +1,101 @@
+"""The model without a key: whole sentences of the passages, cited, or an honest no."""
+
+import pytest
+
+from services.orchestrator.domain import Candidate, Draft, Passage, Prompt
+from services.orchestrator.extractive_model import ExtractiveModel, choose, clean, split_sentences, written
+from services.orchestrator.standalone import language
+
+GUIDE = """# Gateway
+
+The **gateway** listens on port `8080`. It speaks [HTTP](https://example.org/a_(b)) and gRPC.
+
+```python
+gateway.listen(9999)  # which port does the gateway listen on
+```
+
+| name | default |
+|------|---------|
+
+- A stream that is cut can be resumed with `Last-Event-ID`, e.g. after a reload.
+- See also
+"""
+LEDGER = "Holds live for ten minutes. The ledger books every token. Holds live for ten minutes and are then swept."
+
+
+def passages(*texts: str) -> list[Passage]:
+    return [Passage(n + 1, f"d{n}", f"c{n}", "Guide", "guide.md", text, 0, len(text), 1 / (n + 1)) for n, text in enumerate(texts)]
+
+
+def answer(question: str, *texts: str) -> str:
+    found = passages(*texts)
+    return "".join(written(choose(question, found), found))
+
+
+def test_sentences_are_whole_and_free_of_markup() -> None:
+    """Headings, code, rules and menus are no sentences; abbreviations end none."""
+    assert split_sentences(GUIDE) == [
+        "The gateway listens on port `8080`.",
+        "It speaks HTTP and gRPC.",
+        "A stream that is cut can be resumed with `Last-Event-ID`, e.g. after a reload.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("markdown", "plain"),
+    [
+        ("![logo](a.png) **Bold** and *thin*", "logo Bold and thin"),
+        ("snake_case_name stays", "snake_case_name stays"),
+        ("> quoted [text][ref] here[^1]", "quoted text here"),
+        ("<b>tag</b> 3 < 4 <!-- gone -->", "tag 3 < 4"),
+    ],
+)
+def test_markup_goes_and_words_stay(markdown: str, plain: str) -> None:
+    """What a reader would see."""
+    assert clean(markdown) == plain
+
+
+def test_best_sentence_answers_and_cites_its_passage() -> None:
+    """The number is that of the passage the sentence is from."""
+    assert answer("How long do holds live?", GUIDE, LEDGER).startswith("Holds live for ten minutes. [2]")
+
+
+def test_nothing_is_said_twice() -> None:
+    """Two sentences with the same words are one."""
+    assert answer("How long do holds live?", LEDGER).count("ten minutes") == 1
+
+
+@pytest.mark.parametrize("question", ["Who painted the Sistine Chapel?", "?", "What is the of?", "Wer gewann die Weltmeisterschaft?"])
+def test_what_the_passages_do_not_say_is_not_answered(question: str) -> None:
+    """No evidence, no answer."""
+    assert answer(question, GUIDE, LEDGER) == ""
+
+
+@pytest.mark.parametrize(
+    ("question", "start"),
+    [
+        ("Who painted it?", "The documents"),
+        ("Wer ist der Maler und warum?", "In den"),
+        ("Qui est le peintre de la chapelle ?", "Les documents"),
+    ],
+)
+async def test_no_answer_is_said_in_the_language_of_the_question(question: str, start: str) -> None:
+    """The draft is complete, free, and claims nothing."""
+    draft = Draft(lambda _: None)
+    await ExtractiveModel(language).generate(Prompt("t", "", (), question, (), 10), Candidate("extractive", "extractive", 1, 1), 100, draft)
+
+    assert draft.text.startswith(start)
+    assert draft.finish_reason == "end_turn"
+    assert "[" not in draft.text
+
+
+async def test_answer_longer_than_allowed_is_cut_and_says_so() -> None:
+    """At least one sentence, then the bound."""
+    draft = Draft(lambda _: None)
+    shown = tuple(passages("The gateway listens on port 8080. The gateway speaks gRPC too.", LEDGER))
+    await ExtractiveModel(language).generate(
+        Prompt("t", "", (), "What does the gateway listen on and speak?", shown, 10), Candidate("extractive", "extractive", 1, 1), 3, draft
+    )
+
+    assert draft.finish_reason == "max_tokens"
+    assert len(draft.pieces) == 1

@@ -21,6 +21,8 @@ from services.local.config import make_state_dir, state_dir
 SUFFIXES = frozenset({".md", ".markdown", ".html", ".htm", ".txt", ".text"})
 """What is taken from a folder. A file named by itself is always sent: the service knows best what it can read."""
 FILES_PER_STREAM = 100
+WIDTH_OF_A_PIPE = 200
+"""Columns of a table that is not shown in a terminal: it must not be cut for a width nobody has."""
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Tailrace: answers that are streamed, cited and priced."
@@ -152,10 +154,13 @@ def operations(
 
     async def run() -> None:
         async with connected() as client:
+            console = Console()
+            if not console.is_terminal:
+                console.width = WIDTH_OF_A_PIPE
             if not watch:
-                Console().print(await table(client))
+                console.print(await table(client))
                 return
-            with Live(await table(client), auto_refresh=False) as live:
+            with Live(await table(client), console=console, auto_refresh=False) as live:
                 while True:
                     await asyncio.sleep(1)
                     live.update(await table(client), refresh=True)
@@ -191,7 +196,8 @@ def note(text: str) -> None:
 
 def describe(passage: tailrace.Passage) -> str:
     """A passage as one line."""
-    return " › ".join([passage.title or passage.source_uri, *passage.heading_path])
+    title = passage.title or passage.source_uri
+    return " › ".join([title, *(heading for heading in passage.heading_path if heading != title)])
 
 
 def cost_line(receipt: tailrace.Receipt) -> str:
@@ -304,7 +310,9 @@ def operations_table(rows: list[tailrace.Operation]) -> Any:
     """Operations as a table, newest first."""
     from rich.table import Table
 
-    table = Table("when", "status", "model", "tokens", "cost", "cache", "first", "all", "operation")
+    table = Table(box=None, pad_edge=False)
+    for name in ("when", "status", "model", "tokens", "cost", "cache", "first", "all", "operation"):
+        table.add_column(name, no_wrap=True, justify="right" if name in {"tokens", "cost", "first", "all"} else "left")
     for row in rows:
         tokens = f"{row.usage.input_tokens} + {row.usage.output_tokens}"
         when = row.created_at.astimezone().strftime("%d %b %H:%M:%S")

@@ -86,7 +86,8 @@ class Suite:
         orchestrator = service("orchestrator", settings.orchestrator_port)
         gateway = ServiceProcess("gateway", self._environ, logs / "gateway.log", http_ready(near, settings.http_port))
         order: dict[Child, Sequence[Child]] = {store: () for store in stores}
-        return {**order, retrieval: stores, ledger: stores, orchestrator: (ledger, retrieval), gateway: (orchestrator,)}
+        # Retrieval needs neither store, so it loads its model while they start.
+        return {**order, retrieval: (), ledger: stores, orchestrator: (ledger, retrieval), gateway: (orchestrator,)}
 
     def _environ(self) -> dict[str, str]:
         """What every service is told: the user's environment, completed."""

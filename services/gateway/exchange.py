@@ -1,6 +1,7 @@
 """One HTTP request and its response in the making: bounded reading of the body, one writer, response headers. It knows no route."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 from urllib.parse import parse_qsl
@@ -19,6 +20,9 @@ Send = Callable[[Message], Awaitable[None]]
 
 JSON_BYTES_MAX = 1024 * 1024
 QUERY_FIELDS_MAX = 32
+DISCARD_BYTES_MAX = 64 * 1024 * 1024
+DISCARD_S = 10.0
+"""How much of a refused body, and for how long, is thrown away before the connection is closed over it."""
 
 
 class ClientLeft(Exception):
@@ -146,15 +150,37 @@ class Exchange:
         await self.respond(status, orjson.dumps(value), b"application/json", [(b"cache-control", b"no-store"), *headers])
 
     async def respond_problem(self, error: DomainError, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
-        """Send `error` as a problem document. What is left of the request's body is not read, so the connection closes after it."""
-        closing = [] if self._body_ended or self.method in ("GET", "HEAD") else [(b"connection", b"close")]
+        """Send `error` as a problem document, then close the connection if the request's body was not read to its end.
+
+        A client that is still sending would see a broken connection instead of the problem, so for a while what it sends is thrown away.
+        """
+        unread = not self._body_ended and self.method not in ("GET", "HEAD")
+        closing = [(b"connection", b"close")] if unread else []
         body = problems.body_of(error, trace_id=self.trace_id, request_id=self.request_id)
-        await self.respond(
-            problems.status_of(error),
-            body,
-            problems.MEDIA_TYPE,
-            [(b"cache-control", b"no-store"), *problems.headers_of(error), *closing, *headers],
-        )
+        length = (b"content-length", str(len(body)).encode())
+        sent = [
+            (b"content-type", problems.MEDIA_TYPE),
+            length,
+            (b"cache-control", b"no-store"),
+            *problems.headers_of(error),
+            *closing,
+            *headers,
+        ]
+        await self.start(problems.status_of(error), sent)
+        await self.write(body, last=not unread)
+        if unread:
+            await self._discard()
+            await self.write(b"", last=True)
+
+    async def _discard(self) -> None:
+        """Take the rest of the body, or as much of it as is reasonable."""
+        total = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DISCARD_S):
+                while not self._body_ended and total < DISCARD_BYTES_MAX:
+                    message = await self._receive()
+                    total += len(message.get("body", b""))
+                    self._body_ended = message["type"] == "http.disconnect" or not message.get("more_body", False)
 
 
 def _too_large(bytes_max: int, field: str) -> PayloadTooLarge:

@@ -42,7 +42,7 @@ async def test_a_citation_points_at_the_passage_it_names(suite: Suite, client: h
     assert (citation["document_id"], citation["chunk_id"]) == (passage["document_id"], passage["chunk_id"])
     assert "Francis turbine" in passage["text"]
     assert passage["text"] == chunk["text"]
-    assert (passage["start"], passage["end"]) == (chunk["start"], chunk["end"])
+    assert (int(passage["start"]), int(passage["end"])) == (chunk["start"], chunk["end"])
 
 
 async def test_the_same_question_again_is_an_exact_hit_and_costs_nothing(suite: Suite, client: httpx.AsyncClient) -> None:

@@ -158,7 +158,7 @@ async def test_a_reader_that_comes_back_misses_nothing(suite: Suite, client: htt
 
 
 BEFORE_THE_FIRST_TOKEN = [
-    (Behaviour(fault="status", status=400), "MODEL_FAILED", "failed"),
+    (Behaviour(fault="status", status=400), "MODEL_REFUSED", "failed"),
     (Behaviour(fault="status", status=401), "MODEL_MISCONFIGURED", "failed"),
     (Behaviour(fault="status", status=429, retry_after_s=0), "MODEL_OVERLOADED", "failed"),
     (Behaviour(fault="status", status=529, retry_after_s=0), "MODEL_OVERLOADED", "failed"),

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from bench.script import Behaviour
-from tests.suite import SERVICES, Suite, ask, ingest, running, until
+from tests.suite import SERVICES, Streamed, Suite, ask, events, ingest, running, until
 
 RECOVERED_WITHIN_S = 20.0
 DOCUMENTS = {"The ferry": "The ferry over the Lahn is pulled along a chain. The ferryman is called Anselm."}
@@ -16,7 +16,7 @@ DOCUMENTS = {"The ferry": "The ferry over the Lahn is pulled along a chain. The 
 @pytest.fixture(scope="module")
 async def suite() -> AsyncIterator[Suite]:
     """A suite of its own, because it is taken apart."""
-    async with running() as suite:
+    async with running(TAILRACE_LEDGER_SWEEP_INTERVAL_MS="200", TAILRACE_LEDGER_SWEEP_GRACE_MS="0") as suite:
         async with suite.client() as client:
             await ingest(client, DOCUMENTS)
         yield suite
@@ -116,3 +116,29 @@ async def test_answers_that_end_while_the_ledger_is_away_are_booked_when_it_retu
     rows = await until(lambda: suite.rows("SELECT * FROM attempts WHERE provider_request_id = $1", record.request_id), RECOVERED_WITHIN_S)
 
     assert [(row["input_tokens"], row["output_tokens"]) for row in rows] == [(record.input_tokens, 60)]
+
+
+async def test_an_answer_whose_orchestrator_is_killed_ends_in_one_error_and_is_paid(suite: Suite, client: httpx.AsyncClient) -> None:
+    """kill -9 in the middle of a stream: the reader is told, and when the hold has run out it is booked, not given back."""
+    await suite.provider.behave(Behaviour(tokens=2000, tokens_per_s=50))
+    body = {"question": "What does Anselm tell of the ferry and its chain?", "cache": "off", "max_output_tokens": 4000}
+    read = Streamed()
+    async with client.stream("POST", "/v1/answers", json=body) as response:
+        async for event in events(response):
+            read.events.append(event)
+            if event.name == "delta" and "orchestrator" in suite.processes:
+                await suite.kill("orchestrator")
+    await suite.start("orchestrator")
+    (held,) = await suite.rows("SELECT * FROM holds WHERE operation_id = $1::uuid", read.answer_id)
+    await suite.rows("UPDATE holds SET expires_at = now() WHERE hold_id = $1 RETURNING 1", held["hold_id"])
+
+    async def probe() -> Any:
+        return await suite.rows("SELECT * FROM holds WHERE hold_id = $1 AND state <> 'reserved'", held["hold_id"])
+
+    (hold,) = await until(probe)
+    (record,) = await suite.provider.records()
+
+    assert read.error["retryable"] is True
+    assert record.state == "client_closed"
+    assert (hold["state"], hold["estimated"]) == ("expired", True)
+    assert hold["cost_nanousd"] == hold["amount_nanousd"] > 0

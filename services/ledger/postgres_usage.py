@@ -47,12 +47,11 @@ class PostgresUsage:
         own, duration = "true", "o.duration_ms"
         if by_step:
             source += (
-                " JOIN (SELECT steps.*, row_number() OVER (PARTITION BY tenant, operation_id ORDER BY"
-                " CASE name WHEN 'generate' THEN 0 WHEN 'recall' THEN 1 ELSE 2 END, ordinal) AS place FROM steps) s"
-                " ON s.tenant = o.tenant AND s.operation_id = o.operation_id"
+                " JOIN LATERAL (SELECT steps.name, steps.duration_ms, row_number() OVER (ORDER BY"
+                " CASE steps.name WHEN 'generate' THEN 0 WHEN 'recall' THEN 1 ELSE 2 END, steps.ordinal) AS place FROM steps"
+                " WHERE steps.tenant = o.tenant AND steps.operation_id = o.operation_id AND steps.status <> 'skipped') s ON true"
             )
             own, duration = "s.place = 1", "s.duration_ms"
-            conditions.append("s.status <> 'skipped'")
         columns = [f"{GROUPINGS[name]} AS g{place}" for place, name in enumerate(group_by)]
         places = ", ".join(str(place) for place in range(1, len(group_by) + 1))
         sums = ", ".join(

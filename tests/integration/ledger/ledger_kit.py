@@ -1,0 +1,193 @@
+"""A real ledger on a real database, seen through a real channel, and the auditor who checks its books."""
+
+import asyncio
+import contextlib
+import secrets
+import uuid
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import asyncpg
+
+from services.chassis.channel import Caller, open_channel
+from services.chassis.lifecycle import started
+from services.chassis.passport import Passport
+from services.chassis.principal import Principal
+from services.chassis.wire import timestamp
+from services.ledger.config import Settings
+from services.ledger.wiring import build
+from services.local.stores import Postgres
+from tailrace.common.v1 import common_pb2
+from tailrace.ledger.v1 import ledger_service_pb2 as pb
+from tailrace.ledger.v1 import ledger_service_pb2_grpc
+
+INTERNAL_KEY = "an internal key for tests"
+RECORDER = Principal("tailrace", "orchestrator", frozenset({"service"}))
+HAIKU = ("anthropic", "claude-haiku-4-5")
+"""1 USD in, 5 USD out: a token costs 1000 and 5000 nano-USD."""
+
+
+async def fresh_database(server: Postgres) -> str:
+    """Create an empty database and return its address."""
+    name = f"ledger_{secrets.token_hex(6)}"
+    connection = await asyncpg.connect(server.url)
+    try:
+        await connection.execute(f"CREATE DATABASE {name}")
+    finally:
+        await connection.close()
+    return server.url.rsplit("/", 1)[0] + f"/{name}"
+
+
+def settings(url: str, **more: str) -> Settings:
+    """Settings on a free port, with a sweeper that comes only when called."""
+    environ = {
+        "DATABASE_URL": url,
+        "TAILRACE_INTERNAL_KEY": INTERNAL_KEY,
+        "TAILRACE_LEDGER_PORT": "0",
+        "TAILRACE_LEDGER_SWEEP_INTERVAL_MS": "600000",
+        "TAILRACE_LEDGER_SWEEP_GRACE_MS": "0",
+    }
+    return Settings.load({**environ, **more})
+
+
+@dataclass
+class Ledger:
+    """A running ledger."""
+
+    url: str
+    stub: Any
+    caller: Caller
+
+    async def ask(self, method: str, request: Any, principal: Principal) -> Any:
+        return await self.caller.unary(getattr(self.stub, method), request, principal=principal, timeout_s=20)
+
+    async def rows(self, method: str, request: Any, principal: Principal) -> list[Any]:
+        """Everything a server stream has to say."""
+        async with self.caller.stream(getattr(self.stub, method), request, timeout_s=20, principal=principal) as messages:
+            return [message async for message in messages]
+
+    async def record(self, *operations: pb.Operation, principal: Principal = RECORDER) -> list[Any]:
+        """Record operations on one stream; return the acks."""
+
+        async def requests() -> AsyncIterator[pb.RecordOperationsRequest]:
+            for number, operation in enumerate(operations, 1):
+                yield pb.RecordOperationsRequest(record_id=number, operation=operation)
+
+        async with self.caller.stream(self.stub.RecordOperations, requests(), timeout_s=20, principal=principal) as acks:
+            return [ack async for ack in acks]
+
+    async def reserve(self, principal: Principal, operation_id: str = "", **changes: Any) -> Any:
+        """Reserve 1000 tokens in and 1000 out: 7,000,000 nano-USD, as every prompt token might be written to the one-hour cache."""
+        provider, model = HAIKU
+        fields = {
+            "operation_id": operation_id or str(uuid.uuid4()),
+            "attempt": 1,
+            "provider": provider,
+            "model": model,
+            "input_tokens_max": 1000,
+            "output_tokens_max": 1000,
+            "ttl_ms": 60_000,
+        }
+        return await self.ask("Reserve", pb.ReserveRequest(**{**fields, **changes}), principal)
+
+
+@contextlib.asynccontextmanager
+async def running(url: str, **more: str) -> AsyncIterator[Ledger]:
+    """A ledger on `url`, in this process, on a free port."""
+    given = settings(url, **more)
+    async with build(given) as service:
+        async with started(service, given.bind_host) as port:
+            channel = open_channel(f"127.0.0.1:{port}")
+            try:
+                caller = Caller("ledger", Passport(INTERNAL_KEY.encode()))
+                yield Ledger(url, ledger_service_pb2_grpc.LedgerServiceStub(channel), caller)
+            finally:
+                await channel.close()
+        assert service.stopping is not None
+        service.stopping()
+        await service.server.stop(0, 1)
+
+
+def operation(principal: Principal, operation_id: str = "", **changes: Any) -> pb.Operation:
+    """A finished operation with two steps and no provider call."""
+    fields: dict[str, Any] = {
+        "operation_id": operation_id or str(uuid.uuid4()),
+        "tenant": principal.tenant,
+        "user": principal.user,
+        "session_id": "s1",
+        "trace_id": "0af7651916cd43dd8448eb211c80319c",
+        "status": "done",
+        "tier": "fast",
+        "provider": HAIKU[0],
+        "model": HAIKU[1],
+        "finish_reason": "end_turn",
+        "cache": common_pb2.CacheReceipt(verdict="miss", reason="no_candidate"),
+        "created_at": timestamp(datetime.now(UTC)),
+        "first_token_ms": 20.0,
+        "duration_ms": 100.0,
+        "collection": "default",
+        "steps": [
+            common_pb2.StepTiming(name="recall", status="done", started_ms=0, duration_ms=10, facts={"verdict": "miss"}),
+            common_pb2.StepTiming(name="generate", status="done", started_ms=10, duration_ms=80),
+        ],
+    }
+    return pb.Operation(**{**fields, **changes})
+
+
+def attempt(number: int = 1, input_tokens: int = 100, output_tokens: int = 10, **changes: Any) -> pb.Attempt:
+    """A provider call that used what is said."""
+    usage = common_pb2.Usage(input_tokens=input_tokens, output_tokens=output_tokens)
+    fields: dict[str, Any] = {"attempt": number, "provider": HAIKU[0], "model": HAIKU[1], "usage": usage, "finish_reason": "end_turn"}
+    return pb.Attempt(**{**fields, **changes})
+
+
+async def until(condition: Callable[[], Any], timeout_s: float = 10.0) -> None:
+    """Wait until a coroutine function returns something true."""
+    async with asyncio.timeout(timeout_s):
+        while not await condition():  # noqa: ASYNC110 - what is waited for happens in another process
+            await asyncio.sleep(0.02)
+
+
+BROKEN_LAWS = {
+    "a posting does not sum to zero": "SELECT posting_id FROM entries GROUP BY 1 HAVING sum(amount_nanousd) <> 0",
+    "an operation's entries do not sum to zero": (
+        "SELECT operation_id FROM entries GROUP BY tenant, operation_id HAVING sum(amount_nanousd) <> 0"
+    ),
+    "what an open hold sets aside is not its amount, or a resolved one sets something aside": (
+        "SELECT h.hold_id FROM holds h LEFT JOIN entries e ON e.hold_id = h.hold_id AND e.account = 'held'"
+        " GROUP BY h.hold_id HAVING coalesce(sum(e.amount_nanousd), 0) <> CASE WHEN h.state = 'reserved' THEN h.amount_nanousd ELSE 0 END"
+    ),
+    "what a hold spent is not its cost": (
+        "SELECT h.hold_id FROM holds h LEFT JOIN entries e ON e.hold_id = h.hold_id AND e.account = 'spent'"
+        " GROUP BY h.hold_id HAVING coalesce(sum(e.amount_nanousd), 0) <> h.cost_nanousd"
+    ),
+    "an attempt does not cost what its hold did": (
+        "SELECT a.operation_id FROM attempts a JOIN holds h USING (hold_id) WHERE a.cost_nanousd <> h.cost_nanousd OR a.tenant <> h.tenant"
+    ),
+    "an operation does not cost what its attempts do": (
+        "SELECT o.operation_id FROM operations o LEFT JOIN attempts a USING (tenant, operation_id)"
+        " GROUP BY o.tenant, o.operation_id HAVING coalesce(sum(a.cost_nanousd), 0) <> o.cost_nanousd"
+    ),
+    "a counter is not what the entries of its period say": (
+        "WITH replayed AS (SELECT h.tenant, c.scope, c.subject, c.period, c.period_start,"
+        " sum(e.amount_nanousd) FILTER (WHERE e.account = 'spent') AS spent,"
+        " sum(e.amount_nanousd) FILTER (WHERE e.account = 'held') AS held"
+        " FROM entries e JOIN holds h USING (hold_id), counters_of(h.tenant, h.user_id, h.api_key_id, h.created_at) c"
+        " GROUP BY 1, 2, 3, 4, 5)"
+        " SELECT s.tenant, s.scope, s.subject FROM spending s FULL JOIN replayed r USING (tenant, scope, subject, period, period_start)"
+        " WHERE (coalesce(r.spent, 0), coalesce(r.held, 0)) IS DISTINCT FROM (coalesce(s.spent_nanousd, 0), coalesce(s.held_nanousd, 0))"
+    ),
+}
+"""Queries that find what must never be; each must find nothing."""
+
+
+async def audit(url: str) -> dict[str, list[Any]]:
+    """The laws that the books break, with the rows that break them."""
+    connection = await asyncpg.connect(url)
+    try:
+        found = {law: await connection.fetch(query) for law, query in BROKEN_LAWS.items()}
+    finally:
+        await connection.close()
+    return {law: rows for law, rows in found.items() if rows}

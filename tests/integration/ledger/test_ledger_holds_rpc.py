@@ -1,0 +1,267 @@
+"""Reserve, settle and void through a channel, alone and many at once."""
+
+import asyncio
+import uuid
+
+import asyncpg
+import pytest
+
+from services.chassis.errors import (
+    BudgetExhausted,
+    HoldAlreadySettled,
+    HoldAlreadyVoided,
+    IdempotencyConflict,
+    NotFound,
+    PriceUnknown,
+    RequestInvalid,
+)
+from services.chassis.principal import Principal
+from tailrace.common.v1 import common_pb2
+from tailrace.ledger.v1 import ledger_service_pb2 as pb
+from tests.integration.ledger.ledger_kit import Ledger
+
+AMOUNT = 1000 * 2000 + 1000 * 5000
+"""Worst case of `Ledger.reserve`: every prompt token written to the one-hour cache, the dearest way to send it."""
+USED = common_pb2.Usage(input_tokens=400, output_tokens=50)
+COST = 400 * 1000 + 50 * 5000
+
+
+async def spent_and_held(ledger: Ledger, boss: Principal, scope: str, subject: str) -> list[tuple[int, int]]:
+    budgets = (await ledger.ask("GetBudgets", pb.GetBudgetsRequest(scope=scope, subject=subject), boss)).budgets
+    return [(budget.spent_nanousd, budget.held_nanousd) for budget in budgets]
+
+
+async def set_budget(ledger: Ledger, boss: Principal, scope: str, subject: str, limit: int, period: str = "day") -> None:
+    await ledger.ask("PutBudget", pb.PutBudgetRequest(scope=scope, subject=subject, period=period, limit_nanousd=limit), boss)
+
+
+async def test_a_call_is_reserved_at_its_worst_case_and_settled_at_what_it_used(ledger: Ledger, ann: Principal, boss: Principal) -> None:
+    """Reserve sets the worst case aside, settle books what was used and gives the rest back."""
+    await set_budget(ledger, boss, "user", "ann", 10 * AMOUNT)
+    held = await ledger.reserve(ann)
+
+    assert held.amount_nanousd == AMOUNT
+    assert held.price.version == 1
+    assert await spent_and_held(ledger, boss, "user", "ann") == [(0, AMOUNT)]
+
+    settled = await ledger.ask("Settle", pb.SettleRequest(hold_id=held.hold_id, usage=USED), ann)
+
+    assert (settled.cost_nanousd, settled.overage_nanousd) == (COST, 0)
+    assert await spent_and_held(ledger, boss, "user", "ann") == [(COST, 0)]
+
+
+async def test_the_same_reserve_again_is_the_same_hold(ledger: Ledger, ann: Principal, boss: Principal) -> None:
+    """A retried reserve holds nothing twice; the same attempt of another call is refused."""
+    await set_budget(ledger, boss, "user", "ann", 10 * AMOUNT)
+    operation_id = str(uuid.uuid4())
+    holds = await asyncio.gather(*(ledger.reserve(ann, operation_id) for _ in range(10)))
+
+    assert len({hold.hold_id for hold in holds}) == 1
+    assert await spent_and_held(ledger, boss, "user", "ann") == [(0, AMOUNT)]
+    with pytest.raises(IdempotencyConflict):
+        await ledger.reserve(ann, operation_id, output_tokens_max=999)
+
+
+async def test_the_same_settle_again_gives_the_same_answer(ledger: Ledger, ann: Principal) -> None:
+    """Settling twice books once; settling otherwise is refused by name, and so is a late void or reserve."""
+    operation_id = str(uuid.uuid4())
+    held = await ledger.reserve(ann, operation_id)
+    request = pb.SettleRequest(hold_id=held.hold_id, usage=USED)
+    answers = await asyncio.gather(*(ledger.ask("Settle", request, ann) for _ in range(5)))
+
+    assert {answer.cost_nanousd for answer in answers} == {COST}
+    for method, other in (
+        ("Settle", pb.SettleRequest(hold_id=held.hold_id, usage=common_pb2.Usage(input_tokens=401))),
+        ("Settle", pb.SettleRequest(hold_id=held.hold_id, usage=USED, estimated=True)),
+        ("Void", pb.VoidRequest(hold_id=held.hold_id)),
+    ):
+        with pytest.raises(HoldAlreadySettled):
+            await ledger.ask(method, other, ann)
+    with pytest.raises(HoldAlreadySettled):
+        await ledger.reserve(ann, operation_id)
+
+
+async def test_a_voided_hold_gives_everything_back_and_cannot_be_settled(ledger: Ledger, ann: Principal, boss: Principal) -> None:
+    """Void releases the whole amount, once."""
+    await set_budget(ledger, boss, "tenant", "", 10 * AMOUNT)
+    held = await ledger.reserve(ann)
+    released = await ledger.ask("Void", pb.VoidRequest(hold_id=held.hold_id), ann)
+
+    assert released.released_nanousd == AMOUNT
+    assert await spent_and_held(ledger, boss, "tenant", "") == [(0, 0)]
+    for method, request in (("Settle", pb.SettleRequest(hold_id=held.hold_id, usage=USED)), ("Void", pb.VoidRequest(hold_id=held.hold_id))):
+        with pytest.raises(HoldAlreadyVoided):
+            await ledger.ask(method, request, ann)
+
+
+async def test_more_than_was_held_is_booked_in_full(ledger: Ledger, ann: Principal, boss: Principal) -> None:
+    """A provider that breaks its bound is paid all the same, and the overage is named."""
+    await set_budget(ledger, boss, "user", "ann", AMOUNT)
+    held = await ledger.reserve(ann)
+    usage = common_pb2.Usage(input_tokens=1000, output_tokens=2000)
+    settled = await ledger.ask("Settle", pb.SettleRequest(hold_id=held.hold_id, usage=usage), ann)
+
+    assert settled.cost_nanousd == 11_000_000
+    assert settled.overage_nanousd == 11_000_000 - AMOUNT
+    assert await spent_and_held(ledger, boss, "user", "ann") == [(11_000_000, 0)]
+
+
+async def test_an_explicit_zero_is_booked_as_zero(ledger: Ledger, ann: Principal) -> None:
+    """Zero tokens cost zero, not the estimate."""
+    held = await ledger.reserve(ann)
+    settled = await ledger.ask("Settle", pb.SettleRequest(hold_id=held.hold_id, usage=common_pb2.Usage()), ann)
+
+    assert settled.cost_nanousd == 0
+
+
+async def test_a_model_without_a_price_is_refused(ledger: Ledger, ann: Principal) -> None:
+    """An unknown price is never 0."""
+    with pytest.raises(PriceUnknown):
+        await ledger.reserve(ann, model="claude-nobody-1")
+    with pytest.raises(PriceUnknown):
+        await ledger.reserve(ann, provider="openai")
+
+
+@pytest.mark.parametrize("scope", ["tenant", "user", "key"])
+async def test_parallel_calls_never_pass_a_budget(ledger: Ledger, ann: Principal, boss: Principal, scope: str) -> None:
+    """With room for exactly seven, exactly seven of a hundred simultaneous calls are admitted."""
+    await ledger.ask("PutUser", pb.PutUserRequest(user="ann"), boss)
+    made = await ledger.ask("CreateApiKey", pb.CreateApiKeyRequest(name="k", user="ann"), boss)
+    key_id = made.key.key_id
+    await set_budget(ledger, boss, scope, {"tenant": "", "user": "ann", "key": key_id}[scope], 7 * AMOUNT + AMOUNT - 1)
+    caller = Principal(ann.tenant, "ann", frozenset({"user"}), key_id)
+    outcomes = await asyncio.gather(*(ledger.reserve(caller) for _ in range(100)), return_exceptions=True)
+    refusals = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+
+    assert len(outcomes) - len(refusals) == 7
+    assert {type(refusal) for refusal in refusals} == {BudgetExhausted}
+    told = refusals[-1].metadata  # type: ignore[attr-defined]
+    assert (told["needed_nanousd"], told["left_nanousd"], told["scope"]) == (str(AMOUNT), str(AMOUNT - 1), scope)
+    assert told["resets_at"].endswith("T00:00:00+00:00")
+
+
+async def test_the_first_calls_of_an_unknown_user_are_bound_by_the_free_plan(ledger: Ledger, ann: Principal, boss: Principal) -> None:
+    """Nobody is known at first, and nobody is unlimited: the plan's monthly budget holds from the first request on."""
+    plan = pb.Plan(
+        name="free", requests_per_minute=1, tokens_per_minute=1, concurrent_answers=1, monthly_budget_nanousd=3 * AMOUNT, tiers=["fast"]
+    )
+    await ledger.ask("PutPlan", pb.PutPlanRequest(plan=plan), boss)
+    outcomes = await asyncio.gather(*(ledger.reserve(ann) for _ in range(20)), return_exceptions=True)
+    refusals = [outcome for outcome in outcomes if isinstance(outcome, BudgetExhausted)]
+
+    assert len(outcomes) - len(refusals) == 3
+    assert {refusal.metadata["scope"] for refusal in refusals} == {"plan"}
+
+
+async def test_a_budget_of_nothing_refuses_every_paid_call_and_no_free_one(ledger: Ledger, ann: Principal, boss: Principal) -> None:
+    """A limit of 0 means nothing may be spent; the extractive model spends nothing."""
+    await set_budget(ledger, boss, "tenant", "", 0, "month")
+    with pytest.raises(BudgetExhausted):
+        await ledger.reserve(ann)
+    free = await ledger.reserve(ann, provider="extractive", model="extractive")
+
+    assert free.amount_nanousd == 0
+
+
+async def test_a_budget_set_late_knows_what_its_period_has_seen(ledger: Ledger, ann: Principal, boss: Principal) -> None:
+    """Spending is counted before there is a limit to count it against."""
+    held = await ledger.reserve(ann)
+    await ledger.ask("Settle", pb.SettleRequest(hold_id=held.hold_id, usage=USED), ann)
+    put = await ledger.ask("PutBudget", pb.PutBudgetRequest(scope="user", subject="ann", period="month", limit_nanousd=AMOUNT), boss)
+
+    assert put.budget.spent_nanousd == COST
+    with pytest.raises(BudgetExhausted):
+        await ledger.reserve(ann)
+    await ledger.ask("DeleteBudget", pb.DeleteBudgetRequest(scope="user", subject="ann"), boss)
+    await ledger.reserve(ann)
+
+
+async def test_a_hold_is_its_users_own(ledger: Ledger, ann: Principal, bob: Principal, stranger: Principal) -> None:
+    """A foreign hold and an unknown one look the same, and neither moves."""
+    held = await ledger.reserve(ann)
+    for caller in (bob, stranger):
+        for hold_id in (held.hold_id, str(uuid.uuid4()), "not-an-id"):
+            with pytest.raises(NotFound) as refused:
+                await ledger.ask("Settle", pb.SettleRequest(hold_id=hold_id, usage=USED), caller)
+            assert refused.value.metadata == {"kind": "hold"}
+            with pytest.raises(NotFound):
+                await ledger.ask("Void", pb.VoidRequest(hold_id=hold_id), caller)
+    released = await ledger.ask("Void", pb.VoidRequest(hold_id=held.hold_id), ann)
+
+    assert released.released_nanousd == AMOUNT
+
+
+async def test_two_tenants_may_use_the_same_operation_id(ledger: Ledger, ann: Principal, bob: Principal, stranger: Principal) -> None:
+    """Ids are the tenant's own; inside a tenant another user's attempt is refused without a word about it."""
+    operation_id = str(uuid.uuid4())
+    mine, theirs = await ledger.reserve(ann, operation_id), await ledger.reserve(stranger, operation_id)
+
+    assert mine.hold_id != theirs.hold_id
+    with pytest.raises(IdempotencyConflict):
+        await ledger.reserve(bob, operation_id)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("operation_id", "42"),
+        ("attempt", 0),
+        ("provider", ""),
+        ("model", "m" * 129),
+        ("model", "a\x00b"),
+        ("input_tokens_max", 0),
+        ("input_tokens_max", 10_000_001),
+        ("output_tokens_max", 0),
+        ("output_tokens_max", 2**62),
+        ("ttl_ms", 999),
+    ],
+)
+async def test_a_reserve_out_of_bounds_names_the_field(ledger: Ledger, ann: Principal, field: str, value: object) -> None:
+    """Nothing unbounded is ever held."""
+    with pytest.raises(RequestInvalid) as refused:
+        await ledger.reserve(
+            ann, **({field: value} if field != "operation_id" else {}), operation_id=value if field == "operation_id" else ""
+        )  # type: ignore[arg-type]
+
+    assert refused.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("usage", "field"),
+    [
+        (common_pb2.Usage(input_tokens=-1), "usage.input_tokens"),
+        (common_pb2.Usage(output_tokens=2**62), "usage.output_tokens"),
+        (common_pb2.Usage(cache_write_1h_tokens=1), "usage.cache_write_1h_tokens"),
+    ],
+)
+async def test_impossible_counts_are_refused(ledger: Ledger, ann: Principal, usage: common_pb2.Usage, field: str) -> None:
+    """Negative, overflowing and contradicting counts never reach the books."""
+    held = await ledger.reserve(ann)
+    with pytest.raises(RequestInvalid) as refused:
+        await ledger.ask("Settle", pb.SettleRequest(hold_id=held.hold_id, usage=usage), ann)
+
+    assert refused.value.field == field
+
+
+async def test_the_books_refuse_to_be_changed(ledger: Ledger, ann: Principal) -> None:
+    """Entries and prices can only be added, and a posting that does not balance cannot even be added."""
+    held = await ledger.reserve(ann)
+    connection = await asyncpg.connect(ledger.url)
+    try:
+        for statement in (
+            "UPDATE entries SET amount_nanousd = 1",
+            "DELETE FROM entries",
+            "TRUNCATE entries",
+            "UPDATE prices SET input_nanousd_per_mtok = 0",
+            "DELETE FROM prices",
+        ):
+            with pytest.raises(asyncpg.RestrictViolationError):
+                await connection.execute(statement)
+        with pytest.raises(asyncpg.CheckViolationError):
+            await connection.execute(
+                "INSERT INTO entries SELECT nextval('postings'), 'spent', tenant, hold_id, operation_id, 'settle', 5, now()"
+                " FROM holds WHERE hold_id = $1",
+                uuid.UUID(held.hold_id),
+            )
+    finally:
+        await connection.close()

@@ -1,0 +1,290 @@
+"""Users, plans, subscriptions, budgets, prices, keys and conversations through a channel."""
+
+import asyncio
+import uuid
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from services.chassis.errors import DomainError, IdempotencyConflict, NotAllowed, NotAuthenticated, NotFound, PriceUnknown, RequestInvalid
+from services.chassis.principal import Principal
+from services.chassis.wire import timestamp
+from tailrace.common.v1 import common_pb2
+from tailrace.ledger.v1 import ledger_service_pb2 as pb
+from tests.integration.ledger.ledger_kit import RECORDER, Ledger, operation
+
+TEAM = pb.Plan(
+    name="team", requests_per_minute=7, tokens_per_minute=70, concurrent_answers=3, monthly_budget_nanousd=0, tiers=["fast", "smart"]
+)
+
+
+async def plan_of(ledger: Ledger, principal: Principal) -> pb.Plan:
+    plan: pb.Plan = (await ledger.ask("GetEntitlements", pb.GetEntitlementsRequest(), principal)).plan
+    return plan
+
+
+async def test_everybody_starts_on_the_free_plan(ledger: Ledger, ann: Principal, boss: Principal) -> None:
+    """First sight makes a user, many first sights at once make one."""
+    plans = await asyncio.gather(*(plan_of(ledger, ann) for _ in range(10)))
+    users = await ledger.rows("ListUsers", pb.ListUsersRequest(), boss)
+
+    assert {plan.name for plan in plans} == {"free"}
+    assert [(row.user.user, row.user.plan) for row in users] == [("ann", "free")]
+
+
+async def test_a_subscription_changes_the_plan_at_once_and_its_end_changes_it_back(ledger: Ledger, ann: Principal, boss: Principal) -> None:
+    """What an admin puts is in force with the next question."""
+    await ledger.ask("PutSubscription", pb.PutSubscriptionRequest(user="ann", plan="pro"), boss)
+    seen = (await ledger.ask("GetSubscription", pb.GetSubscriptionRequest(), ann)).subscription
+
+    assert (seen.user, seen.plan) == ("ann", "pro")
+    assert (await plan_of(ledger, ann)).name == "pro"
+    await ledger.ask("PutSubscription", pb.PutSubscriptionRequest(user="ann", plan="enterprise"), boss)
+    assert (await ledger.ask("GetSubscription", pb.GetSubscriptionRequest(user="ann"), boss)).subscription.plan == "enterprise"
+    for _ in range(2):
+        await ledger.ask("DeleteSubscription", pb.DeleteSubscriptionRequest(user="ann"), boss)
+        assert (await plan_of(ledger, ann)).name == "free"
+
+
+async def test_a_tenants_plan_is_its_own(ledger: Ledger, ann: Principal, boss: Principal, stranger: Principal) -> None:
+    """An admin may replace a common plan for the own tenant; no other tenant notices."""
+    mine = pb.Plan()
+    mine.CopyFrom(TEAM)
+    mine.name = "free"
+    await ledger.ask("PutPlan", pb.PutPlanRequest(plan=TEAM), boss)
+    await ledger.ask("PutPlan", pb.PutPlanRequest(plan=mine), boss)
+
+    assert await plan_of(ledger, ann) == mine
+    assert (await plan_of(ledger, stranger)).requests_per_minute == 600
+    names = {
+        caller.user: [row.plan.name for row in await ledger.rows("ListPlans", pb.ListPlansRequest(), caller)] for caller in (ann, stranger)
+    }
+    assert names == {"ann": ["enterprise", "free", "pro", "team"], "eve": ["enterprise", "free", "pro"]}
+    with pytest.raises(NotFound):
+        await ledger.ask("PutSubscription", pb.PutSubscriptionRequest(user="eve", plan="team"), stranger)
+
+
+async def test_users_are_listed_in_pages(ledger: Ledger, boss: Principal) -> None:
+    """Every user once, by id; names are kept and changed."""
+    for name in ("carl", "anna", "bert"):
+        await ledger.ask("PutUser", pb.PutUserRequest(user=name, display_name=name.title()), boss)
+    await ledger.ask("PutUser", pb.PutUserRequest(user="bert", display_name="Bertha"), boss)
+    first = await ledger.rows("ListUsers", pb.ListUsersRequest(page_size=2), boss)
+    second = await ledger.rows("ListUsers", pb.ListUsersRequest(page_size=2, page_token=first[-1].next_page_token), boss)
+
+    assert [row.user.display_name for row in (*first, *second)] == ["Anna", "Bertha", "Carl"]
+    assert second[-1].next_page_token == ""
+
+
+async def test_budgets_are_set_shown_changed_and_taken_away(ledger: Ledger, boss: Principal, stranger: Principal) -> None:
+    """One budget a period; each ends with its period in UTC; a foreign tenant's name is unknown."""
+    for period, limit in (("day", 5), ("month", 50), ("month", 60)):
+        await ledger.ask("PutBudget", pb.PutBudgetRequest(scope="tenant", period=period, limit_nanousd=limit), boss)
+    seen = (await ledger.ask("GetBudgets", pb.GetBudgetsRequest(scope="tenant", subject=boss.tenant), boss)).budgets
+
+    assert [(budget.period, budget.limit_nanousd, budget.subject) for budget in seen] == [
+        ("day", 5, boss.tenant),
+        ("month", 60, boss.tenant),
+    ]
+    now = datetime.now(UTC)
+    assert now < seen[0].resets_at.ToDatetime(tzinfo=UTC) <= now + timedelta(days=1)
+    assert seen[1].resets_at.ToDatetime(tzinfo=UTC).day == 1
+    with pytest.raises(NotFound):
+        await ledger.ask("GetBudgets", pb.GetBudgetsRequest(scope="tenant", subject=boss.tenant), stranger)
+    await ledger.ask("DeleteBudget", pb.DeleteBudgetRequest(scope="tenant", period="day"), boss)
+    await ledger.ask("DeleteBudget", pb.DeleteBudgetRequest(scope="tenant"), boss)
+    with pytest.raises(NotFound):
+        await ledger.ask("DeleteBudget", pb.DeleteBudgetRequest(scope="tenant"), boss)
+    with pytest.raises(NotFound):
+        await ledger.ask("PutBudget", pb.PutBudgetRequest(scope="key", subject="nobodys", period="day"), boss)
+
+
+async def test_a_new_price_is_a_new_version_and_holds_keep_theirs(
+    ledger: Ledger, ann: Principal, boss: Principal, stranger: Principal
+) -> None:
+    """Nothing is changed in place: what was reserved at a price is settled at it, what comes after pays the new one."""
+    price = common_pb2.Price(provider="local", model=f"m-{ann.tenant}", input_nanousd_per_mtok=10**9, output_nanousd_per_mtok=10**9)
+    with pytest.raises(PriceUnknown):
+        await ledger.reserve(ann, provider="local", model=price.model)
+    first = (await ledger.ask("PutPrice", pb.PutPriceRequest(price=price), boss)).price
+    held = await ledger.reserve(ann, provider="local", model=price.model)
+    price.input_nanousd_per_mtok = 5 * 10**9
+    second = (await ledger.ask("PutPrice", pb.PutPriceRequest(price=price), boss)).price
+    same = (await ledger.ask("PutPrice", pb.PutPriceRequest(price=price), boss)).price
+    dearer = await ledger.reserve(ann, provider="local", model=price.model)
+    usage = common_pb2.Usage(input_tokens=1000)
+    costs = [(await ledger.ask("Settle", pb.SettleRequest(hold_id=hold.hold_id, usage=usage), ann)).cost_nanousd for hold in (held, dearer)]
+
+    assert (first.version, second.version, same.version) == (1, 2, 2)
+    assert costs == [1_000_000, 5_000_000]
+    listed = {row.price.model: row.price.version for row in await ledger.rows("ListPrices", pb.ListPricesRequest(), ann)}
+    assert listed[price.model] == 2
+    assert listed["claude-sonnet-5-5"] == 2
+    assert price.model not in {row.price.model for row in await ledger.rows("ListPrices", pb.ListPricesRequest(), stranger)}
+    with pytest.raises(PriceUnknown):
+        await ledger.reserve(stranger, provider="local", model=price.model)
+
+
+async def test_an_api_key_acts_as_its_user_until_it_ends(ledger: Ledger, boss: Principal, stranger: Principal) -> None:
+    """The secret is shown once and kept hashed; wrong, revoked and foreign ones open nothing."""
+    made = await ledger.ask("CreateApiKey", pb.CreateApiKeyRequest(name="bot", user="robot", roles=["user"]), boss)
+    found = (await ledger.ask("ResolveApiKey", pb.ResolveApiKeyRequest(secret=made.secret), RECORDER)).principal
+
+    assert made.secret.startswith(f"trk_{made.key.key_id}_")
+    assert (found.tenant, found.user, list(found.roles), found.api_key_id) == (boss.tenant, "robot", ["user"], made.key.key_id)
+    altered = made.secret[:-1] + ("A" if made.secret[-1] != "A" else "B")
+    for wrong in (altered, "trk_", f"trk_{'0' * 16}_{'A' * 43}", "x"):
+        with pytest.raises(NotAuthenticated) as refused:
+            await ledger.ask("ResolveApiKey", pb.ResolveApiKeyRequest(secret=wrong), RECORDER)
+        assert refused.value.metadata["cause"] == "unknown"
+    with pytest.raises(NotFound):
+        await ledger.ask("RevokeApiKey", pb.RevokeApiKeyRequest(key_id=made.key.key_id), stranger)
+    await ledger.ask("RevokeApiKey", pb.RevokeApiKeyRequest(key_id=made.key.key_id), boss)
+    with pytest.raises(NotAuthenticated):
+        await ledger.ask("ResolveApiKey", pb.ResolveApiKeyRequest(secret=made.secret), RECORDER)
+    [row] = await ledger.rows("ListApiKeys", pb.ListApiKeysRequest(), boss)
+    assert (row.key.key_id, row.key.name, row.key.revoked) == (made.key.key_id, "bot", True)
+    assert made.secret not in str(row)
+    default = await ledger.ask("CreateApiKey", pb.CreateApiKeyRequest(name="svc", user="robot"), boss)
+    assert list(default.key.roles) == ["service"]
+
+
+async def test_turns_are_numbered_once_each(ledger: Ledger, ann: Principal) -> None:
+    """Turns that come at once get different places; the same answer again keeps its own."""
+    turns = [pb.Turn(answer_id=str(uuid.uuid4()), question=f"question {n}", text=f"answer {n}", complete=True) for n in range(12)]
+    requests = [pb.AppendTurnRequest(session_id="s1", turn=turn) for turn in turns for _ in range(3)]
+    places = [answer.ordinal for answer in await asyncio.gather(*(ledger.ask("AppendTurn", request, ann) for request in requests))]
+
+    assert sorted(set(places)) == list(range(1, 13))
+    assert all(len(set(places[n : n + 3])) == 1 for n in range(0, 36, 3))
+    latest = await ledger.rows("ListTurns", pb.ListTurnsRequest(session_id="s1", limit=5), ann)
+    by_place = dict(zip(places[::3], turns, strict=True))
+    assert [row.turn.question for row in latest] == [by_place[place].question for place in range(8, 13)]
+    with pytest.raises(IdempotencyConflict):
+        await ledger.ask("AppendTurn", pb.AppendTurnRequest(session_id="other", turn=turns[0]), ann)
+
+
+async def test_a_conversation_comes_back_as_it_was_kept(ledger: Ledger, ann: Principal, bob: Principal, boss: Principal) -> None:
+    """Texts, citations and order are kept whole; a session's id belongs to its user, so another's is another."""
+    cited = common_pb2.CitedPassage(
+        number=1,
+        document_id="d",
+        chunk_id="c",
+        title="T",
+        text="Ü\n",
+        start=2,
+        end=9,
+        score=0.5,
+        heading_path=["a", "b"],
+        document_version=3,
+    )
+    answer_id = str(uuid.uuid4())
+    turn = pb.Turn(answer_id=answer_id, question="Why?" * 50, text="Because [1].\x00", citations=[cited], complete=True)
+    turn.created_at.GetCurrentTime()
+    turn.created_at.FromMicroseconds(turn.created_at.ToMicroseconds())
+    await ledger.ask("AppendTurn", pb.AppendTurnRequest(session_id="s", turn=turn), ann)
+    await ledger.record(operation(ann, answer_id, session_id="s"))
+    turn.text = "Because [1].\ufffd"  # NUL is the one character that cannot be kept
+    seen = await ledger.ask("GetSession", pb.GetSessionRequest(session_id="s"), ann)
+    told = await ledger.ask("GetOperation", pb.GetOperationRequest(operation_id=answer_id, with_turn=True), ann)
+
+    assert list(seen.turns) == [turn]
+    assert told.turn == turn
+    assert (seen.session.title, seen.session.turns) == (("Why?" * 50)[:120], 1)
+    assert (await ledger.ask("GetSession", pb.GetSessionRequest(session_id="s"), boss)).session == seen.session
+    assert await ledger.rows("ListTurns", pb.ListTurnsRequest(session_id="s"), bob) == []
+    assert await ledger.rows("ListSessions", pb.ListSessionsRequest(), bob) == []
+    with pytest.raises(NotFound):
+        await ledger.ask("GetSession", pb.GetSessionRequest(session_id="s"), bob)
+    hit = common_pb2.CacheReceipt(verdict="exact", source_answer_id=answer_id)
+    for asker, question in ((ann, turn.question), (bob, "")):
+        again = operation(asker, cache=hit)
+        await ledger.record(again)
+        shown = await ledger.ask("GetOperation", pb.GetOperationRequest(operation_id=again.operation_id, with_turn=True), asker)
+        assert shown.operation.cache.source_question == question
+
+
+async def test_sessions_are_listed_latest_first_in_pages(ledger: Ledger, ann: Principal) -> None:
+    """The conversation that moved last comes first, and tokens lead through all of them."""
+    start = datetime(2026, 11, 1, tzinfo=UTC)
+    for minute, session in enumerate(("a", "b", "c", "a")):
+        turn = pb.Turn(answer_id=str(uuid.uuid4()), question="q", text="t", created_at=timestamp(start + timedelta(minutes=minute)))
+        await ledger.ask("AppendTurn", pb.AppendTurnRequest(session_id=session, turn=turn), ann)
+    first = await ledger.rows("ListSessions", pb.ListSessionsRequest(page_size=2), ann)
+    second = await ledger.rows("ListSessions", pb.ListSessionsRequest(page_size=2, page_token=first[-1].next_page_token), ann)
+
+    assert [(row.session.session_id, row.session.turns) for row in (*first, *second)] == [("a", 2), ("c", 1), ("b", 1)]
+
+
+@pytest.mark.parametrize(
+    ("method", "request_message"),
+    [
+        ("ListUsers", pb.ListUsersRequest()),
+        ("PutUser", pb.PutUserRequest(user="x")),
+        ("PutPlan", pb.PutPlanRequest(plan=TEAM)),
+        ("GetSubscription", pb.GetSubscriptionRequest(user="bob")),
+        ("PutSubscription", pb.PutSubscriptionRequest(user="ann", plan="enterprise")),
+        ("DeleteSubscription", pb.DeleteSubscriptionRequest(user="ann")),
+        ("GetBudgets", pb.GetBudgetsRequest(scope="user", subject="ann")),
+        ("PutBudget", pb.PutBudgetRequest(scope="user", subject="ann", period="day", limit_nanousd=10**12)),
+        ("DeleteBudget", pb.DeleteBudgetRequest(scope="user", subject="ann")),
+        ("PutPrice", pb.PutPriceRequest(price=common_pb2.Price(provider="p", model="m"))),
+        ("CreateApiKey", pb.CreateApiKeyRequest(name="k", user="ann", roles=["admin"])),
+        ("ListApiKeys", pb.ListApiKeysRequest()),
+        ("RevokeApiKey", pb.RevokeApiKeyRequest(key_id="k")),
+        ("ResolveApiKey", pb.ResolveApiKeyRequest(secret="s")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+async def test_a_plain_user_may_not(ledger: Ledger, ann: Principal, method: str, request_message: object) -> None:
+    """What is an admin's or a service's is refused to everybody else, by every RPC."""
+    ask = ledger.rows if method.startswith("List") else ledger.ask
+    with pytest.raises(NotAllowed):
+        await ask(method, request_message, ann)
+
+
+@pytest.mark.parametrize(
+    ("method", "request_message", "field"),
+    [
+        ("PutUser", pb.PutUserRequest(user=""), "user"),
+        ("PutUser", pb.PutUserRequest(user="a", display_name="n" * 257), "display_name"),
+        ("PutPlan", pb.PutPlanRequest(plan=pb.Plan(name="Free!", tiers=["t"])), "plan.name"),
+        ("PutPlan", pb.PutPlanRequest(plan=pb.Plan(name="x", tiers=["t"])), "plan.requests_per_minute"),
+        ("PutPlan", pb.PutPlanRequest(plan=pb.Plan(name="x")), "plan.tiers"),
+        ("PutSubscription", pb.PutSubscriptionRequest(user="a", plan=""), "plan"),
+        ("PutBudget", pb.PutBudgetRequest(scope="world", subject="a", period="day"), "scope"),
+        ("PutBudget", pb.PutBudgetRequest(scope="user", subject="", period="day"), "subject"),
+        ("PutBudget", pb.PutBudgetRequest(scope="user", subject="a", period="year"), "period"),
+        ("PutBudget", pb.PutBudgetRequest(scope="user", subject="a", period="day", limit_nanousd=-1), "limit_nanousd"),
+        ("PutPrice", pb.PutPriceRequest(price=common_pb2.Price(model="m")), "price.provider"),
+        (
+            "PutPrice",
+            pb.PutPriceRequest(price=common_pb2.Price(provider="p", model="m", input_nanousd_per_mtok=-1)),
+            "price.input_nanousd_per_mtok",
+        ),
+        (
+            "PutPrice",
+            pb.PutPriceRequest(price=common_pb2.Price(provider="p", model="m", output_nanousd_per_mtok=5, long_context_above_tokens=9)),
+            "price.long_output_nanousd_per_mtok",
+        ),
+        ("CreateApiKey", pb.CreateApiKeyRequest(user="a"), "name"),
+        ("CreateApiKey", pb.CreateApiKeyRequest(name="n", user="a", roles=["root"]), "roles"),
+        ("CreateApiKey", pb.CreateApiKeyRequest(name="n", user="a", expires_at=timestamp(datetime(2020, 1, 1, tzinfo=UTC))), "expires_at"),
+        ("GetSession", pb.GetSessionRequest(), "session_id"),
+        ("AppendTurn", pb.AppendTurnRequest(session_id="s", turn=pb.Turn(answer_id="7")), "turn.answer_id"),
+        ("AppendTurn", pb.AppendTurnRequest(session_id="s" * 129, turn=pb.Turn(answer_id=str(uuid.uuid4()))), "session_id"),
+        (
+            "AppendTurn",
+            pb.AppendTurnRequest(session_id="s", turn=pb.Turn(answer_id=str(uuid.uuid4()), question="q" * 32769)),
+            "turn.question",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+async def test_bad_input_names_its_field(ledger: Ledger, boss: Principal, method: str, request_message: object, field: str) -> None:
+    """Every bad value is a typed problem with its field, never an internal error."""
+    with pytest.raises(DomainError) as refused:
+        await ledger.ask(method, request_message, boss)
+
+    assert isinstance(refused.value, RequestInvalid)
+    assert refused.value.field == field

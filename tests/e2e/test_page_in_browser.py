@@ -1,4 +1,6 @@
-"""The committed page in a real browser, against a scripted gateway: what a person sees, and what a hostile text cannot do."""
+"""The committed page in a real browser: against a scripted gateway for what a person sees and what a hostile text cannot do,
+and on the whole suite for the way through.
+"""
 
 import asyncio
 import hashlib
@@ -8,9 +10,13 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
 import pytest
-from page_gateway import TOKEN, TRACE, Cut, FakeGateway, Problem, citation, delta, document, done, passages, serving, step
 from playwright.async_api import Browser, BrowserContext, Page, Request, async_playwright, expect
+
+from bench.script import Behaviour, answer_text
+from tests.e2e.page_gateway import TOKEN, TRACE, Cut, FakeGateway, Problem, citation, delta, document, done, passages, serving, step
+from tests.suite import Suite
 
 pytestmark = pytest.mark.slow
 
@@ -452,6 +458,53 @@ async def test_an_upload_that_meets_a_limit_is_sent_again(visit: Visit) -> None:
     await expect(visit.page.locator(".upload")).to_contain_text("Waiting for its turn")
     await expect(visit.page.locator(".upload")).to_contain_text("Indexed")
     visit.troubles.clear()  # the browser itself logs the 429
+
+
+@pytest.fixture
+async def page(browser: Browser, suite: Suite) -> AsyncIterator[Page]:
+    """The page of the running suite, signed in as a user of the tenant that has documents."""
+    context = await browser.new_context()
+    page = await context.new_page()
+    page.set_default_timeout(10_000)
+    await page.goto(f"{suite.url}/#token={suite.token()}")
+    await page.wait_for_selector("#question")
+    yield page
+    await context.close()
+
+
+async def test_the_suite_answers_in_the_page(suite: Suite, client: httpx.AsyncClient, page: Page) -> None:
+    """Text, passage, steps and cost come through all services; the same question again is a hit that costs nothing."""
+    await suite.provider.behave(Behaviour(tokens=30))
+    for _ in range(2):
+        await page.fill("#question", "Who rebuilt the gate of the heron, and after what?")
+        await page.press("#question", "Enter")
+        await expect(page.get_by_role("button", name="Stop the answer")).to_have_count(0)
+    await expect(page.locator(".receipt")).to_have_count(2)
+    await expect(page.locator(".receipt").first).to_contain_text("cache miss")
+    await expect(page.locator(".receipt").last).to_contain_text("cached, same question")
+    await expect(page.locator(".receipt strong").last).to_have_text("$0.00")
+    assert await page.locator(".receipt strong").first.text_content() != "$0.00"
+    for answer in await page.locator(".answer").all():
+        assert (await answer.text_content() or "").split() == answer_text(Behaviour(tokens=30), cites=True).replace(" [1]", "1").split()
+    await expect(page.locator(".turn:first-child [data-step=generate] .step-time")).to_contain_text("s")
+    await page.locator(".cite").first.click()
+    await expect(page.get_by_role("dialog").locator(".facts")).to_contain_text("Characters")
+    assert len(await suite.provider.records()) == 1
+
+
+async def test_a_reload_and_a_stop_reach_the_provider_through_the_suite(suite: Suite, client: httpx.AsyncClient, page: Page) -> None:
+    """After a reload the same provider call goes on; stopping closes it."""
+    await suite.provider.behave(Behaviour(tokens=2000, tokens_per_s=50))
+    await page.fill("#question", "What is told of the eel ladder, year by year?")
+    await page.press("#question", "Enter")
+    await expect(page.locator(".answer .block")).to_contain_text("quiet channel")
+    before = await page.locator(".answer").text_content() or ""
+    await page.reload()
+    await expect(page.locator(".answer")).to_contain_text(before.strip()[:40])
+    await page.press("#question", "Escape")
+    await expect(page.locator(".notice")).to_contain_text("Stopped.")
+    (record,) = await suite.provider.records()
+    assert record.state == "client_closed"
 
 
 def test_the_build_is_as_new_as_its_source() -> None:

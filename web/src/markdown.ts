@@ -15,7 +15,7 @@ const entities: Record<string, string> = { "&": "&amp;", "<": "&lt;", ">": "&gt;
 const escape = (text: string) => text.replace(/[&<>"']/g, (character) => entities[character] ?? "");
 
 const SAFE_ADDRESS = /^(?:https?:\/\/|mailto:)/i;
-const MARKER = /^ ?\[(\d{1,2}(?:\s*,\s*\d{1,2})*)\](?!\(|:)/;
+const MARKER = /^ ?\[(\d{1,2}(?:\s*,\s*\d{1,2})*)\](?!\()/;
 
 /** A chip stays on the line of the word it belongs to, and the punctuation after it too. */
 const tied = (html: string) =>

@@ -6,7 +6,7 @@ Steps raise what went wrong; none knows a wire format, a provider's SDK or a sto
 import asyncio
 import random
 from collections.abc import Coroutine
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -38,8 +38,9 @@ async def answer(run: Run) -> None:
     """Answer `run.question`: each line one step, one span. Returns once the text has left and was checked; `conclude` does the rest."""
     with run.step("history") as step:
         run.turns = await read_history(run, step)
-    async with begin_recall(run) as recalling:
+    async with AsyncExitStack() as opened:
         with run.step("recall") as step:
+            recalling = await opened.enter_async_context(begin_recall(run))
             cached = await look_up(run, recalling, step)
         if cached is not None:
             return serve_again(run, cached)

@@ -1,0 +1,171 @@
+"""The spool: durable before it says so, sent at least once, nothing dropped, whoever is killed."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sqlite3
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from services.chassis.errors import Unavailable
+from services.orchestrator.spool import Ack, Link, Spool, opened
+from tests.fakes.orchestrator_world import until
+
+
+class Books:
+    """Where records go: books each once, and can be away, forgetful or picky."""
+
+    def __init__(self) -> None:
+        self.booked: dict[int, bytes] = {}
+        self.received = 0
+        self.opened = 0
+        self.fail_after: int | None = None
+        self.reject: set[bytes] = set()
+
+    @contextlib.asynccontextmanager
+    async def link(self) -> AsyncIterator[Link]:
+        self.opened += 1
+        yield _Line(self)
+
+
+class _Line:
+    def __init__(self, books: Books) -> None:
+        self._books, self._sent = books, list[tuple[int, bytes]]()
+
+    async def send(self, record_id: int, payload: bytes) -> None:
+        self._sent.append((record_id, payload))
+
+    async def ack(self) -> Ack:
+        record_id, payload = self._sent.pop(0)
+        self._books.received += 1
+        if self._books.fail_after is not None and self._books.received > self._books.fail_after:
+            self._books.fail_after = None
+            raise Unavailable("the line was cut", dependency="ledger")
+        if payload in self._books.reject:
+            return Ack(record_id, "REQUEST_INVALID", "never")
+        self._books.booked[record_id] = payload
+        return Ack(record_id)
+
+
+@contextlib.asynccontextmanager
+async def draining(spool: Spool, books: Books) -> AsyncIterator[None]:
+    task = asyncio.create_task(spool.drain_forever(books.link))
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_record_is_booked_and_gone_from_disk(tmp_path: Path) -> None:
+    """The future of a record is done once it was acknowledged."""
+    books = Books()
+    async with opened(tmp_path / "spool.db", 10) as spool, draining(spool, books):
+        async with asyncio.timeout(5):
+            await (await spool.append(b"one"))
+        assert await spool.flush(5) == 0
+    with contextlib.closing(sqlite3.connect(tmp_path / "spool.db")) as database:
+        assert database.execute("SELECT count(*) FROM outbox").fetchone() == (0,)
+
+    assert list(books.booked.values()) == [b"one"]
+
+
+async def test_many_at_once_are_all_booked_in_order(tmp_path: Path) -> None:
+    """Five hundred records that end at once, none lost, none twice."""
+    books = Books()
+    async with opened(tmp_path / "spool.db", 1000) as spool, draining(spool, books):
+        await asyncio.gather(*(spool.append(str(n).encode()) for n in range(500)))
+        assert await spool.flush(20) == 0
+
+    assert sorted(books.booked.values()) == sorted(str(n).encode() for n in range(500))
+    assert list(books.booked) == sorted(books.booked)
+
+
+async def test_line_that_breaks_in_the_middle_loses_nothing(tmp_path: Path) -> None:
+    """What was not acknowledged is sent again on a new line."""
+    books = Books()
+    books.fail_after = 7
+    async with opened(tmp_path / "spool.db", 1000) as spool, draining(spool, books):
+        await asyncio.gather(*(spool.append(str(n).encode()) for n in range(50)))
+        assert await spool.flush(20) == 0
+
+    assert sorted(books.booked.values()) == sorted(str(n).encode() for n in range(50))
+    assert books.opened == 2
+
+
+async def test_record_that_can_never_be_booked_is_kept_aside(tmp_path: Path) -> None:
+    """It blocks nobody and is not thrown away."""
+    books = Books()
+    books.reject.add(b"bad")
+    async with opened(tmp_path / "spool.db", 10) as spool, draining(spool, books):
+        for payload in (b"bad", b"good"):
+            await spool.append(payload)
+        assert await spool.flush(5) == 0
+        assert spool.dead_letters == 1
+    with contextlib.closing(sqlite3.connect(tmp_path / "spool.db")) as database:
+        assert database.execute("SELECT payload, reason, detail FROM dead_letter").fetchall() == [(b"bad", "REQUEST_INVALID", "never")]
+
+    assert list(books.booked.values()) == [b"good"]
+
+
+async def test_full_spool_admits_nothing_new_and_still_takes_what_has_begun(tmp_path: Path) -> None:
+    """Work is refused at the door, never forgotten inside."""
+    async with opened(tmp_path / "spool.db", 2) as spool:
+        await spool.append(b"1")
+        assert spool.has_room
+        await spool.append(b"2")
+        assert not spool.has_room
+        await spool.append(b"3")
+
+        assert spool.depth == 3
+
+
+async def test_spool_belongs_to_one_process(tmp_path: Path) -> None:
+    """A second one is told so instead of sending everything twice."""
+    async with opened(tmp_path / "spool.db", 2) as spool:
+        await spool.append(b"1")
+        with pytest.raises(OSError, match=r"spool\.db"):
+            async with opened(tmp_path / "spool.db", 2):
+                pass
+
+
+CHILD = """
+import asyncio, sys
+from pathlib import Path
+from services.orchestrator.spool import opened
+
+async def main():
+    async with opened(Path(sys.argv[1]), 100_000) as spool:
+        async def writer(name):
+            for n in range(100_000):
+                await spool.append(f"{name}-{n}".encode())
+                print(f"{name}-{n}", flush=True)
+        await asyncio.gather(*(writer(name) for name in "abcd"))
+
+asyncio.run(main())
+"""
+
+
+async def test_killed_process_has_kept_every_record_it_said_it_kept(tmp_path: Path) -> None:
+    """kill -9 in the middle of writing: whatever `append` returned for is there at the next start, and is sent."""
+    path = tmp_path / "spool.db"
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", CHILD, str(path), stdout=asyncio.subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
+    assert child.stdout is not None
+    said = [(await child.stdout.readline()).strip() for _ in range(200)]
+    child.send_signal(signal.SIGKILL)
+    said += (await child.stdout.read()).split()
+    await child.wait()
+    said = [line for line in said if b"-" in line and line[-1:].isdigit()]
+    books = Books()
+    async with opened(path, 100_000) as spool, draining(spool, books):
+        assert await spool.flush(30) == 0
+        await until(lambda: not spool.depth)
+
+    missing = set(said[:-1]) - set(books.booked.values())
+    assert not missing

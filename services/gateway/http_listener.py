@@ -15,6 +15,8 @@ log = structlog.get_logger(__name__)
 HEADERS_TIMEOUT_S = 10.0
 """From the connection, or from a request's first byte, to the end of its headers."""
 HEADERS_BYTES_MAX = 64 * 1024
+HEADER_OVERHEAD_BYTES = 32
+"""What a header counts besides its text, so that many empty ones are not free (after HPACK)."""
 KEEP_ALIVE_S = 75
 """Longer than the 60 s that proxies commonly keep an idle connection, so that they are never the ones surprised."""
 
@@ -42,7 +44,7 @@ class _Protocol(HttpToolsProtocol):
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._count(len(name) + len(value))
+        self._count(len(name) + len(value) + HEADER_OVERHEAD_BYTES)
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:

@@ -76,7 +76,10 @@ _ALGORITHM_BY_KIND = {"OKP Ed25519": "EdDSA", "EC P-256": "ES256", "RSA": "RS256
 
 
 def _usable(entry: Any) -> VerificationKey | None:
-    if not isinstance(entry, dict) or entry.get("use", "sig") != "sig" or "verify" not in entry.get("key_ops", ["verify"]):
+    if not isinstance(entry, dict) or entry.get("use", "sig") != "sig":
+        return None
+    purposes = entry.get("key_ops", ["verify"])
+    if not isinstance(purposes, list) or "verify" not in purposes:
         return None
     kind = f"{entry.get('kty')} {entry.get('crv', '')}".strip()
     algorithm = _ALGORITHM_BY_KIND.get(kind)

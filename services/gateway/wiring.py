@@ -55,7 +55,11 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
     async with contextlib.AsyncExitStack() as stack:
         metrics = Metrics()
         backends = await stack.enter_async_context(_backends(settings, metrics))
-        store = redis.Redis.from_url(settings.redis_url, socket_timeout=1.0, socket_connect_timeout=1.0, max_connections=64)
+        # A pool that makes callers wait: one that refuses them in a rush would send them to the local limit instead.
+        pool = redis.BlockingConnectionPool.from_url(
+            settings.redis_url, max_connections=32, timeout=1.0, socket_timeout=1.0, socket_connect_timeout=1.0
+        )
+        store = redis.Redis.from_pool(pool)
         stack.push_async_callback(store.aclose)
         windows = RedisWindow(store, WINDOW_US)
         keys = await stack.enter_async_context(_keys(settings))

@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-
 from services.chassis.errors import NotFound, RequestInvalid
 from services.chassis.passport import Passport
 from services.chassis.principal import Principal, current_principal
@@ -72,6 +71,10 @@ async def play(script: Script, context: Any, seen: Seen) -> None:
                 await context.write(beat)
     except asyncio.CancelledError:
         seen.cancelled.set()
+        raise
+    except Exception as error:
+        if type(error).__name__ == "ExecuteBatchError":  # what a write meets when the caller is gone
+            seen.cancelled.set()
         raise
 
 

@@ -1,7 +1,8 @@
 """A whole gateway in this process, in front of scripted services and a real Valkey."""
 
+import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ class Front:
     issuer: Issuer
     http_port: int
     grpc_port: int
+    jwks: Path
 
     @property
     def url(self) -> str:
@@ -60,7 +62,7 @@ async def shared_front(valkey: Valkey, tmp_path_factory: pytest.TempPathFactory)
         settings = settings_for(behind, state_dir, valkey.url, TAILRACE_HEARTBEAT_S="0.2", TAILRACE_BODY_STALL_S="0.5")
         async with build(settings) as service, started(service, "127.0.0.1") as grpc_port:
             assert isinstance(service.server, EdgeServer)
-            yield Front(behind, issuer, service.server.http.port, grpc_port)
+            yield Front(behind, issuer, service.server.http.port, grpc_port, state_dir / "dev-jwks.json")
             await service.server.stop(0, 0.2)
 
 
@@ -100,6 +102,15 @@ def problem_of(response: httpx.Response, status: int, reason: str) -> dict[str, 
     assert problem["request_id"] == response.headers["x-request-id"] == response.headers["request-id"]
     assert problem["trace_id"] == response.headers["x-trace-id"]
     return problem
+
+
+async def until(probe: Callable[[], Awaitable[Any]], timeout_s: float = 10.0) -> Any:
+    """What `probe` finds, as soon as it finds something true."""
+    async with asyncio.timeout(timeout_s):
+        while True:
+            if found := await probe():
+                return found
+            await asyncio.sleep(0.01)
 
 
 def unique_user() -> str:

@@ -9,7 +9,7 @@ import pytest
 from services.gateway.bodies import DOCUMENT_BYTES_MAX
 from tailrace.common.v1 import common_pb2 as common
 from tailrace.retrieval.v1 import retrieval_service_pb2 as retrieval
-from tests.integration.gateway.conftest import Front, problem_of
+from tests.integration.gateway.conftest import Front, problem_of, until
 from tests.integration.gateway.test_gateway_answers import blocks_of
 
 MULTIPART = {"content-type": "multipart/form-data; boundary=frontier"}
@@ -121,19 +121,22 @@ async def test_a_file_above_the_bound_ends_the_upload(front: Front, client: http
 
 async def test_a_client_that_leaves_in_the_middle_leaves_nothing(front: Front) -> None:
     """The call behind is cancelled, not closed, so half a file is not taken for a whole one."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", front.http_port)
+    _, writer = await asyncio.open_connection("127.0.0.1", front.http_port)
     head = f"POST /v1/documents HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {front.token()}\r\ncontent-length: 100000\r\n"
     writer.write(
         head.encode() + b"content-type: multipart/form-data; boundary=frontier\r\n\r\n" + form(file_part(b"a.txt", b"text" * 999))[:-20]
     )
     await writer.drain()
-    async with asyncio.timeout(5):
-        while not front.behind.seen.count("IngestDocuments"):
-            await asyncio.sleep(0.01)
-        writer.close()
-        while not front.behind.retrieval.broken_off:
-            await asyncio.sleep(0.01)
-    del reader
+
+    async def begun() -> bool:
+        return front.behind.seen.count("IngestDocuments") > 0
+
+    async def broken_off() -> bool:
+        return front.behind.retrieval.broken_off > 0
+
+    await until(begun)
+    writer.close()
+    await until(broken_off)
 
     assert front.behind.retrieval.documents == []
 

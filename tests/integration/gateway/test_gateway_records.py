@@ -10,7 +10,7 @@ from services.gateway.app import ROUTES, Rule
 from tailrace.common.v1 import common_pb2 as common
 from tailrace.ledger.v1 import ledger_service_pb2 as ledger
 from tests.integration.gateway.backends import ANSWER, forever
-from tests.integration.gateway.conftest import Front, problem_of
+from tests.integration.gateway.conftest import Front, problem_of, until
 from tests.integration.gateway.test_gateway_answers import blocks_of
 
 VALUES = {"{id}": "x", "{scope}": "user", "{user}": "ada", "{name}": "free"}
@@ -166,19 +166,17 @@ async def test_plans_prices_keys_and_users_are_kept(front: Front, admin: httpx.A
 async def test_readiness_names_what_is_missing_and_recovers(front: Front, client: httpx.AsyncClient) -> None:
     """503 while anything is away, by name; 200 when it is back."""
 
-    async def until(status: int) -> Any:
-        async with asyncio.timeout(10):
-            while (said := await client.get("/readyz")).status_code != status:
-                await asyncio.sleep(0.05)
-        return said.json()
+    async def says(status: int) -> Any:
+        said = await client.get("/readyz")
+        return said.json() if said.status_code == status else None
 
-    assert (await until(200))["services"]["ledger"] == {"ready": True, "dependencies": {"store": True}}
+    assert (await until(lambda: says(200)))["services"]["ledger"] == {"ready": True, "dependencies": {"store": True}}
     await front.behind.stop("ledger")
-    away = await until(503)
+    away = await until(lambda: says(503))
     await front.behind.start("ledger")
 
     assert (away["dependencies"]["ledger"], away["dependencies"]["retrieval"]) == (False, True)
-    assert (await until(200))["ready"] is True
+    assert (await until(lambda: says(200)))["ready"] is True
 
 
 async def test_the_map_has_components_and_hops_with_live_figures(front: Front, client: httpx.AsyncClient) -> None:

@@ -84,7 +84,7 @@ class Postgres(Child):
 
     def _home(self) -> Path:
         """Where cluster and programs live: `folder`, unless we are root and others cannot enter it (a clone under /root)."""
-        if os.geteuid() != 0 or _open_to_others(self.folder):
+        if os.geteuid() != 0 or (self.folder / "data").exists() or _open_to_others(self.folder):
             return self.folder
         home = SHARED_ROOT / hashlib.sha256(str(self.folder).encode()).hexdigest()[:16]
         try:

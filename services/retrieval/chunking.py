@@ -14,15 +14,15 @@ TOKENS_MAX = 200
 """With title and headings in front this stays within the embedder's 256."""
 TOKENS_SMALL = 60
 """A section this small says too little alone; it goes together with its neighbours."""
+HEADING_TOKENS_MAX = 30
 CONTEXT_CHARACTERS_MAX = 200
-CHARACTERS_PER_TOKEN_MAX = 12
-"""A stretch with more characters than this times its tokens is no language (base64, long URLs) and is cut by characters."""
 
 CountTokens = Callable[[Sequence[str]], list[int]]
 
-_SENTENCE_END = re.compile(r"(?<=[.!?。！？])[\"'”’)\]]*\s+|\n\s*\n")
-_LINE_END = re.compile(r"\n+")
-_WORD_END = re.compile(r"\s+")
+# What lies between two parts is the group that matched; it is white space only, so that no character is lost.
+_SENTENCE_END = re.compile(r"[.!?。！？][\"'”’)\]]*(\s+)|(\n\s*\n)|[。！？]()")
+_LINE_END = re.compile(r"(\n+)")
+_WORD_END = re.compile(r"(\s+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +89,10 @@ def _split(text: str, piece: _Piece, joints: tuple[re.Pattern[str], ...], count_
 def _parts(text: str, piece: _Piece, joint: re.Pattern[str]) -> Iterator[_Piece]:
     begin = piece.start
     for match in joint.finditer(text, piece.start, piece.end):
-        if match.start() > begin:
-            yield replace(piece, start=begin, end=match.start())
+        assert match.lastindex is not None
+        gap = match.start(match.lastindex)
+        if gap > begin:
+            yield replace(piece, start=begin, end=gap)
         begin = match.end()
     if begin < piece.end:
         yield replace(piece, start=begin, end=piece.end)
@@ -117,25 +119,39 @@ def _joined(parts: Iterator[_Piece]) -> Iterator[_Piece]:
 
 
 def _packed(pieces: Iterator[_Piece]) -> list[_Piece]:
-    """Pieces of one section go together as long as they fit; a heading goes with what follows it, a small section with its neighbour."""
-    packed: list[_Piece] = []
+    """Pieces of one section together as long as they fit, then small sections with their neighbours."""
+    sections: list[_Piece] = []
     for piece in pieces:
+        last = sections[-1] if sections else None
+        # A heading is never left alone for the sake of a few tokens.
+        most = TOKENS_MAX + HEADING_TOKENS_MAX if last and last.heading else TOKENS_MAX
+        if last is not None and piece.heading_path == last.heading_path and not piece.heading and last.tokens + piece.tokens <= most:
+            sections[-1] = _together(last, piece, piece.heading_path)
+        else:
+            sections.append(piece)
+    packed: list[_Piece] = []
+    for piece in sections:
         last = packed[-1] if packed else None
-        if last is None or last.tokens + piece.tokens > TOKENS_MAX or not _belong_together(last, piece):
+        if last is not None and _belong_together(last, piece):
+            below = piece.heading_path[: len(last.heading_path)] == last.heading_path
+            path = piece.heading_path if last.heading and below else _shared(last.heading_path, piece.heading_path)
+            packed[-1] = _together(last, piece, path)
+        else:
             packed.append(piece)
-            continue
-        path = last.heading_path if piece.heading_path == last.heading_path or not last.heading else piece.heading_path
-        if piece.heading_path != last.heading_path and not last.heading:
-            path = _shared(last.heading_path, piece.heading_path)
-        packed[-1] = _Piece(last.start, piece.end, last.tokens + piece.tokens, path, last.heading and piece.heading)
     return packed
 
 
+def _together(left: _Piece, right: _Piece, path: tuple[str, ...]) -> _Piece:
+    return _Piece(left.start, right.end, left.tokens + right.tokens, path, left.heading and right.heading)
+
+
 def _belong_together(last: _Piece, piece: _Piece) -> bool:
-    if piece.heading_path == last.heading_path or last.heading:
-        return True
-    # The next section joins a small one only as a sibling below the same heading, or deeper.
-    return last.tokens <= TOKENS_SMALL and bool(_shared(last.heading_path, piece.heading_path) or not last.heading_path)
+    """A heading with nothing below it yet goes forward; besides, a small section joins one that has a heading in common."""
+    if last.heading:
+        return last.tokens + piece.tokens <= TOKENS_MAX + HEADING_TOKENS_MAX
+    small = min(last.tokens, piece.tokens) <= TOKENS_SMALL and last.tokens + piece.tokens <= TOKENS_MAX
+    related = bool(_shared(last.heading_path, piece.heading_path)) or not (last.heading_path and piece.heading_path)
+    return small and related and not piece.heading
 
 
 def _shared(left: tuple[str, ...], right: tuple[str, ...]) -> tuple[str, ...]:

@@ -4,7 +4,6 @@ Calls run on the event loop: the engine holds the GIL while it works, so a threa
 For the same reason `optimize()` is never called here: it stops the whole process for seconds.
 """
 
-import asyncio
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,9 +15,6 @@ from services.chassis.errors import Unavailable
 from services.retrieval.ports import SPACES, Filter, Point, Query, Record, Space
 
 T = TypeVar("T")
-
-UPSERT_POINTS_MAX = 256
-"""Points a call; between two calls the event loop gets its turn (a call of this size takes about 4 ms)."""
 
 
 class StoreBusy(OSError):
@@ -57,11 +53,8 @@ class EdgeStore:
             shard.flush()
 
     async def upsert(self, space: Space, points: Sequence[Point]) -> None:
-        for begin in range(0, len(points), UPSERT_POINTS_MAX):
-            if begin:
-                await asyncio.sleep(0)
-            batch = [edge.Point(point.id, _vectors(point), dict(point.payload)) for point in points[begin : begin + UPSERT_POINTS_MAX]]
-            self._update(space, edge.UpdateOperation.upsert_points(batch))
+        batch = [edge.Point(point.id, _vectors(point), dict(point.payload)) for point in points]
+        self._update(space, edge.UpdateOperation.upsert_points(batch))
 
     async def delete(self, space: Space, where: Filter) -> None:
         self._update(space, edge.UpdateOperation.delete_points_by_filter(translated(where)))

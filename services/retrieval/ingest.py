@@ -226,9 +226,8 @@ class Ingestion:
 
     async def _take_in(self, job: Job, upload: Upload, state: Progress, tell: Callable[[Progress], None]) -> None:
         pipeline = self._pipeline
-        sha256 = hashlib.sha256(upload.content).hexdigest()
         with span("retrieval.parse"):
-            extracted = await asyncio.to_thread(pipeline.parse, upload)
+            sha256, extracted = await asyncio.to_thread(lambda: (hashlib.sha256(upload.content).hexdigest(), pipeline.parse(upload)))
         source_uri = upload.source_uri or upload.title or extracted.title or sha256
         title = (upload.title or extracted.title or PurePosixPath(source_uri).name)[:TITLE_CHARACTERS_MAX]
         id_ = document_id(job.tenant, upload.collection, source_uri)
@@ -244,7 +243,7 @@ class Ingestion:
         texts = [in_context(title, chunk) for chunk in chunks]
         with span("retrieval.embed_chunks"):
             dense = await self._embedded(texts, lambda done: tell(replace(state, chunks_done=done)))
-        sparse = [pipeline.sparse.document(text) for text in texts]
+        sparse = await asyncio.to_thread(lambda: [pipeline.sparse.document(text) for text in texts])
         state = replace(state, stage=Stage.EMBEDDED, chunks_done=len(chunks))
         tell(state)
         draft = Document(

@@ -102,7 +102,7 @@ class VectorStore(Protocol):
     """Points with vectors and payload in a few spaces. Raises Unavailable(dependency="qdrant") when it cannot be reached."""
 
     async def upsert(self, space: Space, points: Sequence[Point]) -> None:
-        """Write `points`; durable against the death of this process on return."""
+        """Write `points` (a few hundred at most); durable against the death of this process on return."""
         ...
 
     async def delete(self, space: Space, where: Filter) -> None:

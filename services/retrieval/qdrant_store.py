@@ -21,7 +21,6 @@ from services.retrieval.ports import SPACES, Filter, Point, Query, Record, Space
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
-UPSERT_POINTS_MAX = 256
 COLLECTION_PREFIX = "tailrace-"
 _OUR_FAULT = {StatusCode.INVALID_ARGUMENT, StatusCode.UNIMPLEMENTED}
 
@@ -29,8 +28,9 @@ _OUR_FAULT = {StatusCode.INVALID_ARGUMENT, StatusCode.UNIMPLEMENTED}
 class QdrantStore:
     """`prepare` it until it succeeds; before that every call raises Unavailable."""
 
-    def __init__(self, client: AsyncQdrantClient, dimension: int, fingerprint: str) -> None:
+    def __init__(self, client: AsyncQdrantClient, dimension: int, fingerprint: str, prefix: str = COLLECTION_PREFIX) -> None:
         self._client = client
+        self._prefix = prefix
         self._dimension = dimension
         self._fingerprint = fingerprint
         self._prepared = False
@@ -43,7 +43,7 @@ class QdrantStore:
                 return
             for space in SPACES:
                 await self._make(space)
-            unguarded = QdrantStore(self._client, self._dimension, self._fingerprint)
+            unguarded = QdrantStore(self._client, self._dimension, self._fingerprint, self._prefix)
             unguarded._prepared = True
             await settle(unguarded, self._fingerprint)
             self._prepared = True
@@ -52,29 +52,25 @@ class QdrantStore:
         await self._client.close()
 
     async def upsert(self, space: Space, points: Sequence[Point]) -> None:
-        for begin in range(0, len(points), UPSERT_POINTS_MAX):
-            batch = [
-                models.PointStruct(id=point.id, vector=_vectors(point), payload=dict(point.payload))
-                for point in points[begin : begin + UPSERT_POINTS_MAX]
-            ]
-            await self._ask(self._client.upsert(_name(space), batch, wait=True))
+        batch = [models.PointStruct(id=point.id, vector=_vectors(point), payload=dict(point.payload)) for point in points]
+        await self._ask(self._client.upsert(self._name(space), batch, wait=True))
 
     async def delete(self, space: Space, where: Filter) -> None:
-        await self._ask(self._client.delete(_name(space), models.FilterSelector(filter=translated(where)), wait=True))
+        await self._ask(self._client.delete(self._name(space), models.FilterSelector(filter=translated(where)), wait=True))
 
     async def remove(self, space: Space, tenant: str, ids: Sequence[str]) -> None:
         if ids:
             owned = models.Filter(must=[*_conditions(Filter(tenant)), models.HasIdCondition(has_id=list(ids))])
-            await self._ask(self._client.delete(_name(space), models.FilterSelector(filter=owned), wait=True))
+            await self._ask(self._client.delete(self._name(space), models.FilterSelector(filter=owned), wait=True))
 
     async def expire(self, space: Space, field: str, below: int) -> None:
         old = models.Filter(must=[models.FieldCondition(key=field, range=models.Range(lt=below))])
-        await self._ask(self._client.delete(_name(space), models.FilterSelector(filter=old), wait=True))
+        await self._ask(self._client.delete(self._name(space), models.FilterSelector(filter=old), wait=True))
 
     async def get(self, space: Space, tenant: str, ids: Sequence[str]) -> dict[str, Record]:
         if not ids:
             return {}
-        points = await self._ask(self._client.retrieve(_name(space), list(ids), with_payload=True))
+        points = await self._ask(self._client.retrieve(self._name(space), list(ids), with_payload=True))
         records = (Record(str(point.id), point.payload or {}) for point in points)
         return {record.id: record for record in records if record.payload["tenant"] == tenant}
 
@@ -82,12 +78,12 @@ class QdrantStore:
         direction = models.Direction.DESC if descending else models.Direction.ASC
         order = models.OrderBy(key=order_by, direction=direction) if order_by else None
         points, _ = await self._ask(
-            self._client.scroll(_name(space), scroll_filter=translated(where), limit=limit, order_by=order, with_payload=True)
+            self._client.scroll(self._name(space), scroll_filter=translated(where), limit=limit, order_by=order, with_payload=True)
         )
         return [Record(str(point.id), point.payload or {}) for point in points]
 
     async def count(self, space: Space, where: Filter) -> int:
-        return (await self._ask(self._client.count(_name(space), count_filter=translated(where), exact=True))).count
+        return (await self._ask(self._client.count(self._name(space), count_filter=translated(where), exact=True))).count
 
     async def search(self, space: Space, query: Query) -> list[Record]:
         where = translated(query.where)
@@ -98,18 +94,26 @@ class QdrantStore:
             nearest.append(("bm25", models.SparseVector(indices=list(query.sparse.indices), values=list(query.sparse.values))))
         if len(nearest) == 1:
             using, vector = nearest[0]
-            asked = self._client.query_points(_name(space), query=vector, using=using, query_filter=where, limit=query.limit)
+            asked = self._client.query_points(self._name(space), query=vector, using=using, query_filter=where, limit=query.limit)
         else:
             brought = max(query.fusion.prefetch, query.limit)
             prefetch = [models.Prefetch(query=vector, using=using, filter=where, limit=brought) for using, vector in nearest]
-            asked = self._client.query_points(_name(space), prefetch=prefetch, query=_fusion(query), limit=query.limit)
+            asked = self._client.query_points(self._name(space), prefetch=prefetch, query=_fusion(query), limit=query.limit)
         return [Record(str(point.id), point.payload or {}, float(point.score)) for point in (await self._ask(asked)).points]
 
     async def check(self) -> None:
-        await self._ask(self._client.collection_exists(_name(SPACES[0])))
+        await self._ask(self._client.collection_exists(self._name(SPACES[0])))
+
+    async def drop(self) -> None:
+        """Remove our collections and everything in them."""
+        for space in SPACES:
+            await self._ask(self._client.delete_collection(self._name(space)))
+
+    def _name(self, space: Space) -> str:
+        return f"{self._prefix}{space.name}"
 
     async def _make(self, space: Space) -> None:
-        name = _name(space)
+        name = self._name(space)
         with self._failures():
             if not await self._client.collection_exists(name):
                 dense = models.VectorParams(size=self._dimension, distance=models.Distance.COSINE)
@@ -178,7 +182,3 @@ def _vectors(point: Point) -> dict[str, Any]:
     if point.sparse is not None:
         vectors["bm25"] = models.SparseVector(indices=list(point.sparse.indices), values=list(point.sparse.values))
     return vectors
-
-
-def _name(space: Space) -> str:
-    return f"{COLLECTION_PREFIX}{space.name}"

@@ -22,6 +22,8 @@ from services.retrieval.ports import ANSWERS, CHUNKS, DOCUMENTS, SYSTEM_TENANT, 
 log = structlog.get_logger(__name__)
 
 INTENTS_PER_PASS_MAX = 1000
+CHUNKS_PER_WRITE = 256
+"""A few milliseconds of the event loop; between two writes questions have their turn."""
 _ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")
 
 
@@ -117,7 +119,11 @@ class Registry:
             new = replace(draft, version=version, indexed_us=indexed_us, revision=revision, chunks=len(chunks))
             intent = _Intent(new.tenant, new.collection, new.document_id, revision, old.revision if old else "", indexed_us)
             await self._begin(intent)
-            await self._store.upsert(CHUNKS, [_chunk_point(new, *row) for row in zip(chunks, dense, sparse, strict=True)])
+            for begin in range(0, len(chunks), CHUNKS_PER_WRITE):
+                rows = slice(begin, begin + CHUNKS_PER_WRITE)
+                points = [_chunk_point(new, *row) for row in zip(chunks[rows], dense[rows], sparse[rows], strict=True)]
+                await self._store.upsert(CHUNKS, points)
+                await asyncio.sleep(0)
             await self._store.upsert(DOCUMENTS, [Point(new.document_id, _document_payload(new))])
             await self._bump(new.tenant, new.collection)
             try:

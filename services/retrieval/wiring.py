@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import sys
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 
@@ -28,6 +29,8 @@ from services.retrieval.upkeep import Upkeep
 @contextlib.asynccontextmanager
 async def build(settings: Settings) -> AsyncIterator[Service]:
     """Open store and embedder, start upkeep, offer the RPCs."""
+    # Parsing is Python in a thread: with the usual 5 ms between switches a question would wait that long several times.
+    sys.setswitchinterval(0.001)
     clock, afterwork = SystemClock(), AfterWork()
     async with contextlib.AsyncExitStack() as stack:
         embedder = await asyncio.to_thread(MiniLmEmbedder.load, settings.models_folder, settings.embed_quant)

@@ -11,6 +11,14 @@ SAMPLE_BYTES = 64 * 1024
 CONTROL_SHARE_MAX = 0.01
 """Control and replacement characters a text may hold, as a share of it; old terminal logs have a few, binaries many more."""
 
+HIGH_BYTES_MIN = 24
+# What browsers know; the exotic rest only makes wrong guesses likelier.
+_LEGACY = [
+    *(f"cp{page}" for page in range(1250, 1259)),
+    *("iso8859_2", "iso8859_5", "iso8859_7", "koi8_r"),
+    *("big5", "cp949", "euc_jp", "euc_kr", "gb18030", "iso2022_jp", "shift_jis"),
+]
+
 # Longer marks first: the UTF-32 mark begins with the UTF-16 one.
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -70,10 +78,14 @@ def _utf16_without_mark(sample: bytes) -> str:
 
 
 def _guessed(content: bytes) -> str:
-    # Legacy encodings differ in their high bytes; the neighbourhoods of the first ones tell more than the first 64 KiB of ASCII would.
+    # Legacy encodings differ in their high bytes; the lines that have some tell more than the first 64 KiB would.
     lines = [line for line in content[: 16 * SAMPLE_BYTES].splitlines(keepends=True) if not line.isascii()]
     sample = b"".join(lines)[:SAMPLE_BYTES] or content[:SAMPLE_BYTES]
-    best = from_bytes(sample, threshold=0.3).best()
+    high = sum(byte > 127 for byte in sample)
+    # A few accents in a text of ASCII letters are too little for statistics, and nearly always Windows-1252.
+    best = "cp1252" if high < HIGH_BYTES_MIN and high < 0.3 * len(sample) else None
+    if best is None and (match := from_bytes(sample, cp_isolation=_LEGACY).best()):
+        best = match.encoding
     if best is None:
         raise rejected("the file's character encoding cannot be found", cause="charset")
-    return content.decode(best.encoding, errors="replace")
+    return content.decode(best, errors="replace")

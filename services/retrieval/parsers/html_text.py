@@ -8,6 +8,7 @@ import re
 from selectolax.lexbor import LexborHTMLParser, LexborNode
 
 from services.retrieval.domain import Block, BlockKind, Extracted
+from services.retrieval.parsers.rejection import rejected
 
 _DROPPED = (
     "script, style, noscript, template, svg, canvas, iframe, object, nav, footer, form, button, select, head, [hidden], [aria-hidden=true]"
@@ -20,9 +21,20 @@ _BREAKING = frozenset({
     "pre", "section", "summary", "table", "tbody", "td", "tfoot", "th", "thead", "tr", "ul",
 })
 # fmt: on
+# Void elements, and those that the next of their kind or the end of their parent closes.
+# fmt: off
+_CLOSED_BY_OTHERS = frozenset({
+    "area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "param", "source", "track", "wbr",
+    "p", "li", "dt", "dd", "tr", "td", "th", "thead", "tbody", "tfoot", "option", "html", "head", "body",
+})
+# fmt: on
+_TAG = re.compile(r"<(/?)([A-Za-z][A-Za-z0-9]*)")
 _SPACE = re.compile(r"[ \t\n\r\f\v\u00a0\u200b]+")
 DEPTH_MAX = 200
 """Deeper nesting than any page has; what lies below is read as one piece of text, so that the walk stays within Python's stack."""
+LIST_DEPTH_MAX = 20
+NESTING_MAX = 5_000
+"""The parser's time grows with the square of the depth (100,000 unclosed tags: 15 s, during which nothing else runs)."""
 
 
 class _Page:
@@ -54,7 +66,7 @@ class _Page:
         if not words:
             return
         self._path = [(above, name) for above, name in self._path if above < level] + [(level, words)]
-        self.title = self.title or words
+        self.title = self.title or (words if level == 1 else "")
         self.block(BlockKind.HEADING, words)
 
     def block(self, kind: BlockKind, words: str) -> None:
@@ -67,7 +79,9 @@ class _Page:
 
 
 def parse_html(text: str) -> Extracted:
-    """The title is the page's own, else its first heading."""
+    """The title is the page's own, else its first heading of the first level."""
+    if _nesting(text) > NESTING_MAX:
+        raise rejected("the page is nested too deeply", cause="malformed", depth_max=NESTING_MAX)
     tree = LexborHTMLParser(text)
     named = tree.css_first("title")
     title = _SPACE.sub(" ", named.text()).strip() if named is not None else ""
@@ -79,6 +93,16 @@ def parse_html(text: str) -> Extracted:
         _walk(root, page, 0)
         page.paragraph()
     return Extracted(page.text, tuple(page.blocks), "text/html", title or page.title)
+
+
+def _nesting(text: str) -> int:
+    """How deep tags that nothing but their own end closes are open at most. A guess from above, in one pass."""
+    depth = deepest = 0
+    for match in _TAG.finditer(text):
+        if match.group(2).lower() not in _CLOSED_BY_OTHERS:
+            depth = max(0, depth - 1) if match.group(1) else depth + 1
+            deepest = max(deepest, depth)
+    return deepest
 
 
 def _walk(node: LexborNode, page: _Page, depth: int) -> None:
@@ -129,31 +153,23 @@ def _row(row: LexborNode) -> str:
 
 
 def _items(items: LexborNode, numbered: bool, depth: int) -> list[str]:
-    """One line an item, nested lists indented."""
+    """One line an item, nested lists indented below it."""
     lines: list[str] = []
     number = 0
-    child = items.child
-    while child is not None:
-        if child.tag == "li":
+    item = items.child
+    while item is not None:
+        if item.tag == "li":
             number += 1
-            own = " ".join(filter(None, (_words_beside_lists(part) for part in child.iter(include_text=True))))
-            mark = f"{number}." if numbered else "-"
-            if own:
-                lines.append(f"{'  ' * depth}{mark} {own}")
-            if depth < DEPTH_MAX:
-                for inner in child.css("ul, ol"):
-                    if _nearest_item_is(inner, child):
-                        lines.extend(_items(inner, inner.tag == "ol", depth + 1))
-        child = child.next
+            place, own = len(lines), []
+            part = item.child
+            while part is not None:
+                if part.tag in ("ul", "ol") and depth < LIST_DEPTH_MAX:
+                    lines.extend(_items(part, part.tag == "ol", depth + 1))
+                else:
+                    own.append(_words(part))
+                part = part.next
+            words = " ".join(filter(None, own))
+            if words:
+                lines.insert(place, f"{'  ' * depth}{f'{number}.' if numbered else '-'} {words}")
+        item = item.next
     return lines
-
-
-def _words_beside_lists(part: LexborNode) -> str:
-    return "" if part.tag in ("ul", "ol") else _SPACE.sub(" ", part.text(separator=" ")).strip()
-
-
-def _nearest_item_is(node: LexborNode, item: LexborNode) -> bool:
-    above = node.parent
-    while above is not None and above.tag != "li":
-        above = above.parent
-    return above is not None and above.mem_id == item.mem_id

@@ -36,7 +36,7 @@ def _parser() -> MarkdownIt:
 
 
 def parse_markdown(text: str) -> Extracted:
-    """Front matter is no content; its `title` counts, else the first heading."""
+    """Front matter is no content; its `title` counts, else the first heading of the first level."""
     front = _FRONT_MATTER.match(text)
     begin = front.end() if front else 0
     body = text[begin:]
@@ -55,7 +55,7 @@ def parse_markdown(text: str) -> Extracted:
         if token.type == "heading_open":
             level, heading = int(token.tag[1:]), _plain(following.content if following else "")
             path = [(above, name) for above, name in path if above < level] + [(level, heading)]
-            title = title or heading
+            title = title or (heading if level == 1 else "")
         blocks.append(Block(_KINDS[token.type], start, end, tuple(name for _, name in path if name)))
     if front and (named := _FRONT_TITLE.search(front.group(1))):
         title = named.group(1).strip("'\"")

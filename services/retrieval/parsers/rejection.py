@@ -6,5 +6,5 @@ SUPPORTED = "Markdown, HTML, plain text"
 
 
 def rejected(why: str, *, cause: str, **facts: str | int) -> DocumentRejected:
-    """`cause` is a word for programs: `empty`, `binary`, `charset`, `unsupported_type`, `too_large`, `interrupted`."""
+    """`cause` is a word for programs: `empty`, `binary`, `charset`, `unsupported_type`, `malformed`."""
     return DocumentRejected(why, cause=cause, **facts)

@@ -1,0 +1,211 @@
+"""The VectorStore port, on every implementation: Edge, the client's in-memory mode, and a server when QDRANT_URL names one."""
+
+import math
+import os
+import uuid
+import warnings
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from qdrant_client import AsyncQdrantClient
+
+from services.retrieval import edge_store, qdrant_store
+from services.retrieval.domain import stable_id
+from services.retrieval.edge_bm25 import EdgeBm25
+from services.retrieval.edge_store import EdgeStore
+from services.retrieval.fingerprint import OtherEmbedder, settle
+from services.retrieval.ports import ANSWERS, CHUNKS, DOCUMENTS, SPACES, Filter, Fusion, Point, Query, VectorStore
+from services.retrieval.qdrant_store import QdrantStore
+
+DIMENSION = 4
+SPARSE = EdgeBm25("english")
+KINDS = [
+    "edge",
+    "memory",
+    pytest.param("server", marks=pytest.mark.skipif(not os.environ.get("QDRANT_URL"), reason="QDRANT_URL is not set")),
+]
+
+
+@pytest.fixture(params=KINDS, scope="module")
+async def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[VectorStore]:
+    """A store of each kind."""
+    if request.param == "edge":
+        embedded = EdgeStore.open(tmp_path_factory.mktemp("contract") / "qdrant", DIMENSION)
+        yield embedded
+        embedded.close()
+        return
+    in_memory, on_server = {"location": ":memory:"}, {"url": os.environ.get("QDRANT_URL"), "prefer_grpc": True}
+    location: dict[str, Any] = in_memory if request.param == "memory" else on_server
+    client = AsyncQdrantClient(**location, check_compatibility=False)
+    server = QdrantStore(client, DIMENSION, "test", prefix=f"test-{uuid.uuid4().hex}-")
+    with warnings.catch_warnings():
+        # The in-memory mode says that it has no payload indexes.
+        warnings.simplefilter("ignore", UserWarning)
+        await server.prepare()
+    yield server
+    if request.param == "server":
+        await server.drop()
+    await server.close()
+
+
+@pytest.fixture
+async def store(opened: VectorStore) -> VectorStore:
+    """The same, empty."""
+    for space in SPACES:
+        for tenant in ("acme", "rival"):
+            await opened.delete(space, Filter(tenant))
+    return opened
+
+
+def direction(angle: float) -> list[float]:
+    """A unit vector; the nearer two angles, the more alike."""
+    return [math.cos(angle), math.sin(angle), 0.0, 0.0]
+
+
+def chunk(name: str, tenant: str = "acme", *, angle: float = 0.0, text: str = "", **fields: Any) -> Point:
+    payload = {"tenant": tenant, "collection": "default", "document_id": "d", "revision": "r", "ordinal": 0, "text": text, **fields}
+    return Point(stable_id(name), payload, direction(angle), SPARSE.document(text))
+
+
+async def test_what_is_written_is_found_by_id_and_by_field(store: VectorStore) -> None:
+    """Payloads come back as they went in, nested values and large integers too."""
+    moment = 1_795_476_077_660_595
+    payload = {"tenant": "acme", "kind": "document", "indexed_us": moment, "metadata": {"a": "ü"}, "list": ["x", "y"]}
+    await store.upsert(DOCUMENTS, [Point(stable_id("one"), payload)])
+
+    assert payload == (await store.get(DOCUMENTS, "acme", [stable_id("one"), stable_id("none")]))[stable_id("one")].payload
+    found = await store.find(DOCUMENTS, Filter("acme", equal={"indexed_us": moment}), limit=9)
+    assert [payload] == [record.payload for record in found]
+
+
+async def test_nothing_of_another_tenant_is_read_or_removed(store: VectorStore) -> None:
+    """Search, find, count, get, remove and delete all stop at the tenant."""
+    await store.upsert(CHUNKS, [chunk("mine", "acme", text="shared words"), chunk("theirs", "rival", text="shared words")])
+    theirs, mine = stable_id("theirs"), stable_id("mine")
+
+    for query in (
+        Query(Filter("acme"), 9, dense=direction(0)),
+        Query(Filter("acme"), 9, sparse=SPARSE.query("shared words")),
+        Query(Filter("acme"), 9, dense=direction(0), sparse=SPARSE.query("shared words")),
+    ):
+        assert [mine] == [hit.id for hit in await store.search(CHUNKS, query)]
+    assert [mine] == [record.id for record in await store.find(CHUNKS, Filter("acme"), limit=9)]
+    assert await store.count(CHUNKS, Filter("acme")) == 1
+    assert await store.get(CHUNKS, "acme", [theirs]) == {}
+    await store.remove(CHUNKS, "acme", [theirs])
+    await store.delete(CHUNKS, Filter("acme", equal={"document_id": "d"}))
+    assert await store.count(CHUNKS, Filter("rival")) == 1
+    assert await store.count(CHUNKS, Filter("acme")) == 0
+
+
+@pytest.mark.parametrize("tenant", ["", "ACME", "acme ", "аcme", "acme\x00", "*"])
+async def test_a_tenant_that_looks_alike_is_another_one(store: VectorStore, tenant: str) -> None:
+    """Tenants are compared exactly: no case, no trimming, no look-alike letters, no wildcard."""
+    await store.upsert(CHUNKS, [chunk("mine", "acme", text="words")])
+
+    assert await store.search(CHUNKS, Query(Filter(tenant), 9, dense=direction(0))) == []
+    assert await store.count(CHUNKS, Filter(tenant)) == 0
+
+
+async def test_without_the_tenant_condition_the_tests_above_would_see_foreign_points(
+    store: VectorStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Proof that they test something: with the condition taken out, the other tenant's point is found."""
+    for module in (edge_store, qdrant_store):
+        whole = module.translated
+
+        def without_tenant(where: Filter, whole: Any = whole) -> Any:
+            conditions = whole(where)
+            return type(conditions)(must=[condition for condition in conditions.must if condition.key != "tenant"])
+
+        monkeypatch.setattr(module, "translated", without_tenant)
+    await store.upsert(CHUNKS, [chunk("theirs", "rival")])
+
+    assert [stable_id("theirs")] == [hit.id for hit in await store.search(CHUNKS, Query(Filter("acme"), 9, dense=direction(0)))]
+
+
+async def test_filters_mean_the_same_everywhere(store: VectorStore) -> None:
+    """Equality, any-of and both integer bounds, alone and together."""
+    await store.upsert(CHUNKS, [chunk(f"c{number}", ordinal=number, document_id=f"d{number % 3}") for number in range(9)])
+
+    async def ordinals(**conditions: Any) -> list[int]:
+        found = await store.find(CHUNKS, Filter("acme", **conditions), limit=99, order_by="ordinal")
+        return [record.payload["ordinal"] for record in found]
+
+    assert await ordinals(equal={"document_id": "d1"}) == [1, 4, 7]
+    assert await ordinals(any_of={"document_id": ("d1", "d2")}) == [1, 2, 4, 5, 7, 8]
+    assert await ordinals(at_least={"ordinal": 5}, below={"ordinal": 7}) == [5, 6]
+    assert await ordinals(equal={"document_id": "d1"}, at_least={"ordinal": 5}) == [7]
+    assert await ordinals(equal={"document_id": "d9"}) == []
+
+
+async def test_found_points_come_in_the_order_asked_for(store: VectorStore) -> None:
+    """By an integer field, both ways, with a limit."""
+    await store.upsert(CHUNKS, [chunk(f"c{number}", ordinal=number) for number in (3, 1, 4, 0, 2)])
+
+    ascending = await store.find(CHUNKS, Filter("acme"), limit=3, order_by="ordinal")
+    descending = await store.find(CHUNKS, Filter("acme"), limit=3, order_by="ordinal", descending=True)
+    assert [record.payload["ordinal"] for record in ascending] == [0, 1, 2]
+    assert [record.payload["ordinal"] for record in descending] == [4, 3, 2]
+
+
+@pytest.mark.parametrize("mode", ["dbsf", "rrf"])
+async def test_a_hybrid_search_finds_what_either_ranking_finds(store: VectorStore, mode: str) -> None:
+    """The point that is good in both wins; points known to one ranking alone are found, too."""
+    await store.upsert(
+        CHUNKS,
+        [
+            chunk("both", angle=0.1, text="zebra crossing"),
+            chunk("meaning", angle=0.05, text="unrelated"),
+            chunk("words", angle=1.5, text="zebra zebra"),
+            chunk("neither", angle=1.5, text="other"),
+        ],
+    )
+    query = Query(Filter("acme"), 3, dense=direction(0), sparse=SPARSE.query("zebra crossing"), fusion=Fusion(mode, prefetch=10))
+
+    found = [hit.id for hit in await store.search(CHUNKS, query)]
+    assert stable_id("both") == found[0]
+    assert {stable_id("meaning"), stable_id("words")} >= set(found[1:2])
+
+
+async def test_similarity_is_the_cosine(store: VectorStore) -> None:
+    """Best first, with the true cosine as score."""
+    await store.upsert(
+        ANSWERS, [Point(stable_id(str(angle)), {"tenant": "acme", "angle": angle}, direction(angle)) for angle in (0.0, 0.5, 1.0)]
+    )
+
+    hits = await store.search(ANSWERS, Query(Filter("acme"), 9, dense=direction(0.1)))
+    assert [hit.payload["angle"] for hit in hits] == [0.0, 0.5, 1.0]
+    assert [math.cos(0.1), math.cos(0.4), math.cos(0.9)] == pytest.approx([hit.score for hit in hits], abs=1e-5)
+
+
+async def test_writing_again_replaces(store: VectorStore) -> None:
+    """One id is one point."""
+    await store.upsert(CHUNKS, [chunk("one", text="before")])
+    await store.upsert(CHUNKS, [chunk("one", text="after")])
+
+    assert [record.payload["text"] for record in await store.find(CHUNKS, Filter("acme"), limit=9)] == ["after"]
+
+
+async def test_expiry_reaches_all_tenants_but_only_what_is_old(store: VectorStore) -> None:
+    """The one operation that knows no tenant only deletes."""
+    await store.upsert(
+        ANSWERS,
+        [
+            Point(stable_id(f"{tenant}{at}"), {"tenant": tenant, "created_us": at}, direction(0))
+            for tenant in ("acme", "rival")
+            for at in (1, 5)
+        ],
+    )
+    await store.expire(ANSWERS, "created_us", 5)
+
+    assert [await store.count(ANSWERS, Filter(tenant)) for tenant in ("acme", "rival")] == [1, 1]
+
+
+async def test_a_store_refuses_the_vectors_of_another_embedder(store: VectorStore) -> None:
+    """The first fingerprint stays; the same again is welcome."""
+    await settle(store, "test")
+    await settle(store, "test")
+    with pytest.raises(OtherEmbedder, match=r"'test'.*'other'"):
+        await settle(store, "other")

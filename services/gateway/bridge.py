@@ -115,6 +115,9 @@ class Bridge(Generic[M]):
         self._started = False
         self._left = False
         self._written_at = time.monotonic()
+        self._writing_since = 0.0
+        """When the write under way began; 0 while there is none."""
+        self._writer: asyncio.Task[object] | None = None
         self.end = "cancelled"
         """How it ended: `done`, `error`, `empty`, `left`, `cancelled`."""
 
@@ -130,12 +133,16 @@ class Bridge(Generic[M]):
         ]
         if self._lasting:
             tasks.append(asyncio.create_task(self._end_on_drain(inbox), name="bridge-drain"))
-        tick = asyncio.get_running_loop().call_later(self._timing.heartbeat_s, self._tick, inbox)
-        self._tick_handle = tick
+        self._writer = asyncio.current_task()
+        self._tick_handle = asyncio.get_running_loop().call_later(self._tick_s, self._tick, inbox)
         try:
             return await self._write_all(inbox)
         except asyncio.CancelledError:
-            # Only the process's own end cancels a request; its client is told to come back.
+            if self._left and self._writer is not None and self._writer.cancelling() == 1:
+                self._writer.uncancel()
+                self.end = "left"
+                raise ClientLeft from None
+            # But for that, only the process's own end cancels a request; its client is told to come back.
             if self._started and not self._left:
                 with contextlib.suppress(Exception):
                     await self._exchange.write(self._error_block(AnswerInterrupted("the server is stopping; resume the stream")), last=True)
@@ -178,17 +185,15 @@ class Bridge(Generic[M]):
         return True
 
     async def _write(self, body: bytes, *, last: bool) -> None:
-        """Send `body`; a client that takes nothing for too long is as good as gone."""
-        try:
-            async with asyncio.timeout(self._timing.write_stall_s):
-                if not self._started:
-                    self._started = True
-                    await self._exchange.start(200, STREAM_HEADERS)
-                await self._exchange.write(body, last=last)
-        except TimeoutError:
-            self.end = "left"
-            self._left = True
-            raise ClientLeft from None
+        """Send `body`, if there is any. `_tick` watches how long that takes."""
+        if not body and not last:
+            return
+        self._writing_since = time.monotonic()
+        if not self._started:
+            self._started = True
+            await self._exchange.start(200, STREAM_HEADERS)
+        await self._exchange.write(body, last=last)
+        self._writing_since = 0.0
         self._written_at = time.monotonic()
 
     async def _watch(self, inbox: _Inbox[M]) -> None:
@@ -202,13 +207,24 @@ class Bridge(Generic[M]):
         inbox.ended = True
         inbox.wake()
 
+    @property
+    def _tick_s(self) -> float:
+        return min(self._timing.heartbeat_s, self._timing.write_stall_s)
+
     def _tick(self, inbox: _Inbox[M]) -> None:
-        """Wake the writer when it has been silent long enough; one timer a heartbeat, none a message."""
-        silent_s = time.monotonic() - self._written_at
-        if silent_s >= self._timing.heartbeat_s:
+        """Wake the writer when it was silent for too long, end it when its client takes nothing. One timer, and none a message."""
+        now = time.monotonic()
+        pause_s = self._tick_s
+        if self._writing_since:
+            if now - self._writing_since >= self._timing.write_stall_s and self._writer is not None and not self._left:
+                self._left = True
+                self._writer.cancel()
+                return
+        elif now - self._written_at >= self._timing.heartbeat_s:
             inbox.wake()
-            silent_s = 0.0
-        self._tick_handle = asyncio.get_running_loop().call_later(self._timing.heartbeat_s - silent_s, self._tick, inbox)
+        else:
+            pause_s = min(pause_s, self._timing.heartbeat_s - (now - self._written_at))
+        self._tick_handle = asyncio.get_running_loop().call_later(pause_s, self._tick, inbox)
 
     def _error_of(self, error: BaseException | None) -> DomainError | None:
         if error is None or isinstance(error, DomainError):

@@ -19,6 +19,8 @@ from services.orchestrator.domain import Candidate, Draft, Prompt
 
 PROVIDER = "anthropic"
 EVENT_BYTES_MAX = 1024 * 1024
+RENEWAL = 0.1
+"""The limit on silence is renewed this often, as a share of itself, and longer by as much: a timer per token costs more than its text."""
 CONNECTIONS_MAX = 1000
 """One connection a running answer; above it calls would wait for each other without saying so."""
 
@@ -140,7 +142,7 @@ class ClaudeModel:
         async with self._client.messages.with_streaming_response.create(**_request(prompt, candidate, output_tokens_max)) as answer:
             response = answer.http_response
             draft.request_id = answer.request_id or ""
-            events, whole = EventBytes(), False
+            events, whole, renew_at = EventBytes(), False, 0.0
             async for chunk in response.aiter_raw():
                 written: list[str] = []
                 try:
@@ -149,7 +151,9 @@ class ClaudeModel:
                         if event.type == "content_block_delta":
                             if event.delta is not None and event.delta.text:
                                 written.append(event.delta.text)
-                            silence.reschedule(loop.time() + self._stall_s)
+                            if (now := loop.time()) >= renew_at:
+                                silence.reschedule(now + self._stall_s * (1 + RENEWAL))
+                                renew_at = now + self._stall_s * RENEWAL
                         elif event.type == "message_start":
                             _start(draft, event)
                         elif event.type == "message_delta":

@@ -87,6 +87,7 @@ class EventLog:
 
     def leave(self, reader: "Reader") -> None:
         self._readers.discard(reader)
+        reader.close()
 
     def _wake(self) -> None:
         for reader in self._readers:
@@ -99,11 +100,21 @@ class Reader:
     def __init__(self, log: EventLog, after: int) -> None:
         self.position = after
         self._log = log
+        self._loop = asyncio.get_running_loop()
         self._waiting: asyncio.Future[None] | None = None
+        self._waiting_since = 0.0
+        self._silence_s = 0.0
+        self._alarm: asyncio.TimerHandle | None = None
+        """One timer for many waits: setting one per event would cost more than the event."""
 
     def wake(self) -> None:
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
+
+    def close(self) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
 
     async def next(self, silence_s: float) -> Sequence[Entry]:
         """What came since the last call: at once if there is something, else as soon as there is.
@@ -112,14 +123,25 @@ class Reader:
         """
         entries = self._log.read(self.position)
         if not entries and not self._log.ended:
-            loop = asyncio.get_running_loop()
-            self._waiting = loop.create_future()
-            alarm = loop.call_later(silence_s, self.wake)
+            self._waiting = self._loop.create_future()
+            self._waiting_since, self._silence_s = self._loop.time(), silence_s
+            if self._alarm is None:
+                self._alarm = self._loop.call_later(silence_s, self._ring)
             try:
                 await self._waiting
             finally:
-                alarm.cancel()
                 self._waiting = None
             entries = self._log.read(self.position)
         self.position += len(entries)
         return entries
+
+    def _ring(self) -> None:
+        """Wake a reader that has waited long enough; look again later otherwise, and not at all once nobody waits."""
+        self._alarm = None
+        if self._waiting is None:
+            return
+        left_s = self._waiting_since + self._silence_s - self._loop.time()
+        if left_s <= 0.001:
+            self.wake()
+        else:
+            self._alarm = self._loop.call_later(left_s, self._ring)

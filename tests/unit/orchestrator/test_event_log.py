@@ -68,7 +68,7 @@ def test_text_beyond_the_bounds_is_refused_and_the_end_still_fits() -> None:
     assert (len(small), len(few)) == (1, 2)
 
 
-def test_readers_are_bounded() -> None:
+async def test_readers_are_bounded() -> None:
     """One reader too many is told to come back."""
     log = EventLog("a", readers_max=1)
     reader = log.reader(0)

@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 
-from services.chassis.errors import AnswerInterrupted, RequestInvalid
+from services.chassis.errors import AnswerInterrupted, DomainError, RequestInvalid
 from services.gateway import bodies, render, sse, uploads
 from services.gateway.bridge import Bridge
 from services.gateway.exchange import Exchange
@@ -184,7 +184,10 @@ async def _while_sending(reading: _Reading, sent: _Sent) -> dict[int, Progress]:
                 try:
                     message = reading.take()
                 except (StopAsyncIteration, asyncio.CancelledError):
-                    break  # the call has ended; why, is said below
+                    break
+                except DomainError as refusal:
+                    # A mistake in the body is what retrieval's refusal of it comes from.
+                    raise (sent.error or refusal) from None
                 latest[message.index] = message
     finally:
         ended.cancel()

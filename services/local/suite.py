@@ -1,6 +1,7 @@
 """The whole suite on one machine: what is started, what needs what, and when it stops. How a process is kept alive is in `supervisor`."""
 
 import asyncio
+import os
 import signal
 import time
 from collections.abc import Coroutine, Mapping, Sequence
@@ -32,6 +33,8 @@ def up(environ: Mapping[str, str]) -> int:
     Raises NotPossible or SettingsError before anything is started.
     """
     began = time.monotonic()
+    # gRPC would prepare itself for forks that go on as we do, and say so when it cannot; ours become other programs at once.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     make_state_dir(state_dir(environ))
     settings = LocalSettings.of(environ)
     with sole_owner(settings.state_dir.absolute(), settings.url):

@@ -31,7 +31,9 @@ REMEMBER_WAIT_S = 0.1
 """How long `done` waits for the caches, so that the same question asked again at once is a hit. They go on without us."""
 BOOKED_WAIT_S = 0.1
 """How long `done` waits for the ledger's word, so that the record can be looked up right after it. It is on disk anyway."""
-TURN_TRIES_MAX = 8
+TURN_TRIES_MAX = 16
+TURN_WAIT_MAX_S = 30.0
+"""Some minutes in all: the words of a turn wait in memory, so not for ever."""
 
 
 async def answer(run: Run) -> None:
@@ -228,7 +230,7 @@ async def _keep_turn(run: Run, *, complete: bool) -> None:
             await run.kit.ledger.append_turn(asked.session_id, run.turn(complete=complete), asked.principal)
             return
         except (Unavailable, DeadlineTooShort):
-            await asyncio.sleep(random.uniform(0.1, 0.25 * 2**tries))  # noqa: S311 - jitter, not a secret
+            await asyncio.sleep(random.uniform(0.1, min(TURN_WAIT_MAX_S, 0.25 * 2**tries)))  # noqa: S311 - jitter, not a secret
         except DomainError as error:
             log.error("turn_rejected", answer_id=asked.answer_id, reason=error.reason)
             return

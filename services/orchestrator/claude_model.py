@@ -109,7 +109,7 @@ class ClaudeModel:
             base_url=base_url,
             max_retries=0,
             timeout=timeout,
-            http_client=anthropic.DefaultAioHttpClient(limits=limits, timeout=timeout, trust_env=False),
+            http_client=anthropic.DefaultAioHttpClient(limits=limits, timeout=timeout),
         )
 
     async def aclose(self) -> None:

@@ -7,6 +7,7 @@ the reply that was on its way belongs to nobody, so redis-py closes the connecti
 import asyncio
 import hashlib
 import re
+import time
 import unicodedata
 
 import msgspec
@@ -18,6 +19,8 @@ from services.orchestrator.domain import CachedAnswer, Question
 
 log = structlog.get_logger(__name__)
 
+PAUSE_S = 1.0
+"""How long a cache that failed is left alone, so that not every answer waits for it."""
 VALUE_BYTES_MAX = 512 * 1024
 _SPACE = re.compile(r"\s+")
 
@@ -65,8 +68,11 @@ class RedisCache:
         self._client, self._ttl_s, self._timeout_s = client, ttl_s, timeout_s
         self.failures = 0
         """Commands that did not get an answer in time, or any."""
+        self._skip_until = 0.0
 
     async def get(self, question: Question, scope: str, epoch: int) -> CachedAnswer | None:
+        if time.monotonic() < self._skip_until:
+            return None
         try:
             async with asyncio.timeout(self._timeout_s):
                 value = await self._client.get(cache_key(question, scope, epoch))
@@ -83,7 +89,7 @@ class RedisCache:
 
     async def put(self, question: Question, scope: str, epoch: int, answer: CachedAnswer) -> bool:
         value = _encode(_Kept(question.principal.tenant, normalise(question.text), answer))
-        if len(value) > VALUE_BYTES_MAX:
+        if len(value) > VALUE_BYTES_MAX or time.monotonic() < self._skip_until:
             return False
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -95,4 +101,5 @@ class RedisCache:
 
     def _failed(self, command: str, error: Exception) -> None:
         self.failures += 1
+        self._skip_until = time.monotonic() + PAUSE_S
         log.warning("exact_cache_failed", command=command, error=type(error).__name__, failures=self.failures)

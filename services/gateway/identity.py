@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ API_KEY_AGE_MAX_S = 5.0
 """How long a revoked key may go on."""
 KEYS_MAX = 64
 RSA_BITS_MIN = 2048
+SECRET_BYTES_MIN = 32
 REFRESH_S = 300.0
 """Keys are read anew after this, so that a withdrawn key ends."""
 UNKNOWN_KEY_PAUSE_S = 10.0
@@ -93,9 +95,23 @@ def _usable(entry: Any) -> VerificationKey | None:
         material = jwt.PyJWK(public, algorithm=algorithm).key
     except (PyJWTError, ValueError, TypeError):
         return None
-    if isinstance(material, rsa.RSAPublicKey) and (material.key_size < RSA_BITS_MIN or material.public_numbers().e < 65537):
+    if isinstance(material, rsa.RSAPublicKey) and not _is_strong(material):
         return None
     return VerificationKey(kid, algorithm, material)
+
+
+def _is_strong(key: rsa.RSAPublicKey) -> bool:
+    """Whether an RSA key is large enough and was not made by the broken generator of CVE-2017-15361.
+
+    Source: Nemec et al., The Return of Coppersmith's Attack (2017): such a modulus is a power of 65537 modulo every small prime.
+    """
+    numbers = key.public_numbers()
+    if key.key_size < RSA_BITS_MIN or numbers.e < 65537:
+        return False
+    return not all(numbers.n % prime in {pow(65537, power, prime) for power in range(prime)} for prime in _ROCA_PRIMES)
+
+
+_ROCA_PRIMES = (11, 13, 17, 19, 37, 53, 61, 71, 73, 79, 97, 103, 107, 109, 127, 151, 157)
 
 
 class Keys(Protocol):
@@ -111,9 +127,11 @@ class Keys(Protocol):
 
 
 class SharedSecret:
-    """One HS256 secret."""
+    """One HS256 secret of at least 32 bytes (RFC 7518, 3.2)."""
 
     def __init__(self, secret: bytes) -> None:
+        if len(secret) < SECRET_BYTES_MIN:
+            raise ValueError(f"a shared secret needs at least {SECRET_BYTES_MIN} bytes")
         self._key = VerificationKey("", "HS256", secret)
 
     async def find(self, kid: str, algorithm: str) -> VerificationKey | None:
@@ -224,6 +242,10 @@ class AllKeys:
             await source.probe()
 
 
+_COMPACT = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+", re.ASCII)
+"""Three parts of base64url without padding (RFC 7515, 7.1). Python's decoder would skip over anything else."""
+
+
 class Tokens:
     """Verifies JWTs of one issuer for one audience."""
 
@@ -267,6 +289,8 @@ class Tokens:
         """The token's header, if it asks for nothing that is not offered."""
         if len(token) > TOKEN_BYTES_MAX:
             raise NotAuthenticated(f"a token has at most {TOKEN_BYTES_MAX} bytes", cause="too_long")
+        if _COMPACT.fullmatch(token) is None:
+            raise NotAuthenticated("the token is malformed", cause="malformed")
         try:
             header = jwt.get_unverified_header(token)
         except (PyJWTError, ValueError, TypeError, RecursionError):

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from services.chassis.errors import RequestInvalid
+from services.chassis.errors import NotAuthenticated, RequestInvalid
 from services.chassis.principal import Principal
 from services.retrieval.domain import DEFAULT_COLLECTION
 from services.retrieval.ports import Filter
@@ -24,9 +24,16 @@ class Reach:
         return Filter(self.tenant, equal={"collection": self.collection, **equal})
 
 
+def tenant_of(principal: Principal) -> str:
+    """The tenant whose memory it is. Raises NotAuthenticated for a principal without one: that name is our own records'."""
+    if not principal.tenant:
+        raise NotAuthenticated("the principal has no tenant", cause="tenant")
+    return principal.tenant
+
+
 def reach_of(principal: Principal, collection: str) -> Reach:
     """Raises RequestInvalid for a name that is none. Empty = the default collection."""
-    return Reach(principal.tenant, collection_name(collection) or DEFAULT_COLLECTION)
+    return Reach(tenant_of(principal), collection_name(collection) or DEFAULT_COLLECTION)
 
 
 def collection_name(collection: str) -> str:

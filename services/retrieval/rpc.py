@@ -15,7 +15,7 @@ from services.chassis.errors import RequestInvalid
 from services.chassis.principal import Principal, current_principal
 from services.chassis.server import Server
 from services.chassis.wire import timestamp, usage_message, usage_value
-from services.retrieval.access import collection_name, reach_of
+from services.retrieval.access import collection_name, reach_of, tenant_of
 from services.retrieval.domain import DEFAULT_COLLECTION, CachedAnswer, Document, Passage, Progress, SearchMode, StoredChunk, Upload
 from services.retrieval.ingest import Ingestion, Job
 from services.retrieval.intake import Begin, take_in
@@ -107,10 +107,10 @@ class RetrievalServicer(pb_grpc.RetrievalServiceServicer):
         async def emit(job: Job, event: Progress) -> None:
             await context.write(_progress_message(job, event))
 
-        await take_in(self._ingestion, current_principal().tenant, _parts(requests), emit)
+        await take_in(self._ingestion, tenant_of(current_principal()), _parts(requests), emit)
 
     async def GetIngestionJob(self, request: pb.GetIngestionJobRequest, context: grpc.aio.ServicerContext) -> pb.GetIngestionJobResponse:
-        job = self._ingestion.job(current_principal().tenant, request.job_id)
+        job = self._ingestion.job(tenant_of(current_principal()), request.job_id)
         return pb.GetIngestionJobResponse(
             job_id=job.job_id,
             status="ended" if job.ended else "running",
@@ -119,7 +119,7 @@ class RetrievalServicer(pb_grpc.RetrievalServiceServicer):
         )
 
     async def WatchIngestionJob(self, request: pb.WatchIngestionJobRequest, context: grpc.aio.ServicerContext) -> None:  # type: ignore[override]
-        job = self._ingestion.job(current_principal().tenant, request.job_id)
+        job = self._ingestion.job(tenant_of(current_principal()), request.job_id)
         async for event in job.watch():
             await context.write(_progress_message(job, event))
 
@@ -127,7 +127,9 @@ class RetrievalServicer(pb_grpc.RetrievalServiceServicer):
         size = _within(request.page_size, "page_size", 0, PAGE_MAX) or PAGE_DEFAULT
         before_us = _place(request.page_token) if request.page_token else None
         # One more than wanted tells whether there are more.
-        documents = await self._memory.registry.page(current_principal().tenant, collection_name(request.collection), size + 1, before_us)
+        documents = await self._memory.registry.page(
+            tenant_of(current_principal()), collection_name(request.collection), size + 1, before_us
+        )
         for place, document in enumerate(documents[:size], 1):
             last = place == size < len(documents)
             row = pb.ListDocumentsResponse(document=_document_message(document), next_page_token=_page_token(document) if last else "")
@@ -135,7 +137,7 @@ class RetrievalServicer(pb_grpc.RetrievalServiceServicer):
 
     async def GetDocument(self, request: pb.GetDocumentRequest, context: grpc.aio.ServicerContext) -> pb.GetDocumentResponse:
         registry = self._memory.registry
-        document = await registry.document(current_principal().tenant, _document_id(request.document_id))
+        document = await registry.document(tenant_of(current_principal()), _document_id(request.document_id))
         first = _within(request.first_chunk, "first_chunk", 0, 2**31 - 1)
         limit = _within(request.chunks_max, "chunks_max", 0, CHUNKS_MAX) or CHUNKS_MAX
         chunks = _as_many_as_fit(await registry.chunks(document, first, limit))
@@ -147,7 +149,7 @@ class RetrievalServicer(pb_grpc.RetrievalServiceServicer):
         )
 
     async def DeleteDocument(self, request: pb.DeleteDocumentRequest, context: grpc.aio.ServicerContext) -> pb.DeleteDocumentResponse:
-        deleted = await self._ingestion.delete(current_principal().tenant, _document_id(request.document_id))
+        deleted = await self._ingestion.delete(tenant_of(current_principal()), _document_id(request.document_id))
         return pb.DeleteDocumentResponse(chunks_deleted=deleted.chunks)
 
     async def RememberAnswer(self, request: pb.RememberAnswerRequest, context: grpc.aio.ServicerContext) -> pb.RememberAnswerResponse:
@@ -165,7 +167,7 @@ class RetrievalServicer(pb_grpc.RetrievalServiceServicer):
         # Who is no more than a user forgets only what was answered to that user.
         user = "" if principal.roles & {"admin", "service"} else principal.user
         forgotten = await self._memory.answers.forget(
-            principal.tenant,
+            tenant_of(principal),
             collection=collection_name(request.collection),
             answer_id=_bounded(request.answer_id, "answer_id", 0, 128),
             user=user,

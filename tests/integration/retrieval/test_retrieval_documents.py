@@ -1,0 +1,326 @@
+"""Documents come in, are found, change and go, through a real channel."""
+
+import asyncio
+from pathlib import Path
+
+import grpc
+import pytest
+
+from services.chassis.errors import NotFound, RequestInvalid
+from services.chassis.principal import Principal
+from services.retrieval.ingest import DOCUMENT_BYTES_MAX
+from tailrace.retrieval.v1 import retrieval_service_pb2 as pb
+from tests.integration.retrieval.retrieval_kit import Retrieval, stages, upload
+
+GUIDE = """# Timeouts
+
+The default timeout is five seconds of network inactivity.
+
+## Pools
+
+A pool keeps at most one hundred connections.
+"""
+
+
+async def test_a_document_goes_through_all_stages_and_is_found_with_exact_offsets(retrieval: Retrieval, ann: Principal) -> None:
+    """The passage that comes back is a stretch of the text that went in, with its headings."""
+    progress = await retrieval.ingest(ann, {"guide.md": GUIDE}, metadata={"team": "core"})
+
+    assert ["received", "parsed", "chunked", "embedded", "indexed"] == stages(progress)
+    assert (1, 1, 1) == (progress[-1].version, progress[-1].chunks_total, progress[-1].chunks_done)
+    (hit,) = await retrieval.search(ann, "How long is the timeout?")
+    assert (1, "Timeouts", "guide.md", 1) == (hit.number, hit.title, hit.source_uri, hit.document_version)
+    assert hit.text == GUIDE[hit.start : hit.end]
+    shown = await retrieval.ask("GetDocument", pb.GetDocumentRequest(document_id=hit.document_id), ann)
+    assert [hit.text] == [chunk.text for chunk in shown.chunks]
+    assert {"team": "core"} == dict(shown.document.metadata)
+    assert (len(GUIDE.encode()), len(GUIDE)) == (shown.document.bytes, shown.document.characters)
+    assert "text/markdown" == shown.document.media_type
+
+
+async def test_the_same_again_is_unchanged_and_moves_no_epoch(retrieval: Retrieval, ann: Principal) -> None:
+    """Nothing is embedded or written twice, and cached answers stay reachable."""
+    await retrieval.ingest(ann, {"guide.md": GUIDE})
+    epoch, _, _ = await retrieval.recall(ann, "anything")
+    progress = await retrieval.ingest(ann, {"guide.md": GUIDE})
+
+    assert ["received", "parsed", "unchanged"] == stages(progress)
+    assert epoch == (await retrieval.recall(ann, "anything"))[0]
+
+
+async def test_changed_content_replaces_the_old_chunks(retrieval: Retrieval, ann: Principal) -> None:
+    """The same source with other content is version 2, and nothing of version 1 is found any more."""
+    await retrieval.ingest(ann, {"guide.md": GUIDE})
+    before, _, _ = await retrieval.recall(ann, "anything")
+    progress = await retrieval.ingest(ann, {"guide.md": "# Timeouts\n\nThere is no timeout at all.\n"})
+
+    assert (["received", "parsed", "chunked", "embedded", "indexed"], 2) == (stages(progress), progress[-1].version)
+    after, _, passages = await retrieval.recall(ann, "What is the default timeout?")
+    assert after > before
+    assert ["# Timeouts\n\nThere is no timeout at all."] == [passage.text for passage in passages]
+
+
+async def test_a_search_during_a_change_sees_one_version_and_never_both(retrieval: Retrieval, ann: Principal) -> None:
+    """While a document is replaced again and again, every search finds exactly one whole version of it."""
+    versions = [f"# Alpha\n\nzebra number {number}\n\n# Beta\n\n{'filler words ' * 120}\n\nzebra number {number}\n" for number in range(6)]
+    await retrieval.ingest(ann, {"zebra.md": versions[0]})
+
+    async def replace() -> None:
+        for version in versions[1:]:
+            await retrieval.ingest(ann, {"zebra.md": version})
+
+    replacing = asyncio.create_task(replace())
+    seen = set()
+    while not replacing.done():
+        hits = await retrieval.search(ann, "zebra number", mode=pb.SEARCH_MODE_SPARSE)
+        found = {hit.document_version for hit in hits}
+        assert 1 == len(found), found
+        seen |= found
+    await replacing
+
+    assert len(seen) > 1
+
+
+async def test_deleting_removes_the_document_and_bumps_the_epoch(retrieval: Retrieval, ann: Principal) -> None:
+    """After the reply nothing of it is found, listed or shown; a second deletion finds nothing."""
+    await retrieval.ingest(ann, {"guide.md": GUIDE, "other.md": "# Other\n\nSomething else entirely.\n"})
+    before, _, _ = await retrieval.recall(ann, "anything")
+    gone = (await retrieval.ids(ann))["guide.md"]
+    reply = await retrieval.ask("DeleteDocument", pb.DeleteDocumentRequest(document_id=gone), ann)
+
+    assert 1 == reply.chunks_deleted
+    assert ["other.md"] == [hit.source_uri for hit in await retrieval.search(ann, "default timeout")]
+    assert ["other.md"] == list(await retrieval.ids(ann))
+    assert before < (await retrieval.recall(ann, "anything"))[0]
+    requests = (("GetDocument", pb.GetDocumentRequest(document_id=gone)), ("DeleteDocument", pb.DeleteDocumentRequest(document_id=gone)))
+    for method, request in requests:
+        with pytest.raises(NotFound):
+            await retrieval.ask(method, request, ann)
+
+
+async def test_a_bad_document_fails_with_its_reason_and_stops_no_other(retrieval: Retrieval, ann: Principal) -> None:
+    """Binary, empty, foreign and oversized files are told apart; the good one between them is indexed."""
+    big = b"word " * (DOCUMENT_BYTES_MAX // 5 + 1)
+    files: dict[str, bytes | str] = {
+        "a.txt": b"\x00\x01\x02\x03",
+        "b.md": " \n ",
+        "c.pdf": b"%PDF-1.7",
+        "big.txt": big,
+        "ok.md": GUIDE,
+        "empty.txt": "",
+    }
+    progress = await retrieval.ingest(ann, files)
+
+    ends = {event.name: (event.stage, event.error_reason) for event in progress if event.stage in ("indexed", "failed")}
+    assert {
+        "a.txt": ("failed", "DOCUMENT_REJECTED"),
+        "b.md": ("failed", "DOCUMENT_REJECTED"),
+        "c.pdf": ("failed", "DOCUMENT_REJECTED"),
+        "big.txt": ("failed", "PAYLOAD_TOO_LARGE"),
+        "ok.md": ("indexed", ""),
+        "empty.txt": ("failed", "DOCUMENT_REJECTED"),
+    } == ends
+    assert ["ok.md"] == list(await retrieval.ids(ann))
+
+
+async def test_nothing_of_another_tenant_can_be_seen_or_touched(retrieval: Retrieval, ann: Principal, eve: Principal) -> None:
+    """Foreign and unknown look the same in every call, for an admin, too."""
+    progress = await retrieval.ingest(ann, {"guide.md": GUIDE})
+    document, job = progress[-1].document_id, progress[-1].job_id
+
+    assert [] == await retrieval.search(eve, "default timeout")
+    assert [] == await retrieval.search(eve, "default timeout", document_ids=[document])
+    assert (0, []) == ((found := await retrieval.recall(eve, "default timeout"))[0], found[2])
+    assert {} == await retrieval.ids(eve)
+    for method, request in (
+        ("GetDocument", pb.GetDocumentRequest(document_id=document)),
+        ("DeleteDocument", pb.DeleteDocumentRequest(document_id=document)),
+        ("GetIngestionJob", pb.GetIngestionJobRequest(job_id=job)),
+    ):
+        with pytest.raises(NotFound) as foreign:
+            await retrieval.ask(method, request, eve)
+        unknown = type(request)(**{field.name: "4b06d89c-9d11-517c-bd09-8a247df74fbf" for field in request.DESCRIPTOR.fields[:1]})
+        with pytest.raises(NotFound) as missing:
+            await retrieval.ask(method, unknown, eve)
+        assert (str(foreign.value), foreign.value.metadata) == (str(missing.value), missing.value.metadata)
+    with pytest.raises(NotFound):
+        await retrieval.stream("WatchIngestionJob", pb.WatchIngestionJobRequest(job_id=job), eve)
+    assert ["guide.md"] == list(await retrieval.ids(ann))
+
+
+async def test_the_same_name_in_two_tenants_is_two_documents(retrieval: Retrieval, ann: Principal, eve: Principal) -> None:
+    """One tenant's change leaves the other's document alone."""
+    await retrieval.ingest(ann, {"guide.md": GUIDE})
+    await retrieval.ingest(eve, {"guide.md": "# Hers\n\nNothing about that.\n"})
+
+    assert (await retrieval.ids(ann)) != (await retrieval.ids(eve))
+    assert ["Timeouts"] == [hit.title for hit in await retrieval.search(ann, "default timeout")]
+
+
+async def test_collections_are_kept_apart(retrieval: Retrieval, ann: Principal) -> None:
+    """A search sees its own collection alone."""
+    await retrieval.ingest(ann, {"guide.md": GUIDE}, collection="one")
+
+    assert [] == await retrieval.search(ann, "default timeout", collection="two")
+    assert [] == await retrieval.search(ann, "default timeout")
+    assert 1 == len(await retrieval.search(ann, "default timeout", collection="one"))
+    assert ["guide.md"] == list(await retrieval.ids(ann, collection="one"))
+    assert {} == await retrieval.ids(ann, collection="two")
+
+
+async def test_documents_are_listed_newest_first_in_pages(retrieval: Retrieval, ann: Principal) -> None:
+    """Every document is on exactly one page; the last page has no token."""
+    names = [f"{number}.md" for number in range(5)]
+    await retrieval.ingest(ann, {name: f"# {name}\n\ntext of {name}\n" for name in names})
+    listed, token = [], ""
+    while True:
+        rows = await retrieval.stream("ListDocuments", pb.ListDocumentsRequest(page_size=2, page_token=token), ann)
+        listed += [row.document.source_uri for row in rows]
+        assert not any(row.next_page_token for row in rows[:-1])
+        if not (token := rows[-1].next_page_token):
+            break
+
+    assert names[::-1] == listed
+
+
+async def test_a_long_document_is_shown_in_pages(retrieval: Retrieval, ann: Principal) -> None:
+    """Chunks come in reading order, as many as asked for, with the place to go on."""
+    await retrieval.ingest(ann, {"long.md": "\n\n".join(f"# Part {number}\n\n{'words of it ' * 50}" for number in range(5))})
+    id_ = (await retrieval.ids(ann))["long.md"]
+    ordinals, first = [], 0
+    while True:
+        shown = await retrieval.ask("GetDocument", pb.GetDocumentRequest(document_id=id_, first_chunk=first, chunks_max=2), ann)
+        ordinals += [chunk.ordinal for chunk in shown.chunks]
+        if not (first := shown.next_chunk):
+            break
+
+    assert list(range(shown.document.chunks)) == ordinals
+
+
+async def test_a_job_can_be_read_and_watched_after_it_ended(retrieval: Retrieval, ann: Principal) -> None:
+    """Watching late gives the whole progress; reading gives the latest of each document."""
+    progress = await retrieval.ingest(ann, {"guide.md": GUIDE, "bad.txt": ""})
+    job = await retrieval.ask("GetIngestionJob", pb.GetIngestionJobRequest(job_id=progress[0].job_id), ann)
+
+    assert ("ended", ["indexed", "failed"]) == (job.status, [document.stage for document in job.documents])
+    assert progress == await retrieval.stream("WatchIngestionJob", pb.WatchIngestionJobRequest(job_id=progress[0].job_id), ann)
+
+
+@pytest.mark.parametrize("detach", [False, True])
+async def test_a_caller_who_leaves_stops_the_ingestion_unless_it_is_detached(retrieval: Retrieval, ann: Principal, detach: bool) -> None:
+    """What was whole before stays whole; of the rest nothing is there. Detached, everything that was received gets indexed."""
+    files: dict[str, bytes | str] = {"first.md": GUIDE} | {f"{number}.md": f"# {number}\n\n{'some words ' * 2000}" for number in range(3)}
+    handed_over = asyncio.Event()
+
+    async def sending():  # type: ignore[no-untyped-def]
+        async for message in upload(files, detach=detach):
+            yield message
+        handed_over.set()
+        await asyncio.Event().wait()
+
+    async with retrieval.caller.stream(retrieval.stub.IngestDocuments, sending(), timeout_s=60, principal=ann) as messages:
+        async for message in messages:
+            job_id = message.job_id
+            # The last document's content lies with the client until the server asks for it, so wait for both.
+            if message.stage == "indexed" and (handed_over.is_set() or not detach):
+                break
+    ended = await retrieval.stream("WatchIngestionJob", pb.WatchIngestionJobRequest(job_id=job_id), ann)
+    listed = await retrieval.ids(ann)
+
+    indexed = {event.name for event in ended if event.stage == "indexed"}
+    assert indexed == set(listed)
+    assert "first.md" in listed
+    assert detach == ("1.md" in listed)
+    for id_ in listed.values():
+        shown = await retrieval.ask("GetDocument", pb.GetDocumentRequest(document_id=id_), ann)
+        assert shown.document.chunks == len(shown.chunks)
+
+
+@pytest.mark.parametrize(
+    ("method", "request_", "field"),
+    [
+        ("Search", pb.SearchRequest(query=""), "query"),
+        ("Search", pb.SearchRequest(query="x" * 32_769), "query"),
+        ("Search", pb.SearchRequest(query="x", limit=101), "limit"),
+        ("Search", pb.SearchRequest(query="x", limit=-1), "limit"),
+        ("Search", pb.SearchRequest(query="x", mode=77), "mode"),
+        ("Search", pb.SearchRequest(query="x", collection="no spaces"), "collection"),
+        ("Search", pb.SearchRequest(query="x", document_ids=["a"] * 101), "document_ids"),
+        ("Recall", pb.RecallRequest(question=" \n ", cache_scope="s"), "question"),
+        ("Recall", pb.RecallRequest(question="x", want_cached=True), "cache_scope"),
+        ("Recall", pb.RecallRequest(question="x", passages_max=33), "passages_max"),
+        ("ListDocuments", pb.ListDocumentsRequest(page_size=1001), "page_size"),
+        ("ListDocuments", pb.ListDocumentsRequest(page_token="not ours"), "page_token"),
+    ],
+)
+async def test_bad_input_names_its_field(retrieval: Retrieval, ann: Principal, method: str, request_: object, field: str) -> None:
+    """Every bound is checked before anything is done."""
+    with pytest.raises(RequestInvalid) as refused:
+        await retrieval.stream(method, request_, ann)
+
+    assert field == refused.value.field
+
+
+@pytest.mark.parametrize(
+    ("messages", "field"),
+    [
+        ([], "header"),
+        ([pb.IngestDocumentsRequest(content=b"x")], "header"),
+        ([pb.IngestDocumentsRequest()], "part"),
+        ([pb.IngestDocumentsRequest(header=pb.DocumentHeader(collection="../x"))], "collection"),
+        ([pb.IngestDocumentsRequest(header=pb.DocumentHeader(title="x" * 513))], "header.title"),
+        ([pb.IngestDocumentsRequest(header=pb.DocumentHeader(metadata={str(key): "x" for key in range(33)}))], "header.metadata"),
+    ],
+)
+async def test_a_stream_that_makes_no_sense_is_refused(retrieval: Retrieval, ann: Principal, messages: list[object], field: str) -> None:
+    """The stream ends in a typed error, and nothing is stored."""
+
+    async def sending():  # type: ignore[no-untyped-def]
+        for message in messages:
+            yield message
+
+    with pytest.raises(RequestInvalid) as refused:
+        await retrieval.stream("IngestDocuments", sending(), ann)
+
+    assert field == refused.value.field
+    assert {} == await retrieval.ids(ann)
+
+
+async def test_texts_become_vectors_of_unit_length_in_order(retrieval: Retrieval, ann: Principal) -> None:
+    """The order is kept although batches are sorted by length."""
+    texts = ["a cat", "a much longer sentence about the weather in the north of the country", "a dog"]
+    together = await retrieval.ask("Embed", pb.EmbedRequest(texts=texts), ann)
+    alone = [(await retrieval.ask("Embed", pb.EmbedRequest(texts=[text]), ann)).embeddings[0] for text in texts]
+
+    for one, other in zip(together.embeddings, alone, strict=True):
+        assert list(one.values) == pytest.approx(list(other.values), abs=1e-5)
+        assert 1.0 == pytest.approx(sum(value * value for value in one.values), abs=1e-5)
+    assert together.tokens > 15
+
+
+@pytest.mark.slow
+async def test_real_documents_are_taken_in_or_refused_for_a_reason(retrieval: Retrieval, ann: Principal, data_dir: Path) -> None:
+    """Markdown, HTML and text of every odd encoding get in; everything else is refused by type; a question finds its page."""
+    files = {path.name: path.read_bytes() for path in sorted((data_dir / "docs").iterdir()) if path.name != "manifest.jsonl"}
+    ends = {event.name: event for event in await retrieval.ingest(ann, dict(files)) if event.stage in ("indexed", "unchanged", "failed")}
+
+    assert set(files) == set(ends)
+    for name, event in ends.items():
+        readable = Path(name).suffix in (".md", ".html", ".txt", ".rst") and name not in ("empty.txt", "fake-text-all-whitespace.txt")
+        assert ("indexed" if readable else "failed") == event.stage, (name, event.error_detail)
+        assert readable or event.error_reason == "DOCUMENT_REJECTED"
+    for question, name in (
+        ("How do I use digest authentication?", "authentication.md"),
+        ("Which middleware compresses responses with gzip?", "middleware.md"),
+        ("What carbon content does the steel SNB22-3 have?", "example-steelJIS-datasheet-utf-16.html"),
+    ):
+        assert name in [hit.source_uri for hit in await retrieval.search(ann, question, limit=3)], question
+
+
+async def test_a_call_without_a_principal_or_without_a_tenant_is_refused(retrieval: Retrieval) -> None:
+    """There is no anonymous memory, and nobody speaks for our own records."""
+    for metadata in ((), retrieval.caller.metadata(Principal("", "root"))):
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await retrieval.stub.ForgetAnswers(pb.ForgetAnswersRequest(), metadata=metadata)
+
+        assert grpc.StatusCode.UNAUTHENTICATED is refused.value.code()

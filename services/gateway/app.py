@@ -127,8 +127,8 @@ class Router:
             params = _match(pattern, segments)
             if params is None:
                 continue
-            # A HEAD is a GET whose body the server leaves out.
-            if route.method == ("GET" if method == "HEAD" else method):
+            # A HEAD is a GET whose body the server leaves out; of a stream it would be a silence without end.
+            if route.method == ("GET" if method == "HEAD" and route.rule is Rule.OPEN else method):
                 return route, params
             others.add(route.method)
         if others:

@@ -225,6 +225,8 @@ async def test_methods_and_paths_that_are_not_there(front: Front, client: httpx.
     wrong = await client.patch("/v1/answers")
 
     assert problem_of(wrong, 405, "METHOD_NOT_ALLOWED")["allow"] == wrong.headers["allow"] == "POST"
+    assert (await client.head("/healthz")).status_code == 200
+    assert (await client.head("/v1/operations:watch")).status_code == 405
     for path in ("/v1", "/v1/answers/", "/v1/answers/x/y", "/v1/documents/%00", "/v1/answers/" + "a" * 500, "/%ff"):
         problem_of(await client.get(path), 404, "NOT_FOUND")
 

@@ -200,7 +200,8 @@ class CacheReceipt(_message.Message):
     """What the first answer cost and this one did not, nano-USD. 0 without a hit."""
     reason: _builtins.str
     """Why there was no hit, in a word: `no_candidate`, `below_threshold`, `guard_numbers`, `guard_negation`,
-    `context_dependent`, `time_dependent`, `requested`, `expired`. Empty on a hit.
+    `context_dependent`, `time_dependent`, `requested`, `expired`. Empty on a hit. The other guards: `guard_language`,
+    `guard_quoted`, `guard_dates`, `guard_names`, `guard_question`, `guard_tense`, `guard_opposite`, `guard_words`, `guard_order`.
     """
     def __init__(
         self,

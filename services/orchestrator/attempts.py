@@ -1,6 +1,7 @@
 """The provider calls of one answer: each with a hold before it and a true account after it, tried again only while no text has left."""
 
 import asyncio
+import contextlib
 import random
 import time
 from dataclasses import dataclass
@@ -63,13 +64,22 @@ async def _hold(run: Run, call: _Call, step: StepRecord) -> None:
     """Set the worst case of the call aside. Without that no byte is sent."""
     deadline = current_deadline.get()
     ttl_ms = int(((deadline.remaining_s if deadline else run.kit.limits.deadline_s) + HOLD_MARGIN_S) * 1000)
-    try:
-        call.hold = await run.kit.ledger.reserve(
+    reserving = asyncio.create_task(
+        run.kit.ledger.reserve(
             run.question.answer_id, call.number, call.candidate, call.prompt.input_tokens_max, call.output_tokens_max, ttl_ms
-        )
+        ),
+        name="reserve",
+    )
+    try:
+        call.hold = await asyncio.shield(reserving)
+    except asyncio.CancelledError as error:
+        with contextlib.suppress(DomainError):
+            call.hold = await reserving  # the money may be set aside already: only the reply says which hold to give back
+        run.attempts.append(_account(call, error))
+        raise
     except (BudgetExhausted, PriceUnknown):
         raise
-    except BaseException as error:
+    except DomainError as error:
         run.attempts.append(_account(call, error))  # nobody knows whether the hold exists: the record says that nothing was sent
         raise
     step.note(attempt=call.number, held_nanousd=call.hold.amount_nanousd, price_version=call.hold.price.version)

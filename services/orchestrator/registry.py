@@ -18,6 +18,8 @@ from services.orchestrator.log import EventLog, Reader
 
 log = structlog.get_logger(__name__)
 
+ENDED_EVENTS_MAX = 250_000
+"""Events of all ended answers together, about 60 MB: a busy hour of long answers must not fill the memory."""
 GONE_IDS_MAX = 10_000
 """Answers of which only the owner is remembered, to say "gone" instead of "not found"."""
 Owner = tuple[str, str]
@@ -38,6 +40,8 @@ class Kept:
     task: "asyncio.Task[None]"
     alarm: asyncio.TimerHandle | None = None
     """While it runs: stops it when nobody reads. Afterwards: forgets it."""
+    counted: int = 0
+    """Events it was counted with when it ended."""
 
     @property
     def owner(self) -> Owner:
@@ -47,7 +51,16 @@ class Kept:
 class Registry:
     """Begins, finds, stops and forgets answers. Used from one event loop."""
 
-    def __init__(self, produce: Produce, *, answers_max: int, kept_max: int, kept_s: float, detach_grace_s: float) -> None:
+    def __init__(
+        self,
+        produce: Produce,
+        *,
+        answers_max: int,
+        kept_max: int,
+        kept_s: float,
+        detach_grace_s: float,
+        ended_events_max: int = ENDED_EVENTS_MAX,
+    ) -> None:
         self._produce = produce
         self._answers_max, self._kept_max, self._kept_s, self._detach_grace_s = answers_max, kept_max, kept_s, detach_grace_s
         self._running: dict[str, Kept] = {}
@@ -55,6 +68,7 @@ class Registry:
         self._gone: OrderedDict[str, Owner] = OrderedDict()
         self._by_key: dict[tuple[Owner, str], Kept] = {}
         self._draining = False
+        self._ended_events, self._ended_events_max = 0, ended_events_max
 
     @property
     def running(self) -> int:
@@ -146,7 +160,9 @@ class Registry:
             kept.alarm.cancel()
         self._ended[answer_id] = kept
         kept.alarm = asyncio.get_running_loop().call_later(self._kept_s, self._forget, answer_id)
-        while len(self._ended) > self._kept_max:
+        kept.counted = len(kept.events)
+        self._ended_events += kept.counted
+        while len(self._ended) > self._kept_max or (self._ended_events > self._ended_events_max and len(self._ended) > 1):
             self._forget(next(iter(self._ended)))
 
     def _forget(self, answer_id: str) -> None:
@@ -155,6 +171,7 @@ class Registry:
             return
         if kept.alarm is not None:
             kept.alarm.cancel()
+        self._ended_events -= kept.counted
         self._by_key.pop((kept.owner, kept.question.idempotency_key), None)
         self._gone[answer_id] = kept.owner
         while len(self._gone) > GONE_IDS_MAX:

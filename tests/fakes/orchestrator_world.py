@@ -160,7 +160,7 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
             duplicate = request.operation.operation_id in self.operations
             self.operations.setdefault(request.operation.operation_id, request.operation)
             for attempt in request.operation.attempts:
-                self.open_holds.discard(attempt.hold_id)
+                self.open_holds.discard(f"hold-{request.operation.operation_id}-{attempt.attempt}")
             await context.write(ledger_pb.RecordOperationsResponse(record_id=request.record_id, duplicate=duplicate))
 
     async def ListTurns(self, request: ledger_pb.ListTurnsRequest, context: grpc.aio.ServicerContext) -> None:

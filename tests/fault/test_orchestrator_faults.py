@@ -398,5 +398,6 @@ async def test_cancel_storm_leaves_nothing_behind(claude: World) -> None:
     records = await claude.records()
 
     assert all(record.state in ("client_closed", "finished") for record in records)
+    assert all(attempt.hold_id for operation in claude.ledger.operations.values() for attempt in operation.attempts)
     reply = await claude.ask(QUESTION)
     assert reply.done.verdict == "passed"

@@ -31,7 +31,12 @@ async def measure(chunks: int) -> dict[str, Any]:
         many, cpu = await bench.many_streams()
         exact, semantic = await bench.hits()
         return {
-            "machine": {"cpus": os.cpu_count(), "platform": platform.platform(terse=True), "python": platform.python_version()},
+            "machine": {
+                "cpus": os.cpu_count(),
+                "load": round(os.getloadavg()[0], 1),
+                "platform": platform.platform(terse=True),
+                "python": platform.python_version(),
+            },
             "corpus": prepared,
             "start": starts,
             "first_token": [one, many],
@@ -46,7 +51,7 @@ async def measure(chunks: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON instead of a table")
-    parser.add_argument("--documents", type=int, default=1000, metavar="N", help="documents to ingest, about one chunk each (1000)")
+    parser.add_argument("--documents", type=int, default=620, metavar="N", help="documents to ingest, about 1.6 chunks each (620)")
     options = parser.parse_args()
     figures = asyncio.run(measure(options.documents))
     text = orjson.dumps(figures, option=orjson.OPT_INDENT_2).decode() if options.json else report.table(figures)

@@ -59,13 +59,15 @@ class Bench:
         self._corpus = corpus
         self._token = suite.token(USER, TENANT)
         self._topics = corpus.topics(10_000)
+        if len(self._topics) <= HIT_QUESTIONS:
+            raise ValueError(f"{len(corpus.documents)} documents have {len(self._topics)} subjects to ask about; more are needed")
         self._fresh = self._never_asked()
         self._direct: Call
 
     def _never_asked(self) -> Iterator[str]:
         """Questions that differ in meaning from each other, without end."""
         for number in itertools.count(1):
-            for topic in self._topics[2 * HIT_QUESTIONS :]:
+            for topic in self._topics[HIT_QUESTIONS:]:
                 yield f"What did group {number} report about {topic}?"
 
     def _through(self, question: str, cache: str = "off") -> Call:

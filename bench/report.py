@@ -14,7 +14,8 @@ def table(figures: dict[str, Any]) -> str:
 
 def _lines(figures: dict[str, Any]) -> Iterator[str]:
     corpus, machine = figures["corpus"], figures["machine"]
-    yield f"Tailrace on {machine['cpus']} CPUs, {machine['platform']}, Python {machine['python']}; took {figures['took_s']:.0f} s"
+    yield f"Tailrace on {machine['cpus']} CPUs (load {machine['load']}), {machine['platform']}, Python {machine['python']}"
+    yield f"took {figures['took_s']:.0f} s"
     size = f"{corpus['chunks']:,} chunks of {corpus['documents']:,} documents"
     yield f"corpus: {size} ({corpus['source']}), taken in at {corpus['chunks_per_s']} chunks/s"
     yield f"prompt: {corpus['prompt_bytes']:,} bytes; the provider is simulated, and called directly by the same client in turns"
@@ -36,6 +37,8 @@ def _lines(figures: dict[str, Any]) -> Iterator[str]:
     token, all_in = (round(sum(cpu[kind][name] for name in pair), 1) for kind in ("per_token_us", "per_token_all_in_us"))
     requests = sum(cpu["per_request_us"][name] for name in pair)
     yield _row("  gateway + orchestrator", f"{token:.0f}", f"{requests:,}", f"{all_in:.0f}", _mark(all_in, TOKEN_US, "us all-in"))
+    if provider := cpu["per_token_us"].get("provider"):
+        yield _row("  as multiples of the provider's own", f"{token / provider:.1f} x")
     yield f"  (paced, 20 streams; all-in = everything a {cpu['tokens_per_answer']}-token answer costs, spread over its tokens)"
     yield ""
     yield _row("cache hits", "first p50", "first p95", "done p50", "done p95")
@@ -59,8 +62,8 @@ def _lines(figures: dict[str, Any]) -> Iterator[str]:
 
 
 def _row(name: str, *cells: str) -> str:
-    return f"{name:<38}" + "".join(f"{cell:>14}" for cell in cells)
+    return f"{name:<40}" + "".join(f"{cell:>14}" for cell in cells)
 
 
 def _mark(value: float, limit: float, unit: str) -> str:
-    return f"{'ok' if value <= limit else 'ABOVE'} (<= {limit:g} {unit})"
+    return f"   {'ok' if value <= limit else 'ABOVE'} (<= {limit:g} {unit})"

@@ -10,7 +10,7 @@ from bench import corpus, report
 from bench.measure import spread
 
 FIGURES: dict[str, Any] = {
-    "machine": {"cpus": 2, "platform": "Linux", "python": "3.11"},
+    "machine": {"cpus": 2, "load": 0.5, "platform": "Linux", "python": "3.11"},
     "corpus": {"source": "tales", "documents": 1000, "chunks": 1010, "chunks_per_s": 25.0, "prompt_bytes": 7000},
     "start": {"first_s": 6.0, "again_s": 3.0},
     "first_token": [

@@ -5,7 +5,7 @@ import qdrant_edge as edge
 from services.retrieval.ports import Sparse
 
 AVERAGE_WORDS = 110
-"""Words in a chunk of ours, stop words left out of nothing; BM25 measures length against it."""
+"""Words in a usual chunk of ours; BM25 measures a text's length against it."""
 
 
 class EdgeBm25:

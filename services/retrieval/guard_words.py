@@ -44,6 +44,9 @@ FILLERS = _words(
 )
 """Dropped when something else is left."""
 
+POINTING = _words("this these following aforementioned attached")
+"""Words that point at something outside the question; two such questions point at different things."""
+
 DATE_WORDS = _words(
     "january february march april may june july august september october november december jan feb mar apr jun jul aug sep "
     "sept oct nov dec monday tuesday wednesday thursday friday saturday sunday today yesterday tomorrow tonight now weekend "
@@ -129,7 +132,6 @@ SYNONYMS = _groups(
     phone smartphone mobile
     earn gain
     method approach technique
-    this these
     build construct
     change modify alter
     difference differ different distinction

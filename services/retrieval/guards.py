@@ -21,6 +21,7 @@ from services.retrieval.guard_words import (
     LEMMAS,
     NEGATIONS,
     NUMBER_WORDS,
+    POINTING,
     SYMMETRIC,
     SYNONYMS,
     UNITS,
@@ -111,6 +112,8 @@ def difference(asked: str, answered: str) -> str:
     if normalised(asked) == normalised(answered):
         return ""
     left, right = read(asked), read(answered)
+    if POINTING & (left.all_words | right.all_words):
+        return "context_dependent"
     if left.scripts != right.scripts or (left.language and right.language and left.language != right.language):
         return "guard_language"
     if left.quoted != right.quoted:

@@ -102,7 +102,10 @@ class QdrantStore:
         return [Record(str(point.id), point.payload or {}, float(point.score)) for point in (await self._ask(asked)).points]
 
     async def check(self) -> None:
-        await self._ask(self._client.collection_exists(self._name(SPACES[0])))
+        for space in SPACES:
+            if not await self._ask(self._client.collection_exists(self._name(space))):
+                self._prepared = False
+                raise Unavailable("the vector store has lost its collections", dependency="qdrant")
 
     async def drop(self) -> None:
         """Remove our collections and everything in them."""

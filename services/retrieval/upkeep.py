@@ -42,12 +42,19 @@ class Upkeep:
         self._exclusive = exclusive
         self._answer_ttl_s = answer_ttl_s
         self._ready = False
+        self._wanted = asyncio.Event()
 
     async def check(self) -> None:
         """Raise Unavailable until first contact was made, and whenever the store is away."""
-        if not self._ready:
-            raise Unavailable("the vector store has not been reached yet", dependency="qdrant")
-        await self._store.check()
+        try:
+            if not self._ready:
+                raise Unavailable("the vector store has not been reached yet", dependency="qdrant")
+            await self._store.check()
+        except Unavailable:
+            # It may come back empty: first contact has to be made again, and soon.
+            self._ready = False
+            self._wanted.set()
+            raise
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -82,11 +89,13 @@ class Upkeep:
                 self._flush()
             except Unavailable:
                 await asyncio.sleep(RETRY_S)
+                continue
             except OtherEmbedder as error:
                 log.error("store_refused", detail=str(error))
                 await asyncio.sleep(INTERVAL_S)
             except Exception as error:
                 log.exception("upkeep_failed", error=type(error).__name__)
                 await asyncio.sleep(INTERVAL_S)
-            else:
-                await asyncio.sleep(INTERVAL_S)
+            self._wanted.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wanted.wait(), INTERVAL_S)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from qdrant_client import AsyncQdrantClient
 
+from services.chassis.errors import Unavailable
 from services.retrieval import edge_store, qdrant_store
 from services.retrieval.domain import stable_id
 from services.retrieval.edge_bm25 import EdgeBm25
@@ -209,3 +210,20 @@ async def test_a_store_refuses_the_vectors_of_another_embedder(store: VectorStor
     await settle(store, "test")
     with pytest.raises(OtherEmbedder, match=r"'test'.*'other'"):
         await settle(store, "other")
+
+
+async def test_a_server_that_lost_its_collections_is_prepared_again(store: VectorStore) -> None:
+    """The check says so, calls are refused until then, and afterwards work goes on."""
+    if not isinstance(store, QdrantStore):
+        pytest.skip("an embedded store cannot lose its collections while it is open")
+    await store.drop()
+    with pytest.raises(Unavailable):
+        await store.check()
+    with pytest.raises(Unavailable):
+        await store.count(CHUNKS, Filter("acme"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        await store.prepare()
+    await store.check()
+
+    assert 0 == await store.count(CHUNKS, Filter("acme"))

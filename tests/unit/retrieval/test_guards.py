@@ -43,6 +43,7 @@ DIFFERENT = [
     ("How do I convert celsius to fahrenheit?", "How do I convert fahrenheit to celsius?", "guard_order"),
     ("Can I cancel my order?", "Can I change my order?", "guard_words"),
     ("What is the refund policy for books?", "What is the refund policy?", "guard_words"),
+    ("How does this circuit work?", "How do these circuits work?", "context_dependent"),
     ("Wie hoch ist der Zoll auf die Ware?", "What is the duty on the goods?", "guard_language"),
     ("Что такое кэш?", "What is a cache?", "guard_language"),
 ]

@@ -1,0 +1,82 @@
+"""The embedder gives the model's own vectors, in both precisions, and keeps its lanes apart."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from services.chassis.errors import Overloaded
+from services.retrieval import minilm_embedder
+from services.retrieval.minilm_embedder import BATCH_TOKENS_MAX, TOKENS_MAX, MiniLmEmbedder
+
+EATING, BREAD = "A man is eating food.", "A man is eating a piece of bread."
+PUBLISHED_COSINE = 0.7553
+"""Of these two sentences, by the model's publishers."""
+
+
+@pytest.fixture(scope="module")
+async def embedder(state_dir: Path) -> AsyncIterator[MiniLmEmbedder]:
+    """fp32, from the folder the service tests use as well."""
+    embedder = await asyncio.to_thread(MiniLmEmbedder.load, state_dir / "models", "fp32")
+    yield embedder
+    embedder.close()
+
+
+async def test_vectors_are_those_of_the_published_model(embedder: MiniLmEmbedder) -> None:
+    """The converted graph computes what the original does, alone and in a batch."""
+    together = (await embedder.embed_texts([EATING, BREAD])).vectors
+    alone = np.concatenate([await embedder.embed_question(text) for text in (EATING, BREAD)])
+
+    assert PUBLISHED_COSINE == pytest.approx(float(together[0] @ together[1]), abs=1e-3)
+    assert np.allclose(together, alone, atol=1e-5)
+
+
+@pytest.mark.slow
+async def test_int8_is_near_and_has_its_own_id(embedder: MiniLmEmbedder, state_dir: Path) -> None:
+    """Close enough to find by, different enough never to be mixed."""
+    small = await asyncio.to_thread(MiniLmEmbedder.load, state_dir / "models", "int8")
+    try:
+        near = (await small.embed_question(EATING))[0] @ (await embedder.embed_question(EATING))[0]
+    finally:
+        small.close()
+
+    assert near > 0.98
+    assert small.embedder_id != embedder.embedder_id
+
+
+async def test_texts_beyond_the_limit_are_read_to_the_limit(embedder: MiniLmEmbedder) -> None:
+    """What lies beyond changes nothing, and no more tokens are counted than were read."""
+    long = "word " * 400
+    embedded = await embedder.embed_texts([long, long + "completely different ending"])
+
+    assert np.allclose(embedded.vectors[0], embedded.vectors[1])
+    assert 2 * TOKENS_MAX == embedded.tokens
+    assert [400] == embedder.count_tokens([long])
+
+
+async def test_too_many_waiting_questions_are_refused_and_left_ones_dropped(
+    embedder: MiniLmEmbedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The queue is bounded; a cancelled question makes room and is not computed."""
+    monkeypatch.setattr(minilm_embedder, "QUESTIONS_WAITING_MAX", 3)
+    waiting = [asyncio.create_task(embedder.embed_question("word " * 200)) for _ in range(3)]
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded):
+        await embedder.embed_question(EATING)
+    waiting[2].cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+
+    assert (1, 384) == (await embedder.embed_question(EATING)).shape
+
+
+def test_batches_hold_every_text_once_and_little_padding() -> None:
+    """Whatever the lengths, no batch is larger than its bound unless one text alone is."""
+    lengths = [5, 300, 7, 120, 120, 120, 250, 1, 254, 60, 60]
+    batches = minilm_embedder._batches(lengths)
+
+    assert list(range(len(lengths))) == sorted(place for batch in batches for place in batch)
+    for batch in batches:
+        width = min(max(lengths[place] for place in batch) + 2, TOKENS_MAX)
+        assert width * len(batch) <= BATCH_TOKENS_MAX

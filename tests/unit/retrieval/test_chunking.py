@@ -1,0 +1,72 @@
+"""Where documents are cut."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from services.retrieval.chunking import TOKENS_MAX, chunked, context_of, in_context
+from services.retrieval.domain import Chunk, Upload
+from services.retrieval.parsers import read
+
+
+def count_words(texts: Sequence[str]) -> list[int]:
+    return [len(text.split()) for text in texts]
+
+
+def cut(text: str) -> list[Chunk]:
+    return chunked(read(Upload(text.encode(), source_uri="a.md")), count_words)
+
+
+def words(count: int, word: str = "word") -> str:
+    return " ".join([word] * count)
+
+
+def test_sections_that_say_enough_are_kept_apart() -> None:
+    """Each has its heading in its text and its path."""
+    first, second = cut(f"# A\n\n{words(90)}\n\n## B\n\n{words(90)}\n")
+
+    assert (("A",), ("A", "B")) == (first.heading_path, second.heading_path)
+    assert second.text.startswith("## B\n\nword")
+
+
+def test_small_sections_of_one_parent_go_together() -> None:
+    """A line under a heading says too little alone; the path is what the sections share."""
+    (chunk,) = cut("# A\n\n## B\n\nOne line.\n\n## C\n\nAnother line.\n")
+
+    assert ("A",) == chunk.heading_path
+
+
+def test_a_heading_is_never_left_at_the_end_of_a_chunk() -> None:
+    """It goes with what it is the heading of, even if that is large."""
+    chunks = cut(f"# A\n\n{words(50)}\n\n## B\n\n{words(TOKENS_MAX - 1)}\n")
+
+    assert 2 == len(chunks)
+    assert chunks[1].text.startswith("## B")
+
+
+def test_a_long_paragraph_is_cut_between_sentences() -> None:
+    """No sentence is torn while sentences fit."""
+    sentence = f"{words(29)} end."
+    chunks = cut(" ".join([sentence] * 20))
+
+    assert all(chunk.text.startswith("word") and chunk.text.endswith("end.") for chunk in chunks)
+    assert max(count_words([chunk.text for chunk in chunks])) <= TOKENS_MAX
+
+
+def test_a_long_code_block_is_cut_between_lines() -> None:
+    """Lines of code stay whole."""
+    line = "x = call(a, b, c)  # a comment"
+    chunks = cut("```python\n" + "\n".join([line] * 100) + "\n```\n")
+
+    assert len(chunks) > 2
+    assert {line} == {part for chunk in chunks for part in chunk.text.split("\n")} - {"```python", "```"}
+
+
+@pytest.mark.parametrize(
+    ("title", "path", "context"),
+    [("Guide", ("Guide", "Pools"), "Guide > Pools"), ("", ("A", "B"), "A > B"), ("Guide", (), "Guide"), ("", (), "")],
+)
+def test_the_context_names_the_place_once(title: str, path: tuple[str, ...], context: str) -> None:
+    """A title that is also the first heading is not said twice; without context the text stands alone."""
+    assert context == context_of(title, path)
+    assert f"{context}\ntext".strip() == in_context(title, Chunk(0, "text", 0, 4, path))

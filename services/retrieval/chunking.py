@@ -48,7 +48,7 @@ def in_context(title: str, chunk: Chunk) -> str:
 
 def chunked(extracted: Extracted, count_tokens: CountTokens) -> list[Chunk]:
     """Cut `extracted` into chunks in reading order."""
-    pieces = _packed(_pieces(extracted, count_tokens))
+    pieces = _packed(extracted.text, _pieces(extracted, count_tokens))
     return [
         Chunk(ordinal, extracted.text[piece.start : piece.end], piece.start, piece.end, piece.heading_path)
         for ordinal, piece in enumerate(pieces)
@@ -118,21 +118,32 @@ def _joined(parts: Iterator[_Piece]) -> Iterator[_Piece]:
         yield gathered
 
 
-def _packed(pieces: Iterator[_Piece]) -> list[_Piece]:
+def _packed(text: str, pieces: Iterator[_Piece]) -> list[_Piece]:
     """Pieces of one section together as long as they fit, then small sections with their neighbours."""
+
+    def adjoin(last: _Piece, piece: _Piece) -> bool:
+        """Whether nothing lies between them that is no part of the content, such as a comment or a rule."""
+        return not text[last.end : piece.start].strip()
+
     sections: list[_Piece] = []
     for piece in pieces:
         last = sections[-1] if sections else None
         # A heading is never left alone for the sake of a few tokens.
         most = TOKENS_MAX + HEADING_TOKENS_MAX if last and last.heading else TOKENS_MAX
-        if last is not None and piece.heading_path == last.heading_path and not piece.heading and last.tokens + piece.tokens <= most:
+        if (
+            last is not None
+            and piece.heading_path == last.heading_path
+            and not piece.heading
+            and last.tokens + piece.tokens <= most
+            and adjoin(last, piece)
+        ):
             sections[-1] = _together(last, piece, piece.heading_path)
         else:
             sections.append(piece)
     packed: list[_Piece] = []
     for piece in sections:
         last = packed[-1] if packed else None
-        if last is not None and _belong_together(last, piece):
+        if last is not None and _belong_together(last, piece) and adjoin(last, piece):
             below = piece.heading_path[: len(last.heading_path)] == last.heading_path
             path = piece.heading_path if last.heading and below else _shared(last.heading_path, piece.heading_path)
             packed[-1] = _together(last, piece, path)

@@ -42,6 +42,7 @@ def extracted_from(text: str, name: str) -> Extracted | None:
 @given(text=documents)
 @example(text="He said “Stop!” Then he left. " * 80)
 @example(text="# One\n\n## Two\n\n### Three\n\n" + "word " * 400 + "\n\n# Four")
+@example(text="?\n" + "_ " * 229 + "\n?")
 @example(text="。" * 900)
 @settings(max_examples=60, deadline=None)
 def test_chunks_are_exact_and_lose_nothing_of_any_block(name: str, text: str) -> None:

@@ -44,6 +44,13 @@ def test_a_heading_is_never_left_at_the_end_of_a_chunk() -> None:
     assert chunks[1].text.startswith("## B")
 
 
+def test_what_is_no_content_is_in_no_chunk() -> None:
+    """A comment between two paragraphs is not taken along with them."""
+    chunks = cut("One line.\n\n<!-- a note to authors -->\n\nAnother line.\n")
+
+    assert ["One line.", "Another line."] == [chunk.text for chunk in chunks]
+
+
 def test_a_long_paragraph_is_cut_between_sentences() -> None:
     """No sentence is torn while sentences fit."""
     sentence = f"{words(29)} end."

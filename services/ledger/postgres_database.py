@@ -87,12 +87,12 @@ class Database:
         except DomainError:
             raise
         except asyncio.CancelledError:
-            connection.terminate()
+            _cut(connection)
             raise
         except Exception as error:
-            translated = _translated(error, closed=connection.is_closed())
+            translated = _translated(error, closed=_lost(connection))
             if isinstance(translated, Unavailable):
-                connection.terminate()
+                _cut(connection)
             if translated is error:
                 raise
             raise translated from error
@@ -102,6 +102,20 @@ class Database:
 
 class _Clash(Exception):
     """Two transactions stood in each other's way, and this one was undone."""
+
+
+def _lost(connection: Connection) -> bool:
+    """Whether the connection is gone. The pool takes one that broke back at once, and then even the question is an error."""
+    try:
+        return bool(connection.is_closed())
+    except asyncpg.InterfaceError:
+        return True
+
+
+def _cut(connection: Connection) -> None:
+    """Close without a word to the server, unless the pool has done so already."""
+    with contextlib.suppress(asyncpg.InterfaceError):
+        connection.terminate()
 
 
 def _translated(error: Exception, *, closed: bool) -> Exception:

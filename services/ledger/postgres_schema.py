@@ -59,7 +59,7 @@ async def prepare(database: Database) -> None:
             await connection.execute("SELECT pg_advisory_xact_lock($1)", LOCK_KEY)
             applied = await apply(connection, migrations())
             await load_plans(connection)
-            await load_prices(connection)
+            await load_prices(connection, listed_prices())
             return applied
 
     for name in await database.run(work):
@@ -104,8 +104,8 @@ async def load_plans(connection: Connection) -> None:
     )
 
 
-async def load_prices(connection: Connection) -> None:
-    """Append a version for every listed price that the book does not have with these figures from that day on."""
+async def load_prices(connection: Connection, wanted: list[ListedPrice]) -> None:
+    """Append a version for every price that the book does not have with these figures from that day on."""
     book = await read_book(connection)
     newest: dict[tuple[str, str, object], ListedPrice] = {}
     for known in book.versions():
@@ -113,7 +113,7 @@ async def load_prices(connection: Connection) -> None:
             key = (known.price.provider, known.price.model, known.valid_from)
             if key not in newest or newest[key].price.version < known.price.version:
                 newest[key] = known
-    for listed in listed_prices():
+    for listed in wanted:
         same_day = newest.get((listed.price.provider, listed.price.model, listed.valid_from))
         if same_day is None or same_day.figures != listed.figures:
             await append_price(connection, listed)

@@ -59,6 +59,8 @@ class Ledger:
     url: str
     stub: Any
     caller: Caller
+    stop: Callable[[], None]
+    """Ends the endless calls, as a stop signal would."""
 
     async def ask(self, method: str, request: Any, principal: Principal) -> Any:
         return await self.caller.unary(getattr(self.stub, method), request, principal=principal, timeout_s=20)
@@ -99,15 +101,15 @@ async def running(url: str, **more: str) -> AsyncIterator[Ledger]:
     given = settings(url, **more)
     async with build(given) as service:
         async with started(service, given.bind_host) as port:
+            assert service.stopping is not None
             channel = open_channel(f"127.0.0.1:{port}")
             try:
                 caller = Caller("ledger", Passport(INTERNAL_KEY.encode()))
-                yield Ledger(url, ledger_service_pb2_grpc.LedgerServiceStub(channel), caller)
+                yield Ledger(url, ledger_service_pb2_grpc.LedgerServiceStub(channel), caller, service.stopping)
             finally:
                 await channel.close()
-        assert service.stopping is not None
         service.stopping()
-        await service.server.stop(0, 1)
+        await service.server.stop(0, 10)
 
 
 def operation(principal: Principal, operation_id: str = "", **changes: Any) -> pb.Operation:

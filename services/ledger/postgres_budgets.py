@@ -26,12 +26,10 @@ class PostgresBudgets:
         self._database, self._clock = database, clock
 
     async def of(self, tenant: str, scope: str, subject: str) -> Sequence[Budget]:
-        """The budgets of one subject, day before month."""
         rows = await self._database.fetch(_BUDGETS, tenant, scope, subject, self._clock.now().astimezone(UTC))
         return [_budget_of(row) for row in rows]
 
     async def put(self, tenant: str, scope: str, subject: str, period: str, limit_nanousd: int) -> Budget:
-        """Set a limit. It counts what the period has seen before. Raises NotFound for a key that is not the tenant's."""
         moment: datetime = self._clock.now()
 
         async def work(connection: Connection) -> Any:
@@ -51,7 +49,6 @@ class PostgresBudgets:
         return next(_budget_of(row) for row in await self._database.run(work) if row["period"] == period)
 
     async def delete(self, tenant: str, scope: str, subject: str, period: str) -> None:
-        """Take the limit of a period away, or of both if `period` is empty. Raises NotFound if there was none."""
         deleted = await self._database.fetch(
             "DELETE FROM budgets WHERE tenant = $1 AND scope = $2 AND subject = $3 AND ($4 = '' OR period = $4) RETURNING period",
             *(tenant, scope, subject, period),

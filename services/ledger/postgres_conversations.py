@@ -25,10 +25,6 @@ class PostgresConversations:
         self._database = database
 
     async def append(self, principal: Principal, session_id: str, turn: Turn) -> int:
-        """Keep a turn and return its position, from 1. The same answer again changes nothing.
-
-        Raises IdempotencyConflict if the answer is kept in another of the user's conversations.
-        """
         place, kept_in = await self._database.row(
             "SELECT * FROM append_turn($1, $2, $3, $4, $5, $6, $7, $8, $9)",
             *(principal.tenant, principal.user, session_id, UUID(turn.answer_id), turn.question, turn.text),
@@ -39,7 +35,6 @@ class PostgresConversations:
         return int(place)
 
     async def turns(self, principal: Principal, session_id: str, limit: int) -> Sequence[Turn]:
-        """The latest `limit` turns of the principal's own conversation, oldest first; none if it is new."""
         return await self._turns(principal.tenant, principal.user, session_id, limit)
 
     async def _turns(self, tenant: str, user: str, session_id: str, limit: int) -> Sequence[Turn]:
@@ -50,14 +45,12 @@ class PostgresConversations:
         return [_turn_of(row) for row in reversed(rows)]
 
     async def turn(self, tenant: str, user: str, answer_id: UUID) -> Turn | None:
-        """The turn of one answer."""
         row = await self._database.row(
             f"SELECT {_TURN} FROM turns WHERE tenant = $1 AND user_id = $2 AND answer_id = $3", tenant, user, answer_id
         )
         return _turn_of(row) if row else None
 
     async def session(self, principal: Principal, session_id: str, turns_max: int) -> tuple[Session, Sequence[Turn]]:
-        """A conversation with its latest turns: one's own, or for an admin any of the tenant's. Raises NotFound."""
         row = await self._database.row(
             f"SELECT user_id, {_SESSION} FROM sessions WHERE tenant = $1 AND session_id = $2 AND (user_id = $3 OR $4)"
             " ORDER BY user_id = $3 DESC, updated_at DESC LIMIT 1",
@@ -68,7 +61,6 @@ class PostgresConversations:
         return _session_of(row), await self._turns(principal.tenant, row["user_id"], session_id, turns_max)
 
     async def page(self, principal: Principal, *, size: int, after: tuple[datetime, str] | None) -> Page[Session]:
-        """The principal's own conversations, latest turn first."""
         condition, arguments = "", [principal.tenant, principal.user, size + 1]
         if after is not None:
             condition = " AND (updated_at, session_id) < ($4, $5)"

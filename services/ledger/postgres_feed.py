@@ -53,7 +53,6 @@ class Watcher:
             self._waiting.put_nowait(None)
 
     async def next(self) -> Operation | None:
-        """The next operation; None once the feed has ended. Raises Overloaded for a reader that fell too far behind."""
         if self._behind and self._waiting.empty():
             raise Overloaded("the watcher reads more slowly than operations are recorded", retry_after_ms=1000)
         return await self._waiting.get()
@@ -71,7 +70,6 @@ class PostgresFeed:
 
     @contextlib.contextmanager
     def watching(self, principal: Principal) -> Iterator[Watcher]:
-        """A watcher of what the principal may see, from now on. Raises Overloaded if there are too many."""
         if len(self._watchers) >= WATCHERS_MAX:
             raise Overloaded("too many watchers", retry_after_ms=5000)
         watcher = Watcher(principal)
@@ -84,7 +82,6 @@ class PostgresFeed:
             self._watchers.discard(watcher)
 
     def end(self) -> None:
-        """Let every watcher go."""
         self._ended = True
         for watcher in self._watchers:
             watcher.end()

@@ -37,11 +37,6 @@ class PostgresHolds:
         return self._clock.now() if self._clock else None
 
     async def reserve(self, principal: Principal, wanted: Reservation) -> Reserved:
-        """Set the worst case of a call aside, or return the hold that this (operation, attempt) already has.
-
-        Raises PriceUnknown, BudgetExhausted, IdempotencyConflict for the same attempt of another call, and the named error if
-        the hold was resolved already.
-        """
         for _ in range(PRICE_TRIES_MAX):
             book = self._prices.book
             listed = await self._prices.in_force(principal.tenant, wanted.provider, wanted.model, self._now() or datetime.now(UTC))
@@ -78,7 +73,6 @@ class PostgresHolds:
         return Reserved(hold.hold_id, hold.amount_nanousd, listed, row["expires_at"])
 
     async def settle(self, principal: Principal, hold_id: UUID, usage: Usage, *, estimated: bool) -> Hold:
-        """Book what a hold used; the same again changes nothing. Raises NotFound and what holds.settle raises."""
 
         async def work(connection: Connection) -> Hold:
             async with connection.transaction():
@@ -92,7 +86,6 @@ class PostgresHolds:
         return await self._database.run(work)
 
     async def void(self, principal: Principal, hold_id: UUID) -> int:
-        """Give a hold back and return its amount, in nano-USD. Raises NotFound and what holds.void raises."""
 
         async def work(connection: Connection) -> int:
             async with connection.transaction():
@@ -103,10 +96,6 @@ class PostgresHolds:
         return await self._database.run(work)
 
     async def expire_one(self, grace_ms: int) -> str | None:
-        """Book one hold that expired more than `grace_ms` ago in full; return its id, or None if there is none left.
-
-        Holds that somebody else is resolving now are passed over.
-        """
 
         async def work(connection: Connection) -> str | None:
             async with connection.transaction():

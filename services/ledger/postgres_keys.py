@@ -26,7 +26,6 @@ class PostgresKeys:
         self._database, self._clock = database, clock
 
     async def create(self, tenant: str, user: str, name: str, roles: Sequence[str], expires_at: datetime | None) -> tuple[ApiKey, str]:
-        """Make a key and return it with its secret. Raises Overloaded if the tenant has too many."""
         key_id = secrets.token_hex(8)
         # 256 random bits need no slow hash: there is nothing to guess.
         secret = f"trk_{key_id}_{secrets.token_urlsafe(32)}"
@@ -45,12 +44,10 @@ class PostgresKeys:
         return _key_of(await self._database.run(work)), secret
 
     async def list(self, tenant: str) -> Sequence[ApiKey]:
-        """Keys of a tenant, oldest first, ended ones too."""
         rows = await self._database.fetch(f"SELECT {_COLUMNS} FROM api_keys WHERE tenant = $1 ORDER BY created_at, key_id", tenant)
         return [_key_of(row) for row in rows]
 
     async def revoke(self, tenant: str, key_id: str) -> None:
-        """End a key; one that ended before stays ended. Raises NotFound."""
         revoked = await self._database.value(
             "UPDATE api_keys SET revoked_at = coalesce(revoked_at, now()) WHERE tenant = $1 AND key_id = $2 RETURNING true", tenant, key_id
         )
@@ -58,7 +55,6 @@ class PostgresKeys:
             raise NotFound("no such key", kind="api_key")
 
     async def resolve(self, secret: str) -> Principal:
-        """Whose key this is. Raises NotAuthenticated; why a key is refused is told only to who has its secret."""
         match = SECRET_PATTERN.fullmatch(secret)
         row = match and await self._database.row(f"SELECT {_COLUMNS}, secret_sha256 FROM api_keys WHERE key_id = $1", match[1])
         kept = row["secret_sha256"] if row else bytes(32)

@@ -41,12 +41,6 @@ class PostgresOperations:
         self._database, self._held, self._prices, self._clock = database, held, prices, clock
 
     async def record(self, operation: Operation) -> Recorded:
-        """Book an operation with its attempts and steps and resolve its holds, all or nothing. The same again changes nothing.
-
-        A call without a hold is booked late, at the price that was valid when the operation was accepted. Raises PriceUnknown if
-        there was none, RequestInvalid for a record that contradicts itself, IdempotencyConflict if the id is another user's,
-        and what holds.settle raises.
-        """
         if operation.created_at > self._clock.now() + FUTURE_MAX:
             raise RequestInvalid("the operation lies in the future", field="operation.created_at")
         return await self._database.run(lambda connection: self._record(connection, operation))
@@ -122,7 +116,6 @@ class PostgresOperations:
                 raise IdempotencyConflict("the operation belongs to another user", key=operation.operation_id)
 
     async def get(self, principal: Principal, operation_id: UUID) -> Operation:
-        """One operation that the principal may see. Raises NotFound."""
         row = await self._database.row(
             f"SELECT {_OPERATION} FROM operations o WHERE o.tenant = $1 AND o.operation_id = $2 AND (o.user_id = $3 OR $4)",
             *(principal.tenant, operation_id, principal.user, "admin" in principal.roles),
@@ -134,7 +127,6 @@ class PostgresOperations:
     async def page(
         self, principal: Principal, *, size: int, after: tuple[datetime, UUID] | None, session_id: str = "", user: str = ""
     ) -> Page[Operation]:
-        """Operations the principal may see, newest first, older than `after`; of one session or user if given."""
         conditions, arguments = ["o.tenant = $1"], [principal.tenant, size + 1]
         if "admin" not in principal.roles:
             arguments.append(principal.user)

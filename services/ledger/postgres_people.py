@@ -19,7 +19,6 @@ class PostgresPeople:
         self._database = database
 
     async def member(self, tenant: str, user: str) -> Member:
-        """A user with the plan in force; made known at first sight."""
         known = await self._member(tenant, user)
         if known is None:
             await self._database.value("SELECT ensure_user($1, $2)", tenant, user)
@@ -28,7 +27,6 @@ class PostgresPeople:
         return known
 
     async def known_member(self, tenant: str, user: str) -> Member:
-        """A user that exists. Raises NotFound."""
         known = await self._member(tenant, user)
         if known is None:
             raise NotFound("no such user", kind="user")
@@ -39,7 +37,6 @@ class PostgresPeople:
         return _member_of(row) if row else None
 
     async def page(self, tenant: str, *, size: int, after: str) -> Page[Member]:
-        """Users of a tenant in the order of their ids."""
         rows = await self._database.fetch(
             f"SELECT {_MEMBER} FROM members WHERE tenant = $1 AND user_id > $2 ORDER BY user_id LIMIT $3", tenant, after, size + 1
         )
@@ -47,7 +44,6 @@ class PostgresPeople:
         return Page([_member_of(row) for row in rows[:size]], last)
 
     async def put(self, tenant: str, user: str, display_name: str) -> Member:
-        """Make a user known or rename them."""
 
         async def work(connection: Connection) -> None:
             async with connection.transaction():
@@ -60,14 +56,12 @@ class PostgresPeople:
         return await self.member(tenant, user)
 
     async def plans(self, tenant: str) -> Sequence[Plan]:
-        """The plans of a tenant: its own, and the common ones it has not replaced."""
         rows = await self._database.fetch(
             f"SELECT DISTINCT ON (name) name AS plan, {_PLAN} FROM plans WHERE tenant IN ('', $1) ORDER BY name, tenant <> '' DESC", tenant
         )
         return [_plan_of(row) for row in rows]
 
     async def put_plan(self, tenant: str, plan: Plan) -> None:
-        """Add a plan to a tenant or change it; one with a common plan's name replaces that for this tenant alone."""
         await self._database.value(
             "INSERT INTO plans (tenant, name, requests_per_minute, tokens_per_minute, concurrent_answers, monthly_budget_nanousd, tiers)"
             " VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT (tenant, name) DO UPDATE SET requests_per_minute = $3,"
@@ -77,7 +71,6 @@ class PostgresPeople:
         )
 
     async def subscribe(self, tenant: str, user: str, plan: str) -> Member:
-        """Put a user on a plan at once; the former subscription ends. Raises NotFound for an unknown plan."""
 
         async def work(connection: Connection) -> None:
             async with connection.transaction():
@@ -96,7 +89,6 @@ class PostgresPeople:
         return await self.member(tenant, user)
 
     async def unsubscribe(self, tenant: str, user: str) -> None:
-        """End a subscription. Raises NotFound for an unknown user; one without a subscription stays as they are."""
         await self.known_member(tenant, user)
         await self._database.value(
             "UPDATE subscriptions SET ended_at = greatest(started_at, now()) WHERE tenant = $1 AND user_id = $2 AND ended_at IS NULL",

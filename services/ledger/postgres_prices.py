@@ -66,7 +66,6 @@ class PostgresPrices:
         return (await self.reload()).all_in_force(tenant, self._clock.now())
 
     async def put(self, tenant: str, price: Price, valid_from: datetime | None) -> ListedPrice:
-        """Add a version for `tenant`, from `valid_from` or now on. The same figures as are in force add nothing."""
 
         listed = ListedPrice(price, valid_from or self._clock.now(), tenant)
 

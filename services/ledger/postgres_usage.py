@@ -33,11 +33,6 @@ class PostgresUsage:
         self._database = database
 
     async def query(self, principal: Principal, group_by: Sequence[str], start: datetime, end: datetime) -> list[UsageRow]:
-        """Usage of what the principal may see, accepted in [start, end), one row a group.
-
-        By step, the times are the step's, and tokens, cost and savings are shown where they arise, once for each operation: at
-        its first `generate`, or `recall` on a hit. So the rows add up to the same totals as without steps.
-        """
         by_step = "step" in group_by
         conditions, arguments = ["o.tenant = $1", "o.created_at >= $2", "o.created_at < $3"], [principal.tenant, start, end]
         if "admin" not in principal.roles:

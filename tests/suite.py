@@ -24,6 +24,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 
 from bench.provider import ROOT, Simulator, simulator
 from services.local.issuer import Issuer
+from services.local.child import leashed
 from services.local.stores import Postgres, Valkey, free_port
 
 SERVICES = ("ledger", "retrieval", "orchestrator", "gateway")
@@ -163,9 +164,7 @@ class Suite:
         log.parent.mkdir(exist_ok=True)
         with log.open("ab") as sink:
             self.processes[service] = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                f"services.{service}",
+                *leashed([sys.executable, "-m", f"services.{service}"], number=signal.SIGKILL),
                 cwd=ROOT,
                 env={**self.environment, **environment},
                 stdin=asyncio.subprocess.DEVNULL,

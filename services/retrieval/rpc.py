@@ -3,6 +3,7 @@
 Streaming handlers are coroutines that write, so that spans and cancellation behave; the generated types know only iterators.
 """
 
+import asyncio
 import base64
 import binascii
 import struct
@@ -104,8 +105,11 @@ class RetrievalServicer(pb_grpc.RetrievalServiceServicer):
     async def IngestDocuments(  # type: ignore[override]
         self, requests: AsyncIterator[pb.IngestDocumentsRequest], context: grpc.aio.ServicerContext
     ) -> None:
+        writing = asyncio.Lock()  # a call takes one write at a time, and both progress and the receiving end write
+
         async def emit(job: Job, event: Progress) -> None:
-            await context.write(_progress_message(job, event))
+            async with writing:
+                await context.write(_progress_message(job, event))
 
         await take_in(self._ingestion, tenant_of(current_principal()), _parts(requests), emit)
 

@@ -6,10 +6,12 @@ from pathlib import Path
 import grpc
 import pytest
 
+from services.chassis.channel import open_channel
 from services.chassis.errors import NotFound, RequestInvalid
 from services.chassis.principal import Principal
 from services.retrieval.ingest import DOCUMENT_BYTES_MAX
 from tailrace.retrieval.v1 import retrieval_service_pb2 as pb
+from tailrace.retrieval.v1 import retrieval_service_pb2_grpc as pb_grpc
 from tests.integration.retrieval.retrieval_kit import Retrieval, stages, upload
 
 GUIDE = """# Timeouts
@@ -203,7 +205,32 @@ async def test_a_job_can_be_read_and_watched_after_it_ended(retrieval: Retrieval
     job = await retrieval.ask("GetIngestionJob", pb.GetIngestionJobRequest(job_id=progress[0].job_id), ann)
 
     assert ("ended", ["indexed", "failed"]) == (job.status, [document.stage for document in job.documents])
-    assert progress == await retrieval.stream("WatchIngestionJob", pb.WatchIngestionJobRequest(job_id=progress[0].job_id), ann)
+    watched = await retrieval.stream("WatchIngestionJob", pb.WatchIngestionJobRequest(job_id=progress[0].job_id), ann)
+    # Who sends the documents hears that the last one is whole before the first one may be done; nothing else differs.
+    assert sorted(progress, key=lambda row: row.index) == sorted(watched, key=lambda row: row.index)
+
+
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize("cut", ["cancel", "connection"])
+async def test_half_a_document_is_never_taken_for_a_whole_one(retrieval: Retrieval, ann: Principal, cut: str, detach: bool) -> None:
+    """gRPC ends the requests of a caller that died as if it had finished; nothing of what it was sending may be indexed."""
+    async with open_channel(retrieval.caller.target) as channel:
+        stub = pb_grpc.RetrievalServiceStub(channel)
+        call = stub.IngestDocuments(metadata=retrieval.caller.metadata(ann))
+        await call.write(pb.IngestDocumentsRequest(header=pb.DocumentHeader(source_uri="whole.txt", detach=detach)))
+        await call.write(pb.IngestDocumentsRequest(content=b"The whole text."))
+        await call.write(pb.IngestDocumentsRequest(header=pb.DocumentHeader(source_uri="half.txt")))
+        first = await call.read()
+        await call.write(pb.IngestDocumentsRequest(content=b"Half of a text that goes on"))
+        await asyncio.sleep(0.1)  # so that the cut does not overtake the content, which would be the easier case
+        if cut == "cancel":
+            call.cancel()
+        else:
+            await channel.close(None)
+
+    told = await retrieval.stream("WatchIngestionJob", pb.WatchIngestionJobRequest(job_id=first.job_id), ann)
+    assert "half.txt" not in {progress.name for progress in told}
+    assert "half.txt" not in await retrieval.ids(ann)
 
 
 @pytest.mark.parametrize("detach", [False, True])

@@ -23,8 +23,8 @@ import psutil
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
 from bench.provider import ROOT, Simulator, simulator
-from services.local.issuer import Issuer
 from services.local.child import leashed
+from services.local.issuer import Issuer
 from services.local.stores import Postgres, Valkey, free_port
 
 SERVICES = ("ledger", "retrieval", "orchestrator", "gateway")

@@ -6,6 +6,7 @@ closed in reverse → spans are flushed last.
 
 import asyncio
 import contextlib
+import gc
 import signal
 import sys
 import time
@@ -92,6 +93,9 @@ async def serve(build: Build[SettingsT], settings: SettingsT, stop: asyncio.Even
     """Build, serve until `stop` is set, drain; return how much work had to be abandoned."""
     abandoned = 0
     async with build(settings) as service:
+        # What is here now stays: without it in every round, a full collection takes a millisecond and not fifty, in the middle of streams.
+        gc.collect()
+        gc.freeze()
         async with started(service, settings.bind_host) as port:
             log.info("serving", port=port)
             await stop.wait()

@@ -3,6 +3,7 @@
 Spans cross services by the W3C `traceparent` metadata key; a server span's parent is the step that made the call.
 """
 
+import asyncio
 import contextlib
 import logging
 import sys
@@ -17,6 +18,7 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -54,7 +56,7 @@ _tracer = trace.get_tracer("tailrace")
 def start(service: str, otlp_endpoint: str, log_level: str) -> Callable[[], None]:
     """Set up tracing and logging for this process; return what flushes and closes them, to be called last.
 
-    Without an endpoint spans are made, so that trace ids exist, and thrown away.
+    Without an endpoint nothing is recorded: spans are ids alone, so that the calls of one request still agree on its trace id.
     """
     structlog.configure(
         processors=[
@@ -70,7 +72,10 @@ def start(service: str, otlp_endpoint: str, log_level: str) -> Callable[[], None
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(service=service)
-    provider = TracerProvider(resource=Resource.create({"service.name": f"tailrace-{service}", "service.namespace": "tailrace"}))
+    provider = TracerProvider(
+        sampler=ALWAYS_ON if otlp_endpoint else ALWAYS_OFF,
+        resource=Resource.create({"service.name": f"tailrace-{service}", "service.namespace": "tailrace"}),
+    )
     if otlp_endpoint:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
@@ -140,7 +145,10 @@ class StepRecord:
 
 
 class Trail:
-    """The timed steps of one request, each also a span. `changed` hears of every begin and end."""
+    """The timed steps of one request, each also a span. `changed` hears of every end, and of every begin that lasts.
+
+    A step that ends before anything else could run is told once, as ended: nobody can watch it run.
+    """
 
     def __init__(self, prefix: str, changed: Callable[[StepRecord], None] | None = None) -> None:
         self._prefix = prefix
@@ -157,7 +165,7 @@ class Trail:
         """Time the block as step `name`, inside a span `<prefix>.<name>`."""
         record = StepRecord(name, round(self.elapsed_ms, 3))
         self.steps.append(record)
-        self._changed(record)
+        beginning = asyncio.get_running_loop().call_soon(self._changed, record)
         with span(f"{self._prefix}.{name}", **attributes) as running:
             try:
                 yield record
@@ -165,6 +173,7 @@ class Trail:
                 record.status = "failed"
                 raise
             finally:
+                beginning.cancel()
                 record.duration_ms = round(self.elapsed_ms - record.started_ms, 3)
                 if record.status == "running":
                     record.status = "done"

@@ -10,20 +10,34 @@ from services.chassis.errors import DeadlineTooShort, Overloaded
 from services.chassis.telemetry import StepRecord, Trail
 
 
-def test_a_step_is_heard_of_when_it_begins_and_when_it_ends() -> None:
-    """Two changes a step: running, then done with its facts."""
+async def test_a_step_is_heard_of_when_it_begins_and_when_it_ends() -> None:
+    """Two changes a step that lasts: running, then done with its facts."""
     heard: list[tuple[str, str]] = []
     trail = Trail("test", lambda record: heard.append((record.name, record.status)))
 
-    with trail.step("compose") as step:
+    with trail.step("recall") as step:
+        await asyncio.sleep(0)
+        assert heard == [("recall", "running")]
         step.note(tokens=12)
 
-    assert heard == [("compose", "running"), ("compose", "done")]
+    assert heard == [("recall", "running"), ("recall", "done")]
     assert trail.steps[0].facts == {"tokens": "12"}
     assert trail.steps[0].duration_ms > 0
 
 
-def test_a_step_that_raises_is_failed_and_timed() -> None:
+async def test_a_step_that_ends_at_once_is_heard_of_once() -> None:
+    """Nobody could have watched it run; and its beginning is not told after its end either."""
+    heard: list[tuple[str, str]] = []
+    trail = Trail("test", lambda record: heard.append((record.name, record.status)))
+
+    with trail.step("compose"):
+        pass
+    await asyncio.sleep(0)
+
+    assert heard == [("compose", "done")]
+
+
+async def test_a_step_that_raises_is_failed_and_timed() -> None:
     """The error goes on; the record stays."""
     trail = Trail("test")
 
@@ -33,7 +47,7 @@ def test_a_step_that_raises_is_failed_and_timed() -> None:
     assert trail.steps[0].status == "failed"
 
 
-def test_a_skipped_step_says_why() -> None:
+async def test_a_skipped_step_says_why() -> None:
     """Skipped is not done."""
     trail = Trail("test")
 

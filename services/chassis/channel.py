@@ -49,9 +49,14 @@ def errors_of(target: str) -> Iterator[None]:
     try:
         yield
     except grpc.aio.AioRpcError as error:
-        if error.code() is grpc.StatusCode.CANCELLED and (task := asyncio.current_task()) and task.cancelling():
-            raise asyncio.CancelledError from error
-        raise from_rpc_error(error, target) from None
+        raise _ours(error, target) from None
+
+
+def _ours(error: grpc.aio.AioRpcError, target: str) -> BaseException:
+    """What a failed call is here: our own cancellation coming back, or an error of `target`."""
+    if error.code() is grpc.StatusCode.CANCELLED and (task := asyncio.current_task()) and task.cancelling():
+        return asyncio.CancelledError()
+    return from_rpc_error(error, target)
 
 
 class Caller:
@@ -113,5 +118,7 @@ class _Messages:
         return self
 
     async def __anext__(self) -> Any:
-        with errors_of(self._target):
+        try:  # not `errors_of`: this is on the way of every token
             return await self._messages.__anext__()
+        except grpc.aio.AioRpcError as error:
+            raise _ours(error, self._target) from None

@@ -17,7 +17,7 @@ from services.chassis.errors import AnswerCancelled, DeadlineTooShort, DomainErr
 from services.chassis.telemetry import StepRecord
 from services.orchestrator.attempts import first_draft
 from services.orchestrator.compose import compose
-from services.orchestrator.domain import CachedAnswer, CacheReceipt, Draft, Passage, Prompt, Question, Turn
+from services.orchestrator.domain import CachedAnswer, CacheReceipt, Draft, HeldAnswer, Passage, Prompt, Question, Turn
 from services.orchestrator.log import EventLog
 from services.orchestrator.ports import Recalling
 from services.orchestrator.run import Run, Toolkit
@@ -42,8 +42,9 @@ async def answer(run: Run) -> None:
         run.turns = await read_history(run, step)
     async with AsyncExitStack() as opened:
         with run.step("recall") as step:
-            recalling = await opened.enter_async_context(begin_recall(run))
-            cached = await look_up(run, recalling, step)
+            held = await find_exact(run)
+            recalling = await opened.enter_async_context(begin_recall(run, held))
+            cached = await look_up(run, recalling, held, step)
         if cached is not None:
             return serve_again(run, cached)
         with run.step("passages") as step:
@@ -111,15 +112,25 @@ async def read_history(run: Run, step: StepRecord) -> tuple[Turn, ...]:
     return turns
 
 
-def begin_recall(run: Run) -> AbstractAsyncContextManager[Recalling]:
-    """Ask the memory once for all: epoch, cached answer, passages. Decides whether a cached answer may be served at all."""
+async def find_exact(run: Run) -> HeldAnswer | None:
+    """The exact tier, unless no cached answer may be served at all."""
     asked = run.question
     if run.cache.reason == "" and run.turns:
         run.cache = replace(run.cache, reason="context_dependent")
     elif run.cache.reason == "" and depends_on_time(asked.text):
         run.cache = replace(run.cache, reason="time_dependent")
+    return None if run.cache.reason else await run.kit.exact.get(asked, run.scope)
+
+
+def begin_recall(run: Run, held: HeldAnswer | None) -> AbstractAsyncContextManager[Recalling]:
+    """Ask the memory once for all: epoch, cached answer, passages. If the answer we hold is still true, the epoch is all there is to say."""
     return run.kit.memory.recall(
-        search_query(run), asked.collection, run.scope, want_cached=run.cache.reason == "", passages_max=run.kit.limits.passages_max
+        search_query(run),
+        run.question.collection,
+        run.scope,
+        want_cached=run.cache.reason == "",
+        passages_max=run.kit.limits.passages_max,
+        held_epoch=held.epoch if held is not None else None,
     )
 
 
@@ -135,21 +146,23 @@ def search_query(run: Run) -> str:
     return query if len(query.encode()) <= QUERY_BYTES_MAX else asked
 
 
-async def look_up(run: Run, recalling: Recalling, step: StepRecord) -> CachedAnswer | None:
-    """The exact tier as soon as the epoch is known, while the memory still embeds; then the semantic one."""
+async def look_up(run: Run, recalling: Recalling, held: HeldAnswer | None, step: StepRecord) -> CachedAnswer | None:
+    """The answer we hold if the epoch is still its own, else what the semantic tier has."""
     run.epoch = await recalling.epoch()
     step.note(epoch=run.epoch)
     if run.cache.reason:
         step.note(cache=run.cache.reason)
         return None
-    cached, similarity = await run.kit.exact.get(run.question, run.scope, run.epoch), None
-    if cached is None:
+    similarity: float | None = None
+    if held is not None and held.epoch == run.epoch:
+        cached = held.answer
+    else:
         verdict = await recalling.verdict()
-        cached, similarity = verdict.answer, verdict.similarity
-        if cached is None:
-            run.cache = CacheReceipt("miss", similarity=similarity, reason=verdict.reason or "no_candidate")
+        if verdict.answer is None:
+            run.cache = CacheReceipt("miss", similarity=verdict.similarity, reason=verdict.reason or "no_candidate")
             step.note(cache=run.cache.reason)
             return None
+        cached, similarity = verdict.answer, verdict.similarity
     run.cache = CacheReceipt(
         "exact" if similarity is None else "semantic",
         similarity=similarity,
@@ -202,7 +215,7 @@ async def remember(run: Run, step: StepRecord) -> None:
     kept, asked = run.cacheable(), run.question
 
     async def in_words() -> None:
-        step.note(exact=await run.kit.exact.put(asked, run.scope, run.epoch, kept))
+        step.note(exact=await run.kit.exact.put(asked, run.scope, HeldAnswer(kept, run.epoch)))
 
     async def in_meaning() -> None:
         try:

@@ -143,7 +143,8 @@ class ClaudeModel:
             response = answer.http_response
             draft.request_id = answer.request_id or ""
             events, whole, renew_at = EventBytes(), False, 0.0
-            async for chunk in response.aiter_raw():
+            assert isinstance(response.stream, httpx2.AsyncByteStream)
+            async for chunk in response.stream:  # what `aiter_raw` reads, without the layer that cuts it into equal pieces
                 written: list[str] = []
                 try:
                     for data in events.feed(chunk):

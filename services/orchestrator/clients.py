@@ -241,9 +241,16 @@ class RemoteMemory:
         self._caller = caller
 
     @contextlib.asynccontextmanager
-    async def recall(self, query: str, collection: str, scope: str, *, want_cached: bool, passages_max: int) -> AsyncIterator[RemoteRecall]:
+    async def recall(
+        self, query: str, collection: str, scope: str, *, want_cached: bool, passages_max: int, held_epoch: int | None
+    ) -> AsyncIterator[RemoteRecall]:
         request = retrieval_pb.RecallRequest(
-            question=query, collection=collection, cache_scope=scope, want_cached=want_cached, passages_max=passages_max
+            question=query,
+            collection=collection,
+            cache_scope=scope,
+            want_cached=want_cached,
+            passages_max=passages_max,
+            held_epoch=held_epoch,
         )
         async with self._caller.stream(self._stub.Recall, request, timeout_s=RECALL_TIMEOUT_S) as parts:
             yield RemoteRecall(parts)

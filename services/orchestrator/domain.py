@@ -85,6 +85,14 @@ class CachedAnswer:
 
 
 @dataclass(frozen=True, slots=True)
+class HeldAnswer:
+    """A cached answer to the very same words. It may be served while the collection still has its epoch."""
+
+    answer: CachedAnswer
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class RecallVerdict:
     """What the semantic cache said."""
 

@@ -9,6 +9,7 @@ from services.orchestrator.domain import (
     CachedAnswer,
     Candidate,
     Draft,
+    HeldAnswer,
     Hold,
     OperationRecord,
     Passage,
@@ -39,9 +40,12 @@ class Memory(Protocol):
     """Documents and past answers. Raises Unavailable(dependency="retrieval") while it is away."""
 
     def recall(
-        self, query: str, collection: str, scope: str, *, want_cached: bool, passages_max: int
+        self, query: str, collection: str, scope: str, *, want_cached: bool, passages_max: int, held_epoch: int | None
     ) -> AbstractAsyncContextManager[Recalling]:
-        """Begin a recall. Leaving the block cancels what was not asked for."""
+        """Begin a recall. Leaving the block cancels what was not asked for.
+
+        While the collection has `held_epoch`, nothing but the epoch is recalled.
+        """
         ...
 
     async def remember(self, answer: CachedAnswer, collection: str, scope: str, epoch: int) -> str:
@@ -70,10 +74,12 @@ class Ledger(Protocol):
 class ExactCache(Protocol):
     """Answers by the question's exact words. Never raises: a store that is away is a miss."""
 
-    async def get(self, question: Question, scope: str, epoch: int) -> CachedAnswer | None: ...
+    async def get(self, question: Question, scope: str) -> HeldAnswer | None:
+        """The answer kept last, whatever has become of its collection since."""
+        ...
 
-    async def put(self, question: Question, scope: str, epoch: int, answer: CachedAnswer) -> bool:
-        """Keep an answer; return whether it was kept."""
+    async def put(self, question: Question, scope: str, held: HeldAnswer) -> bool:
+        """Keep an answer in the place of an older one; return whether it was kept."""
         ...
 
 

@@ -15,7 +15,7 @@ import redis.asyncio as redis
 import structlog
 from redis.exceptions import RedisError
 
-from services.orchestrator.domain import CachedAnswer, Question
+from services.orchestrator.domain import CachedAnswer, HeldAnswer, Question
 
 log = structlog.get_logger(__name__)
 
@@ -31,6 +31,7 @@ class _Kept(msgspec.Struct):
     tenant: str
     question: str
     """Normalised."""
+    epoch: int
     answer: CachedAnswer
 
 
@@ -50,15 +51,18 @@ def normalise(question: str) -> str:
     return first.lower() + separator + rest if first.istitle() else text
 
 
-def cache_key(question: Question, scope: str, epoch: int) -> str:
-    """Everything the answer depends on, so that nothing but the very same question in the very same place finds it."""
-    parts = (question.principal.tenant, scope, question.collection, str(epoch), normalise(question.text))
+def cache_key(question: Question, scope: str) -> str:
+    """Everything the answer depends on but the epoch, so that only the very same question in the very same place finds it.
+
+    The epoch is in the value: one entry a question, which a newer answer replaces.
+    """
+    parts = (question.principal.tenant, scope, question.collection, normalise(question.text))
     digest = hashlib.sha256()
     for part in parts:
         encoded = part.encode()
         digest.update(len(encoded).to_bytes(8, "big"))  # lengths, so that no two lists of parts look alike
         digest.update(encoded)
-    return f"tailrace:answer:{digest.hexdigest()}"
+    return f"tailrace:exact:{digest.hexdigest()}"
 
 
 class RedisCache:
@@ -70,12 +74,12 @@ class RedisCache:
         """Commands that did not get an answer in time, or any."""
         self._skip_until = 0.0
 
-    async def get(self, question: Question, scope: str, epoch: int) -> CachedAnswer | None:
+    async def get(self, question: Question, scope: str) -> HeldAnswer | None:
         if time.monotonic() < self._skip_until:
             return None
         try:
             async with asyncio.timeout(self._timeout_s):
-                value = await self._client.get(cache_key(question, scope, epoch))
+                value = await self._client.get(cache_key(question, scope))
             kept = _decode(value) if isinstance(value, bytes) else None
         except (RedisError, OSError, TimeoutError, msgspec.MsgspecError) as error:
             self._failed("get", error)
@@ -85,15 +89,15 @@ class RedisCache:
         if kept.tenant != question.principal.tenant or kept.question != normalise(question.text):
             self._failed("get", ValueError("the value is not the one that was asked for"))
             return None
-        return kept.answer
+        return HeldAnswer(kept.answer, kept.epoch)
 
-    async def put(self, question: Question, scope: str, epoch: int, answer: CachedAnswer) -> bool:
-        value = _encode(_Kept(question.principal.tenant, normalise(question.text), answer))
+    async def put(self, question: Question, scope: str, held: HeldAnswer) -> bool:
+        value = _encode(_Kept(question.principal.tenant, normalise(question.text), held.epoch, held.answer))
         if len(value) > VALUE_BYTES_MAX or time.monotonic() < self._skip_until:
             return False
         try:
             async with asyncio.timeout(self._timeout_s):
-                await self._client.set(cache_key(question, scope, epoch), value, ex=self._ttl_s)
+                await self._client.set(cache_key(question, scope), value, ex=self._ttl_s)
         except (RedisError, OSError, TimeoutError) as error:
             self._failed("put", error)
             return False

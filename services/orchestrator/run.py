@@ -1,5 +1,6 @@
 """What is known of one answer while it is made, and how that becomes its receipt and its record. It decides nothing."""
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ class Run:
     def text(self) -> str:
         return "".join(self.pieces)
 
-    @property
+    @functools.cached_property
     def scope(self) -> str:
         """Digest of everything besides tenant, documents and words that the answer depends on. Similarity never crosses it."""
         asked, limits = self.question, self.kit.limits

@@ -1,5 +1,6 @@
 """The chain of one recall: embed once → semantic tier → verdict → passages. Each step is one line here and one span in the trace."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ class Question:
     cache_scope: str
     want_cached: bool
     passages_max: int
+    held_epoch: int | None = None
+    """Epoch of an answer that the asker has already; while it is the collection's, there is nothing to recall."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,8 @@ async def recall(question: Question, memory: Memory, emit: Callable[[Part], Awai
     reach = question.reach
     epoch = await memory.registry.epoch(reach.tenant, reach.collection)
     await emit(Started(epoch))
+    if epoch == question.held_epoch:
+        return
     if not question.want_cached and not question.passages_max:
         await emit(Judged(Verdict(reason="requested"), 0.0, 0.0))
         return

@@ -69,6 +69,7 @@ class RetrievalServicer(pb_grpc.RetrievalServiceServicer):
             cache_scope=_bounded(request.cache_scope, "cache_scope", 1 if request.want_cached else 0, 128),
             want_cached=request.want_cached,
             passages_max=_within(request.passages_max, "passages_max", 0, PASSAGES_MAX),
+            held_epoch=request.held_epoch if request.HasField("held_epoch") else None,
         )
 
         async def emit(part: Part) -> None:

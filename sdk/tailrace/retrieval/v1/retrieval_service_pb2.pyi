@@ -58,6 +58,7 @@ class RecallRequest(_message.Message):
     CACHE_SCOPE_FIELD_NUMBER: _builtins.int
     WANT_CACHED_FIELD_NUMBER: _builtins.int
     PASSAGES_MAX_FIELD_NUMBER: _builtins.int
+    HELD_EPOCH_FIELD_NUMBER: _builtins.int
     question: _builtins.str
     """The question. 1-32768 bytes."""
     collection: _builtins.str
@@ -70,6 +71,10 @@ class RecallRequest(_message.Message):
     """Whether to look for a cached answer."""
     passages_max: _builtins.int
     """How many passages to send. 0-32; 0 = none."""
+    held_epoch: _builtins.int
+    """Epoch of an answer to this very question that the caller holds. If the collection still has that epoch, the stream ends after
+    `started`: the caller has its answer, and nothing is embedded. Unset = none is held.
+    """
     def __init__(
         self,
         *,
@@ -78,12 +83,15 @@ class RecallRequest(_message.Message):
         cache_scope: _builtins.str = ...,
         want_cached: _builtins.bool = ...,
         passages_max: _builtins.int = ...,
+        held_epoch: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_held_epoch", b"_held_epoch", "held_epoch", b"held_epoch"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_scope", b"cache_scope", "collection", b"collection", "passages_max", b"passages_max", "question", b"question", "want_cached", b"want_cached"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_held_epoch", b"_held_epoch", "cache_scope", b"cache_scope", "collection", b"collection", "held_epoch", b"held_epoch", "passages_max", b"passages_max", "question", b"question", "want_cached", b"want_cached"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__held_epoch: _TypeAlias = _typing.Literal["held_epoch"]  # noqa: Y015
+    _WhichOneofArgType__held_epoch: _TypeAlias = _typing.Literal["_held_epoch", b"_held_epoch"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__held_epoch) -> _WhichOneofReturnType__held_epoch | None: ...
 
 Global___RecallRequest: _TypeAlias = RecallRequest  # noqa: Y015
 

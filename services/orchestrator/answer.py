@@ -123,7 +123,7 @@ async def find_exact(run: Run) -> HeldAnswer | None:
 
 
 def begin_recall(run: Run, held: HeldAnswer | None) -> AbstractAsyncContextManager[Recalling]:
-    """Ask the memory once for all: epoch, cached answer, passages. If the answer we hold is still true, the epoch is all there is to say."""
+    """Ask the memory once for all: epoch, cached answer, passages. If the answer we hold is still true, the epoch is all it says."""
     return run.kit.memory.recall(
         search_query(run),
         run.question.collection,

@@ -1,6 +1,5 @@
 """The chain of one recall: embed once → semantic tier → verdict → passages. Each step is one line here and one span in the trace."""
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 

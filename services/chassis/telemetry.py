@@ -154,18 +154,27 @@ class Trail:
         self._prefix = prefix
         self._changed = changed or (lambda _: None)
         self._began = time.perf_counter()
+        self._begun: StepRecord | None = None
+        """The step whose beginning is still to be told."""
         self.steps: list[StepRecord] = []
 
     @property
     def elapsed_ms(self) -> float:
         return (time.perf_counter() - self._began) * 1000
 
+    def tell(self) -> None:
+        """Tell now of a step that has begun: before anything it brings forth is told."""
+        if (begun := self._begun) is not None:
+            self._begun = None
+            self._changed(begun)
+
     @contextlib.contextmanager
     def step(self, name: str, **attributes: Any) -> Iterator[StepRecord]:
         """Time the block as step `name`, inside a span `<prefix>.<name>`."""
         record = StepRecord(name, round(self.elapsed_ms, 3))
         self.steps.append(record)
-        beginning = asyncio.get_running_loop().call_soon(self._changed, record)
+        self._begun = record
+        beginning = asyncio.get_running_loop().call_soon(self.tell)
         with span(f"{self._prefix}.{name}", **attributes) as running:
             try:
                 yield record
@@ -174,6 +183,7 @@ class Trail:
                 raise
             finally:
                 beginning.cancel()
+                self._begun = None
                 record.duration_ms = round(self.elapsed_ms - record.started_ms, 3)
                 if record.status == "running":
                     record.status = "done"

@@ -94,6 +94,7 @@ class Run:
         """Pass on a piece of text, then the citations it completes."""
         if not self.first_token_ms:
             self.first_token_ms = self.trail.elapsed_ms
+        self.trail.tell()
         self.pieces.append(text)
         event: Event = TextDelta(text)
         self.events.append(event)

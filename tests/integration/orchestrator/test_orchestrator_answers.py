@@ -97,7 +97,7 @@ async def test_other_tenant_never_hits(claude: World) -> None:
 
 
 async def test_changed_documents_make_older_answers_unreachable(claude: World) -> None:
-    """The epoch is part of the key."""
+    """An answer we hold is served only while its epoch is the collection's."""
     await claude.ask("Which port does the gateway listen on?")
     claude.retrieval.epoch += 1
     reply = await claude.ask("Which port does the gateway listen on?")

@@ -55,6 +55,10 @@ class Retrieval:
         assert ["started", "verdict", "passages"][: len(messages)] == [message.WhichOneof("part") for message in messages]
         return messages[0].started.collection_epoch, messages[1].verdict, list(messages[2].passages.passages) if messages[2:] else []
 
+    async def parts(self, who: Principal, **request: Any) -> list[str]:
+        """Names of what a recall sends, in order."""
+        return [message.WhichOneof("part") for message in await self.stream("Recall", pb.RecallRequest(**request), who)]
+
     async def remember(self, who: Principal, question: str, text: str, epoch: int, **fields: Any) -> pb.RememberAnswerResponse:
         answer = pb.CachedAnswer(answer_id=f"answer to {question}", question=question, text=text, model="m", provider="p", **fields)
         return await self.ask("RememberAnswer", pb.RememberAnswerRequest(answer=answer, cache_scope="scope", collection_epoch=epoch), who)

@@ -129,6 +129,17 @@ async def test_a_recall_gives_only_what_was_asked_for(retrieval: Retrieval, ann:
     assert ("no_candidate", []) == (verdict.reason, passages)
 
 
+async def test_a_recall_ends_where_the_asker_holds_a_true_answer(retrieval: Retrieval, ann: Principal) -> None:
+    """Of the same epoch: nothing after it. Of an older one: as if none were held, also for a collection that never changed."""
+    asked = {"question": QUESTION, "cache_scope": "scope", "want_cached": True, "passages_max": 5}
+    assert ["started"] == await retrieval.parts(ann, **asked, held_epoch=0)
+
+    await retrieval.ingest(ann, PAGE)
+    assert ["started", "verdict", "passages"] == await retrieval.parts(ann, **asked, held_epoch=0)
+    epoch, _, _ = await retrieval.recall(ann, QUESTION)
+    assert ["started"] == await retrieval.parts(ann, **asked, held_epoch=epoch)
+
+
 async def test_an_answer_that_cannot_be_is_refused(retrieval: Retrieval, ann: Principal) -> None:
     """Negative costs, impossible counts and empty texts name their field."""
     for fields, field in (

@@ -37,6 +37,19 @@ async def test_a_step_that_ends_at_once_is_heard_of_once() -> None:
     assert heard == [("compose", "done")]
 
 
+async def test_a_beginning_is_told_before_what_it_brings_forth() -> None:
+    """A model may write before anything else could run: its step is not told after its text, nor twice."""
+    heard: list[str] = []
+    trail = Trail("test", lambda record: heard.append(record.status))
+
+    with trail.step("generate"):
+        trail.tell()
+        heard.append("text")
+        await asyncio.sleep(0)
+
+    assert heard == ["running", "text", "done"]
+
+
 async def test_a_step_that_raises_is_failed_and_timed() -> None:
     """The error goes on; the record stays."""
     trail = Trail("test")

@@ -105,6 +105,8 @@ def ingest(
     uploads = list(found(paths))
     if not uploads:
         sys.exit(f"no documents found in {', '.join(paths)} (looked for {', '.join(sorted(SUFFIXES))})")
+    if others := passed_over(paths):
+        note(f"{others} other files are passed over: only {', '.join(sorted(SUFFIXES))} are taken from folders")
     raise typer.Exit(finish(ingestion(uploads, collection, as_json)))
 
 
@@ -224,8 +226,8 @@ def found(paths: list[str]) -> Iterator[tuple[str, Path]]:
     for text in paths:
         path = Path(text)
         if path.is_dir():
-            inside = (item for item in sorted(path.rglob("*")) if item.is_file() and item.suffix.lower() in SUFFIXES)
-            named = [(f"{path.resolve().name}/{item.relative_to(path)}", item) for item in inside if not _hidden(item.relative_to(path))]
+            readable = (item for item in _inside(path) if item.suffix.lower() in SUFFIXES)
+            named = [(f"{path.resolve().name}/{item.relative_to(path)}", item) for item in readable]
         elif path.is_file():
             named = [(path.name, path)]
         elif any(sign in text for sign in "*?["):
@@ -240,8 +242,16 @@ def found(paths: list[str]) -> Iterator[tuple[str, Path]]:
                 yield name, item
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def passed_over(paths: list[str]) -> int:
+    """How many files in the folders among `paths` are of another kind than documents."""
+    folders = [path for path in map(Path, paths) if path.is_dir()]
+    return len({item.resolve() for folder in folders for item in _inside(folder) if item.suffix.lower() not in SUFFIXES})
+
+
+def _inside(folder: Path) -> list[Path]:
+    """Files below `folder`, but hidden ones."""
+    below = (item for item in sorted(folder.rglob("*")) if not any(part.startswith(".") for part in item.relative_to(folder).parts))
+    return [item for item in below if item.is_file()]
 
 
 async def ingestion(files: list[tuple[str, Path]], collection: str, as_json: bool) -> int:

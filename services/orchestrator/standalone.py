@@ -22,6 +22,11 @@ _ASKING_FOR_HELP = re.compile(
     r"\b(?:(?:do|can|could|should|would|must|may|might|will) (?:i|we)|(?:show|tell|give|help|let) (?:me|us)|if (?:i|we)|when (?:i|we)"
     r"|i (?:want|need|would like|have) to|i'd like to)\b"
 )
+# "Is there a limit" points at nothing, unlike "how do I get there".
+_EXISTS = re.compile(
+    r"\b(?:is|are|was|were|will|would|can|could|should|has|have|had|does|do|did) there\b"
+    r"|\bthere(?:['’]s| (?:is|are|was|were|will|would|can|could|should|has|have|had|exists?))\b"
+)
 _DETERMINERS = frozenset({"the", "a", "an", "any", "every", "each", "all"})
 _CLOCK = re.compile(
     r"\b(?:today|tonight|tomorrow|yesterday|now|nowadays|currently|at (?:the|this) moment|right now|at present"
@@ -37,9 +42,9 @@ def depends_on_history(question: str) -> bool:
     folded = unicodedata.normalize("NFKC", question).casefold().strip()
     if _OPENERS.search(folded) or _CONVERSATION_PHRASES.search(folded):
         return True
-    matter = _ASKING_FOR_HELP.sub(" ", folded)
+    matter, existential = _EXISTS.subn(" ", _ASKING_FOR_HELP.sub(" ", folded))
     words = _WORD.findall(matter)
-    if any(word in CONVERSATION for word in words):
+    if words[-1:] == ["there"] or any(word in CONVERSATION for word in words):
         return True
     names = {word.casefold() for word in _WORD.findall(question)[1:] if word[0].isupper() or any(letter.isdigit() for letter in word)}
     named = 0
@@ -51,7 +56,7 @@ def depends_on_history(question: str) -> bool:
                 return True
         elif word not in LITTLE and len(word) > 1:
             named += 2 if word in names else 1
-    return named == 0
+    return named < (2 if existential else 1)  # "is there any": of what?
 
 
 def depends_on_time(question: str) -> bool:

@@ -7,7 +7,7 @@ import jwt
 import pytest
 from typer.testing import CliRunner
 
-from services.local.command import app, found, usd
+from services.local.command import app, found, passed_over, usd
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,7 @@ def test_a_folder_gives_its_documents_under_names_that_stay_apart(tmp_path: Path
         path.write_text("text")
 
     assert [name for name, _ in found([str(tmp_path / "docs")])] == ["docs/a.md", "docs/e.txt", "docs/sub/a.md", "docs/sub/b.HTML"]
+    assert passed_over([str(tmp_path / "docs"), str(tmp_path / "docs" / "a.md")]) == 1
 
 
 def test_a_named_file_is_taken_whatever_it_is_and_only_once(tmp_path: Path) -> None:

@@ -24,6 +24,9 @@ from services.orchestrator.standalone import depends_on_history, depends_on_time
         "Warum ist das so?",
         "Go on",
         "What does this error mean?",
+        "Are there any?",
+        "How do I get there?",
+        "Is the timeout configured there?",
         "",
     ],
 )
@@ -46,6 +49,8 @@ def test_question_that_leans_on_the_conversation_is_seen(question: str) -> None:
         "Wie lange lebt ein Hold?",
         "Which header says that the answer was served from the cache?",
         "What does the NETRC environment variable do?",
+        "What differences are there between httpx and requests for redirects?",
+        "Is there a limit on uploads?",
     ],
 )
 def test_question_that_stands_alone_is_seen(question: str) -> None:

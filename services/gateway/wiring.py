@@ -22,9 +22,11 @@ from services.gateway.metrics import Metrics
 from services.gateway.page import Page
 from services.gateway.redis_window import RedisWindow
 from services.gateway.rpc import GatewayService, token_identity
+from tailrace.gateway.v1 import gateway_service_pb2
 from tailrace.gateway.v1.gateway_service_pb2_grpc import add_GatewayServiceServicer_to_server
 
-SERVICE_NAME = "tailrace.gateway.v1.GatewayService"
+# Its messages are those of other packages, so nothing else imports its own file; without that, reflection has nothing to show.
+SERVICE_NAME = gateway_service_pb2.DESCRIPTOR.services_by_name["GatewayService"].full_name
 
 
 class EdgeServer(Server):

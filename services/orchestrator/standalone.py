@@ -52,7 +52,7 @@ def depends_on_history(question: str) -> bool:
         if word == "that" and named and _DETERMINERS & set(words[max(0, place - 3) : place - 1]):
             continue  # "the header that carries it": a relative, not a pointer
         if word in POINTERS:
-            if named < 2:
+            if named < 2 or existential:  # "is there a second limit on it": what comes after it names the new, not the old
                 return True
         elif word not in LITTLE and len(word) > 1:
             named += 2 if word in names else 1

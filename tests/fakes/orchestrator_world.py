@@ -93,6 +93,8 @@ class FakeRetrieval(retrieval_rpc.RetrievalServiceServicer):
             raise Unavailable("qdrant is away", dependency="qdrant")
         self.recalls.append(request)
         await context.write(retrieval_pb.RecallResponse(started=retrieval_pb.RecallStarted(collection_epoch=self.epoch)))
+        if request.HasField("held_epoch") and request.held_epoch == self.epoch:
+            return
         verdict = retrieval_pb.RecallVerdict(reason="no_candidate")
         if request.want_cached and request.question in self.semantic:
             answer, similarity = self.semantic[request.question]

@@ -40,6 +40,18 @@ async def test_answer_is_one_numbered_stream_from_accepted_to_done(claude: World
     assert len(reply.events[0].accepted.trace_id) == 32
 
 
+async def test_no_text_comes_before_the_step_that_writes_it(keyless: World) -> None:
+    """Also from a model that writes before anything else could run; and each change of a step is told once."""
+    reply = await keyless.ask("Which port does the gateway listen on?")
+    changes = [
+        (event.step.name, event.step.status) if event.HasField("step") else ("", str(event.WhichOneof("event"))) for event in reply.events
+    ]
+    steps = [change for change in changes if change[0]]
+
+    assert changes.index(("generate", "running")) < changes.index(("", "delta")) < changes.index(("generate", "done"))
+    assert len(steps) == len(set(steps))
+
+
 async def test_citations_point_at_the_markers_in_the_text(claude: World) -> None:
     """A citation's offsets cut exactly its marker out of the text."""
     claude.behave(text="Schön: the gateway listens on 8080 [1]. Holds live ten minutes [2].")
@@ -77,6 +89,8 @@ async def test_same_question_again_is_an_exact_hit_that_costs_nothing(claude: Wo
     assert second.done.cost_nanousd == 0
     assert len(await claude.records()) == 1
     assert (await claude.booked(second.answer_id)).cache.verdict == "exact"
+    assert [recall.HasField("held_epoch") for recall in claude.retrieval.recalls] == [False, True]
+    assert claude.retrieval.recalls[1].held_epoch == claude.retrieval.epoch
 
 
 async def test_hit_of_another_user_hides_their_question(claude: World) -> None:

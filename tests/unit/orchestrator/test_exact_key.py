@@ -50,7 +50,7 @@ def test_what_may_mean_something_else_stays_apart(left: str, right: str) -> None
 
 
 def test_everything_an_answer_depends_on_is_in_the_key() -> None:
-    """Tenant, scope, collection, epoch and words; and no two lists of parts look alike."""
+    """Tenant, scope, collection and words; and no two lists of parts look alike. The epoch is in the value."""
     keys = {
         cache_key(question(), "s"),
         cache_key(question(tenant="acme2"), "s"),

@@ -27,6 +27,8 @@ from services.orchestrator.standalone import depends_on_history, depends_on_time
         "Are there any?",
         "How do I get there?",
         "Is the timeout configured there?",
+        "Is there a second limit on it?",
+        "Are there upload limits for those?",
         "",
     ],
 )

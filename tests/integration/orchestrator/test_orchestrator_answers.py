@@ -89,8 +89,8 @@ async def test_same_question_again_is_an_exact_hit_that_costs_nothing(claude: Wo
     assert second.done.cost_nanousd == 0
     assert len(await claude.records()) == 1
     assert (await claude.booked(second.answer_id)).cache.verdict == "exact"
-    assert [recall.HasField("held_epoch") for recall in claude.retrieval.recalls] == [False, True]
-    assert claude.retrieval.recalls[1].held_epoch == claude.retrieval.epoch
+    # What an older world left in the shared Valkey may be held at first; only an answer of this epoch ends a recall.
+    assert [recall.held_epoch == claude.retrieval.epoch for recall in claude.retrieval.recalls] == [False, True]
 
 
 async def test_hit_of_another_user_hides_their_question(claude: World) -> None:

@@ -32,6 +32,7 @@ class Principal(_message.Message):
     ROLES_FIELD_NUMBER: _builtins.int
     ISSUED_AT_FIELD_NUMBER: _builtins.int
     API_KEY_ID_FIELD_NUMBER: _builtins.int
+    SCOPES_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     """The tenant every query is bound to. 1-128 characters."""
     user: _builtins.str
@@ -46,6 +47,12 @@ class Principal(_message.Message):
     def issued_at(self) -> _timestamp_pb2.Timestamp:
         """When this principal was signed. Receivers refuse one older than five minutes."""
 
+    @_builtins.property
+    def scopes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the API key was narrowed to, within its roles: any of `answers`, `search`, `documents:read`, `documents:write`, `records`,
+        `admin`. Empty = everything its roles may do. At most 16.
+        """
+
     def __init__(
         self,
         *,
@@ -54,10 +61,11 @@ class Principal(_message.Message):
         roles: _abc.Iterable[_builtins.str] | None = ...,
         issued_at: _timestamp_pb2.Timestamp | None = ...,
         api_key_id: _builtins.str = ...,
+        scopes: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["issued_at", b"issued_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key_id", b"api_key_id", "issued_at", b"issued_at", "roles", b"roles", "tenant", b"tenant", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key_id", b"api_key_id", "issued_at", b"issued_at", "roles", b"roles", "scopes", b"scopes", "tenant", b"tenant", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

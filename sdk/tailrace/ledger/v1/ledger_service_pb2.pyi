@@ -722,6 +722,9 @@ class Plan(_message.Message):
     CONCURRENT_ANSWERS_FIELD_NUMBER: _builtins.int
     MONTHLY_BUDGET_NANOUSD_FIELD_NUMBER: _builtins.int
     TIERS_FIELD_NUMBER: _builtins.int
+    TENANT_LIMITS_FIELD_NUMBER: _builtins.int
+    KEY_LIMITS_FIELD_NUMBER: _builtins.int
+    ANSWER_DEADLINE_MS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name: `free`, `pro`, … 1-64 of [a-z0-9_-]."""
     requests_per_minute: _builtins.int
@@ -732,9 +735,19 @@ class Plan(_message.Message):
     """Answers at the same time. 1-10000."""
     monthly_budget_nanousd: _builtins.int
     """Budget of a user per month, nano-USD. 0 = none of its own."""
+    answer_deadline_ms: _builtins.int
+    """How long an answer may take if the request does not say, milliseconds. 0 = the orchestrator's default."""
     @_builtins.property
     def tiers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Tiers that may be asked for."""
+
+    @_builtins.property
+    def tenant_limits(self) -> Global___Limits:
+        """Limits of all users of the tenant together. Unset = none of its own."""
+
+    @_builtins.property
+    def key_limits(self) -> Global___Limits:
+        """Limits of each API key. Unset = none of its own; those of its user count anyway."""
 
     def __init__(
         self,
@@ -745,14 +758,47 @@ class Plan(_message.Message):
         concurrent_answers: _builtins.int = ...,
         monthly_budget_nanousd: _builtins.int = ...,
         tiers: _abc.Iterable[_builtins.str] | None = ...,
+        tenant_limits: Global___Limits | None = ...,
+        key_limits: Global___Limits | None = ...,
+        answer_deadline_ms: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["key_limits", b"key_limits", "tenant_limits", b"tenant_limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["concurrent_answers", b"concurrent_answers", "monthly_budget_nanousd", b"monthly_budget_nanousd", "name", b"name", "requests_per_minute", b"requests_per_minute", "tiers", b"tiers", "tokens_per_minute", b"tokens_per_minute"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_deadline_ms", b"answer_deadline_ms", "concurrent_answers", b"concurrent_answers", "key_limits", b"key_limits", "monthly_budget_nanousd", b"monthly_budget_nanousd", "name", b"name", "requests_per_minute", b"requests_per_minute", "tenant_limits", b"tenant_limits", "tiers", b"tiers", "tokens_per_minute", b"tokens_per_minute"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Plan: _TypeAlias = Plan  # noqa: Y015
+
+@_typing.final
+class Limits(_message.Message):
+    """What a subject may use in any 60 s, and at the same time. 0 = no limit of that kind."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_PER_MINUTE_FIELD_NUMBER: _builtins.int
+    TOKENS_PER_MINUTE_FIELD_NUMBER: _builtins.int
+    CONCURRENT_ANSWERS_FIELD_NUMBER: _builtins.int
+    requests_per_minute: _builtins.int
+    """Requests in any 60 s. 0-10000000."""
+    tokens_per_minute: _builtins.int
+    """Tokens in any 60 s. 0-100000000000."""
+    concurrent_answers: _builtins.int
+    """Answers at the same time. 0-100000."""
+    def __init__(
+        self,
+        *,
+        requests_per_minute: _builtins.int = ...,
+        tokens_per_minute: _builtins.int = ...,
+        concurrent_answers: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["concurrent_answers", b"concurrent_answers", "requests_per_minute", b"requests_per_minute", "tokens_per_minute", b"tokens_per_minute"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Limits: _TypeAlias = Limits  # noqa: Y015
 
 @_typing.final
 class GetEntitlementsRequest(_message.Message):
@@ -1710,6 +1756,7 @@ class ApiKey(_message.Message):
     CREATED_AT_FIELD_NUMBER: _builtins.int
     EXPIRES_AT_FIELD_NUMBER: _builtins.int
     REVOKED_FIELD_NUMBER: _builtins.int
+    SCOPES_FIELD_NUMBER: _builtins.int
     key_id: _builtins.str
     """Its id; never the secret."""
     name: _builtins.str
@@ -1730,6 +1777,10 @@ class ApiKey(_message.Message):
     def expires_at(self) -> _timestamp_pb2.Timestamp:
         """When it ends. Unset = never."""
 
+    @_builtins.property
+    def scopes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What it was narrowed to; see tailrace.common.v1.Principal. Empty = everything its roles may do."""
+
     def __init__(
         self,
         *,
@@ -1740,10 +1791,11 @@ class ApiKey(_message.Message):
         created_at: _timestamp_pb2.Timestamp | None = ...,
         expires_at: _timestamp_pb2.Timestamp | None = ...,
         revoked: _builtins.bool = ...,
+        scopes: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "expires_at", b"expires_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "expires_at", b"expires_at", "key_id", b"key_id", "name", b"name", "revoked", b"revoked", "roles", b"roles", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "expires_at", b"expires_at", "key_id", b"key_id", "name", b"name", "revoked", b"revoked", "roles", b"roles", "scopes", b"scopes", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1757,6 +1809,7 @@ class CreateApiKeyRequest(_message.Message):
     USER_FIELD_NUMBER: _builtins.int
     ROLES_FIELD_NUMBER: _builtins.int
     EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    SCOPES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name for people. 1-128 characters."""
     user: _builtins.str
@@ -1769,6 +1822,10 @@ class CreateApiKeyRequest(_message.Message):
     def expires_at(self) -> _timestamp_pb2.Timestamp:
         """When it ends. Unset = never."""
 
+    @_builtins.property
+    def scopes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What it is narrowed to; see tailrace.common.v1.Principal. Empty = everything its roles may do."""
+
     def __init__(
         self,
         *,
@@ -1776,10 +1833,11 @@ class CreateApiKeyRequest(_message.Message):
         user: _builtins.str = ...,
         roles: _abc.Iterable[_builtins.str] | None = ...,
         expires_at: _timestamp_pb2.Timestamp | None = ...,
+        scopes: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "name", b"name", "roles", b"roles", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "name", b"name", "roles", b"roles", "scopes", b"scopes", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -50,6 +50,30 @@ CACHE_MODE_OFF: CacheMode.ValueType  # 3
 """Neither serve nor remember."""
 Global___CacheMode: _TypeAlias = CacheMode  # noqa: Y015
 
+class _Priority:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PRIORITY_UNSPECIFIED: _Priority.ValueType  # 0
+    """As INTERACTIVE."""
+    PRIORITY_INTERACTIVE: _Priority.ValueType  # 1
+    """Somebody waits for it."""
+    PRIORITY_BATCH: _Priority.ValueType  # 2
+    """Nobody waits for it: it makes room for those that somebody waits for."""
+
+class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
+    """What is turned away first when there is too much to do."""
+
+PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
+"""As INTERACTIVE."""
+PRIORITY_INTERACTIVE: Priority.ValueType  # 1
+"""Somebody waits for it."""
+PRIORITY_BATCH: Priority.ValueType  # 2
+"""Nobody waits for it: it makes room for those that somebody waits for."""
+Global___Priority: _TypeAlias = Priority  # noqa: Y015
+
 @_typing.final
 class AnswerRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -65,6 +89,8 @@ class AnswerRequest(_message.Message):
     TOOLS_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     CANCEL_ON_DISCONNECT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    DEADLINE_MS_FIELD_NUMBER: _builtins.int
     question: _builtins.str
     """What is asked. UTF-8, 1-32768 bytes, not only white space."""
     session_id: _builtins.str
@@ -83,6 +109,12 @@ class AnswerRequest(_message.Message):
     """The same key with the same body is the same answer. At most 256 characters; empty = none."""
     cancel_on_disconnect: _builtins.bool
     """Nobody can resume this answer, so a disconnect is a cancel. For callers that wait for one whole document."""
+    priority: Global___Priority.ValueType
+    """What is turned away first when there is too much to do."""
+    deadline_ms: _builtins.int
+    """How long the answer may take, milliseconds, 1-3000000. Unset = the service's default, which also bounds it; a deadline of the call
+    bounds it too.
+    """
     @_builtins.property
     def output_schema(self) -> _struct_pb2.Struct:
         """JSON Schema the answer must satisfy. Refused with REQUEST_INVALID where the model cannot."""
@@ -105,13 +137,20 @@ class AnswerRequest(_message.Message):
         tools: _abc.Iterable[Global___ToolDefinition] | None = ...,
         idempotency_key: _builtins.str = ...,
         cancel_on_disconnect: _builtins.bool = ...,
+        priority: Global___Priority.ValueType = ...,
+        deadline_ms: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_output_tokens", b"_max_output_tokens", "max_output_tokens", b"max_output_tokens", "output_schema", b"output_schema"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "_max_output_tokens", b"_max_output_tokens", "deadline_ms", b"deadline_ms", "max_output_tokens", b"max_output_tokens", "output_schema", b"output_schema"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_output_tokens", b"_max_output_tokens", "cache", b"cache", "cancel_on_disconnect", b"cancel_on_disconnect", "collection", b"collection", "idempotency_key", b"idempotency_key", "max_output_tokens", b"max_output_tokens", "model", b"model", "output_schema", b"output_schema", "question", b"question", "session_id", b"session_id", "tier", b"tier", "tools", b"tools"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "_max_output_tokens", b"_max_output_tokens", "cache", b"cache", "cancel_on_disconnect", b"cancel_on_disconnect", "collection", b"collection", "deadline_ms", b"deadline_ms", "idempotency_key", b"idempotency_key", "max_output_tokens", b"max_output_tokens", "model", b"model", "output_schema", b"output_schema", "priority", b"priority", "question", b"question", "session_id", b"session_id", "tier", b"tier", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__deadline_ms: _TypeAlias = _typing.Literal["deadline_ms"]  # noqa: Y015
+    _WhichOneofArgType__deadline_ms: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms"]  # noqa: Y015
     _WhichOneofReturnType__max_output_tokens: _TypeAlias = _typing.Literal["max_output_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_output_tokens: _TypeAlias = _typing.Literal["_max_output_tokens", b"_max_output_tokens"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__deadline_ms) -> _WhichOneofReturnType__deadline_ms | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_output_tokens) -> _WhichOneofReturnType__max_output_tokens | None: ...
 
 Global___AnswerRequest: _TypeAlias = AnswerRequest  # noqa: Y015

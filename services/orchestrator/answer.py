@@ -67,12 +67,13 @@ async def produce(question: Question, kit: Toolkit, events: EventLog) -> None:
     run = Run(question, kit, events)
     failure: DomainError | None = None
     try:
-        current_deadline.set(Deadline.after(kit.limits.deadline_s))
-        async with asyncio.timeout(kit.limits.deadline_s):
+        deadline_s = min(kit.limits.deadline_s, question.deadline_s or kit.limits.deadline_s)
+        current_deadline.set(Deadline.after(deadline_s))
+        async with asyncio.timeout(deadline_s):
             run.accept()
             await answer(run)
     except asyncio.CancelledError:
-        failure = AnswerCancelled("the answer was stopped", answer_id=question.answer_id)
+        failure = events.stopping or AnswerCancelled("the answer was stopped", answer_id=question.answer_id)
         raise
     except TimeoutError:
         failure = DeadlineTooShort("the answer took too long", step=run.trail.steps[-1].name if run.trail.steps else "", left_ms=0)

@@ -4,19 +4,24 @@ import asyncio
 import contextlib
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from opentelemetry.trace import SpanKind
 
 from services.chassis import telemetry
 from services.chassis.deadline import current_deadline
-from services.chassis.errors import BudgetExhausted, DomainError, PriceUnknown
+from services.chassis.errors import AnswerInterrupted, BudgetExhausted, DomainError, PriceUnknown
+from services.chassis.money import Usage
 from services.chassis.telemetry import StepRecord, span
 from services.orchestrator.domain import Attempt, Candidate, Draft, Hold, Prompt
 from services.orchestrator.router import next_try
 from services.orchestrator.run import Run
 
+GENERATE_LEAST_S = 0.1
+"""With less time than this left no provider answers, so none is asked."""
+MARK_DELTAS, MARK_S = 64, 1.0
+"""How much text, or time with text, may pass between two marks of what to book should we die."""
 HOLD_MARGIN_S = 60.0
 """A hold outlives the deadline by this, so that the sweeper never books what is about to be recorded."""
 
@@ -33,6 +38,8 @@ class _Call:
     hold: Hold | None = None
     began_at: float = 0.0
     first_text_at: float = 0.0
+    marked_at: float = 0.0
+    marked_deltas: int = 0
 
 
 async def first_draft(run: Run, prompt: Prompt) -> Draft:
@@ -42,6 +49,8 @@ async def first_draft(run: Run, prompt: Prompt) -> Draft:
     """
     candidate, asked = run.question.candidates[0], list[Candidate]()
     while True:
+        if (deadline := current_deadline.get()) is not None:
+            deadline.require("generate", GENERATE_LEAST_S)
         asked.append(candidate)
         call = _Call(len(asked), candidate, prompt, min(run.question.output_tokens_max, candidate.output_tokens_max), Draft(run.write))
         try:
@@ -64,6 +73,7 @@ async def _hold(run: Run, call: _Call, step: StepRecord) -> None:
     """Set the worst case of the call aside. Without that no byte is sent."""
     deadline = current_deadline.get()
     ttl_ms = int(((deadline.remaining_s if deadline else run.kit.limits.deadline_s) + HOLD_MARGIN_S) * 1000)
+    _mark(run, call)  # before the hold, so that there is none that nobody would settle
     reserving = asyncio.create_task(
         run.kit.ledger.reserve(
             run.question.answer_id, call.number, call.candidate, call.prompt.input_tokens_max, call.output_tokens_max, ttl_ms
@@ -91,9 +101,13 @@ async def _generate(run: Run, call: _Call, step: StepRecord) -> None:
     call.began_at = time.perf_counter()
 
     def write(text: str) -> None:
+        now = time.perf_counter()
         if not call.first_text_at:
-            call.first_text_at = time.perf_counter()
+            call.first_text_at = now
         run.write(text)
+        if draft.deltas - call.marked_deltas >= MARK_DELTAS or now - call.marked_at >= MARK_S:
+            call.marked_at, call.marked_deltas = now, draft.deltas
+            _mark(run, call)
 
     draft.on_text = write
     run.model, run.provider = candidate.model, candidate.provider
@@ -125,6 +139,15 @@ async def _generate(run: Run, call: _Call, step: StepRecord) -> None:
             running.set_attribute(telemetry.COST_NANOUSD, attempt.cost_nanousd)
             if attempt.finish_reason:
                 running.set_attribute(telemetry.GEN_AI_FINISH_REASONS, (attempt.finish_reason,))
+
+
+def _mark(run: Run, call: _Call) -> None:
+    """Leave word on disk what to book if this process dies in the middle of the call. Nothing waits for it."""
+    died = AnswerInterrupted("", answer_id=run.question.answer_id)
+    attempt = _account(call, died)
+    if attempt.not_sent:  # it may be sent before the next mark; a crash must not make tokens free
+        attempt = replace(attempt, usage=Usage(call.prompt.input_tokens_estimate), estimated=True, not_sent=False)
+    run.kit.books.mark(run.record(died, attempt))
 
 
 def _account(call: _Call, failure: BaseException | None) -> Attempt:

@@ -10,7 +10,7 @@ import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.chassis.channel import Caller
-from services.chassis.errors import Unavailable
+from services.chassis.errors import NotFound, RequestInvalid, Unavailable
 from services.chassis.principal import Principal
 from services.chassis.wire import price_value, timestamp, usage_message, usage_value
 from services.orchestrator.domain import (
@@ -293,6 +293,15 @@ class RemoteLedger:
             async with self._caller.stream(self._stub.ListTurns, request, timeout_s=5) as rows:
                 return tuple([_turn_value(row.turn) async for row in rows])
 
+    async def knows(self, principal: Principal, operation_id: str) -> bool:
+        request = ledger_pb.GetOperationRequest(operation_id=operation_id)
+        try:
+            with _named("ledger"):
+                await self._caller.unary(self._stub.GetOperation, request, timeout_s=5, principal=principal)
+        except (NotFound, RequestInvalid):
+            return False
+        return True
+
     async def append_turn(self, session_id: str, turn: Turn, principal: Principal) -> None:
         request = ledger_pb.AppendTurnRequest(session_id=session_id, turn=_turn_message(turn))
         with _named("ledger"):
@@ -330,15 +339,18 @@ class RecordLink:
 class SpooledBooks:
     """Books: on our disk first, at the ledger as soon as it can be."""
 
-    def __init__(self, spool: Spool) -> None:
-        self._spool = spool
+    def __init__(self, spool: Spool, replica: str) -> None:
+        self._spool, self._replica = spool, replica
+
+    def mark(self, record: OperationRecord) -> None:
+        self._spool.mark(record.question.answer_id, self._replica, operation_message(record).SerializeToString())
 
     @property
     def has_room(self) -> bool:
         return self._spool.has_room
 
     async def record(self, record: OperationRecord) -> "asyncio.Future[None]":
-        return await self._spool.append(operation_message(record).SerializeToString())
+        return await self._spool.append(record.question.answer_id, operation_message(record).SerializeToString())
 
 
 async def ping(channel: grpc.aio.Channel, dependency: str) -> None:

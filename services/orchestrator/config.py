@@ -21,7 +21,7 @@ class OrchestratorSettings(ServiceSettings):
     ledger_target: str = Field("127.0.0.1:50053", validation_alias="TAILRACE_LEDGER_TARGET")
     """Where the ledger is reached."""
     redis_url: SecretStr = Field(SecretStr("redis://127.0.0.1:6379/0"), validation_alias="REDIS_URL")
-    """Redis or Valkey that keeps exact answers. Answers go on without it."""
+    """Redis or Valkey that keeps exact answers, event logs and idempotency keys. Answers without such a key go on without it."""
 
     anthropic_api_key: SecretStr = Field(SecretStr(""), validation_alias="ANTHROPIC_API_KEY")
     """Key for Claude. Empty = every tier is served by the extractive model."""
@@ -48,11 +48,19 @@ class OrchestratorSettings(ServiceSettings):
     """Turns put before a question that leans on the conversation."""
 
     answers_max: int = Field(500, ge=1, le=10_000, validation_alias="TAILRACE_ORCHESTRATOR_ANSWERS_MAX")
-    """Answers produced at the same time; above it new ones are refused."""
+    """Answers produced at the same time; above it new ones are refused, and those of priority `batch` above four fifths of it."""
+    answers_per_user_max: int = Field(100, ge=1, le=10_000, validation_alias="TAILRACE_ORCHESTRATOR_ANSWERS_PER_USER_MAX")
+    """Answers produced at the same time for one user."""
     logs_kept_max: int = Field(2_000, ge=1, le=100_000, validation_alias="TAILRACE_ORCHESTRATOR_LOGS_KEPT_MAX")
     """Ended answers whose events are still kept for resuming."""
+    mirrors_max: int = Field(200, ge=1, le=10_000, validation_alias="TAILRACE_ORCHESTRATOR_MIRRORS_MAX")
+    """Answers of other replicas that are read here at the same time. Each takes a connection to Redis."""
+    lease_s: float = Field(10.0, ge=4, le=300, validation_alias="TAILRACE_ORCHESTRATOR_LEASE_S")
+    """How long a replica that is silent counts as alive, seconds. Then its answers are ended as interrupted."""
+    logs_timeout_s: float = Field(2.0, gt=0, le=30, validation_alias="TAILRACE_ORCHESTRATOR_LOGS_TIMEOUT_S")
+    """Longest wait for the shared logs, seconds, besides what a reader waits for news."""
     logs_kept_s: float = Field(600.0, ge=0, le=86_400, validation_alias="TAILRACE_ORCHESTRATOR_LOGS_KEPT_S")
-    """How long they are kept, seconds."""
+    """How long they are kept, here and in Redis, seconds."""
     detach_grace_s: float = Field(60.0, ge=0, le=3_600, validation_alias="TAILRACE_ORCHESTRATOR_DETACH_GRACE_S")
     """How long an answer goes on after its last reader left, seconds."""
     heartbeat_s: float = Field(15.0, gt=0, le=60, validation_alias="TAILRACE_ORCHESTRATOR_HEARTBEAT_S")

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
+from services.chassis.errors import DomainError
 from services.chassis.money import Price, Usage
 from services.chassis.principal import Principal
 
 CacheMode = Literal["use", "refresh", "off"]
+Priority = Literal["interactive", "batch"]
 CacheVerdict = Literal["miss", "exact", "semantic", "off"]
 
 ESTIMATE_BYTES_PER_TOKEN = 4
@@ -48,6 +50,9 @@ class Question:
     created_at: datetime
     idempotency_key: str = ""
     cancel_on_disconnect: bool = False
+    priority: Priority = "interactive"
+    deadline_s: float | None = None
+    """How long the answer may take, if that is less than the service's own bound."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,4 +332,69 @@ class Done:
     duration_ms: float
 
 
-Event = Accepted | StepChange | PassagesFound | TextDelta | Citation | Done
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """An event that another replica made, as it went out there."""
+
+    payload: bytes
+
+
+Event = Accepted | StepChange | PassagesFound | TextDelta | Citation | Done | Recorded
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What an idempotency key stands for: the answer it began, and a digest of the body it came with."""
+
+    answer_id: str
+    fingerprint: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SharedAnswer:
+    """What all replicas know of an answer."""
+
+    owner: tuple[str, str]
+    """Tenant and user."""
+    replica: str
+    """Who produces it."""
+    ended: bool
+    failure: DomainError | None = None
+    """Why it ended, unless it ended well."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogPart:
+    """A piece of an answer's log on its way to the other replicas."""
+
+    answer_id: str
+    owner: tuple[str, str]
+    first: int
+    """Number of the first event in `payloads`; the rest follow without a gap."""
+    payloads: tuple[bytes, ...]
+    ended: bool = False
+    failure: DomainError | None = None
+    """Why it ended, unless it ended well. Means nothing while it has not."""
+
+
+LogWord = Literal["taken", "unknown", "fenced"]
+"""What becomes of a LogPart. `unknown`: the store has forgotten the log, begin again at its first event. `fenced`: another replica has
+ended it; whoever still produces must stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogReply:
+    """The store's word on a LogPart."""
+
+    word: LogWord
+    cancel_asked: bool = False
+    """Whether the owner has asked, at another replica, to stop the answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class SharedEvents:
+    """What a read of a shared log found."""
+
+    events: tuple[tuple[int, bytes], ...]
+    ended: bool
+    failure: DomainError | None = None

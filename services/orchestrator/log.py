@@ -1,15 +1,15 @@
-"""The event log of one answer: append, read from a number on, end. Who produces and who may read is decided elsewhere.
+"""The event log of one answer in memory: append, read from a number on, end. Who produces and who may read is decided elsewhere.
 
 Readers never slow the producer: each goes through the log at its own pace. What was appended never changes, so that a reader who
 comes back sees the very same events under the very same numbers.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from services.chassis.errors import DomainError, ModelFailed, Overloaded
-from services.orchestrator.domain import Citation, Done, Event, PassagesFound, TextDelta
+from services.orchestrator.domain import Citation, Done, Event, PassagesFound, Recorded, TextDelta
 
 EVENTS_MAX = 70_000
 """More than one delta per token of the longest answer that can be asked for, and every citation of a normal one."""
@@ -36,7 +36,13 @@ class EventLog:
         self.ended = False
         self.failure: DomainError | None = None
         """Set if the answer ended in an error instead of `done`."""
+        self.stopping: DomainError | None = None
+        """How it shall end if whoever makes it is stopped. None = the owner stopped it."""
+        self.shown = False
+        """Whether text has been appended."""
         self.bytes = 0
+        self.on_change: Callable[[EventLog], None] | None = None
+        """Told of every event from the first text on, and of the end. Must be quick."""
         self._entries: list[Entry] = []
         self._events_max, self._bytes_max, self._readers_max = events_max, bytes_max, readers_max
         self._readers: set[Reader] = set()
@@ -53,6 +59,7 @@ class EventLog:
         assert not self.ended, "an ended log takes nothing more"
         match event:
             case TextDelta(text):
+                self.shown = True
                 size = len(text) if text.isascii() else len(text.encode())
             case PassagesFound(passages):
                 size = sum(len(passage.text.encode()) for passage in passages)
@@ -65,13 +72,17 @@ class EventLog:
         self.bytes += size
         self._entries.append(Entry(len(self._entries) + 1, event))
         self._wake()
+        if self.shown and self.on_change is not None:
+            self.on_change(self)
 
     def end(self, failure: DomainError | None = None) -> None:
         """Close the log: after `done`, or with what stood in its way."""
         assert not self.ended, "a log ends once"
-        assert failure is not None or isinstance(self._entries[-1].event, Done), "a log that ends well ends with done"
+        assert failure is not None or isinstance(self._entries[-1].event, Done | Recorded), "a log that ends well ends with done"
         self.ended, self.failure = True, failure
         self._wake()
+        if self.on_change is not None:
+            self.on_change(self)
 
     def read(self, after: int) -> Sequence[Entry]:
         """What lies after number `after`, which may be nothing."""

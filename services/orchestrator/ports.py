@@ -1,21 +1,28 @@
 """What an answer needs from the world, as protocols. Each has one adapter that speaks to something real; none is named here."""
 
 import asyncio
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
+from services.chassis.errors import DomainError
 from services.chassis.principal import Principal
 from services.orchestrator.domain import (
     CachedAnswer,
     Candidate,
+    Claim,
     Draft,
     HeldAnswer,
     Hold,
+    LogPart,
+    LogReply,
     OperationRecord,
     Passage,
     Prompt,
     Question,
     RecallVerdict,
+    SharedAnswer,
+    SharedEvents,
     Turn,
 )
 
@@ -66,6 +73,10 @@ class Ledger(Protocol):
         """The latest turns of a conversation, oldest first."""
         ...
 
+    async def knows(self, principal: Principal, operation_id: str) -> bool:
+        """Whether there is an operation of this id that the principal may see."""
+        ...
+
     async def append_turn(self, session_id: str, turn: Turn, principal: Principal) -> None:
         """Keep a turn. The same answer again changes nothing."""
         ...
@@ -84,7 +95,11 @@ class ExactCache(Protocol):
 
 
 class Books(Protocol):
-    """Where the final record of an operation is kept until the ledger has booked it."""
+    """Where the final record of an operation is kept until the ledger has booked it, and until then what to book if we die."""
+
+    def mark(self, record: OperationRecord) -> None:
+        """Keep `record` as what shall be booked if this process ends before `record` is called. Waits for nothing; the latest counts."""
+        ...
 
     async def record(self, record: OperationRecord) -> asyncio.Future[None]:
         """Return once the record is durable. The future is done once the ledger has acknowledged it."""
@@ -93,6 +108,62 @@ class Books(Protocol):
     @property
     def has_room(self) -> bool:
         """Whether new work may begin: false while too many records wait for the ledger."""
+        ...
+
+
+class SharedLogs(Protocol):
+    """The logs of all replicas' answers, who makes them, and which keys began them. Raises Unavailable(dependency="redis")."""
+
+    async def register(self, answer_id: str, owner: tuple[str, str], replica: str) -> None:
+        """Make it known that `replica` produces this answer, before it has events."""
+        ...
+
+    async def claim(self, owner: tuple[str, str], key: str, claim: Claim) -> Claim | None:
+        """Let `key` stand for `claim`, unless it stands for something already, which is returned then."""
+        ...
+
+    async def claim_again(self, owner: tuple[str, str], key: str, old: Claim, new: Claim) -> bool:
+        """Let `key` stand for `new` if it still stands for `old`; return whether it did."""
+        ...
+
+    async def append(self, replica: str, parts: Sequence[LogPart]) -> Sequence[LogReply]:
+        """Append parts of different logs in one round trip. What is there already is not appended again."""
+        ...
+
+    async def look_up(self, answer_id: str) -> SharedAnswer | None:
+        """What is known of an answer; None if nothing (any more)."""
+        ...
+
+    async def read(self, answer_id: str, after: int, wait_s: float) -> SharedEvents:
+        """Events after a number: at once if there are any, else when there are, but not later than after `wait_s`."""
+        ...
+
+    async def interrupt(self, answer_id: str, replica: str, failure: DomainError) -> bool:
+        """End the log of an answer whose replica is gone; return whether it was still open."""
+        ...
+
+    async def ask_to_cancel(self, answer_id: str, replica: str) -> None:
+        """Tell the replica that produces an answer to stop it, and leave the wish with the log."""
+        ...
+
+    async def renew(self, replica: str) -> None:
+        """Say that `replica` is alive; that holds for a while."""
+        ...
+
+    async def is_alive(self, replica: str) -> bool:
+        """Whether `replica` said so lately."""
+        ...
+
+    async def follow(self, answer_id: str) -> None:
+        """Say that somebody reads the answer at another replica than its own; that holds for a while."""
+        ...
+
+    async def is_followed(self, answer_id: str) -> bool:
+        """Whether somebody said so lately."""
+        ...
+
+    def cancels(self, replica: str) -> AsyncIterator[str]:
+        """Ids of the answers that shall be stopped, as others ask. Ends in Unavailable; what was asked meanwhile is with the logs."""
         ...
 
 

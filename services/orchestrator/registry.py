@@ -1,29 +1,50 @@
-"""The answers of this process: those that run, and the logs of those that ended a while ago. Who may read and stop them, and when they go.
+"""The answers of this process, and the way to those of the others: who may begin, read and stop an answer, and when it goes.
 
 The registry owns the tasks that produce; a call only reads. So a disconnect is not a cancel, and every answer ends exactly once.
+What another replica makes is read through a mirror and stopped by asking that replica.
 """
 
 import asyncio
 import contextlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
 import structlog
 
-from services.chassis.errors import AnswerCancelled, AnswerLogGone, IdempotencyConflict, Internal, NotFound, Overloaded
+from services.chassis.errors import (
+    AnswerCancelled,
+    AnswerInterrupted,
+    AnswerLogGone,
+    DomainError,
+    IdempotencyConflict,
+    Internal,
+    NotFound,
+    Overloaded,
+    Unavailable,
+)
 from services.chassis.principal import Principal
-from services.orchestrator.domain import Question
+from services.orchestrator.domain import Claim, Question, SharedAnswer
 from services.orchestrator.log import EventLog, Reader
+from services.orchestrator.mirrors import Mirrors, interrupted
+from services.orchestrator.ports import SharedLogs
+from services.orchestrator.publisher import Publisher
 
 log = structlog.get_logger(__name__)
 
 ENDED_EVENTS_MAX = 250_000
 """Events of all ended answers together, about 60 MB: a busy hour of long answers must not fill the memory."""
-GONE_IDS_MAX = 10_000
-"""Answers of which only the owner is remembered, to say "gone" instead of "not found"."""
+BATCH_SHARE = 0.8
+"""Of all answers, how many there may be for one more that nobody waits for."""
+FOLLOWED_ELSEWHERE_S = 5.0
+"""How often an answer without readers here is looked after that is read at another replica."""
+RENEW_S = 2.0
+"""How often this replica says that it is alive."""
+RENEW_AGAIN_S = 0.2
+LISTEN_AGAIN_S = 0.5
 Owner = tuple[str, str]
 Produce = Callable[[Question, EventLog], Awaitable[None]]
+Knows = Callable[[Principal, str], Awaitable[bool]]
 
 
 def owner_of(principal: Principal) -> Owner:
@@ -32,14 +53,14 @@ def owner_of(principal: Principal) -> Owner:
 
 @dataclass(slots=True)
 class Kept:
-    """An answer that can be read."""
+    """An answer of this process."""
 
     question: Question
     fingerprint: bytes
     events: EventLog
     task: "asyncio.Task[None]"
     alarm: asyncio.TimerHandle | None = None
-    """While it runs: stops it when nobody reads. Afterwards: forgets it."""
+    """While it runs: looks whether anybody reads it. Afterwards: forgets it."""
     counted: int = 0
     """Events it was counted with when it ended."""
 
@@ -48,98 +69,227 @@ class Kept:
         return owner_of(self.question.principal)
 
 
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """An answer of another replica, or one that only the store still has."""
+
+    answer_id: str
+    known: SharedAnswer
+
+
+Found = Kept | Elsewhere
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """See the settings of the same names."""
+
+    answers_max: int
+    answers_per_user_max: int
+    kept_max: int
+    kept_s: float
+    detach_grace_s: float
+    ended_events_max: int = ENDED_EVENTS_MAX
+
+
 class Registry:
     """Begins, finds, stops and forgets answers. Used from one event loop."""
 
     def __init__(
-        self,
-        produce: Produce,
-        *,
-        answers_max: int,
-        kept_max: int,
-        kept_s: float,
-        detach_grace_s: float,
-        ended_events_max: int = ENDED_EVENTS_MAX,
+        self, produce: Produce, logs: SharedLogs, publisher: Publisher, mirrors: Mirrors, knows: Knows, replica: str, bounds: Bounds
     ) -> None:
-        self._produce = produce
-        self._answers_max, self._kept_max, self._kept_s, self._detach_grace_s = answers_max, kept_max, kept_s, detach_grace_s
+        self._produce, self._logs, self._publisher, self._mirrors, self._knows = produce, logs, publisher, mirrors, knows
+        self._replica, self._bounds = replica, bounds
         self._running: dict[str, Kept] = {}
         self._ended: OrderedDict[str, Kept] = OrderedDict()
-        self._gone: OrderedDict[str, Owner] = OrderedDict()
-        self._by_key: dict[tuple[Owner, str], Kept] = {}
+        self._by_user: Counter[Owner] = Counter()
+        self._beginning = 0
+        """Answers that are about to begin: they count too while their key is claimed."""
         self._draining = False
-        self._ended_events, self._ended_events_max = 0, ended_events_max
+        self._ended_events = 0
+        self._asides: set[asyncio.Task[None]] = set()
 
     @property
     def running(self) -> int:
         return len(self._running)
 
-    def begin(self, question: Question, fingerprint: bytes) -> Kept:
-        """Start to answer, or return the answer that the same idempotency key began.
+    async def begin(self, question: Question, fingerprint: bytes) -> Found:
+        """Start to answer, or return the answer that the same idempotency key began, wherever.
 
-        Raises IdempotencyConflict if that had another body, Overloaded if too many answers run or the process is about to stop.
+        Raises IdempotencyConflict if that had another body, Overloaded if too many answers run or the process is about to stop,
+        Unavailable if there is a key and nobody can say what it stands for.
         """
-        key = (owner_of(question.principal), question.idempotency_key)
-        if question.idempotency_key and (known := self._by_key.get(key)) is not None:
-            if known.fingerprint != fingerprint:
-                raise IdempotencyConflict("this idempotency key came with another body", key=question.idempotency_key)
-            return known
-        if self._draining or len(self._running) >= self._answers_max:
+        if not question.idempotency_key:
+            self._admit(question)
+            return self._start(question, fingerprint, registered=False)
+        owner, key, claim = owner_of(question.principal), question.idempotency_key, Claim(question.answer_id, fingerprint)
+        self._admit(question)
+        self._beginning += 1
+        try:
+            # Known to all before the key stands for it: whoever finds the key finds the answer.
+            await self._logs.register(question.answer_id, owner, self._replica)
+            earlier = await self._logs.claim(owner, key, claim)
+            if earlier is not None:
+                if earlier.fingerprint != fingerprint:
+                    raise IdempotencyConflict("this idempotency key came with another body", key=key)
+                found = await self.find(question.principal, earlier.answer_id)
+                if not await self._may_run_again(found):
+                    return found
+                if not await self._logs.claim_again(owner, key, earlier, claim):
+                    raise Overloaded("the same request is just beginning again", retry_after_ms=500)
+        finally:
+            self._beginning -= 1
+        return self._start(question, fingerprint, registered=True)
+
+    def _admit(self, question: Question) -> None:
+        answers, mine = len(self._running) + self._beginning, self._by_user[owner_of(question.principal)]
+        most = self._bounds.answers_max if question.priority == "interactive" else int(self._bounds.answers_max * BATCH_SHARE)
+        if self._draining:
+            raise Overloaded("this replica is stopping", retry_after_ms=1000)
+        if answers >= most:
             raise Overloaded("too many answers are being made", retry_after_ms=1000)
+        if mine >= self._bounds.answers_per_user_max:
+            raise Overloaded("too many answers are being made for this user", retry_after_ms=1000)
+
+    def _start(self, question: Question, fingerprint: bytes, *, registered: bool) -> Kept:
         events = EventLog(question.answer_id)
         task = asyncio.create_task(self._run(question, events), name=f"answer {question.answer_id}")
-        kept = Kept(question, fingerprint, events, task)
-        self._running[question.answer_id] = kept
-        if question.idempotency_key:
-            self._by_key[key] = kept
+        kept = self._running[question.answer_id] = Kept(question, fingerprint, events, task)
+        self._by_user[kept.owner] += 1
+
+        def stop(fenced: bool) -> None:
+            _stop(kept, interrupted(question.answer_id) if fenced else None)
+
+        self._publisher.publish(events, kept.owner, stop, registered=registered)
         task.add_done_callback(lambda _: self._has_ended(kept))
         return kept
 
-    def find(self, principal: Principal, answer_id: str) -> Kept:
-        """Return the principal's own answer. Raises NotFound for a foreign or unknown one, AnswerLogGone for a forgotten one."""
+    async def _may_run_again(self, found: Found) -> bool:
+        """Whether an answer failed in a way that another try may heal, or its replica is gone. What was cancelled or refused stays so."""
+        if isinstance(found, Kept):
+            failure = found.events.failure
+        elif found.known.ended:
+            failure = found.known.failure
+        elif await self._logs.is_alive(found.known.replica):
+            return False
+        else:
+            failure = interrupted(found.answer_id)
+            await self._logs.interrupt(found.answer_id, found.known.replica, failure)
+        return failure is not None and failure.retryable
+
+    async def find(self, principal: Principal, answer_id: str) -> Found:
+        """The principal's own answer, of whatever replica. Raises NotFound for a foreign or unknown one, AnswerLogGone if its log is gone.
+
+        Foreign and unknown take the same way, so that they also take the same time.
+        """
+        owner = owner_of(principal)
         kept = self._running.get(answer_id) or self._ended.get(answer_id)
-        if kept is not None and kept.owner == owner_of(principal):
+        if kept is not None and kept.owner == owner:
             return kept
-        if kept is None and self._gone.get(answer_id) == owner_of(principal):
+        known = await self._logs.look_up(answer_id)
+        if known is not None and known.owner == owner:
+            return Elsewhere(answer_id, known)
+        if await self._knows(principal, answer_id):
             raise AnswerLogGone("the events of this answer are no longer kept", answer_id=answer_id)
         raise NotFound("there is no such answer", kind="answer")
 
-    def cancel(self, principal: Principal, answer_id: str) -> bool:
-        """Stop an answer at once; return whether it was still running."""
-        kept = self.find(principal, answer_id)
-        if kept.task.done() or kept.events.ended:
+    async def cancel(self, principal: Principal, answer_id: str) -> bool:
+        """Stop an answer at once, wherever it is made; return whether it was still running. Raises as `find`."""
+        found = await self.find(principal, answer_id)
+        if isinstance(found, Kept):
+            return _stop(found, None)
+        if found.known.ended:
             return False
-        kept.task.cancel()
+        if not await self._logs.is_alive(found.known.replica):
+            await self._logs.interrupt(answer_id, found.known.replica, interrupted(answer_id))
+            return False
+        await self._logs.ask_to_cancel(answer_id, found.known.replica)
         return True
 
     @contextlib.asynccontextmanager
-    async def reading(self, kept: Kept, after: int) -> AsyncIterator[Reader]:
+    async def reading(self, found: Found, after: int) -> AsyncIterator[tuple[EventLog, Reader]]:
         """Read an answer's log. When its last reader has left, the answer has the grace time to live, or none if nobody could come back."""
-        reader = kept.events.reader(after)
+        if isinstance(found, Elsewhere):
+            async with self._mirrors.reading(found.answer_id, found.known, after) as mirrored:
+                yield mirrored
+            return
+        kept, reader = found, found.events.reader(after)
         if kept.question.answer_id in self._running and kept.alarm is not None:
             kept.alarm.cancel()
             kept.alarm = None
         try:
-            yield reader
+            yield kept.events, reader
         finally:
             kept.events.leave(reader)
             if kept.events.readers == 0 and not kept.task.done() and not kept.events.ended:
                 if kept.question.cancel_on_disconnect:
-                    kept.task.cancel()
+                    _stop(kept, None)
                 else:
-                    kept.alarm = asyncio.get_running_loop().call_later(self._detach_grace_s, kept.task.cancel)
+                    self._look_later(kept, self._bounds.detach_grace_s)
+
+    def interrupt_all(self) -> None:
+        """End every answer that still runs as interrupted. For a process that must go."""
+        for kept in list(self._running.values()):
+            _stop(kept, AnswerInterrupted("the replica that made this answer is stopping; ask again", answer_id=kept.question.answer_id))
+
+    def refuse_new(self) -> None:
+        self._draining = True
 
     async def drain(self, timeout_s: float) -> int:
-        """Take nothing new, let what runs end within `timeout_s`, stop the rest; return how many had to be stopped."""
-        self._draining = True
+        """Take nothing new, let what runs end within `timeout_s`, interrupt the rest and wait until they are booked; return how many.
+
+        What was interrupted is told so and booked: nothing of it is lost but the rest of its text.
+        """
+        self.refuse_new()
         tasks = {kept.task for kept in self._running.values()}
         if not tasks:
             return 0
         _, late = await asyncio.wait(tasks, timeout=timeout_s)
-        for task in late:
-            task.cancel()
+        self.interrupt_all()
         await asyncio.gather(*late, return_exceptions=True)
         return len(late)
+
+    async def live_forever(self) -> None:
+        """Say again and again that this replica is alive, until cancelled."""
+        while True:
+            try:
+                await self._logs.renew(self._replica)
+                await asyncio.sleep(RENEW_S)
+            except Unavailable:
+                await asyncio.sleep(RENEW_AGAIN_S)
+
+    async def listen_forever(self) -> None:
+        """Stop what others ask us to stop, until cancelled. What is missed here, the publisher hears from the logs."""
+        while True:
+            try:
+                async for answer_id in self._logs.cancels(self._replica):
+                    if (kept := self._running.get(answer_id)) is not None:
+                        _stop(kept, None)
+            except Unavailable:
+                pass
+            await asyncio.sleep(LISTEN_AGAIN_S)
+
+    def _look_later(self, kept: Kept, after_s: float) -> None:
+        kept.alarm = asyncio.get_running_loop().call_later(after_s, self._look, kept)
+
+    def _look(self, kept: Kept) -> None:
+        """Nobody has read the answer here for a while. Is it read anywhere?"""
+        kept.alarm = None
+        aside = asyncio.create_task(self._stop_unless_followed(kept), name=f"look after {kept.question.answer_id}")
+        self._asides.add(aside)
+        aside.add_done_callback(self._asides.discard)
+
+    async def _stop_unless_followed(self, kept: Kept) -> None:
+        try:
+            followed = await self._logs.is_followed(kept.question.answer_id)
+        except Unavailable:
+            followed = False  # nobody can read it elsewhere either
+        if kept.task.done() or kept.events.ended or kept.events.readers or kept.alarm is not None:
+            return
+        if followed:
+            self._look_later(kept, FOLLOWED_ELSEWHERE_S)
+        else:
+            _stop(kept, None)
 
     async def _run(self, question: Question, events: EventLog) -> None:
         try:
@@ -154,15 +304,18 @@ class Registry:
     def _has_ended(self, kept: Kept) -> None:
         answer_id = kept.question.answer_id
         del self._running[answer_id]
+        self._by_user[kept.owner] -= 1
+        if self._by_user[kept.owner] <= 0:
+            del self._by_user[kept.owner]
         if len(kept.events) == 0 and not kept.events.ended:  # stopped before its first step: nothing was used, nothing is booked
-            kept.events.end(AnswerCancelled("the answer was stopped", answer_id=answer_id))
+            kept.events.end(kept.events.stopping or AnswerCancelled("the answer was stopped", answer_id=answer_id))
         if kept.alarm is not None:
             kept.alarm.cancel()
         self._ended[answer_id] = kept
-        kept.alarm = asyncio.get_running_loop().call_later(self._kept_s, self._forget, answer_id)
+        kept.alarm = asyncio.get_running_loop().call_later(self._bounds.kept_s, self._forget, answer_id)
         kept.counted = len(kept.events)
         self._ended_events += kept.counted
-        while len(self._ended) > self._kept_max or (self._ended_events > self._ended_events_max and len(self._ended) > 1):
+        while len(self._ended) > self._bounds.kept_max or (self._ended_events > self._bounds.ended_events_max and len(self._ended) > 1):
             self._forget(next(iter(self._ended)))
 
     def _forget(self, answer_id: str) -> None:
@@ -172,7 +325,12 @@ class Registry:
         if kept.alarm is not None:
             kept.alarm.cancel()
         self._ended_events -= kept.counted
-        self._by_key.pop((kept.owner, kept.question.idempotency_key), None)
-        self._gone[answer_id] = kept.owner
-        while len(self._gone) > GONE_IDS_MAX:
-            self._gone.popitem(last=False)
+
+
+def _stop(kept: Kept, failure: DomainError | None) -> bool:
+    """Stop an answer, which then ends in `failure`, or as cancelled by its owner. Return whether it was still running."""
+    if kept.task.done() or kept.events.ended:
+        return False
+    kept.events.stopping = kept.events.stopping or failure
+    kept.task.cancel()
+    return True

@@ -9,15 +9,27 @@ from uuid import UUID
 import grpc
 
 from services.chassis.clock import Clock
+from services.chassis.deadline import current_deadline
 from services.chassis.errors import Overloaded, RequestInvalid
 from services.chassis.principal import Principal, current_principal
 from services.chassis.server import Server
 from services.chassis.wire import timestamp, usage_message
 from services.orchestrator.clients import cache_message, passage_message
-from services.orchestrator.domain import Accepted, CacheMode, Citation, Done, PassagesFound, Question, StepChange, TextDelta
-from services.orchestrator.log import Entry, EventLog
+from services.orchestrator.domain import (
+    Accepted,
+    CacheMode,
+    Citation,
+    Done,
+    PassagesFound,
+    Priority,
+    Question,
+    Recorded,
+    StepChange,
+    TextDelta,
+)
+from services.orchestrator.log import EVENTS_MAX, Entry
 from services.orchestrator.ports import Books
-from services.orchestrator.registry import Kept, Registry
+from services.orchestrator.registry import Elsewhere, Found, Registry
 from services.orchestrator.router import Router
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as pb
 from tailrace.orchestrator.v1 import orchestrator_service_pb2_grpc as pb_grpc
@@ -26,7 +38,17 @@ QUESTION_BYTES_MAX = 32_768
 OUTPUT_TOKENS_MAX = 64_000
 KEY_CHARACTERS_MAX = 256
 ANSWER_ID_CHARACTERS_MAX = 64
+DEADLINE_MS_MAX = 3_000_000
+CALL_MARGIN_S = 0.2
+"""What a call's own deadline leaves for booking and for the last message."""
+ANSWER_LEAST_S = 0.25
+"""A call with less time left than this is not begun."""
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_PRIORITIES: dict[int, Priority] = {
+    pb.PRIORITY_UNSPECIFIED: "interactive",
+    pb.PRIORITY_INTERACTIVE: "interactive",
+    pb.PRIORITY_BATCH: "batch",
+}
 _CACHE_MODES: dict[int, CacheMode] = {
     pb.CACHE_MODE_UNSPECIFIED: "use",
     pb.CACHE_MODE_USE: "use",
@@ -43,8 +65,17 @@ def new_answer_id() -> str:
     return str(UUID(int=value))
 
 
+def fingerprint(request: pb.AnswerRequest) -> bytes:
+    """Digest of what is asked. How long the caller waits for it, and how it goes away, does not make it another question."""
+    asked = pb.AnswerRequest()
+    asked.CopyFrom(request)
+    for field in ("deadline_ms", "cancel_on_disconnect", "priority"):
+        asked.ClearField(field)
+    return hashlib.sha256(asked.SerializeToString(deterministic=True)).digest()
+
+
 def read_question(request: pb.AnswerRequest, principal: Principal, router: Router, clock: Clock, output_tokens_default: int) -> Question:
-    """Check every field of `request`. Raises RequestInvalid that names the field and its bound, or ModelUnknown."""
+    """Check every field of `request`. Raises RequestInvalid that names the field and its bound, ModelUnknown, DeadlineTooShort."""
     size = len(request.question.encode())
     if size > QUESTION_BYTES_MAX:
         raise RequestInvalid(f"the question has {size} bytes", field="question", bound=f"1-{QUESTION_BYTES_MAX} bytes")
@@ -66,6 +97,10 @@ def read_question(request: pb.AnswerRequest, principal: Principal, router: Route
         raise RequestInvalid("no configured model can be bound to a schema", field="output_schema")
     if request.tools:
         raise RequestInvalid("no configured model can call tools", field="tools")
+    if request.HasField("deadline_ms") and not 1 <= request.deadline_ms <= DEADLINE_MS_MAX:
+        raise RequestInvalid("deadline_ms is out of bounds", field="deadline_ms", bound=f"1-{DEADLINE_MS_MAX}")
+    if request.priority not in _PRIORITIES:
+        raise RequestInvalid("there is no such priority", field="priority", bound="0-2")
     tier, candidates = router.route(request.model, request.tier)
     answer_id = new_answer_id()
     return Question(
@@ -82,7 +117,18 @@ def read_question(request: pb.AnswerRequest, principal: Principal, router: Route
         created_at=clock.now(),
         idempotency_key=request.idempotency_key,
         cancel_on_disconnect=request.cancel_on_disconnect,
+        priority=_PRIORITIES[request.priority],
+        deadline_s=_deadline_s(request),
     )
+
+
+def _deadline_s(request: pb.AnswerRequest) -> float | None:
+    """What the field says, or less if the call itself has less left: the call keeps a moment, so that it is us who say what was slow."""
+    bounds = [request.deadline_ms / 1000] if request.HasField("deadline_ms") else []
+    if (call := current_deadline.get()) is not None:
+        call.require("answer", ANSWER_LEAST_S)
+        bounds.append(call.remaining_s - CALL_MARGIN_S)
+    return min(bounds, default=None)
 
 
 def event_message(answer_id: str, entry: Entry) -> pb.AnswerEvent:
@@ -108,6 +154,13 @@ def event_message(answer_id: str, entry: Entry) -> pb.AnswerEvent:
             return pb.AnswerEvent(answer_id=answer_id, sequence=entry.sequence, accepted=accepted)
         case Done() as done:
             return pb.AnswerEvent(answer_id=answer_id, sequence=entry.sequence, done=_done_message(done))
+        case Recorded(payload):
+            return pb.AnswerEvent.FromString(payload)
+
+
+def event_bytes(answer_id: str, entry: Entry) -> bytes:
+    """An entry as other replicas read it."""
+    return event_message(answer_id, entry).SerializeToString(deterministic=True)
 
 
 def _done_message(done: Done) -> pb.Done:
@@ -142,18 +195,16 @@ class OrchestratorRpc(pb_grpc.OrchestratorServiceServicer):
         question = read_question(request, current_principal(), self._router, self._clock, self._output_tokens_default)
         if not self._books.has_room:
             raise Overloaded("too many records wait for the ledger", retry_after_ms=5000)
-        fingerprint = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
-        await self._follow(self._registry.begin(question, fingerprint), 0, context)
+        await self._follow(await self._registry.begin(question, fingerprint(request)), 0, context)
 
     async def ResumeAnswer(self, request: pb.ResumeAnswerRequest, context: grpc.aio.ServicerContext) -> None:  # type: ignore[override]
-        kept = self._registry.find(current_principal(), _answer_id(request.answer_id))
-        if not 0 <= request.after_sequence <= len(kept.events):
-            bound = f"0-{len(kept.events)}"
-            raise RequestInvalid("the answer has no event of this number", field="after_sequence", bound=bound)
-        await self._follow(kept, request.after_sequence, context)
+        if not 0 <= request.after_sequence <= EVENTS_MAX:
+            raise RequestInvalid("no answer has an event of this number", field="after_sequence", bound=f"0-{EVENTS_MAX}")
+        found = await self._registry.find(current_principal(), _answer_id(request.answer_id))
+        await self._follow(found, request.after_sequence, context)
 
     async def CancelAnswer(self, request: pb.CancelAnswerRequest, context: grpc.aio.ServicerContext) -> pb.CancelAnswerResponse:
-        return pb.CancelAnswerResponse(was_running=self._registry.cancel(current_principal(), _answer_id(request.answer_id)))
+        return pb.CancelAnswerResponse(was_running=await self._registry.cancel(current_principal(), _answer_id(request.answer_id)))
 
     async def ListModels(self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext) -> pb.ListModelsResponse:
         models = [
@@ -168,19 +219,22 @@ class OrchestratorRpc(pb_grpc.OrchestratorServiceServicer):
         ]
         return pb.ListModelsResponse(models=models, default_tier=self._router.default_tier)
 
-    async def _follow(self, kept: Kept, after: int, context: grpc.aio.ServicerContext) -> None:
+    async def _follow(self, found: Found, after: int, context: grpc.aio.ServicerContext) -> None:
         """Write the answer's events from after a number on, until `done` or its error."""
-        events: EventLog = kept.events
-        answer_id = kept.question.answer_id
-        async with self._registry.reading(kept, after) as reader:
+        async with self._registry.reading(found, after) as (events, reader):
+            # What another replica showed before it died may be more than it could share.
+            may_lag = isinstance(found, Elsewhere) and not (events.ended and events.failure is None)
+            if after > len(events) and not may_lag:
+                raise RequestInvalid("the answer has no event of this number", field="after_sequence", bound=f"0-{len(events)}")
             while True:
                 entries = await reader.next(self._heartbeat_s)
                 for entry in entries:
-                    await context.write(event_message(answer_id, entry))
+                    await context.write(event_message(events.answer_id, entry))
                 if entries:
                     continue
                 if not events.ended:
-                    await context.write(pb.AnswerEvent(answer_id=answer_id, sequence=reader.position, heartbeat=pb.Heartbeat()))
+                    beat = pb.AnswerEvent(answer_id=events.answer_id, sequence=reader.position, heartbeat=pb.Heartbeat())
+                    await context.write(beat)
                 elif events.failure is not None:
                     raise events.failure
                 else:

@@ -150,8 +150,9 @@ class Run:
             duration_ms=round(self.trail.elapsed_ms, 3),
         )
 
-    def record(self, failure: DomainError | None) -> OperationRecord:
-        """What is booked. The step that books it is in it too, with the time it had taken so far."""
+    def record(self, failure: DomainError | None, *running: Attempt) -> OperationRecord:
+        """What is booked, with the attempts that are `running`. The step that books it is in it too, with the time it had taken so far."""
+        attempts = (*self.attempts, *running)
         status = "done" if failure is None else "cancelled" if isinstance(failure, AnswerCancelled) else "failed"
         steps = [_change(step) for step in self.trail.steps if step.status != "running"]
         steps += [
@@ -167,14 +168,14 @@ class Run:
             provider=self.provider,
             finish_reason=self.finish_reason if failure is None else "",
             error_reason=failure.reason if failure is not None else "",
-            usage=self.usage,
-            cost_nanousd=self.cost_nanousd,
+            usage=sum((attempt.usage for attempt in attempts), Usage()),
+            cost_nanousd=sum(attempt.cost_nanousd for attempt in attempts),
             cache=self.cache,
-            estimated=self.estimated,
+            estimated=any(attempt.estimated for attempt in attempts),
             first_token_ms=round(self.first_token_ms, 3),
             duration_ms=round(self.trail.elapsed_ms, 3),
             steps=tuple(steps),
-            attempts=tuple(self.attempts),
+            attempts=attempts,
         )
 
     def turn(self, *, complete: bool) -> Turn:

@@ -1,5 +1,8 @@
 """Records on their way to the ledger, on disk until it has booked them: SQLite, synced at every commit. It knows bytes alone.
 
+Of what still runs it keeps the latest mark: the record to send if this process ends before the final one is written. Marks that a former
+process left behind are records.
+
 One thread owns the database and commits together what waits together, so that a hundred answers that end at once cost one sync.
 Nothing is ever dropped: what the ledger can never book is put aside in a table of its own.
 """
@@ -29,6 +32,11 @@ CREATE TABLE IF NOT EXISTS outbox (
     record_id INTEGER PRIMARY KEY AUTOINCREMENT, -- never used twice, so an old acknowledgement cannot hit a new record
     payload BLOB NOT NULL
 );
+CREATE TABLE IF NOT EXISTS running (
+    operation_id TEXT PRIMARY KEY,
+    replica TEXT NOT NULL, -- the process that makes it
+    payload BLOB NOT NULL
+) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS dead_letter (
     record_id INTEGER PRIMARY KEY,
     payload BLOB NOT NULL,
@@ -76,6 +84,8 @@ class Spool:
         """Records put aside."""
         self._broken = False
         self._database = _open(path)
+        self.interrupted = _take_over(self._database)
+        """What a former process was making when it ended, with the name of that process. It is in the outbox now."""
         self.depth = self._database.execute("SELECT count(*) FROM outbox").fetchone()[0]
         self.dead_letters = self._database.execute("SELECT count(*) FROM dead_letter").fetchone()[0]
         if self.depth:
@@ -90,17 +100,24 @@ class Spool:
         """False while too many records wait, or since the disk failed: then no new work may begin."""
         return not self._broken and self.depth < self._records_max
 
-    async def append(self, payload: bytes) -> asyncio.Future[None]:
-        """Return once `payload` is on disk; the future is done once it was acknowledged. Raises Unavailable if the disk fails.
+    def mark(self, operation_id: str, replica: str, payload: bytes) -> None:
+        """Keep `payload` as the record of what runs, in place of an earlier one. Waits for nothing; `append` tells of a disk that fails."""
+        written: asyncio.Future[Any] = self._loop.create_future()
+        written.add_done_callback(_looked_at)
+        statement = "INSERT OR REPLACE INTO running (operation_id, replica, payload) VALUES (?, ?, ?)"
+        self._jobs.put((lambda db: db.execute(statement, (operation_id, replica, payload)), written))
 
-        Cancellation: the record may be written all the same.
+    async def append(self, operation_id: str, payload: bytes) -> asyncio.Future[None]:
+        """Return once `payload` is on disk, in place of the marks; the future is done once it was acknowledged.
+
+        Raises Unavailable if the disk fails. Cancellation: the record may be written all the same.
         """
         if self._broken:
             raise Unavailable("the spool cannot be written", dependency="spool")
         self.depth += 1
         self._empty.clear()
         try:
-            record_id = await self._do(lambda db: db.execute("INSERT INTO outbox (payload) VALUES (?)", (payload,)).lastrowid)
+            record_id = await self._do(lambda db: _finish(db, operation_id, payload))
         except sqlite3.Error as error:
             # After a failed sync nobody knows what is on disk; trying again would only hide it (fsyncgate).
             self._broken = True
@@ -212,6 +229,27 @@ class Spool:
             except queue.Empty:
                 return jobs, False
         return jobs, True
+
+
+def _looked_at(written: "asyncio.Future[Any]") -> None:
+    """A mark that failed is no news: the disk is judged by the final record."""
+    if not written.cancelled():
+        written.exception()
+
+
+def _finish(database: sqlite3.Connection, operation_id: str, payload: bytes) -> int:
+    database.execute("DELETE FROM running WHERE operation_id = ?", (operation_id,))
+    return int(database.execute("INSERT INTO outbox (payload) VALUES (?)", (payload,)).lastrowid or 0)
+
+
+def _take_over(database: sqlite3.Connection) -> list[tuple[str, str]]:
+    """Make records of the marks that a former process left behind; return whose they are."""
+    database.execute("BEGIN IMMEDIATE")
+    left = database.execute("SELECT operation_id, replica FROM running ORDER BY operation_id").fetchall()
+    database.execute("INSERT INTO outbox (payload) SELECT payload FROM running ORDER BY operation_id")
+    database.execute("DELETE FROM running")
+    database.execute("COMMIT")
+    return [(str(operation_id), str(replica)) for operation_id, replica in left]
 
 
 def _answer(results: list[tuple[asyncio.Future[Any], Any, Exception | None]]) -> None:

@@ -2,13 +2,16 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import secrets
+from collections.abc import AsyncIterator, Sequence
 
 import redis.asyncio as redis
+import structlog
 
 from services.chassis.afterwork import AfterWork
 from services.chassis.channel import Caller, open_channel
 from services.chassis.clock import SystemClock
+from services.chassis.errors import DomainError
 from services.chassis.lifecycle import Service
 from services.chassis.passport import Passport
 from services.chassis.server import Server, passport_identity
@@ -20,17 +23,26 @@ from services.orchestrator.clients import RemoteLedger, RemoteMemory, SpooledBoo
 from services.orchestrator.compose import read_template
 from services.orchestrator.config import OrchestratorSettings
 from services.orchestrator.extractive_model import ExtractiveModel
-from services.orchestrator.ports import Model
+from services.orchestrator.mirrors import Mirrors, interrupted
+from services.orchestrator.ports import Model, SharedLogs
+from services.orchestrator.publisher import Publisher
 from services.orchestrator.redis_cache import RedisCache
-from services.orchestrator.registry import Registry
+from services.orchestrator.redis_logs import RedisLogs
+from services.orchestrator.registry import Bounds, Registry
 from services.orchestrator.router import EXTRACTIVE, read_models
-from services.orchestrator.rpc import OrchestratorRpc, offer
+from services.orchestrator.rpc import OrchestratorRpc, event_bytes, offer
 from services.orchestrator.run import Limits, Toolkit
 from services.orchestrator.standalone import language
 
 WORKS_PER_ANSWER_MAX = 5
 """Conclusion, turn and two caches of an answer, and one more for those that wait for a ledger that is away."""
 REDIS_CONNECTIONS_MAX = 200
+RUNNING_MARGIN_S = 120.0
+"""A log that nobody ends goes this long after its answer's deadline."""
+STREAMS_SHARE = 0.8
+"""Of the drain's grace, how much belongs to answers that go on; the rest is for telling and booking that they do not."""
+
+log = structlog.get_logger(__name__)
 
 
 @contextlib.asynccontextmanager
@@ -39,9 +51,10 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
     async with contextlib.AsyncExitStack() as stack:
         clock = SystemClock()
         passport = Passport(settings.internal_key.get_secret_value().encode())
+        replica = secrets.token_hex(8)
 
         outbox = await stack.enter_async_context(spool.opened(settings.state_dir / "orchestrator" / "spool.db", settings.spool_records_max))
-        books = SpooledBooks(outbox)
+        books = SpooledBooks(outbox, replica)
 
         ledger_channel = await stack.enter_async_context(open_channel(settings.ledger_target))
         ledger = RemoteLedger(ledger_channel, Caller(settings.ledger_target, passport))
@@ -59,6 +72,25 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
         )
         cache = await stack.enter_async_context(redis.Redis.from_pool(pool))
         exact = RedisCache(cache, ttl_s=settings.cache_ttl_s, timeout_s=settings.cache_timeout_s)
+
+        # Whoever reads another replica's log, and the listener for cancels, holds a connection that waits.
+        waiting = redis.BlockingConnectionPool.from_url(
+            settings.redis_url.get_secret_value(),
+            max_connections=settings.mirrors_max + 1,
+            timeout=settings.logs_timeout_s,
+            socket_timeout=None,
+            socket_connect_timeout=1.0,
+            socket_keepalive=True,
+            retry=None,
+        )
+        logs = RedisLogs(
+            cache,
+            await stack.enter_async_context(redis.Redis.from_pool(waiting)),
+            running_life_s=int(settings.answer_deadline_s + RUNNING_MARGIN_S),
+            ended_life_s=int(settings.logs_kept_s),
+            lease_s=settings.lease_s,
+            timeout_s=settings.logs_timeout_s,
+        )
 
         models: dict[str, Model] = {EXTRACTIVE: ExtractiveModel(language)}
         if key := settings.anthropic_api_key.get_secret_value():
@@ -82,13 +114,30 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             cache_per_user=settings.cache_scope == "user",
         )
         kit = Toolkit(memory, ledger, exact, books, models, after, clock, read_template(), limits)
+        publisher = Publisher(logs, replica, event_bytes)
         registry = Registry(
             lambda question, events: produce(question, kit, events),
-            answers_max=settings.answers_max,
-            kept_max=settings.logs_kept_max,
-            kept_s=settings.logs_kept_s,
-            detach_grace_s=settings.detach_grace_s,
+            logs,
+            publisher,
+            Mirrors(logs, settings.mirrors_max),
+            ledger.knows,
+            replica,
+            Bounds(
+                answers_max=settings.answers_max,
+                answers_per_user_max=settings.answers_per_user_max,
+                kept_max=settings.logs_kept_max,
+                kept_s=settings.logs_kept_s,
+                detach_grace_s=settings.detach_grace_s,
+            ),
         )
+        works = {
+            "publisher": publisher.run_forever(),
+            "lease": registry.live_forever(),
+            "cancels": registry.listen_forever(),
+            "interrupted answers": tell_interrupted(logs, outbox.interrupted),
+        }
+        for name, work in works.items():
+            stack.push_async_callback(_ended, asyncio.create_task(work, name=name))
 
         sender = asyncio.create_task(outbox.drain_forever(ledger.recording), name="spool sender")
         stack.push_async_callback(_ended, sender)
@@ -99,14 +148,21 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
         )
         offer(server, handlers)
 
+        def stopping() -> None:
+            """Readers of answers that take too long hear that they are interrupted while they are still connected."""
+            left_s = (settings.drain_notice_ms + settings.drain_grace_ms * STREAMS_SHARE) / 1000
+            asyncio.get_running_loop().call_later(left_s, registry.interrupt_all)
+
         async def drain(timeout_s: float) -> int:
             """Answers first, then what they left to do, then what the ledger has not booked; that much stays on disk."""
             loop = asyncio.get_running_loop()
             ends_at = loop.time() + timeout_s
-            stopped = await registry.drain(timeout_s / 2)
-            await after.drain(max(0.5, ends_at - loop.time() - 0.5))
+            if stopped := await registry.drain(timeout_s / 2):
+                log.warning("answers_interrupted", answers=stopped)
+            abandoned = await after.drain(max(0.5, ends_at - loop.time() - 0.5))
+            await publisher.flushed(max(0.5, ends_at - loop.time()))
             await outbox.flush(max(0.5, ends_at - loop.time()))
-            return stopped
+            return abandoned
 
         async def redis_answers() -> None:
             await cache.ping()
@@ -120,7 +176,19 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
                 "redis": redis_answers,
             },
             drain=drain,
+            stopping=stopping,
         )
+
+
+async def tell_interrupted(logs: SharedLogs, left: Sequence[tuple[str, str]]) -> None:
+    """End the logs of what a former process was making, so that nobody waits until its lease has run out."""
+    for answer_id, replica in left:
+        try:
+            await logs.interrupt(answer_id, replica, interrupted(answer_id))
+        except DomainError as error:
+            log.warning("interruption_not_told", answer_id=answer_id, reason=error.reason)
+    if left:
+        log.warning("answers_were_interrupted", answers=len(left))
 
 
 async def _ended(task: "asyncio.Task[None]") -> None:

@@ -20,7 +20,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from bench.script import Behaviour, Record
 from bench.simulator import Connection, Provider
 from services.chassis.channel import Caller, open_channel
-from services.chassis.errors import BudgetExhausted, NotAllowed, PriceUnknown, Unavailable
+from services.chassis.errors import BudgetExhausted, NotAllowed, NotFound, PriceUnknown, Unavailable
 from services.chassis.lifecycle import started
 from services.chassis.money import Price
 from services.chassis.passport import Passport
@@ -165,6 +165,14 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
                 self.open_holds.discard(f"hold-{request.operation.operation_id}-{attempt.attempt}")
             await context.write(ledger_pb.RecordOperationsResponse(record_id=request.record_id, duplicate=duplicate))
 
+    async def GetOperation(
+        self, request: ledger_pb.GetOperationRequest, context: grpc.aio.ServicerContext
+    ) -> ledger_pb.GetOperationResponse:
+        operation, asker = self.operations.get(request.operation_id), current_principal()
+        if operation is None or (operation.tenant, operation.user) != (asker.tenant, asker.user):
+            raise NotFound("no such operation", kind="operation")
+        return ledger_pb.GetOperationResponse(operation=operation)
+
     async def ListTurns(self, request: ledger_pb.ListTurnsRequest, context: grpc.aio.ServicerContext) -> None:
         for turn in self.turns.get(request.session_id, [])[-request.limit :]:
             await context.write(ledger_pb.ListTurnsResponse(turn=turn))
@@ -223,6 +231,7 @@ class World:
     settings: OrchestratorSettings
     spool_path: Path
     spans: InMemorySpanExporter
+    variables: dict[str, str]
 
     async def ask(self, question: str, *, principal: Principal = ALICE, into: Reply | None = None, **fields: Any) -> Reply:
         """Ask and read to the end. Raises what the answer ended in; `into` then holds what was read before."""
@@ -308,27 +317,40 @@ async def world(folder: Path, redis_url: str, *, with_key: bool = True, **variab
         base_url = await stack.enter_async_context(provider_server(provider))
         ledger_port = await stack.enter_async_context(serving(ledger_rpc.add_LedgerServiceServicer_to_server, ledger))
         retrieval_port = await stack.enter_async_context(serving(retrieval_rpc.add_RetrievalServiceServicer_to_server, retrieval))
-        settings = OrchestratorSettings.load(
-            {
-                "TAILRACE_INTERNAL_KEY": KEY,
-                "TAILRACE_STATE_DIR": str(folder),
-                "TAILRACE_ORCHESTRATOR_PORT": "0",
-                "TAILRACE_LEDGER_TARGET": f"127.0.0.1:{ledger_port}",
-                "TAILRACE_RETRIEVAL_TARGET": f"127.0.0.1:{retrieval_port}",
-                "REDIS_URL": redis_url,
-                "ANTHROPIC_API_KEY": "test-key" if with_key else "",
-                "ANTHROPIC_BASE_URL": base_url,
-                **variables,
-            }
-        )
-        async with build(settings) as service:
-            async with started(service, "127.0.0.1") as port:
-                async with open_channel(f"127.0.0.1:{port}") as channel:
-                    caller = Caller(f"127.0.0.1:{port}", Passport(KEY.encode()))
-                    stub = pb_grpc.OrchestratorServiceStub(channel)
-                    spool_path = folder / "orchestrator" / "spool.db"
-                    yield World(stub, caller, ledger, retrieval, provider, settings, spool_path, spans)
-            await service.server.stop(0, 0)
-            assert service.drain is not None
-            await service.drain(5)
+        variables = {
+            "TAILRACE_INTERNAL_KEY": KEY,
+            "TAILRACE_ORCHESTRATOR_PORT": "0",
+            "TAILRACE_LEDGER_TARGET": f"127.0.0.1:{ledger_port}",
+            "TAILRACE_RETRIEVAL_TARGET": f"127.0.0.1:{retrieval_port}",
+            "REDIS_URL": redis_url,
+            "ANTHROPIC_API_KEY": "test-key" if with_key else "",
+            "ANTHROPIC_BASE_URL": base_url,
+            **variables,
+        }
+        yield await stack.enter_async_context(_orchestrator(folder, ledger, retrieval, provider, spans, variables))
         spans.shutdown()
+
+
+@contextlib.asynccontextmanager
+async def replica(beside: World, folder: Path, **variables: str) -> AsyncIterator[World]:
+    """One more orchestrator in the same world, with a disk of its own."""
+    made = _orchestrator(folder, beside.ledger, beside.retrieval, beside.provider, beside.spans, {**beside.variables, **variables})
+    async with made as running:
+        yield running
+
+
+@contextlib.asynccontextmanager
+async def _orchestrator(
+    folder: Path, ledger: FakeLedger, retrieval: FakeRetrieval, provider: Provider, spans: InMemorySpanExporter, variables: dict[str, str]
+) -> AsyncIterator[World]:
+    settings = OrchestratorSettings.load({**variables, "TAILRACE_STATE_DIR": str(folder)})
+    async with build(settings) as service:
+        async with started(service, "127.0.0.1") as port:
+            async with open_channel(f"127.0.0.1:{port}") as channel:
+                caller = Caller(f"127.0.0.1:{port}", Passport(KEY.encode()))
+                stub = pb_grpc.OrchestratorServiceStub(channel)
+                spool_path = folder / "orchestrator" / "spool.db"
+                yield World(stub, caller, ledger, retrieval, provider, settings, spool_path, spans, variables)
+        await service.server.stop(0, 0)
+        assert service.drain is not None
+        await service.drain(5)

@@ -66,7 +66,7 @@ async def test_record_is_booked_and_gone_from_disk(tmp_path: Path) -> None:
     books = Books()
     async with opened(tmp_path / "spool.db", 10) as spool, draining(spool, books):
         async with asyncio.timeout(5):
-            await (await spool.append(b"one"))
+            await (await spool.append("o", b"one"))
         assert await spool.flush(5) == 0
     with contextlib.closing(sqlite3.connect(tmp_path / "spool.db")) as database:
         assert database.execute("SELECT count(*) FROM outbox").fetchone() == (0,)
@@ -78,7 +78,7 @@ async def test_many_at_once_are_all_booked_in_order(tmp_path: Path) -> None:
     """Five hundred records that end at once, none lost, none twice."""
     books = Books()
     async with opened(tmp_path / "spool.db", 1000) as spool, draining(spool, books):
-        await asyncio.gather(*(spool.append(str(n).encode()) for n in range(500)))
+        await asyncio.gather(*(spool.append(str(n), str(n).encode()) for n in range(500)))
         assert await spool.flush(20) == 0
 
     assert sorted(books.booked.values()) == sorted(str(n).encode() for n in range(500))
@@ -90,7 +90,7 @@ async def test_line_that_breaks_in_the_middle_loses_nothing(tmp_path: Path) -> N
     books = Books()
     books.fail_after = 7
     async with opened(tmp_path / "spool.db", 1000) as spool, draining(spool, books):
-        await asyncio.gather(*(spool.append(str(n).encode()) for n in range(50)))
+        await asyncio.gather(*(spool.append(str(n), str(n).encode()) for n in range(50)))
         assert await spool.flush(20) == 0
 
     assert sorted(books.booked.values()) == sorted(str(n).encode() for n in range(50))
@@ -103,7 +103,7 @@ async def test_record_that_can_never_be_booked_is_kept_aside(tmp_path: Path) -> 
     books.reject.add(b"bad")
     async with opened(tmp_path / "spool.db", 10) as spool, draining(spool, books):
         for payload in (b"bad", b"good"):
-            await spool.append(payload)
+            await spool.append("o", payload)
         assert await spool.flush(5) == 0
         assert spool.dead_letters == 1
     with contextlib.closing(sqlite3.connect(tmp_path / "spool.db")) as database:
@@ -115,11 +115,11 @@ async def test_record_that_can_never_be_booked_is_kept_aside(tmp_path: Path) -> 
 async def test_full_spool_admits_nothing_new_and_still_takes_what_has_begun(tmp_path: Path) -> None:
     """Work is refused at the door, never forgotten inside."""
     async with opened(tmp_path / "spool.db", 2) as spool:
-        await spool.append(b"1")
+        await spool.append("o", b"1")
         assert spool.has_room
-        await spool.append(b"2")
+        await spool.append("o", b"2")
         assert not spool.has_room
-        await spool.append(b"3")
+        await spool.append("o", b"3")
 
         assert spool.depth == 3
 
@@ -127,7 +127,7 @@ async def test_full_spool_admits_nothing_new_and_still_takes_what_has_begun(tmp_
 async def test_spool_belongs_to_one_process(tmp_path: Path) -> None:
     """A second one is told so instead of sending everything twice."""
     async with opened(tmp_path / "spool.db", 2) as spool:
-        await spool.append(b"1")
+        await spool.append("o", b"1")
         with pytest.raises(OSError, match=r"spool\.db"):
             async with opened(tmp_path / "spool.db", 2):
                 pass
@@ -142,7 +142,7 @@ async def main():
     async with opened(Path(sys.argv[1]), 100_000) as spool:
         async def writer(name):
             for n in range(100_000):
-                await spool.append(f"{name}-{n}".encode())
+                await spool.append(f"{n}", f"{name}-{n}".encode())
                 print(f"{name}-{n}", flush=True)
         await asyncio.gather(*(writer(name) for name in "abcd"))
 

@@ -1,38 +1,84 @@
 """Which answers are kept, for whom, and for how long."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 
 import pytest
 
-from services.chassis.errors import AnswerCancelled, AnswerLogGone, IdempotencyConflict, NotFound, Overloaded
+from services.chassis.errors import (
+    AnswerCancelled,
+    AnswerInterrupted,
+    AnswerLogGone,
+    DomainError,
+    IdempotencyConflict,
+    ModelRefused,
+    ModelStalled,
+    NotFound,
+    Overloaded,
+    Unavailable,
+)
 from services.chassis.principal import Principal
-from services.orchestrator.domain import Candidate, Question, TextDelta
-from services.orchestrator.log import EventLog
-from services.orchestrator.registry import Registry
+from services.orchestrator.domain import Candidate, Priority, Question, TextDelta
+from services.orchestrator.log import Entry, EventLog
+from services.orchestrator.mirrors import Mirrors
+from services.orchestrator.publisher import Publisher
+from services.orchestrator.registry import Bounds, Elsewhere, Kept, Registry
+from tests.fakes.shared_logs import MemoryLogs
 
+Make = Callable[..., "Replica"]
 ALICE, BOB = Principal("acme", "alice"), Principal("acme", "bob")
 
 
-def question(answer_id: str, principal: Principal = ALICE, key: str = "", on_disconnect: bool = False) -> Question:
+def question(
+    answer_id: str, principal: Principal = ALICE, key: str = "", on_disconnect: bool = False, priority: Priority = "interactive"
+) -> Question:
     candidates = (Candidate("p", "m", 1, 1),)
     created = datetime(2026, 1, 1, tzinfo=UTC)
-    return Question(answer_id, "q", principal, "s", True, "fast", candidates, 10, "default", "use", created, key, on_disconnect)
+    return Question(answer_id, "q", principal, "s", True, "fast", candidates, 10, "default", "use", created, key, on_disconnect, priority)
 
 
 class Producer:
-    """Produces when it is told to."""
+    """Produces when it is told to, and ends as it is told to."""
 
     def __init__(self) -> None:
         self.go = asyncio.Event()
+        self.failure: DomainError = AnswerCancelled()
+        self.asked: list[str] = []
 
     async def __call__(self, asked: Question, events: EventLog) -> None:
+        self.asked.append(asked.answer_id)
         events.append(TextDelta("x"))
         try:
             await self.go.wait()
         finally:
-            events.end(AnswerCancelled())
+            events.end(events.stopping or self.failure)
+
+
+class Replica:
+    """A registry with all that belongs to it."""
+
+    def __init__(self, producer: Producer, logs: MemoryLogs, name: str = "r1", known: set[tuple[str, str]] | None = None, **bounds: float):
+        values = {"answers_max": 10, "answers_per_user_max": 10, "kept_max": 10, "kept_s": 60.0, "detach_grace_s": 60.0, **bounds}
+        booked = known if known is not None else set()
+
+        async def knows(principal: Principal, answer_id: str) -> bool:
+            return (principal.user, answer_id) in booked
+
+        self.name, self.logs = name, logs
+        self.publisher = Publisher(logs, name, lambda _, entry: _payload(entry), interval_s=0.001)
+        mirrors = Mirrors(logs, 5, wait_s=0.01)
+        self.answers = Registry(producer, logs, self.publisher, mirrors, knows, name, Bounds(**values))  # type: ignore[arg-type]
+        self.tasks = [asyncio.create_task(work) for work in (self.publisher.run_forever(), self.answers.listen_forever())]
+        logs.alive.add(name)
+
+    def close(self) -> None:
+        for task in self.tasks:
+            task.cancel()
+
+
+def _payload(entry: Entry) -> bytes:
+    return repr(entry.event).encode()
 
 
 @pytest.fixture
@@ -42,83 +88,233 @@ async def producer() -> AsyncIterator[Producer]:
     made.go.set()
 
 
-def registry(producer: Producer, **bounds: float) -> Registry:
-    values = {"answers_max": 10, "kept_max": 10, "kept_s": 60.0, "detach_grace_s": 60.0, **bounds}
-    return Registry(producer, **values)  # type: ignore[arg-type]
-
-
-async def test_foreign_and_unknown_answers_look_the_same(producer: Producer) -> None:
-    """Also to a user of the same tenant."""
-    answers = registry(producer)
-    answers.begin(question("a"), b"1")
-    for principal, answer_id in ((BOB, "a"), (ALICE, "b")):
-        with pytest.raises(NotFound, match="there is no such answer"):
-            answers.find(principal, answer_id)
-
-    assert answers.find(ALICE, "a").question.answer_id == "a"
-
-
-async def test_oldest_ended_answers_go_first_when_there_are_too_many(producer: Producer) -> None:
-    """By number and by events; the owner is told that they were there, nobody else is."""
+@pytest.fixture
+async def replicas(producer: Producer) -> AsyncIterator[list[Replica]]:
+    """Those that a test makes by `replica`."""
+    made: list[Replica] = []
+    yield made
     producer.go.set()
-    by_number, by_events = registry(producer, kept_max=2), registry(producer, ended_events_max=2)
-    for answers in (by_number, by_events):
-        for answer_id in ("a", "b", "c"):
-            await asyncio.gather(answers.begin(question(answer_id), b"1").task)
-            await asyncio.sleep(0)
-        with pytest.raises(AnswerLogGone):
-            answers.find(ALICE, "a")
-        with pytest.raises(NotFound):
-            answers.find(BOB, "a")
-
-        assert answers.find(ALICE, "c")
-
-
-async def test_key_gives_the_same_answer_until_it_is_forgotten(producer: Producer) -> None:
-    """Then the same key is a new question."""
-    producer.go.set()
-    answers = registry(producer, kept_max=1)
-    first = answers.begin(question("a", key="k"), b"1")
-    assert answers.begin(question("b", key="k"), b"1") is first
-    with pytest.raises(IdempotencyConflict):
-        answers.begin(question("c", key="k"), b"2")
-    await asyncio.gather(first.task)
-    await asyncio.gather(answers.begin(question("d"), b"1").task)
     await asyncio.sleep(0)
+    for one in made:
+        one.close()
 
-    assert answers.begin(question("e", key="k"), b"2").question.answer_id == "e"
+
+@pytest.fixture
+def replica(producer: Producer, replicas: list[Replica]) -> Make:
+    logs = MemoryLogs()
+
+    def make(name: str = "r1", known: set[tuple[str, str]] | None = None, **bounds: float) -> Replica:
+        replicas.append(Replica(producer, logs, name, known, **bounds))
+        return replicas[-1]
+
+    return make
 
 
-async def test_answer_stopped_before_its_first_step_still_has_an_end(producer: Producer) -> None:
+async def began(answers: Registry, asked: Question, fingerprint: bytes = b"1") -> Kept:
+    found = await answers.begin(asked, fingerprint)
+    assert isinstance(found, Kept)
+    await asyncio.sleep(0)
+    return found
+
+
+async def read(one: Replica, principal: Principal, answer_id: str) -> tuple[int, DomainError | None]:
+    """Read to the end: how many events, and the failure."""
+    async with one.answers.reading(await one.answers.find(principal, answer_id), 0) as (events, reader):
+        async with asyncio.timeout(5):
+            while not events.ended or await reader.next(1):
+                await reader.next(1)
+        return len(events), events.failure
+
+
+async def test_foreign_and_unknown_answers_look_the_same(replica: Make) -> None:
+    """Also to a user of the same tenant, here and at another replica, whether somebody asks to read or to stop."""
+    here, there = replica("r1"), replica("r2")
+    await began(here.answers, question("a"))
+    await until(lambda: "a" in here.logs.answers)
+    for one in (here, there):
+        for principal, answer_id in ((BOB, "a"), (ALICE, "b")):
+            with pytest.raises(NotFound, match="there is no such answer"):
+                await one.answers.find(principal, answer_id)
+            with pytest.raises(NotFound, match="there is no such answer"):
+                await one.answers.cancel(principal, answer_id)
+
+        assert await one.answers.find(ALICE, "a")
+
+
+async def test_answer_of_another_replica_is_read_whole_and_stopped(replica: Make) -> None:
+    """The reader there sees the same end; the maker hears of the wish."""
+    here, there = replica("r1"), replica("r2")
+    await began(here.answers, question("a"))
+    await until(lambda: "a" in here.logs.answers)
+    reading = asyncio.create_task(read(there, ALICE, "a"))
+    await asyncio.sleep(0.02)
+    assert await there.answers.cancel(ALICE, "a")
+    length, failure = await reading
+
+    assert length == 1
+    assert isinstance(failure, AnswerCancelled)
+    assert here.answers.running == 0
+    assert not await there.answers.cancel(ALICE, "a")
+
+
+async def test_readers_of_an_answer_whose_replica_is_gone_are_told(replica: Make) -> None:
+    """Once for all: the log ends as interrupted, and the replica that wakes up again must stop."""
+    here, there = replica("r1"), replica("r2")
+    kept = await began(here.answers, question("a"))
+    await until(lambda: len(here.logs.answers["a"].events) == 1 if "a" in here.logs.answers else False)
+    here.logs.alive.discard("r1")
+    _, failure = await read(there, ALICE, "a")
+    assert isinstance(failure, AnswerInterrupted)
+
+    kept.events.append(TextDelta("y"))
+    await until(lambda: kept.task.done())
+    assert isinstance(kept.events.failure, AnswerInterrupted)
+
+
+async def test_stop_that_the_maker_did_not_hear_reaches_it_with_its_next_words(replica: Make) -> None:
+    """A lost message is no lost wish."""
+    here, there = replica("r1"), replica("r2")
+    here.tasks[1].cancel()  # nobody listens
+    await asyncio.sleep(0)
+    kept = await began(here.answers, question("a"))
+    await until(lambda: "a" in here.logs.answers)
+    assert await there.answers.cancel(ALICE, "a")
+    kept.events.append(TextDelta("y"))
+    await until(lambda: kept.task.done())
+
+    assert isinstance(kept.events.failure, AnswerCancelled)
+
+
+async def test_oldest_ended_answers_go_first_when_there_are_too_many(producer: Producer, replica: Make) -> None:
+    """By number and by events; what only the books know is told to its owner as gone, and to nobody else at all."""
+    producer.go.set()
+    for bounds in ({"kept_max": 2}, {"ended_events_max": 2}):
+        one = replica("r1", {("alice", "a")}, **bounds)
+        for answer_id in ("a", "b", "c"):
+            await asyncio.gather((await began(one.answers, question(answer_id))).task)
+            await asyncio.sleep(0)
+        assert await one.publisher.flushed(5) == 0
+        assert isinstance(await one.answers.find(ALICE, "a"), Elsewhere)
+        one.logs.answers.clear()
+        with pytest.raises(AnswerLogGone):
+            await one.answers.find(ALICE, "a")
+        with pytest.raises(NotFound):
+            await one.answers.find(BOB, "a")
+
+        assert isinstance(await one.answers.find(ALICE, "c"), Kept)
+
+
+async def test_key_is_the_same_answer_at_every_replica(producer: Producer, replica: Make) -> None:
+    """Asked at once at both, one of them makes it and both have it; another body is refused at both; other owners have other keys."""
+    here, there = replica("r1"), replica("r2")
+    found = await asyncio.gather(
+        *(one.answers.begin(question(f"a-{one.name}-{n}", key="k"), b"1") for one in (here, there) for n in range(5))
+    )
+    await asyncio.sleep(0)
+    ids = {one.question.answer_id if isinstance(one, Kept) else one.answer_id for one in found}
+    assert len(ids) == len(producer.asked) == 1
+    for one in (here, there):
+        with pytest.raises(IdempotencyConflict):
+            await one.answers.begin(question("c", key="k"), b"2")
+
+    assert isinstance(await here.answers.begin(question("d", BOB, key="k"), b"2"), Kept)
+
+
+@pytest.mark.parametrize(
+    ("failure", "again"), [(ModelStalled(), True), (AnswerInterrupted(), True), (ModelRefused(), False), (AnswerCancelled(), False)]
+)
+async def test_key_begins_anew_only_what_another_try_may_heal(producer: Producer, replica: Make, failure: DomainError, again: bool) -> None:
+    """At the replica that failed and at another."""
+    producer.failure = failure
+    producer.go.set()
+    here, there = replica("r1"), replica("r2")
+    await asyncio.gather((await began(here.answers, question("a", key="k"))).task)
+    assert await here.publisher.flushed(5) == 0
+    for number, one in enumerate((there, here)):
+        found = await one.answers.begin(question(f"b{number}", key="k"), b"1")
+        if isinstance(found, Kept):
+            await asyncio.gather(found.task)
+            assert await one.publisher.flushed(5) == 0
+
+    assert producer.asked == (["a", "b0", "b1"] if again else ["a"])
+
+
+async def test_key_of_a_replica_that_is_gone_begins_anew(producer: Producer, replica: Make) -> None:
+    """Not before: while its maker lives, the same key waits for the same answer."""
+    here, there = replica("r1"), replica("r2")
+    await began(here.answers, question("a", key="k"))
+    assert isinstance(await there.answers.begin(question("b", key="k"), b"1"), Elsewhere)
+    here.logs.alive.discard("r1")
+
+    assert isinstance(await there.answers.begin(question("c", key="k"), b"1"), Kept)
+    assert isinstance(here.logs.answers["a"].failure, AnswerInterrupted)
+
+
+async def test_without_the_shared_logs_a_key_is_refused_and_all_else_goes_on(replica: Make) -> None:
+    """Nobody can say what the key stands for; an answer without one needs nobody."""
+    one = replica()
+    one.logs.away = True
+    with pytest.raises(Unavailable):
+        await one.answers.begin(question("a", key="k"), b"1")
+    kept = await began(one.answers, question("b"))
+    assert await one.answers.find(ALICE, "b") is kept
+    assert await one.answers.cancel(ALICE, "b")
+    await asyncio.gather(kept.task, return_exceptions=True)
+    one.logs.away = False
+
+    assert await one.publisher.flushed(5) == 0
+    assert one.logs.answers["b"].ended
+
+
+async def test_what_nobody_waits_for_makes_room(replica: Make) -> None:
+    """Batch stops at four fifths, others at all; and one user does not take everybody's place."""
+    one = replica(answers_max=5, answers_per_user_max=4)
+    for n in range(4):
+        await began(one.answers, question(f"a{n}", priority="batch"))
+    with pytest.raises(Overloaded, match="too many answers are being made for this user"):
+        await one.answers.begin(question("b"), b"1")
+    with pytest.raises(Overloaded, match=r"too many answers are being made$"):
+        await one.answers.begin(question("c", BOB, priority="batch"), b"1")
+    await began(one.answers, question("d", BOB))
+    with pytest.raises(Overloaded, match=r"too many answers are being made$"):
+        await one.answers.begin(question("e", BOB), b"1")
+    assert await one.answers.cancel(ALICE, "a0")
+    await until(lambda: one.answers.running == 4)
+
+    assert await began(one.answers, question("f"))
+
+
+async def test_answer_stopped_before_its_first_step_still_has_an_end(replica: Make) -> None:
     """A reader of it is told, and does not wait for ever."""
-    answers = registry(producer)
-    kept = answers.begin(question("a"), b"1")
-    assert answers.cancel(ALICE, "a")
+    answers = replica().answers
+    kept = await answers.begin(question("a"), b"1")
+    assert isinstance(kept, Kept)
+    assert await answers.cancel(ALICE, "a")
     await asyncio.gather(kept.task, return_exceptions=True)
     await asyncio.sleep(0)
 
     assert isinstance(kept.events.failure, AnswerCancelled)
-    assert not answers.cancel(ALICE, "a")
+    assert not await answers.cancel(ALICE, "a")
 
 
-async def test_drain_refuses_what_is_new_and_stops_what_does_not_end(producer: Producer) -> None:
-    """It says how many had to be stopped."""
-    answers = registry(producer)
-    answers.begin(question("a"), b"1")
-    await asyncio.sleep(0)
+async def test_drain_refuses_what_is_new_and_interrupts_what_does_not_end(replica: Make) -> None:
+    """It says how many it had to interrupt, and readers can tell that from a cancel."""
+    answers = replica().answers
+    kept = await began(answers, question("a"))
     stopped = await answers.drain(0.01)
     with pytest.raises(Overloaded):
-        answers.begin(question("b"), b"1")
+        await answers.begin(question("b"), b"1")
 
     assert stopped == 1
     assert answers.running == 0
+    assert isinstance(kept.events.failure, AnswerInterrupted)
 
 
-async def test_last_reader_that_leaves_ends_what_nobody_can_come_back_to(producer: Producer) -> None:
+async def test_last_reader_that_leaves_ends_what_nobody_can_come_back_to(replica: Make) -> None:
     """The first of two may leave; with the second the answer goes, at once if so asked, else after the grace."""
-    answers = registry(producer, detach_grace_s=0.01)
+    answers = replica(detach_grace_s=0.01).answers
     for on_disconnect in (True, False):
-        kept = answers.begin(question(f"a{on_disconnect}", on_disconnect=on_disconnect), b"1")
+        kept = await began(answers, question(f"a{on_disconnect}", on_disconnect=on_disconnect))
         async with answers.reading(kept, 0):
             async with answers.reading(kept, 0):
                 await asyncio.sleep(0)
@@ -127,3 +323,21 @@ async def test_last_reader_that_leaves_ends_what_nobody_can_come_back_to(produce
             await asyncio.gather(kept.task, return_exceptions=True)
 
         assert kept.task.cancelled()
+
+
+async def test_answer_that_is_read_elsewhere_goes_on(replica: Make) -> None:
+    """The grace is over only when nobody reads it anywhere."""
+    here, there = replica("r1", detach_grace_s=0.02), replica("r2")
+    kept = await began(here.answers, question("a"))
+    await until(lambda: "a" in here.logs.answers)
+    async with there.answers.reading(await there.answers.find(ALICE, "a"), 0):
+        async with here.answers.reading(kept, 0):
+            pass
+        await asyncio.sleep(0.1)
+        assert not kept.task.done()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110 - tasks of the registry make it true
+            await asyncio.sleep(0.001)

@@ -1,0 +1,156 @@
+"""Carries the logs of this replica's answers to where all replicas can read them. It makes no event and serves no reader.
+
+Nothing waits for it: what cannot be written now stays in the log and goes with the next flush. There is at most one flush in
+FLUSH_INTERVAL_S, for all answers together, and none for an answer before its first text has left.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+
+from services.chassis.errors import DomainError
+from services.orchestrator.domain import LogPart
+from services.orchestrator.log import Entry, EventLog
+from services.orchestrator.ports import SharedLogs
+
+log = structlog.get_logger(__name__)
+
+FLUSH_INTERVAL_S = 0.05
+PART_EVENTS_MAX = 500
+PART_BYTES_MAX = 256 * 1024
+PAUSE_S = 0.5
+"""How long a store that failed is left alone."""
+Owner = tuple[str, str]
+
+
+@dataclass(slots=True)
+class _Published:
+    """An answer on its way, and how much of it has arrived."""
+
+    events: EventLog
+    owner: Owner
+    stop: Callable[[bool], None]
+    """Called with True if another replica has ended the answer, with False if its owner asked for the end."""
+    registered: bool = False
+    written: int = 0
+
+
+class Publisher:
+    """Open while answers run; `run_forever` does the work."""
+
+    def __init__(
+        self, logs: SharedLogs, replica: str, render: Callable[[str, Entry], bytes], *, interval_s: float = FLUSH_INTERVAL_S
+    ) -> None:
+        self._logs, self._replica, self._render, self._interval_s = logs, replica, render, interval_s
+        self._published: dict[str, _Published] = {}
+        self._unregistered: set[str] = set()
+        self._changed: set[str] = set()
+        self._news = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._alarm: asyncio.TimerHandle | None = None
+        self._reachable = True
+        self.failures = 0
+        """Round trips that failed."""
+
+    def publish(self, events: EventLog, owner: Owner, stop: Callable[[bool], None], *, registered: bool) -> None:
+        """Begin to carry `events`. `registered` says that the answer is known to all replicas already."""
+        self._published[events.answer_id] = _Published(events, owner, stop, registered)
+        self._idle.clear()
+        events.on_change = self._note
+        if not registered:
+            self._unregistered.add(events.answer_id)
+            self._news.set()
+
+    async def run_forever(self) -> None:
+        """Register at once, write what has changed a while after it changed, until cancelled."""
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            try:
+                await self._register()
+                if self._changed and self._alarm is None:
+                    await self._flush()
+            except DomainError as error:
+                self.failures += 1
+                if self._reachable:
+                    log.warning("logs_not_shared", reason=error.reason, answers=len(self._published))
+                self._reachable = False
+                await asyncio.sleep(PAUSE_S)
+                self._news.set()
+                continue
+            if not self._reachable:
+                self._reachable = True
+                log.info("logs_shared_again", answers=len(self._published))
+
+    async def flushed(self, timeout_s: float) -> int:
+        """Wait until every log has ended and was written, at most `timeout_s`; return how many were not."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            pass
+        return len(self._published)
+
+    def _note(self, events: EventLog) -> None:
+        """An event was appended: write it with what else comes in the next moment. Called for every token."""
+        if events.answer_id in self._changed:
+            return
+        self._changed.add(events.answer_id)
+        if self._alarm is None:
+            self._alarm = asyncio.get_running_loop().call_later(self._interval_s, self._ring)
+
+    def _ring(self) -> None:
+        self._alarm = None
+        self._news.set()
+
+    async def _register(self) -> None:
+        while self._unregistered:
+            taken = list(self._unregistered)[:PART_EVENTS_MAX]
+            parts = [LogPart(one, self._published[one].owner, 1, ()) for one in taken if one in self._published]
+            if parts:
+                await self._logs.append(self._replica, parts)
+            for part in parts:
+                self._published[part.answer_id].registered = True
+            self._unregistered.difference_update(taken)
+
+    async def _flush(self) -> None:
+        parts = [self._part(self._published[one]) for one in self._changed if one in self._published]
+        self._changed.clear()
+        try:
+            replies = await self._logs.append(self._replica, parts) if parts else ()
+        except BaseException:
+            self._changed.update(part.answer_id for part in parts)
+            raise
+        for part, reply in zip(parts, replies, strict=True):
+            published = self._published[part.answer_id]
+            if reply.word == "unknown":
+                published.written = 0
+            elif reply.word == "taken":
+                published.written = part.first - 1 + len(part.payloads)
+            if reply.word == "fenced" or (part.ended and reply.word == "taken"):
+                del self._published[part.answer_id]
+                published.events.on_change = None
+            if reply.word == "fenced":
+                published.stop(True)
+            elif reply.cancel_asked:
+                published.stop(False)
+            elif (part.answer_id in self._published and published.written < len(published.events)) or reply.word == "unknown":
+                self._note(published.events)
+        if not self._published:
+            self._idle.set()
+
+    def _part(self, published: _Published) -> LogPart:
+        """What was not written yet, as much as goes in one piece. The end goes with the last piece only."""
+        events, size, payloads = published.events, 0, list[bytes]()
+        waiting = events.read(published.written)
+        for entry in waiting[:PART_EVENTS_MAX]:
+            payload = self._render(events.answer_id, entry)
+            size += len(payload)
+            if payloads and size > PART_BYTES_MAX:
+                break
+            payloads.append(payload)
+        ended = events.ended and len(payloads) == len(waiting)
+        return LogPart(events.answer_id, published.owner, published.written + 1, tuple(payloads), ended, events.failure if ended else None)

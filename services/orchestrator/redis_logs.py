@@ -1,0 +1,250 @@
+"""The shared logs in Redis: a stream and a hash for each answer, a string for each idempotency key, a lease for each replica.
+
+An event has the explicit id `<sequence>-0`, so that Redis itself refuses a number twice. Whoever may append, end or interrupt is decided
+in the scripts, because between a question and an answer over the network another replica may have spoken. No answer is made here.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any
+
+import msgspec
+import redis.asyncio as redis
+from redis.exceptions import NoScriptError, RedisError, ResponseError
+
+from services.chassis.errors import DomainError, Unavailable, restore
+from services.orchestrator.domain import Claim, LogPart, LogReply, SharedAnswer, SharedEvents
+
+READ_EVENTS_MAX = 1_000
+KEY_LIFE_S = 86_400
+"""How long an idempotency key stands for its answer."""
+FOLLOWED_S = 10
+_DONE = b"-"
+"""What the end of a log says if the answer ended well; otherwise it is the failure."""
+
+
+class _Failure(msgspec.Struct):
+    reason: str
+    detail: str
+    metadata: dict[str, str]
+    code: str
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(_Failure).decode
+
+_APPEND = """
+local replica, tenant, user, life = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local first, over, after = tonumber(ARGV[5]), ARGV[6], ARGV[7]
+local known = redis.call('HMGET', KEYS[1], 'replica', 'end', 'cancel')
+if known[1] and known[1] ~= replica or known[2] then return {'fenced', 0} end
+local last = 0
+local newest = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)
+if newest[1] then last = tonumber(string.match(newest[1][1], '^%d+')) end
+if last + 1 < first then return {'unknown', 0} end
+if not known[1] then redis.call('HSET', KEYS[1], 'replica', replica, 'tenant', tenant, 'user', user) end
+for i = 8, #ARGV do
+  local sequence = first + i - 8
+  if sequence > last then
+    redis.call('XADD', KEYS[2], string.format('%d-0', sequence), 'e', ARGV[i])
+    last = sequence
+  end
+end
+if over ~= '' then
+  redis.call('XADD', KEYS[2], string.format('%d-0', last + 1), 'x', over)
+  redis.call('HSET', KEYS[1], 'end', over)
+  life = after
+end
+redis.call('EXPIRE', KEYS[1], life)
+redis.call('EXPIRE', KEYS[2], life)
+return {'taken', known[3] and 1 or 0}
+"""
+
+_INTERRUPT = """
+local known = redis.call('HMGET', KEYS[1], 'replica', 'end')
+if known[1] ~= ARGV[1] or known[2] then return 0 end
+local last = 0
+local newest = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)
+if newest[1] then last = tonumber(string.match(newest[1][1], '^%d+')) end
+redis.call('XADD', KEYS[2], string.format('%d-0', last + 1), 'x', ARGV[2])
+redis.call('HSET', KEYS[1], 'end', ARGV[2])
+redis.call('EXPIRE', KEYS[1], ARGV[3])
+redis.call('EXPIRE', KEYS[2], ARGV[3])
+return 1
+"""
+
+_CLAIM_AGAIN = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[2], 'EX', ARGV[3])
+return 1
+"""
+
+
+class RedisLogs:
+    """SharedLogs on Redis or Valkey.
+
+    `blocking` is a client whose connections may wait: each reader and the listener for cancels hold one. A command that is cancelled
+    costs its connection.
+    """
+
+    def __init__(
+        self, client: redis.Redis, blocking: redis.Redis, *, running_life_s: int, ended_life_s: int, lease_s: float, timeout_s: float
+    ) -> None:
+        self._client: Any = client
+        self._blocking: Any = blocking
+        self._running_life_s, self._ended_life_s = running_life_s, ended_life_s
+        self._lease_ms, self._timeout_s = int(lease_s * 1000), timeout_s
+        self._append = client.register_script(_APPEND)
+        self._interrupt = client.register_script(_INTERRUPT)
+        self._claim_again = client.register_script(_CLAIM_AGAIN)
+
+    async def register(self, answer_id: str, owner: tuple[str, str], replica: str) -> None:
+        part = LogPart(answer_id, owner, 1, ())
+        await self.append(replica, [part])
+
+    async def claim(self, owner: tuple[str, str], key: str, claim: Claim) -> Claim | None:
+        async with self._asking():
+            held = await self._client.set(_claim_key(owner, key), _claim_value(claim), nx=True, get=True, ex=KEY_LIFE_S)
+        return _claim_of(held) if isinstance(held, bytes) else None
+
+    async def claim_again(self, owner: tuple[str, str], key: str, old: Claim, new: Claim) -> bool:
+        async with self._asking():
+            return bool(await self._claim_again([_claim_key(owner, key)], [_claim_value(old), _claim_value(new), KEY_LIFE_S]))
+
+    async def append(self, replica: str, parts: Sequence[LogPart]) -> Sequence[LogReply]:
+        async with self._asking():
+            try:
+                replies = await self._append_all(replica, parts)
+            except NoScriptError:  # a restarted Redis has forgotten it
+                await self._client.script_load(_APPEND)
+                replies = await self._append_all(replica, parts)
+        return [LogReply(word.decode(), bool(cancel)) for word, cancel in replies]
+
+    async def _append_all(self, replica: str, parts: Sequence[LogPart]) -> list[Any]:
+        async with self._client.pipeline(transaction=False) as pipeline:
+            for part in parts:
+                over = b"" if not part.ended else _DONE if part.failure is None else _failure(part.failure)
+                lives = self._running_life_s, self._ended_life_s
+                pipeline.evalsha(
+                    self._append.sha,
+                    2,
+                    *_keys(part.answer_id),
+                    *(replica, *part.owner, lives[0], part.first, over, lives[1]),
+                    *part.payloads,
+                )
+            return list(await pipeline.execute())
+
+    async def look_up(self, answer_id: str) -> SharedAnswer | None:
+        async with self._asking():
+            tenant, user, replica, end = await self._client.hmget(_keys(answer_id)[0], "tenant", "user", "replica", "end")
+        if replica is None:
+            return None
+        failure = _failure_of(end) if end is not None else None
+        return SharedAnswer((tenant.decode(), user.decode()), replica.decode(), end is not None, failure)
+
+    async def read(self, answer_id: str, after: int, wait_s: float) -> SharedEvents:
+        stream = _keys(answer_id)[1]
+        async with self._asking(wait_s):
+            found = await self._blocking.xread({stream: f"{after}-0"}, count=READ_EVENTS_MAX, block=max(1, int(wait_s * 1000)))
+        rows = found[0][1] if found else []
+        events, ended, failure = [], False, None
+        for number, fields in rows:
+            if b"x" in fields:
+                ended, failure = True, _failure_of(fields[b"x"])
+            else:
+                events.append((int(number.partition(b"-")[0]), fields[b"e"]))
+        return SharedEvents(tuple(events), ended, failure)
+
+    async def interrupt(self, answer_id: str, replica: str, failure: DomainError) -> bool:
+        async with self._asking():
+            return bool(await self._interrupt(list(_keys(answer_id)), [replica, _failure(failure), self._ended_life_s]))
+
+    async def ask_to_cancel(self, answer_id: str, replica: str) -> None:
+        async with self._asking():
+            await self._client.hset(_keys(answer_id)[0], "cancel", "1")
+            await self._client.publish(_channel(replica), answer_id)
+
+    async def renew(self, replica: str) -> None:
+        async with self._asking():
+            await self._client.set(_lease(replica), "1", px=self._lease_ms)
+
+    async def is_alive(self, replica: str) -> bool:
+        async with self._asking():
+            return bool(await self._client.exists(_lease(replica)))
+
+    async def follow(self, answer_id: str) -> None:
+        async with self._asking():
+            await self._client.set(f"tailrace:followed:{answer_id}", "1", ex=FOLLOWED_S)
+
+    async def is_followed(self, answer_id: str) -> bool:
+        async with self._asking():
+            return bool(await self._client.exists(f"tailrace:followed:{answer_id}"))
+
+    async def cancels(self, replica: str) -> AsyncIterator[str]:
+        with _errors_are_unavailable():
+            async with self._blocking.pubsub(ignore_subscribe_messages=True) as channel:
+                await channel.subscribe(_channel(replica))
+                async for message in channel.listen():
+                    yield message["data"].decode()
+
+    @contextlib.asynccontextmanager
+    async def _asking(self, wait_s: float = 0.0) -> AsyncIterator[None]:
+        """One question to the store, within its time."""
+        with _errors_are_unavailable():
+            async with asyncio.timeout(wait_s + self._timeout_s):
+                yield
+
+
+@contextlib.contextmanager
+def _errors_are_unavailable() -> Iterator[None]:
+    try:
+        yield
+    except ResponseError as error:
+        raise Unavailable("the shared logs refused a command", dependency="redis") from error
+    except (RedisError, OSError, TimeoutError) as error:
+        raise Unavailable("the shared logs cannot be reached", dependency="redis") from error
+
+
+def _keys(answer_id: str) -> tuple[str, str]:
+    """Hash and stream of an answer; the braces keep them in one slot of a cluster."""
+    return f"tailrace:answer:{{{answer_id}}}", f"tailrace:events:{{{answer_id}}}"
+
+
+def _lease(replica: str) -> str:
+    return f"tailrace:replica:{replica}"
+
+
+def _channel(replica: str) -> str:
+    return f"tailrace:control:{replica}"
+
+
+def _claim_key(owner: tuple[str, str], key: str) -> str:
+    """Names and keys are arbitrary; a digest of all three, with lengths, cannot be made to collide with another owner's."""
+    digest = hashlib.sha256()
+    for part in (*owner, key):
+        encoded = part.encode()
+        digest.update(len(encoded).to_bytes(8, "big"))
+        digest.update(encoded)
+    return f"tailrace:key:{digest.hexdigest()}"
+
+
+def _claim_value(claim: Claim) -> bytes:
+    return claim.answer_id.encode() + b"\n" + claim.fingerprint
+
+
+def _claim_of(value: bytes) -> Claim:
+    answer_id, _, fingerprint = value.partition(b"\n")
+    return Claim(answer_id.decode(), fingerprint)
+
+
+def _failure(error: DomainError) -> bytes:
+    return _encode(_Failure(error.reason, error.detail, error.metadata, error.code))
+
+
+def _failure_of(value: bytes) -> DomainError | None:
+    if value == _DONE:
+        return None
+    kept = _decode(value)
+    return restore(kept.reason, kept.detail, kept.metadata, kept.code)

@@ -29,6 +29,8 @@ from services.local.stores import Postgres, Valkey, free_port
 
 SERVICES = ("ledger", "retrieval", "orchestrator", "gateway")
 """In the order they are started."""
+TERMINAL = ("done", "error", "cancelled")
+"""Events of which every stream ends with exactly one. Only the first is an event of the answer's log and has a number."""
 READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 15.0
 T = TypeVar("T")
@@ -91,11 +93,17 @@ class Streamed:
         self.check("error")
         return self.events[-1].data
 
+    @property
+    def cancelled(self) -> Any:
+        """The problem a stopped stream ended with. Fails if it did not end with exactly one."""
+        self.check("cancelled")
+        return self.events[-1].data
+
     def check(self, end: str) -> None:
         """The terminal law and the numbering: one end, at the end; ids 1, 2, 3, …"""
-        assert [name for name in self.names if name in ("done", "error")] == [end], self.events[-3:]
+        assert [name for name in self.names if name in TERMINAL] == [end], self.events[-3:]
         assert self.names[-1] == end
-        numbers = [int(event.id) for event in self.events if event.name != "error"]
+        numbers = [int(event.id) for event in self.events if event.name not in TERMINAL[1:]]
         assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
 
 

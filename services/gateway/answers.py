@@ -5,6 +5,7 @@ from typing import Any
 
 from services.chassis.errors import AnswerInterrupted, RequestInvalid
 from services.gateway import bodies, render
+from services.gateway.answer_stream import AnswerStream
 from services.gateway.bridge import Bridge
 from services.gateway.exchange import Exchange
 from services.gateway.kit import Kit
@@ -20,8 +21,7 @@ async def ask(exchange: Exchange, kit: Kit) -> None:
     exchange.query(())
     body = bodies.parse(await exchange.json(), bodies.AnswerBody)
     request = body.message(_idempotency_key(exchange))
-    stub = kit.backends.orchestrator.stub
-    async with kit.backends.orchestrator.stream(stub.Answer, request, timeout_s=kit.answer_timeout_s + DEADLINE_SLACK_S) as events:
+    async with AnswerStream(kit.backends.orchestrator, request, timeout_s=kit.answer_timeout_s + DEADLINE_SLACK_S) as events:
         if body.stream:
             await _relay(exchange, kit, events)
         else:
@@ -31,8 +31,7 @@ async def ask(exchange: Exchange, kit: Kit) -> None:
 async def resume(exchange: Exchange, kit: Kit) -> None:
     """GET /v1/answers/{id}/events"""
     request = orchestrator.ResumeAnswerRequest(answer_id=exchange.params["id"], after_sequence=_after(exchange))
-    stub = kit.backends.orchestrator.stub
-    async with kit.backends.orchestrator.stream(stub.ResumeAnswer, request, timeout_s=kit.answer_timeout_s + DEADLINE_SLACK_S) as events:
+    async with AnswerStream(kit.backends.orchestrator, request, timeout_s=kit.answer_timeout_s + DEADLINE_SLACK_S) as events:
         await _relay(exchange, kit, events)
 
 

@@ -28,7 +28,10 @@ def answer_event(event: orchestrator.AnswerEvent) -> bytes:
     if kind is None:
         return b""  # a kind of event that a newer orchestrator knows and we do not
     retry_ms = sse.RETRY_MS if kind == "accepted" else None
-    return sse.block(orjson.dumps(plain(getattr(event, kind))), event=kind.encode(), event_id=event.sequence, retry_ms=retry_ms)
+    value = plain(getattr(event, kind))
+    if kind == "step":  # a map has no order of its own, and who reads the event again must get the same bytes
+        value["facts"] = dict(sorted(value["facts"].items()))
+    return sse.block(orjson.dumps(value), event=kind.encode(), event_id=event.sequence, retry_ms=retry_ms)
 
 
 def is_done(event: orchestrator.AnswerEvent) -> bool:

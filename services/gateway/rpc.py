@@ -6,6 +6,7 @@ import grpc
 
 from services.chassis.principal import Principal, current_principal
 from services.chassis.server import Identify
+from services.gateway.answer_stream import AnswerStream
 from services.gateway.answers import DEADLINE_SLACK_S
 from services.gateway.app import Rule, permit
 from services.gateway.clients import Peer
@@ -38,12 +39,10 @@ class GatewayService(gateway_service_pb2_grpc.GatewayServiceServicer):
 
     async def Answer(self, request: Any, context: Any) -> None:  # type: ignore[override]
         await self._limit()
-        orchestrator = self._backends.orchestrator
-        await self._relay(orchestrator, orchestrator.stub.Answer, request, context, self._kit.answer_timeout_s + DEADLINE_SLACK_S)
+        await self._relay_answer(request, context)
 
     async def ResumeAnswer(self, request: Any, context: Any) -> None:  # type: ignore[override]
-        orchestrator = self._backends.orchestrator
-        await self._relay(orchestrator, orchestrator.stub.ResumeAnswer, request, context, self._kit.answer_timeout_s + DEADLINE_SLACK_S)
+        await self._relay_answer(request, context)
 
     async def CancelAnswer(self, request: Any, context: Any) -> Any:
         return await self._backends.orchestrator.unary(self._backends.orchestrator.stub.CancelAnswer, request)
@@ -75,6 +74,11 @@ class GatewayService(gateway_service_pb2_grpc.GatewayServiceServicer):
 
     async def _limit(self) -> None:
         await self._kit.limits.admit(current_principal())
+
+    async def _relay_answer(self, request: Any, context: Any) -> None:
+        async with AnswerStream(self._backends.orchestrator, request, timeout_s=self._kit.answer_timeout_s + DEADLINE_SLACK_S) as events:
+            async for event in events:
+                await context.write(event)
 
     async def _relay(self, peer: Peer, method: Any, request: Any, context: Any, timeout_s: float) -> None:
         """Write on what comes. When the caller leaves, this is cancelled, and leaving the block cancels the call behind it."""

@@ -145,7 +145,7 @@ class Registry:
         answers, mine = len(self._running) + self._beginning, self._by_user[owner_of(question.principal)]
         most = self._bounds.answers_max if question.priority == "interactive" else int(self._bounds.answers_max * BATCH_SHARE)
         if self._draining:
-            raise Overloaded("this replica is stopping", retry_after_ms=1000)
+            raise Overloaded("this replica is stopping", retry_after_ms=1000, draining="true")
         if answers >= most:
             raise Overloaded("too many answers are being made", retry_after_ms=1000)
         if mine >= self._bounds.answers_per_user_max:

@@ -375,6 +375,8 @@ class LogPart:
     ended: bool = False
     failure: DomainError | None = None
     """Why it ended, unless it ended well. Means nothing while it has not."""
+    brief: bool = False
+    """Whether the log, once it has ended, is kept for a short time only, because there are too many."""
 
 
 LogWord = Literal["taken", "unknown", "fenced"]

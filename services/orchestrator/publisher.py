@@ -5,7 +5,8 @@ FLUSH_INTERVAL_S, for all answers together, and none for an answer before its fi
 """
 
 import asyncio
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -20,6 +21,8 @@ log = structlog.get_logger(__name__)
 FLUSH_INTERVAL_S = 0.05
 PART_EVENTS_MAX = 500
 PART_BYTES_MAX = 256 * 1024
+EVENT_OVERHEAD_BYTES = 40
+"""What an event takes in the store besides its payload, about."""
 PAUSE_S = 0.5
 """How long a store that failed is left alone."""
 Owner = tuple[str, str]
@@ -33,17 +36,28 @@ class _Published:
     owner: Owner
     stop: Callable[[bool], None]
     """Called with True if another replica has ended the answer, with False if its owner asked for the end."""
-    registered: bool = False
     written: int = 0
+    bytes: int = 0
 
 
 class Publisher:
     """Open while answers run; `run_forever` does the work."""
 
     def __init__(
-        self, logs: SharedLogs, replica: str, render: Callable[[str, Entry], bytes], *, interval_s: float = FLUSH_INTERVAL_S
+        self,
+        logs: SharedLogs,
+        replica: str,
+        render: Callable[[str, Entry], bytes],
+        *,
+        kept_s: float,
+        bytes_max: int,
+        interval_s: float = FLUSH_INTERVAL_S,
     ) -> None:
+        """`bytes_max` bounds what the logs that ended in the last `kept_s` may take in the store; beyond it they are kept briefly."""
         self._logs, self._replica, self._render, self._interval_s = logs, replica, render, interval_s
+        self._kept_s, self._bytes_max = kept_s, bytes_max
+        self._kept: deque[tuple[float, int]] = deque()
+        self._kept_bytes = 0
         self._published: dict[str, _Published] = {}
         self._unregistered: set[str] = set()
         self._changed: set[str] = set()
@@ -57,7 +71,7 @@ class Publisher:
 
     def publish(self, events: EventLog, owner: Owner, stop: Callable[[bool], None], *, registered: bool) -> None:
         """Begin to carry `events`. `registered` says that the answer is known to all replicas already."""
-        self._published[events.answer_id] = _Published(events, owner, stop, registered)
+        self._published[events.answer_id] = _Published(events, owner, stop)
         self._idle.clear()
         events.on_change = self._note
         if not registered:
@@ -112,8 +126,6 @@ class Publisher:
             parts = [LogPart(one, self._published[one].owner, 1, ()) for one in taken if one in self._published]
             if parts:
                 await self._logs.append(self._replica, parts)
-            for part in parts:
-                self._published[part.answer_id].registered = True
             self._unregistered.difference_update(taken)
 
     async def _flush(self) -> None:
@@ -127,9 +139,13 @@ class Publisher:
         for part, reply in zip(parts, replies, strict=True):
             published = self._published[part.answer_id]
             if reply.word == "unknown":
-                published.written = 0
+                published.written = published.bytes = 0
             elif reply.word == "taken":
                 published.written = part.first - 1 + len(part.payloads)
+                published.bytes += _stored(part.payloads)
+                if part.ended and not part.brief:
+                    self._kept.append((asyncio.get_running_loop().time() + self._kept_s, published.bytes))
+                    self._kept_bytes += published.bytes
             if reply.word == "fenced" or (part.ended and reply.word == "taken"):
                 del self._published[part.answer_id]
                 published.events.on_change = None
@@ -153,4 +169,23 @@ class Publisher:
                 break
             payloads.append(payload)
         ended = events.ended and len(payloads) == len(waiting)
-        return LogPart(events.answer_id, published.owner, published.written + 1, tuple(payloads), ended, events.failure if ended else None)
+        return LogPart(
+            events.answer_id,
+            published.owner,
+            published.written + 1,
+            tuple(payloads),
+            ended,
+            events.failure if ended else None,
+            brief=ended and self._is_full(published.bytes + _stored(payloads)),
+        )
+
+    def _is_full(self, more: int) -> bool:
+        """Whether the logs that are kept for their whole time leave no room for one of `more` bytes."""
+        now = asyncio.get_running_loop().time()
+        while self._kept and self._kept[0][0] <= now:
+            self._kept_bytes -= self._kept.popleft()[1]
+        return self._kept_bytes + more > self._bytes_max
+
+
+def _stored(payloads: Sequence[bytes]) -> int:
+    return sum(map(len, payloads)) + EVENT_OVERHEAD_BYTES * len(payloads)

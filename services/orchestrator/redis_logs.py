@@ -21,6 +21,8 @@ READ_EVENTS_MAX = 1_000
 KEY_LIFE_S = 86_400
 """How long an idempotency key stands for its answer."""
 FOLLOWED_S = 10
+BRIEF_S = 30
+"""How long an ended log is kept when there are too many: enough for a browser that lost its line to come back."""
 _DONE = b"-"
 """What the end of a log says if the answer ended well; otherwise it is the failure."""
 
@@ -126,12 +128,12 @@ class RedisLogs:
         async with self._client.pipeline(transaction=False) as pipeline:
             for part in parts:
                 over = b"" if not part.ended else _DONE if part.failure is None else _failure(part.failure)
-                lives = self._running_life_s, self._ended_life_s
+                after_s = min(BRIEF_S, self._ended_life_s) if part.brief else self._ended_life_s
                 pipeline.evalsha(
                     self._append.sha,
                     2,
                     *_keys(part.answer_id),
-                    *(replica, *part.owner, lives[0], part.first, over, lives[1]),
+                    *(replica, *part.owner, self._running_life_s, part.first, over, after_s),
                     *part.payloads,
                 )
             return list(await pipeline.execute())

@@ -114,7 +114,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             cache_per_user=settings.cache_scope == "user",
         )
         kit = Toolkit(memory, ledger, exact, books, models, after, clock, read_template(), limits)
-        publisher = Publisher(logs, replica, event_bytes)
+        publisher = Publisher(logs, replica, event_bytes, kept_s=settings.logs_kept_s, bytes_max=settings.logs_bytes_max)
         registry = Registry(
             lambda question, events: produce(question, kit, events),
             logs,

@@ -1,13 +1,15 @@
 """Two orchestrators, one Valkey: what one makes, the other serves, to the byte."""
 
 import asyncio
+import contextlib
 import random
-from collections.abc import AsyncIterator
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
-from services.chassis.errors import AnswerCancelled, IdempotencyConflict, NotFound
+from services.chassis.errors import AnswerCancelled, AnswerLogGone, IdempotencyConflict, NotFound, Unavailable
 from services.local.stores import Valkey
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as pb
 from tests.fakes.orchestrator_world import BOB, MALLORY, Reply, World, replica, until, world
@@ -102,3 +104,35 @@ async def test_answer_read_elsewhere_outlives_the_grace(pair: tuple[World, World
     await asyncio.gather(asking, return_exceptions=True)
 
     assert (await reading).done.usage.output_tokens == 60
+
+
+async def test_store_that_dies_in_the_middle_costs_no_answer(tmp_path: Path) -> None:
+    """The reader here notices nothing; when the store is back, empty, the whole log is there for everybody."""
+    valkey = Valkey(tmp_path / "valkey")
+    await valkey.start()
+    try:
+        async with world(tmp_path / "one", valkey.url) as one, replica(one, tmp_path / "two") as two:
+            one.behave(tokens=60, tokens_per_s=30)
+            reply = Reply()
+            asking = asyncio.create_task(one.ask(QUESTION, into=reply, cache=pb.CACHE_MODE_OFF))
+            await until(lambda: len(reply.text) > 30)
+            await valkey.stop()
+            shutil.rmtree(tmp_path / "valkey" / "appendonlydir")
+            await valkey.start()
+            whole = bytes_of(await asking)
+
+            async def shared() -> Reply | None:
+                with contextlib.suppress(NotFound, AnswerLogGone, Unavailable):
+                    return await two.resume(reply.answer_id)
+                return None
+
+            assert bytes_of(await found(shared)) == whole
+    finally:
+        await valkey.stop()
+
+
+async def found(probe: Callable[[], Awaitable[Reply | None]]) -> Reply:
+    async with asyncio.timeout(20):
+        while (reply := await probe()) is None:  # noqa: ASYNC110 - what is waited for is in another process
+            await asyncio.sleep(0.05)
+        return reply

@@ -66,7 +66,7 @@ class Replica:
             return (principal.user, answer_id) in booked
 
         self.name, self.logs = name, logs
-        self.publisher = Publisher(logs, name, lambda _, entry: _payload(entry), interval_s=0.001)
+        self.publisher = Publisher(logs, name, lambda _, entry: _payload(entry), kept_s=60, bytes_max=2**20, interval_s=0.001)
         mirrors = Mirrors(logs, 5, wait_s=0.01)
         self.answers = Registry(producer, logs, self.publisher, mirrors, knows, name, Bounds(**values))  # type: ignore[arg-type]
         self.tasks = [asyncio.create_task(work) for work in (self.publisher.run_forever(), self.answers.listen_forever())]

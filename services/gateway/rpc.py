@@ -4,14 +4,16 @@ from typing import Any
 
 import grpc
 
+from services.chassis.deadline import current_deadline
 from services.chassis.principal import Principal, current_principal
 from services.chassis.server import Identify
-from services.gateway.answers import DEADLINE_SLACK_S
 from services.gateway.app import Rule, permit
 from services.gateway.clients import Peer
+from services.gateway.deadlines import call_timeout_s, left_ms
 from services.gateway.documents import INGEST_TIMEOUT_S
 from services.gateway.identity import Identity, credential_in
 from services.gateway.kit import Kit
+from services.gateway.limits import Metered
 from tailrace.gateway.v1 import gateway_service_pb2_grpc
 
 ROWS_TIMEOUT_S = 30.0
@@ -37,13 +39,18 @@ class GatewayService(gateway_service_pb2_grpc.GatewayServiceServicer):
         self._backends = kit.backends
 
     async def Answer(self, request: Any, context: Any) -> None:  # type: ignore[override]
-        await self._limit()
         orchestrator = self._backends.orchestrator
-        await self._relay(orchestrator, orchestrator.stub.Answer, request, context, self._kit.answer_timeout_s + DEADLINE_SLACK_S)
+        with self._kit.shedding.entered():
+            async with self._kit.answering(request, left_ms(current_deadline.get())) as (admission, timeout_s):
+                async with orchestrator.stream(orchestrator.stub.Answer, request, timeout_s=timeout_s) as events:
+                    async for event in Metered(events, admission):
+                        await context.write(event)
 
     async def ResumeAnswer(self, request: Any, context: Any) -> None:  # type: ignore[override]
         orchestrator = self._backends.orchestrator
-        await self._relay(orchestrator, orchestrator.stub.ResumeAnswer, request, context, self._kit.answer_timeout_s + DEADLINE_SLACK_S)
+        with self._kit.shedding.carried():
+            timeout_s = call_timeout_s(None, self._kit.answer_timeout_s)
+            await self._relay(orchestrator, orchestrator.stub.ResumeAnswer, request, context, timeout_s)
 
     async def CancelAnswer(self, request: Any, context: Any) -> Any:
         return await self._backends.orchestrator.unary(self._backends.orchestrator.stub.CancelAnswer, request)

@@ -1,4 +1,4 @@
-"""How long an answer may take: what the caller asked for, else the caller's own deadline, else the plan, else the orchestrator's default. Pure."""
+"""How long an answer may take: as the caller says, else as the plan says, else as the orchestrator does. It calls nobody."""
 
 import re
 
@@ -12,7 +12,7 @@ _SECONDS = re.compile(r"[0-9]{1,4}(\.[0-9]{1,3})?", re.ASCII)
 
 
 def requested_ms(header: str) -> int | None:
-    """Value of a `Request-Timeout` header, seconds with up to three decimals, as milliseconds; None if it is empty. Raises RequestInvalid."""
+    """A `Request-Timeout` header, seconds with up to three decimals, as milliseconds; None if it is empty. Raises RequestInvalid."""
     if not header:
         return None
     seconds, _, fraction = header.partition(".")

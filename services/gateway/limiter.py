@@ -2,9 +2,9 @@
 
 What the Redis script must do is written here as plain Python, which also stands in while Redis is away. No plan and no principal here.
 
-A window admits an amount if with it no more than the limit was charged in the `window_us` before. There are no buckets whose edge could be
-used twice: charges within a 600th of the window are kept as one entry, which leaves when the latest of them is one window old. That costs at
-most a 600th of what is allowed, never admits too much, and bounds what is remembered of a subject whatever its limit is.
+A window admits an amount if with it no more than the limit was charged in the `window_us` before. There are no buckets whose edge
+could be used twice: charges within a 600th of the window are kept as one entry, which leaves when the latest of them is one window
+old. That costs at most a 600th of what is allowed, never admits too much, and bounds what is remembered whatever the limit is.
 """
 
 from collections import OrderedDict, deque
@@ -31,7 +31,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Charge:
-    """One limit that must admit, and how much it is charged. More than the whole limit is charged as the limit: it waits for an empty window."""
+    """One limit that must admit, and how much it is charged. More than the whole limit counts as the limit, so it waits, but not for ever."""
 
     key: str
     kind: Kind
@@ -74,7 +74,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """What was really used, less what was charged. Too much is given back where it was charged, too little is charged now, without asking."""
+    """What was really used, less what was charged: given back where it was charged, or charged now without asking."""
 
     key: str
     entry: int

@@ -1,4 +1,4 @@
-"""May you: the limits of a principal's plan, for the user, the tenant and the API key. How limits count is in `limiter`, where in `redis_limiter`.
+"""May you: the limits of a plan, for its user, the tenant and the API key. How they count is in `limiter`, where in `redis_limiter`.
 
 While Redis is away every replica counts for itself with its share of each limit, so that limits still hold and no request is lost to a
 missing counter.
@@ -286,7 +286,9 @@ def _charges(principal: Principal, given: Entitlements, tokens: int | None) -> l
         asked = [(Kind.REQUESTS, allowance.requests, 1)]
         if tokens is not None:
             asked += [(Kind.TOKENS, allowance.tokens, tokens), (Kind.CONCURRENCY, allowance.answers, 1)]
-        charges += [Charge(_key(principal.tenant, scope, name, kind), kind, scope, limit, amount) for kind, limit, amount in asked if limit > 0]
+        charges += [
+            Charge(_key(principal.tenant, scope, name, kind), kind, scope, limit, amount) for kind, limit, amount in asked if limit > 0
+        ]
     return charges
 
 

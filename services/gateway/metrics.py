@@ -75,7 +75,10 @@ class Metrics:
             "tailrace_gateway_limits_away", "1 while Redis is away and this process counts alone.", registry=self._registry
         )
         self.shed = Counter(
-            "tailrace_gateway_shed", "Answers turned away because this process carries enough, by cause.", ["cause"], registry=self._registry
+            "tailrace_gateway_shed",
+            "Answers turned away because this process carries enough, by cause.",
+            ["cause"],
+            registry=self._registry,
         )
         self.hop_seconds = Histogram(
             "tailrace_gateway_hop_seconds",

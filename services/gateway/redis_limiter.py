@@ -1,7 +1,8 @@
 """The limits in Redis: one script, Redis's own clock, one round trip. What a limit means is said in `limiter`, here in Lua.
 
-A window is one hash: `m` holds number of the first entry, number of the next, sum, first time of the latest entry, latest time; every entry is
-a field named by its number, with its latest time and amount. Leases are a sorted set by their end. All keys of a call are in one slot.
+A window is one hash: `m` holds number of the first entry, number of the next, sum, first time of the latest entry, latest time; every
+entry is a field named by its number, with its latest time and amount. Leases are a sorted set by their end. All keys of a call are in
+one slot.
 """
 
 import asyncio

@@ -16,7 +16,7 @@ def listed_plans() -> list[Plan]:
 
 
 def parse_plans(text: str) -> list[Plan]:
-    """Read plans. Raises KeyError for a figure that is missing, TypeError for a limit that is unknown, and ValueError without a free plan."""
+    """Read plans. Raises KeyError for a missing figure, TypeError for an unknown limit, ValueError without a free plan."""
     found = [
         Plan(
             name=name,

@@ -17,7 +17,7 @@ import structlog
 from opentelemetry.trace import SpanKind
 
 from services.chassis import telemetry
-from services.chassis.errors import DomainError, NotAllowed, NotFound
+from services.chassis.errors import DomainError, NotAllowed, NotFound, Overloaded
 from services.chassis.principal import Principal, set_current
 from services.chassis.status import unexpected
 from services.gateway import admin, answers, documents, infrastructure, records
@@ -39,6 +39,7 @@ class Rule(Enum):
     OPEN = "anybody"
     MEMBER = "whoever has a role"
     LIMITED = "whoever has a role, within the plan's request limit"
+    ANSWER = "whoever has a role, within all limits of the plan, which the endpoint asks, since it knows how much is wanted"
     ADMIN = "role admin"
 
 
@@ -53,7 +54,7 @@ class Route:
 
 
 ROUTES = (
-    Route("POST", "/v1/answers", Rule.MEMBER, answers.ask),  # limited by the endpoint, which knows how much is asked for
+    Route("POST", "/v1/answers", Rule.ANSWER, answers.ask),
     Route("GET", "/v1/answers/{id}", Rule.MEMBER, answers.show),
     Route("GET", "/v1/answers/{id}/events", Rule.MEMBER, answers.resume),
     Route("POST", "/v1/answers/{id}/cancel", Rule.MEMBER, answers.cancel),
@@ -213,7 +214,7 @@ class Edge:
                 await self._page.serve(exchange, path)
                 return
             # Turned away before anything is done for it: that is what makes it cheap.
-            with self._kit.shedding.entered() if route.endpoint is answers.ask else contextlib.nullcontext():
+            with self._kit.shedding.entered() if route.rule is Rule.ANSWER else contextlib.nullcontext():
                 await self._admit(exchange, route.rule)
                 await route.endpoint(exchange, self._kit)
         except ClientLeft:
@@ -241,7 +242,8 @@ class Edge:
             log.error("failed_after_the_response_began", reason=error.reason, request_id=exchange.request_id)
             raise error
         self._kit.metrics.refusals.labels(error.reason or error.code).inc()
-        if status_of(error) >= 500:
+        # What is shed is counted: a line for each would be the very work that there is no time for.
+        if status_of(error) >= 500 and not isinstance(error, Overloaded):
             log.warning("request_failed", reason=error.reason, request_id=exchange.request_id, **_dependency(error))
         await exchange.respond_problem(error, error.headers if isinstance(error, LimitReached) else ())
 

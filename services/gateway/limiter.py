@@ -31,7 +31,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Charge:
-    """One limit that must admit, and how much it is charged. More than the whole limit counts as the limit, so it waits, but not for ever."""
+    """One limit that must admit, and how much it is charged. More than the whole limit counts as the limit: it waits, not for ever."""
 
     key: str
     kind: Kind

@@ -11,6 +11,7 @@ from google.protobuf.struct_pb2 import Struct
 
 from services.chassis.errors import PayloadTooLarge, RequestInvalid
 from services.gateway import usd
+from services.gateway.deadlines import DEADLINE_MS_MAX
 from tailrace.common.v1 import common_pb2 as common
 from tailrace.ledger.v1 import ledger_service_pb2 as ledger
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
@@ -54,6 +55,7 @@ class AnswerBody(Body, frozen=True, kw_only=True):
     max_output_tokens: Annotated[int, msgspec.Meta(ge=1, le=64_000)] | None = None
     collection: Name = ""
     cache: Literal["use", "refresh", "off"] = "use"
+    priority: Literal["interactive", "batch"] = "interactive"
     stream: bool = True
     output_schema: dict[str, Any] | None = None
     tools: Annotated[list[ToolBody], msgspec.Meta(max_length=64)] = []
@@ -69,6 +71,7 @@ class AnswerBody(Body, frozen=True, kw_only=True):
             max_output_tokens=self.max_output_tokens,
             collection=self.collection,
             cache=_CACHE_MODES[self.cache],
+            priority=_PRIORITIES[self.priority],
             idempotency_key=idempotency_key,
             cancel_on_disconnect=not self.stream,
         )
@@ -126,6 +129,21 @@ class SearchBody(Body, frozen=True, kw_only=True):
         return retrieval.SearchRequest(query=self.query, limit=self.limit, mode=_SEARCH_MODES[self.mode], collection=self.collection)
 
 
+class LimitsBody(Body, frozen=True, kw_only=True):
+    """What a tenant as a whole, or each API key, may use; 0 = no limit of that kind."""
+
+    requests_per_minute: Annotated[int, msgspec.Meta(ge=0, le=10_000_000)] = 0
+    tokens_per_minute: Annotated[int, msgspec.Meta(ge=0, le=100_000_000_000)] = 0
+    concurrent_answers: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 0
+
+    def message(self) -> ledger.Limits:
+        return ledger.Limits(
+            requests_per_minute=self.requests_per_minute,
+            tokens_per_minute=self.tokens_per_minute,
+            concurrent_answers=self.concurrent_answers,
+        )
+
+
 class PlanBody(Body, frozen=True, kw_only=True):
     """A plan."""
 
@@ -134,6 +152,9 @@ class PlanBody(Body, frozen=True, kw_only=True):
     concurrent_answers: Annotated[int, msgspec.Meta(ge=1, le=10_000)]
     monthly_budget_usd: Usd = "0"
     tiers: Annotated[list[Tier], msgspec.Meta(min_length=1, max_length=32)]
+    tenant_limits: LimitsBody = LimitsBody()
+    key_limits: LimitsBody = LimitsBody()
+    answer_deadline_ms: Annotated[int, msgspec.Meta(ge=0, le=DEADLINE_MS_MAX)] = 0
 
     def message(self, name: str) -> ledger.PutPlanRequest:
         plan = ledger.Plan(
@@ -143,6 +164,9 @@ class PlanBody(Body, frozen=True, kw_only=True):
             concurrent_answers=self.concurrent_answers,
             monthly_budget_nanousd=usd.parse(self.monthly_budget_usd),
             tiers=self.tiers,
+            tenant_limits=self.tenant_limits.message(),
+            key_limits=self.key_limits.message(),
+            answer_deadline_ms=self.answer_deadline_ms,
         )
         return ledger.PutPlanRequest(plan=plan)
 
@@ -223,6 +247,10 @@ _CACHE_MODES = {
     "use": orchestrator.CACHE_MODE_USE,
     "refresh": orchestrator.CACHE_MODE_REFRESH,
     "off": orchestrator.CACHE_MODE_OFF,
+}
+_PRIORITIES = {
+    "interactive": orchestrator.PRIORITY_INTERACTIVE,
+    "batch": orchestrator.PRIORITY_BATCH,
 }
 _SEARCH_MODES = {
     "hybrid": retrieval.SEARCH_MODE_HYBRID,

@@ -12,6 +12,7 @@ from services.chassis.channel import Caller, open_channel
 from services.chassis.errors import DomainError, Overloaded, Unavailable
 from services.chassis.passport import Passport
 from services.chassis.principal import Principal
+from services.gateway.limits import Allowance, Entitlements
 from services.gateway.metrics import Metrics
 from tailrace.ledger.v1 import ledger_service_pb2 as ledger
 from tailrace.ledger.v1.ledger_service_pb2_grpc import LedgerServiceStub
@@ -158,10 +159,11 @@ class Ledger(Peer):
         super().__init__("ledger", channel, caller, metrics)
         self.stub: Any = LedgerServiceStub(channel)
 
-    async def requests_per_minute(self, principal: Principal) -> int:
-        """The limit of the principal's plan."""
+    async def entitlements(self, principal: Principal) -> Entitlements:
+        """What the principal's plan gives."""
         reply = await self.unary(self.stub.GetEntitlements, ledger.GetEntitlementsRequest(), timeout_s=2.0, principal=principal)
-        return max(1, int(reply.plan.requests_per_minute))
+        plan = reply.plan
+        return Entitlements(_allowance(plan), _allowance(plan.tenant_limits), _allowance(plan.key_limits), plan.answer_deadline_ms)
 
     async def resolve_api_key(self, secret: str) -> Principal | None:
         """Whose key this is; None if it is nobody's."""
@@ -170,6 +172,10 @@ class Ledger(Peer):
             return None
         owner = reply.principal
         return Principal(owner.tenant, owner.user, frozenset(owner.roles), owner.api_key_id)
+
+
+def _allowance(limits: Any) -> Allowance:
+    return Allowance(limits.requests_per_minute, limits.tokens_per_minute, limits.concurrent_answers)
 
 
 class Backends:

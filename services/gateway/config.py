@@ -45,6 +45,16 @@ class Settings(ServiceSettings):
 
     requests_per_minute_default: int = Field(60, ge=1, le=1_000_000, validation_alias="TAILRACE_REQUESTS_PER_MINUTE_DEFAULT")
     """Limit of a user whose plan the ledger cannot tell right now."""
+    replicas: int = Field(1, ge=1, le=1000, validation_alias="TAILRACE_GATEWAY_REPLICAS")
+    """How many gateways there are. While Redis is away each admits its share of every limit, at least 1."""
+    prompt_tokens_reserved: int = Field(4096, ge=0, le=1_000_000, validation_alias="TAILRACE_GATEWAY_PROMPT_TOKENS_RESERVED")
+    """Tokens that an answer is charged at first besides its question and output, until what it used is known."""
+    output_tokens_reserved: int = Field(1024, ge=1, le=64_000, validation_alias="TAILRACE_GATEWAY_OUTPUT_TOKENS_RESERVED")
+    """Output tokens that an answer is charged at first if the request sets no bound. As TAILRACE_ORCHESTRATOR_OUTPUT_TOKENS_DEFAULT."""
+    streams_max: int = Field(1200, ge=1, le=100_000, validation_alias="TAILRACE_GATEWAY_STREAMS_MAX")
+    """Answers and resumed streams carried at the same time; above it new answers are turned away, those of priority `batch` at 80 %."""
+    loop_lag_max_s: float = Field(0.25, gt=0, le=60, validation_alias="TAILRACE_GATEWAY_LOOP_LAG_MAX_S")
+    """Lasting delay of the event loop, seconds, above which new answers are turned away, those of priority `batch` at 80 %."""
     heartbeat_s: float = Field(15.0, gt=0, le=300, validation_alias="TAILRACE_HEARTBEAT_S")
     """Longest silence of a stream before a comment is sent, so that proxies keep it."""
     write_stall_s: float = Field(30.0, gt=0, le=600, validation_alias="TAILRACE_WRITE_STALL_S")

@@ -76,6 +76,17 @@ def plan(message: ledger.Plan) -> dict[str, Any]:
         "concurrent_answers": message.concurrent_answers,
         "monthly_budget_usd": usd.render(message.monthly_budget_nanousd),
         "tiers": list(message.tiers),
+        "tenant_limits": _limits(message.tenant_limits),
+        "key_limits": _limits(message.key_limits),
+        "answer_deadline_ms": message.answer_deadline_ms,
+    }
+
+
+def _limits(message: ledger.Limits) -> dict[str, int]:
+    return {
+        "requests_per_minute": message.requests_per_minute,
+        "tokens_per_minute": message.tokens_per_minute,
+        "concurrent_answers": message.concurrent_answers,
     }
 
 

@@ -4,15 +4,17 @@ from typing import Any
 
 import grpc
 
+from services.chassis.deadline import current_deadline
 from services.chassis.principal import Principal, current_principal
 from services.chassis.server import Identify
 from services.gateway.answer_stream import AnswerStream
-from services.gateway.answers import DEADLINE_SLACK_S
 from services.gateway.app import Rule, permit
 from services.gateway.clients import Peer
+from services.gateway.deadlines import call_timeout_s, left_ms
 from services.gateway.documents import INGEST_TIMEOUT_S
 from services.gateway.identity import Identity, credential_in
 from services.gateway.kit import Kit
+from services.gateway.limits import Admission, Metered
 from tailrace.gateway.v1 import gateway_service_pb2_grpc
 
 ROWS_TIMEOUT_S = 30.0
@@ -38,11 +40,13 @@ class GatewayService(gateway_service_pb2_grpc.GatewayServiceServicer):
         self._backends = kit.backends
 
     async def Answer(self, request: Any, context: Any) -> None:  # type: ignore[override]
-        await self._limit()
-        await self._relay_answer(request, context)
+        with self._kit.shedding.entered():
+            async with self._kit.answering(request, left_ms(current_deadline.get())) as (admission, timeout_s):
+                await self._relay_answer(request, context, timeout_s, admission)
 
     async def ResumeAnswer(self, request: Any, context: Any) -> None:  # type: ignore[override]
-        await self._relay_answer(request, context)
+        with self._kit.shedding.carried():
+            await self._relay_answer(request, context, call_timeout_s(None, self._kit.answer_timeout_s))
 
     async def CancelAnswer(self, request: Any, context: Any) -> Any:
         return await self._backends.orchestrator.unary(self._backends.orchestrator.stub.CancelAnswer, request)
@@ -75,9 +79,9 @@ class GatewayService(gateway_service_pb2_grpc.GatewayServiceServicer):
     async def _limit(self) -> None:
         await self._kit.limits.admit(current_principal())
 
-    async def _relay_answer(self, request: Any, context: Any) -> None:
-        async with AnswerStream(self._backends.orchestrator, request, timeout_s=self._kit.answer_timeout_s + DEADLINE_SLACK_S) as events:
-            async for event in events:
+    async def _relay_answer(self, request: Any, context: Any, timeout_s: float, admission: Admission | None = None) -> None:
+        async with AnswerStream(self._backends.orchestrator, request, timeout_s=timeout_s) as events:
+            async for event in Metered(events, admission) if admission is not None else events:
                 await context.write(event)
 
     async def _relay(self, peer: Peer, method: Any, request: Any, context: Any, timeout_s: float) -> None:

@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator
 
 import httpx
 import redis.asyncio as redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 
 from services.chassis.lifecycle import Service
 from services.chassis.passport import Passport
@@ -17,16 +19,21 @@ from services.gateway.config import Settings
 from services.gateway.http_listener import HttpListener
 from services.gateway.identity import AllKeys, Identity, Keys, PublishedKeys, SharedSecret, Tokens, keys_at_url, keys_in_file
 from services.gateway.kit import Kit
-from services.gateway.limits import WINDOW_US, Limits
+from services.gateway.limits import Fallback, Limits, ReservedTokens
 from services.gateway.metrics import Metrics
 from services.gateway.page import Page
-from services.gateway.redis_window import RedisWindow
+from services.gateway.redis_limiter import RedisLimiter
 from services.gateway.rpc import GatewayService, token_identity
+from services.gateway.shedding import LoopLag, Shedding
 from tailrace.gateway.v1 import gateway_service_pb2
 from tailrace.gateway.v1.gateway_service_pb2_grpc import add_GatewayServiceServicer_to_server
 
 # Its messages are those of other packages, so nothing else imports its own file; without that, reflection has nothing to show.
 SERVICE_NAME = gateway_service_pb2.DESCRIPTOR.services_by_name["GatewayService"].full_name
+
+
+SETTLE_S = 3.0
+"""How long the end waits for what streams leave to be settled."""
 
 
 class EdgeServer(Server):
@@ -59,23 +66,33 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         backends = await stack.enter_async_context(_backends(settings, metrics))
         # A pool that makes callers wait: one that refuses them in a rush would send them to the local limit instead.
         pool = redis.BlockingConnectionPool.from_url(
-            settings.redis_url, max_connections=32, timeout=1.0, socket_timeout=1.0, socket_connect_timeout=1.0
+            settings.redis_url,
+            max_connections=32,
+            timeout=1.0,
+            socket_timeout=1.0,
+            socket_connect_timeout=1.0,
+            retry=Retry(NoBackoff(), 0),
         )
         store = redis.Redis.from_pool(pool)
         stack.push_async_callback(store.aclose)
-        windows = RedisWindow(store, WINDOW_US)
+        limiter = RedisLimiter(store)
+        limits = await stack.enter_async_context(_limits(settings, limiter, backends, metrics))
+        lag = LoopLag()
+        stack.callback(lag.stop)
         keys = await stack.enter_async_context(_keys(settings))
         tokens = Tokens(keys, issuer=settings.jwt_issuer, audience=settings.jwt_audience, leeway_s=settings.jwt_leeway_s)
         identity = Identity(tokens, backends.ledger.resolve_api_key)
         kit = Kit(
             backends=backends,
             identity=identity,
-            limits=Limits(
-                windows, backends.ledger.requests_per_minute, settings.requests_per_minute_default, on_fallback=metrics.limits_local.inc
+            limits=limits,
+            shedding=Shedding(
+                settings.streams_max, settings.loop_lag_max_s, lambda: lag.seconds, lambda cause: metrics.shed.labels(cause).inc()
             ),
             metrics=metrics,
             timing=Timing(settings.heartbeat_s, settings.write_stall_s),
             answer_timeout_s=settings.answer_deadline_s,
+            reserved_tokens=ReservedTokens(settings.prompt_tokens_reserved, settings.output_tokens_reserved),
             body_stall_s=settings.body_stall_s,
         )
         http = HttpListener(Edge(kit, Page()))
@@ -86,9 +103,23 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         yield Service(
             server=server,
             port=settings.grpc_port,
-            probes={**probes, "redis": windows.ping, "jwks": keys.probe},
+            probes={**probes, "redis": limiter.ping, "jwks": keys.probe},
             ready=kit.readiness.update,
         )
+
+
+@contextlib.asynccontextmanager
+async def _limits(settings: Settings, limiter: RedisLimiter, backends: Backends, metrics: Metrics) -> AsyncIterator[Limits]:
+    """The limits, whose leases are renewed meanwhile and whose corrections are sent before the end."""
+    fallback = Fallback(settings.replicas, metrics.limits_local.inc, metrics.limits_away.set)
+    limits = Limits(limiter, backends.ledger.entitlements, settings.requests_per_minute_default, fallback)
+    renewing = asyncio.create_task(limits.renew_forever(), name="renew-leases")
+    try:
+        yield limits
+    finally:
+        renewing.cancel()
+        await asyncio.gather(renewing, return_exceptions=True)
+        await limits.drain(SETTLE_S)
 
 
 def _backends(settings: Settings, metrics: Metrics) -> contextlib.AbstractAsyncContextManager[Backends]:

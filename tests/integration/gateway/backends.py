@@ -185,6 +185,8 @@ class FakeLedger(LedgerServiceServicer):
     def __init__(self, seen: Seen) -> None:
         self.seen = seen
         self.requests_per_minute = 1_000_000
+        self.plan = ledger.Plan()
+        """What the plan gives besides requests."""
         self.keys: dict[str, Principal] = {}
         self.watched: Script = []
         self.usage: list[Any] = []
@@ -192,7 +194,9 @@ class FakeLedger(LedgerServiceServicer):
 
     async def GetEntitlements(self, request: Any, context: Any) -> Any:
         self.seen.note("GetEntitlements", request)
-        return ledger.GetEntitlementsResponse(plan=ledger.Plan(name="free", requests_per_minute=self.requests_per_minute))
+        reply = ledger.GetEntitlementsResponse(plan=self.plan)
+        reply.plan.MergeFrom(ledger.Plan(name="free", requests_per_minute=self.requests_per_minute))
+        return reply
 
     async def ResolveApiKey(self, request: Any, context: Any) -> Any:
         self.seen.note("ResolveApiKey", request)

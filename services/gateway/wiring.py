@@ -10,6 +10,7 @@ import redis.asyncio as redis
 from services.chassis.lifecycle import Service
 from services.chassis.passport import Passport
 from services.chassis.server import Identify, Server
+from services.chassis.tls import MutualTls
 from services.gateway.app import Edge
 from services.gateway.bridge import Timing
 from services.gateway.clients import Backends, connected
@@ -32,8 +33,18 @@ SERVICE_NAME = gateway_service_pb2.DESCRIPTOR.services_by_name["GatewayService"]
 class EdgeServer(Server):
     """Both fronts of the edge, which start and drain as one."""
 
-    def __init__(self, identify: Identify, http: HttpListener, http_port: int, draining: asyncio.Event, *, reflect: bool) -> None:
-        super().__init__(identify, reflect=reflect)
+    def __init__(
+        self,
+        identify: Identify,
+        http: HttpListener,
+        http_port: int,
+        draining: asyncio.Event,
+        *,
+        reflect: bool,
+        tls: MutualTls | None,
+    ) -> None:
+        # Callers from outside have no certificate of ours: their token says who they are.
+        super().__init__(identify, reflect=reflect, tls=tls, verify_clients=False)
         self.http = http
         self._http_port = http_port
         self.draining = draining
@@ -80,7 +91,7 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         )
         http = HttpListener(Edge(kit, Page()))
         reflect = settings.environment == "development"
-        server = EdgeServer(token_identity(identity), http, settings.http_port, kit.draining, reflect=reflect)
+        server = EdgeServer(token_identity(identity), http, settings.http_port, kit.draining, reflect=reflect, tls=settings.mutual_tls())
         server.add(add_GatewayServiceServicer_to_server, GatewayService(kit), SERVICE_NAME)
         probes = {peer.name: peer.probe for peer in backends.all}
         yield Service(
@@ -97,7 +108,7 @@ def _backends(settings: Settings, metrics: Metrics) -> contextlib.AbstractAsyncC
         "retrieval": settings.retrieval_target,
         "ledger": settings.ledger_target,
     }
-    return connected(targets, Passport(settings.internal_key.get_secret_value().encode()), metrics)
+    return connected(targets, Passport(settings.internal_key.get_secret_value().encode()), metrics, settings.mutual_tls())
 
 
 @contextlib.asynccontextmanager

@@ -49,6 +49,6 @@ class MutualTls:
 def check_pair(certificate: Path, key: Path) -> None:
     """Raise ValueError unless both files can be read as PEM and belong together. An encrypted key is refused: nobody is there to ask."""
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")  # noqa: S106 - not a password: none is asked for
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
     except OSError as error:
         raise ValueError(f"{certificate} and {key} are not a certificate and its key in PEM: {error.strerror or error}") from None

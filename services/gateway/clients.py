@@ -187,9 +187,7 @@ class Backends:
 
 
 @contextlib.asynccontextmanager
-async def connected(
-    targets: dict[str, str], passport: Passport, metrics: Metrics, tls: MutualTls | None = None
-) -> AsyncIterator[Backends]:
+async def connected(targets: dict[str, str], passport: Passport, metrics: Metrics, tls: MutualTls | None = None) -> AsyncIterator[Backends]:
     """Channels to the services at `targets`, by their names. Errors name the service, not its address."""
 
     async with contextlib.AsyncExitStack() as stack:

@@ -31,6 +31,15 @@ def answer_event(event: orchestrator.AnswerEvent) -> bytes:
     return sse.block(orjson.dumps(plain(getattr(event, kind))), event=kind.encode(), event_id=event.sequence, retry_ms=retry_ms)
 
 
+def answer_frame(event: orchestrator.AnswerEvent, tags: bytes) -> str:
+    """One event of an answer as a JSON text; `tags` are the members that say whose it is. Its `data` is what `answer_event` has."""
+    kind = event.WhichOneof("event")
+    if kind is None:
+        return ""  # as there
+    number = b"" if kind == "heartbeat" else b'"id":%d,' % event.sequence
+    return (b'{"type":"%s",%s%s,"data":%s}' % (kind.encode(), number, tags, orjson.dumps(plain(getattr(event, kind))))).decode()
+
+
 def is_done(event: orchestrator.AnswerEvent) -> bool:
     """Whether this is an answer's receipt."""
     return event.WhichOneof("event") == "done"

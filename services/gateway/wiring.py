@@ -11,7 +11,7 @@ from services.chassis.lifecycle import Service
 from services.chassis.passport import Passport
 from services.chassis.server import Identify, Server
 from services.chassis.tls import MutualTls
-from services.gateway.app import Edge
+from services.gateway.app import OPERATIONS, PROBES, ROUTES, Edge
 from services.gateway.bridge import Timing
 from services.gateway.clients import Backends, connected
 from services.gateway.config import Settings
@@ -38,6 +38,8 @@ class EdgeServer(Server):
         identify: Identify,
         http: HttpListener,
         http_port: int,
+        operations: HttpListener | None,
+        operations_port: int,
         draining: asyncio.Event,
         *,
         reflect: bool,
@@ -47,10 +49,14 @@ class EdgeServer(Server):
         super().__init__(identify, reflect=reflect, tls=tls, verify_clients=False)
         self.http = http
         self._http_port = http_port
+        self.operations = operations
+        self._operations_port = operations_port
         self.draining = draining
 
     async def start(self, host: str, port: int) -> int:
         await self.http.start(host, self._http_port)
+        if self.operations is not None:
+            await self.operations.start(host, self._operations_port)
         return await super().start(host, port)
 
     async def stop(self, notice_s: float, grace_s: float) -> None:
@@ -60,6 +66,8 @@ class EdgeServer(Server):
     async def _stop_http(self, notice_s: float, grace_s: float) -> None:
         await asyncio.sleep(notice_s)
         await self.http.stop(grace_s)
+        if self.operations is not None:
+            await self.operations.stop(0)  # last: how it drains can be watched
 
 
 @contextlib.asynccontextmanager
@@ -89,9 +97,26 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
             answer_timeout_s=settings.answer_deadline_s,
             body_stall_s=settings.body_stall_s,
         )
-        http = HttpListener(Edge(kit, Page()))
+        page, apart = Page(), bool(settings.operations_port) or settings.environment == "production"
+        http = HttpListener(
+            Edge(kit, page, (*ROUTES, *(PROBES if apart else OPERATIONS))),
+            connections_per_peer_max=settings.http_connections_per_peer_max,
+            certificate=settings.http_certificate,
+        )
+        operations = None
+        if settings.operations_port:
+            operations = HttpListener(Edge(kit, page, OPERATIONS), port_setting="TAILRACE_GATEWAY_OPERATIONS_PORT")
         reflect = settings.environment == "development"
-        server = EdgeServer(token_identity(identity), http, settings.http_port, kit.draining, reflect=reflect, tls=settings.mutual_tls())
+        server = EdgeServer(
+            token_identity(identity),
+            http,
+            settings.http_port,
+            operations,
+            settings.operations_port,
+            kit.draining,
+            reflect=reflect,
+            tls=settings.mutual_tls(),
+        )
         server.add(add_GatewayServiceServicer_to_server, GatewayService(kit), SERVICE_NAME)
         probes = {peer.name: peer.probe for peer in backends.all}
         yield Service(

@@ -194,7 +194,7 @@ async def slow_sockets(port: int, count: int) -> list[asyncio.StreamWriter]:
     return writers
 
 
-async def p99_ms(client: httpx.AsyncClient, count: int = 300) -> float:
+async def p99_ms(client: httpx.AsyncClient, count: int = 150) -> float:
     """The 99th percentile of `count` requests, one after the other."""
     times = []
     for _ in range(count):

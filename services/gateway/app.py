@@ -4,6 +4,7 @@ One request: id and span, route, credential, rule, limit, endpoint; every error 
 """
 
 import contextlib
+import functools
 import re
 import secrets
 import time
@@ -20,7 +21,7 @@ from services.chassis import telemetry
 from services.chassis.errors import DomainError, NotAllowed, NotFound, Overloaded
 from services.chassis.principal import Principal, set_current
 from services.chassis.status import unexpected
-from services.gateway import admin, answers, documents, infrastructure, records
+from services.gateway import admin, answers, documents, infrastructure, records, websocket
 from services.gateway.exchange import ClientLeft, Exchange, Receive, Send
 from services.gateway.identity import credential_in
 from services.gateway.kit import Kit
@@ -91,10 +92,19 @@ ROUTES = (
     Route("GET", "/v1/admin/users", Rule.ADMIN, admin.users),
     Route("POST", "/v1/admin/users", Rule.ADMIN, admin.put_user),
     Route("PUT", "/v1/admin/users/{user}", Rule.ADMIN, admin.put_user),
+)
+OPERATIONS = (
     Route("GET", "/healthz", Rule.OPEN, infrastructure.healthz),
     Route("GET", "/readyz", Rule.OPEN, infrastructure.readyz),
     Route("GET", "/metrics", Rule.OPEN, infrastructure.metrics),
 )
+"""What only operators need; strangers get `PROBES` instead."""
+PROBES = (
+    Route("GET", "/healthz", Rule.OPEN, infrastructure.healthz),
+    Route("GET", "/readyz", Rule.OPEN, infrastructure.readyz_briefly),
+)
+SOCKETS = (Route("GET", "/v1/answers/ws", Rule.MEMBER, websocket.converse),)
+"""Handshakes of WebSockets, with the rule of the handshake; each message follows the rule of its own route above."""
 
 SECURITY_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -154,14 +164,18 @@ def _match(pattern: tuple[str, ...], segments: list[str]) -> dict[str, str] | No
 class Edge:
     """The application."""
 
-    def __init__(self, kit: Kit, page: Page, routes: tuple[Route, ...] = ROUTES) -> None:
+    def __init__(self, kit: Kit, page: Page, routes: tuple[Route, ...] = (*ROUTES, *OPERATIONS)) -> None:
         self._kit = kit
         self._page = page
         self._router = Router(routes)
+        self._sockets = Router(SOCKETS)
         self._hop = kit.metrics.hop("client", "gateway")
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        assert scope["type"] == "http"
+        router = self._router
+        if scope["type"] == "websocket":
+            router = self._sockets
+            scope, send = websocket.as_request(scope, send)
         began = time.perf_counter()
         set_current(None)  # a request on a kept connection may start in the context of the one before
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
@@ -171,9 +185,9 @@ class Edge:
         route: Route | None = None
         failure: DomainError | None = None
         params: dict[str, str] = {}
-        if not (method in ("GET", "HEAD") and self._page.has(path)):
+        if router is self._sockets or not (method in ("GET", "HEAD") and self._page.has(path)):
             try:
-                route, params = self._router.find(method, scope["raw_path"])
+                route, params = router.find(method, scope["raw_path"])
             except DomainError as error:
                 failure = error
         # Unknown paths share one name, so that no stranger decides how many names there are.
@@ -187,6 +201,7 @@ class Edge:
             with telemetry.span(f"{method_name} {name}", kind=SpanKind.SERVER, parent=parent, **attributes) as span:
                 exchange = Exchange(scope, receive, send, request_id=request_id, body_stall_s=self._kit.body_stall_s)
                 exchange.params = params
+                exchange.admit = functools.partial(self._admit_as, exchange)
                 exchange.extra_headers += [
                     *SECURITY_HEADERS,
                     (b"x-request-id", request_id.encode()),
@@ -236,6 +251,12 @@ class Edge:
         set_current(principal)
         if rule is Rule.LIMITED:
             exchange.extra_headers += (await self._kit.limits.admit(principal)).headers
+
+    async def _admit_as(self, exchange: Exchange, method: str, raw_path: bytes) -> None:
+        """Admit what came in a message as if it had come over the route; the credential is looked at again, as it may have ended."""
+        route, _ = self._router.find(method, raw_path)
+        await self._admit(exchange, route.rule)
+        exchange.extra_headers.clear()  # there is no response any more that could carry them
 
     async def _refuse(self, exchange: Exchange, error: DomainError) -> None:
         if exchange.status:

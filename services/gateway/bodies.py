@@ -27,6 +27,7 @@ Name = Annotated[str, msgspec.Meta(max_length=64, pattern=r"^[A-Za-z0-9_-]*\Z")]
 Usd = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,9}(\.[0-9]{1,9})?\Z")]
 Tier = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 UserName = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+FrameId = Annotated[str, msgspec.Meta(max_length=128)]
 PlanName = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[a-z0-9_-]+\Z")]
 Role = Literal["user", "service", "admin"]
 
@@ -81,6 +82,38 @@ class AnswerBody(Body, frozen=True, kw_only=True):
             schema = _struct(tool.input_schema, f"tools[{number}].input_schema")
             request.tools.add(name=tool.name, description=tool.description, input_schema=schema)
         return request
+
+
+class AskFrame(AnswerBody, frozen=True, kw_only=True, tag_field="type", tag="ask"):
+    """A question over a WebSocket. Its answer is always streamed."""
+
+    request_id: FrameId = ""
+    deadline_ms: Annotated[int, msgspec.Meta(ge=1, le=DEADLINE_MS_MAX)] | None = None
+    idempotency_key: Annotated[str, msgspec.Meta(max_length=KEY_LENGTH_MAX, pattern=r"^[ -~]*\Z")] = ""
+
+
+class ResumeFrame(Body, frozen=True, kw_only=True, tag_field="type", tag="resume"):
+    """Send what came after an event."""
+
+    answer_id: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+    after: Annotated[int, msgspec.Meta(ge=0, le=10**18 - 1)] = 0
+    request_id: FrameId = ""
+
+
+class CancelFrame(Body, frozen=True, kw_only=True, tag_field="type", tag="cancel"):
+    """Stop an answer."""
+
+    answer_id: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+    request_id: FrameId = ""
+
+
+class PingFrame(Body, frozen=True, kw_only=True, tag_field="type", tag="ping"):
+    """Are you there? For clients that cannot send a WebSocket's own ping, such as browsers."""
+
+    request_id: FrameId = ""
+
+
+Frame = AskFrame | ResumeFrame | CancelFrame | PingFrame
 
 
 class DocumentBody(Body, frozen=True, kw_only=True):

@@ -12,6 +12,7 @@ from services.chassis.channel import Caller, open_channel
 from services.chassis.errors import DomainError, Overloaded, Unavailable
 from services.chassis.passport import Passport
 from services.chassis.principal import Principal
+from services.chassis.tls import MutualTls
 from services.gateway.limits import Allowance, Entitlements
 from services.gateway.metrics import Metrics
 from tailrace.ledger.v1 import ledger_service_pb2 as ledger
@@ -192,13 +193,13 @@ class Backends:
 
 
 @contextlib.asynccontextmanager
-async def connected(targets: dict[str, str], passport: Passport, metrics: Metrics) -> AsyncIterator[Backends]:
+async def connected(targets: dict[str, str], passport: Passport, metrics: Metrics, tls: MutualTls | None = None) -> AsyncIterator[Backends]:
     """Channels to the services at `targets`, by their names. Errors name the service, not its address."""
 
     async with contextlib.AsyncExitStack() as stack:
 
         async def channel_to(name: str) -> tuple[grpc.aio.Channel, Caller]:
-            channel = open_channel(targets[name])
+            channel = open_channel(targets[name], tls)
             stack.push_async_callback(channel.close)
             return channel, Caller(name, passport)
 

@@ -6,6 +6,7 @@ from typing import ClassVar, Self
 from pydantic import Field, SecretStr, model_validator
 
 from services.chassis.config import ServiceSettings
+from services.chassis.tls import check_pair
 
 DEVELOPMENT_ISSUER = "tailrace-dev"
 
@@ -19,6 +20,14 @@ class Settings(ServiceSettings):
     """Where browsers and HTTP clients connect; 0 = any free port."""
     grpc_port: int = Field(50050, ge=0, le=65535, validation_alias="TAILRACE_GATEWAY_PORT")
     """Where internal services with a token connect over gRPC."""
+    operations_port: int = Field(0, ge=0, le=65535, validation_alias="TAILRACE_GATEWAY_OPERATIONS_PORT")
+    """Where /metrics and the details of /readyz are served. 0 = on the HTTP port in development, nowhere in production."""
+    http_tls_cert_file: Path | None = Field(None, validation_alias="TAILRACE_HTTP_TLS_CERT_FILE")
+    """Certificate in PEM of the HTTP port. Unset = plaintext, for a proxy in front that ends TLS."""
+    http_tls_key_file: Path | None = Field(None, validation_alias="TAILRACE_HTTP_TLS_KEY_FILE")
+    """Its key in PEM, not encrypted."""
+    http_connections_per_peer_max: int = Field(1000, ge=0, le=100_000, validation_alias="TAILRACE_HTTP_CONNECTIONS_PER_PEER_MAX")
+    """Open HTTP connections of one address. 0 = no bound, for a proxy in front, which is one address for everybody."""
     own_target: str = Field("127.0.0.1:50050", validation_alias="TAILRACE_GATEWAY_TARGET")
     """Address under which others reach the gRPC port. Told to every service alike; not used by the gateway itself."""
     orchestrator_target: str = Field("127.0.0.1:50051", validation_alias="TAILRACE_ORCHESTRATOR_TARGET")
@@ -71,12 +80,24 @@ class Settings(ServiceSettings):
                 raise ValueError(f"TAILRACE_JWT_ISSUER={DEVELOPMENT_ISSUER} is for development; name your own issuer")
             if not (self.jwks_url or self.jwks_path or self.jwt_hs256_secret.get_secret_value()):
                 raise ValueError("one of TAILRACE_JWKS_URL, TAILRACE_JWKS_FILE and TAILRACE_JWT_HS256_SECRET is needed")
+        if self.http_certificate is not None:
+            check_pair(*self.http_certificate)
         if self.jwks_url and self.jwks_path:
             raise ValueError("TAILRACE_JWKS_URL and TAILRACE_JWKS_FILE exclude each other")
         secret = self.jwt_hs256_secret.get_secret_value()
         if secret and len(secret.encode()) < 32:
             raise ValueError("TAILRACE_JWT_HS256_SECRET needs at least 32 bytes")
         return self
+
+    @property
+    def http_certificate(self) -> tuple[Path, Path] | None:
+        """Certificate and key of the HTTP port. Raises ValueError if only one is set."""
+        if (self.http_tls_cert_file is None) != (self.http_tls_key_file is None):
+            missing = "TAILRACE_HTTP_TLS_CERT_FILE" if self.http_tls_cert_file is None else "TAILRACE_HTTP_TLS_KEY_FILE"
+            raise ValueError(f"TLS needs a certificate and its key; missing: {missing}")
+        if self.http_tls_cert_file is None or self.http_tls_key_file is None:
+            return None
+        return self.http_tls_cert_file, self.http_tls_key_file
 
     @property
     def jwks_file(self) -> Path | None:

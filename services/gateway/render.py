@@ -28,10 +28,23 @@ def answer_event(event: orchestrator.AnswerEvent) -> bytes:
     if kind is None:
         return b""  # a kind of event that a newer orchestrator knows and we do not
     retry_ms = sse.RETRY_MS if kind == "accepted" else None
+    return sse.block(_data(event, kind), event=kind.encode(), event_id=event.sequence, retry_ms=retry_ms)
+
+
+def answer_frame(event: orchestrator.AnswerEvent, tags: bytes) -> str:
+    """One event of an answer as a JSON text; `tags` are the members that say whose it is. Its `data` is what `answer_event` has."""
+    kind = event.WhichOneof("event")
+    if kind is None:
+        return ""  # as there
+    number = b"" if kind == "heartbeat" else b'"id":%d,' % event.sequence
+    return (b'{"type":"%s",%s%s,"data":%s}' % (kind.encode(), number, tags, _data(event, kind))).decode()
+
+
+def _data(event: orchestrator.AnswerEvent, kind: str) -> bytes:
     value = plain(getattr(event, kind))
     if kind == "step":  # a map has no order of its own, and who reads the event again must get the same bytes
         value["facts"] = dict(sorted(value["facts"].items()))
-    return sse.block(orjson.dumps(value), event=kind.encode(), event_id=event.sequence, retry_ms=retry_ms)
+    return orjson.dumps(value)
 
 
 def is_done(event: orchestrator.AnswerEvent) -> bool:

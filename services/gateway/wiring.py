@@ -12,7 +12,8 @@ from redis.backoff import NoBackoff
 from services.chassis.lifecycle import Service
 from services.chassis.passport import Passport
 from services.chassis.server import Identify, Server
-from services.gateway.app import Edge
+from services.chassis.tls import MutualTls
+from services.gateway.app import OPERATIONS, PROBES, ROUTES, Edge
 from services.gateway.bridge import Timing
 from services.gateway.clients import Backends, connected
 from services.gateway.config import Settings
@@ -39,14 +40,30 @@ SETTLE_S = 3.0
 class EdgeServer(Server):
     """Both fronts of the edge, which start and drain as one."""
 
-    def __init__(self, identify: Identify, http: HttpListener, http_port: int, draining: asyncio.Event, *, reflect: bool) -> None:
-        super().__init__(identify, reflect=reflect)
+    def __init__(
+        self,
+        identify: Identify,
+        http: HttpListener,
+        http_port: int,
+        operations: HttpListener | None,
+        operations_port: int,
+        draining: asyncio.Event,
+        *,
+        reflect: bool,
+        tls: MutualTls | None,
+    ) -> None:
+        # Callers from outside have no certificate of ours: their token says who they are.
+        super().__init__(identify, reflect=reflect, tls=tls, verify_clients=False)
         self.http = http
         self._http_port = http_port
+        self.operations = operations
+        self._operations_port = operations_port
         self.draining = draining
 
     async def start(self, host: str, port: int) -> int:
         await self.http.start(host, self._http_port)
+        if self.operations is not None:
+            await self.operations.start(host, self._operations_port)
         return await super().start(host, port)
 
     async def stop(self, notice_s: float, grace_s: float) -> None:
@@ -56,6 +73,8 @@ class EdgeServer(Server):
     async def _stop_http(self, notice_s: float, grace_s: float) -> None:
         await asyncio.sleep(notice_s)
         await self.http.stop(grace_s)
+        if self.operations is not None:
+            await self.operations.stop(0)  # last: how it drains can be watched
 
 
 @contextlib.asynccontextmanager
@@ -95,9 +114,26 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
             reserved_tokens=ReservedTokens(settings.prompt_tokens_reserved, settings.output_tokens_reserved),
             body_stall_s=settings.body_stall_s,
         )
-        http = HttpListener(Edge(kit, Page()))
+        page, apart = Page(), bool(settings.operations_port) or settings.environment == "production"
+        http = HttpListener(
+            Edge(kit, page, (*ROUTES, *(PROBES if apart else OPERATIONS))),
+            connections_per_peer_max=settings.http_connections_per_peer_max,
+            certificate=settings.http_certificate,
+        )
+        operations = None
+        if settings.operations_port:
+            operations = HttpListener(Edge(kit, page, OPERATIONS), port_setting="TAILRACE_GATEWAY_OPERATIONS_PORT")
         reflect = settings.environment == "development"
-        server = EdgeServer(token_identity(identity), http, settings.http_port, kit.draining, reflect=reflect)
+        server = EdgeServer(
+            token_identity(identity),
+            http,
+            settings.http_port,
+            operations,
+            settings.operations_port,
+            kit.draining,
+            reflect=reflect,
+            tls=settings.mutual_tls(),
+        )
         server.add(add_GatewayServiceServicer_to_server, GatewayService(kit), SERVICE_NAME)
         probes = {peer.name: peer.probe for peer in backends.all}
         yield Service(
@@ -128,7 +164,7 @@ def _backends(settings: Settings, metrics: Metrics) -> contextlib.AbstractAsyncC
         "retrieval": settings.retrieval_target,
         "ledger": settings.ledger_target,
     }
-    return connected(targets, Passport(settings.internal_key.get_secret_value().encode()), metrics)
+    return connected(targets, Passport(settings.internal_key.get_secret_value().encode()), metrics, settings.mutual_tls())
 
 
 @contextlib.asynccontextmanager

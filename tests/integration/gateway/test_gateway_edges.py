@@ -212,6 +212,16 @@ BROKEN_REQUESTS = [
     b"POST /v1/answers HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n",
     b"POST /v1/answers HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n",
     b"\x16\x03\x01\x02\x00\x01\x00",
+    b"POST /v1/answers HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\nabcde",
+    b"POST /v1/answers HTTP/1.1\r\nhost: x\r\ncontent-length: 5, 5\r\n\r\nabcde",
+    b"POST /v1/answers HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked, identity\r\n\r\n0\r\n\r\n",
+    b"POST /v1/answers HTTP/1.1\r\nhost: x\r\ntransfer-encoding: xchunked\r\n\r\n0\r\n\r\n",
+    b"POST /v1/answers HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\nab\r\n0\r\n\r\n",
+    b"POST /v1/answers HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n2\r\nabcd\r\n0\r\n\r\n",
+    b"GET /healthz HTTP/1.1\r\nhost: x\r\nx-a\x01b: c\r\n\r\n",
+    b"GET /healthz HTTP/1.1\r\nhost: x\r\nx-ab: c\x00d\r\n\r\n",
+    b"GET /healthz HTTP/1.1\r\nhost: x\r\nx-ab : c\r\n\r\n",
+    b"GET /healthz HTTP/1.1\r\nhost: x\r\n folded\r\n\r\n",
     b"GET /\xff HTTP/1.1\r\nhost: x\r\n\r\n",
     b"get it\r\n\r\n",
 ]
@@ -219,24 +229,19 @@ BROKEN_REQUESTS = [
 
 @pytest.mark.parametrize("request_bytes", BROKEN_REQUESTS, ids=range(len(BROKEN_REQUESTS)))
 async def test_broken_http_gets_no_more_than_a_refusal(front: Front, client: httpx.AsyncClient, request_bytes: bytes) -> None:
-    """4xx or a closed connection, and the next request is served."""
+    """4xx and a closed connection, so that nothing after it can be taken for a request; and the next one is served."""
     reader, writer = await asyncio.open_connection("127.0.0.1", front.http_port)
-    writer.write(request_bytes)
+    writer.write(request_bytes + b"GET /healthz HTTP/1.1\r\nhost: smuggled\r\n\r\n")
     try:
-        status = await asyncio.wait_for(reader.readline(), 5)
+        async with asyncio.timeout(15):
+            said = await reader.read()
     except ConnectionError:
-        status = b""
+        said = b""
     writer.close()
 
-    assert status == b"" or status.split()[1].startswith(b"4")
+    assert said == b"" or said.split()[1].startswith(b"4")
+    assert b" 200 " not in said
     assert (await client.get("/healthz")).status_code == 200
-
-
-async def test_a_websocket_is_not_offered(front: Front, client: httpx.AsyncClient) -> None:
-    """The upgrade is ignored."""
-    response = await client.get("/healthz", headers={"connection": "upgrade", "upgrade": "websocket", "sec-websocket-key": "x"})
-
-    assert response.status_code == 200
 
 
 async def test_a_slow_reader_holds_up_nobody_and_little_memory(front: Front, client: httpx.AsyncClient) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from services.gateway.app import ROUTES, Rule
+from services.gateway.app import OPERATIONS, ROUTES, Rule
 from tailrace.common.v1 import common_pb2 as common
 from tailrace.ledger.v1 import ledger_service_pb2 as ledger
 from tests.integration.gateway.backends import ANSWER, forever
@@ -41,7 +41,7 @@ async def test_every_route_asks_for_what_its_rule_says(front: Front, client: htt
 
 def test_only_health_is_open_and_everything_that_costs_is_limited() -> None:
     """The table of rules, said once more by hand."""
-    assert {route.path for route in ROUTES if route.rule is Rule.OPEN} == {"/healthz", "/readyz", "/metrics"}
+    assert {route.path for route in (*ROUTES, *OPERATIONS) if route.rule is Rule.OPEN} == {"/healthz", "/readyz", "/metrics"}
     assert {(route.method, route.path) for route in ROUTES if route.rule is Rule.ANSWER} == {("POST", "/v1/answers")}
     assert {route.path for route in ROUTES if route.rule is Rule.LIMITED} == {
         "/v1/documents",

@@ -391,6 +391,8 @@ class LogReply:
     word: LogWord
     cancel_asked: bool = False
     """Whether the owner has asked, at another replica, to stop the answer."""
+    followed: bool = False
+    """Whether somebody reads the log at another replica."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,9 @@ async def start(logs: MemoryLogs) -> AsyncIterator[Start]:
     tasks = []
 
     def start(interval_s: float = 0.01, bytes_max: int = 2**20) -> Publisher:
-        publisher = Publisher(logs, "r1", lambda _, entry: payload(entry), kept_s=60, bytes_max=bytes_max, interval_s=interval_s)
+        publisher = Publisher(
+            logs, "r1", lambda _, entry: payload(entry), kept_s=60, bytes_max=bytes_max, intervals_s=(interval_s, interval_s)
+        )
         tasks.append(asyncio.create_task(publisher.run_forever()))
         return publisher
 

@@ -150,9 +150,9 @@ def seed_of_run() -> str:
 
 
 @contextlib.asynccontextmanager
-async def ground(seed: str, *, orchestrators: int = 2, gateways: int = 2, **extra: str) -> AsyncIterator[Ground]:
-    """A suite with replicas, ready for any scenario."""
-    async with running(orchestrators=orchestrators, gateways=gateways, **{**SETTINGS, **extra}) as suite:
+async def ground(seed: str, *, replicas: int = 2, **extra: str) -> AsyncIterator[Ground]:
+    """A suite with replicas, ready for any scenario. Retrieval has one: its embedded store belongs to one process."""
+    async with running(ledgers=replicas, orchestrators=replicas, gateways=replicas, **{**SETTINGS, **extra}) as suite:
         made = Ground(suite, seed)
         await made.widen()
         yield made

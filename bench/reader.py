@@ -20,6 +20,8 @@ RESUMES_MAX = 200
 STUCK_MAX = 3
 """How often in a row an interrupted answer is asked for again without getting anything new."""
 RESUME_PAUSE_S = 0.05
+AWAY_MAX, AWAY_PAUSE_S = 30, 0.2
+"""How often an accepted answer is asked for again while a part is away. 503 may also be how the answer itself ended, which no wait heals."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +198,7 @@ async def read_answer(
     there so far.
     """
     read = read if read is not None else Read()
-    tried = stuck = 0
+    tried = stuck = away = 0
     while tried <= resumes_max:
         port = ports[tried % len(ports)]
         extra = headers(tried)
@@ -216,8 +218,9 @@ async def read_answer(
             await asyncio.sleep(RESUME_PAUSE_S)
             continue
         if reply.status != 200:
-            if reply.status == 503 and read.answer_id:  # the answer is accepted: what is away meanwhile comes back
-                await asyncio.sleep(RESUME_PAUSE_S * 4)
+            away += reply.status == 503
+            if reply.status == 503 and read.answer_id and away < AWAY_MAX:
+                await asyncio.sleep(AWAY_PAUSE_S)
                 continue
             if reply.status != 204:
                 read.refusal = reply

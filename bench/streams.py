@@ -104,7 +104,7 @@ async def cancels(ground: Ground, n: int) -> Outcome:
     chance = ground.random("cancel")
     rate = 100.0
     await ground.suite.provider.behave(Behaviour(ttft_ms=30, tokens=600, tokens_per_s=rate))
-    delays = [chance.uniform(0, 0.4) for _ in range(n)]
+    delays = [chance.uniform(0, 0.6) for _ in range(n)]
     sent: dict[str, tuple[float, float]] = {}
     """When the cancel was sent and when it was acknowledged, by mark."""
 
@@ -165,7 +165,7 @@ async def disconnects(ground: Ground, n: int) -> Outcome:
     """Readers leave for good after a random byte, or out of a request for a whole document: all that was used must be booked."""
     await ground.begin()
     chance = ground.random("disconnect")
-    await ground.suite.provider.behave(Behaviour(ttft_ms=20, tokens=80, tokens_per_s=100))
+    await ground.suite.provider.behave(Behaviour(ttft_ms=20, tokens=2000, tokens_per_s=100))
     known = await _count(ground, "operations")
     leaves = [(chance.random() < 1 / 3, chance.randint(1, 8000), chance.uniform(0.0, 1.0)) for _ in range(n)]
 

@@ -28,10 +28,10 @@ async def run(names: list[str], n: int | None, seed: str, replicas: int) -> bool
     """Run scenarios one after the other, each on a suite of its own, and print them. Return whether every bar was reached."""
     good = True
     load = os.getloadavg()[0]
-    _say(f"seed {seed} (replay: make bench-streams SEED={seed}), {replicas} gateways and orchestrators, {os.cpu_count()} CPUs, load {load:.1f}")
+    _say(f"seed {seed} (replay: make bench-streams SEED={seed}), {replicas} gateways, orchestrators and ledgers, {os.cpu_count()} CPUs, load {load:.1f}")
     for name in names:
         scenario, full = SCENARIOS[name]
-        async with ground(seed, orchestrators=replicas, gateways=replicas) as made:
+        async with ground(seed, replicas=replicas) as made:
             began = time.monotonic()
             outcome = await scenario(made, n or full)
         _say(*rows(outcome, time.monotonic() - began))
@@ -48,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench-streams", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=f"which ones; without any, all of: {', '.join(SCENARIOS)}")
     parser.add_argument("--n", type=int, help="how many instead of the full number")
-    parser.add_argument("--replicas", type=int, default=2, help="gateways and orchestrators each (2)")
+    parser.add_argument("--replicas", type=int, default=2, help="gateways, orchestrators and ledgers each (2)")
     options = parser.parse_args()
     if unknown := set(options.scenarios) - set(SCENARIOS):
         parser.error(f"there is no scenario {', '.join(sorted(unknown))}; there are {', '.join(SCENARIOS)}")

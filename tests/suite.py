@@ -342,7 +342,7 @@ async def until(probe: Callable[[], Awaitable[T | None]], timeout_s: float = 10.
 
 @contextlib.asynccontextmanager
 async def running(
-    *, traces: bool = False, folder: Path | None = None, orchestrators: int = 1, gateways: int = 1, **extra: str
+    *, traces: bool = False, folder: Path | None = None, ledgers: int = 1, orchestrators: int = 1, gateways: int = 1, **extra: str
 ) -> AsyncIterator[Suite]:
     """Run the whole suite, ready to answer, until the block is left. `extra` are variables for all services.
 
@@ -360,7 +360,7 @@ async def running(
         for store in (postgres, valkey):
             stack.push_async_callback(store.stop)
         await asyncio.gather(postgres.start(), valkey.start())
-        counts = {"orchestrator": orchestrators, "gateway": gateways}
+        counts = {"ledger": ledgers, "orchestrator": orchestrators, "gateway": gateways}
         replicas = {service: _replicas(service, counts.get(service, 1)) for service in SERVICES}
         ports = {name: free_port() for names in (*replicas.values(), _replicas("http", gateways)) for name in names}
         own = {name: _own(folder, name, ports) for names in replicas.values() for name in names}

@@ -28,7 +28,9 @@ def answer_event(event: orchestrator.AnswerEvent) -> bytes:
     if kind is None:
         return b""  # a kind of event that a newer orchestrator knows and we do not
     retry_ms = sse.RETRY_MS if kind == "accepted" else None
-    return sse.block(orjson.dumps(plain(getattr(event, kind))), event=kind.encode(), event_id=event.sequence, retry_ms=retry_ms)
+    # Sorted: protobuf keeps no order of a map's keys, and a replay must have the bytes of the first reading, through any gateway.
+    data = orjson.dumps(plain(getattr(event, kind)), option=orjson.OPT_SORT_KEYS)
+    return sse.block(data, event=kind.encode(), event_id=event.sequence, retry_ms=retry_ms)
 
 
 def is_done(event: orchestrator.AnswerEvent) -> bool:

@@ -7,6 +7,7 @@ bytes a reader got, what the provider saw, and the rows of the ledger.
 import asyncio
 import collections
 import contextlib
+import itertools
 import math
 import socket
 import time
@@ -41,7 +42,9 @@ async def cut_and_resume(ground: Ground, n: int) -> Outcome:
     events = len((await read_answer(ground.ports, ground.token(), body, key="uncut")).blocks)
     plans: list[list[Rule]] = []
     for number in range(n):
-        first = Rule(cut_after_events=number % events, cut_extra_bytes=chance.choice((0, chance.randint(1, 120))), reset=chance.random() < 0.5)
+        first = Rule(
+            cut_after_events=number % events, cut_extra_bytes=chance.choice((0, chance.randint(1, 120))), reset=chance.random() < 0.5
+        )
         more = [
             Rule(cut_after_events=chance.randint(0, 6), cut_extra_bytes=chance.randint(0, 120), reset=chance.random() < 0.5)
             for _ in range(chance.randint(0, RECONNECTS_MAX - 1))
@@ -191,12 +194,13 @@ async def disconnects(ground: Ground, n: int) -> Outcome:
     }
     nameless = (await ground.suite.rows("SELECT count(*) AS n FROM attempts WHERE provider_request_id = '' AND NOT not_sent"))[0]["n"]
     missing = [record for record in records if record.request_id not in rows]
-    inexact = far = 0
+    inexact, far = 0, list[str]()
     for record in records:
         if row := rows.get(record.request_id):
             off = abs(row["output_tokens"] - record.output_tokens)
             inexact += not row["estimated"] and (off > 0 or row["input_tokens"] != record.input_tokens)
-            far += row["estimated"] and off > max(INEXACT_TOKENS, INEXACT_SHARE * record.output_tokens)
+            if row["estimated"] and off > max(INEXACT_TOKENS, INEXACT_SHARE * record.output_tokens):
+                far.append(f"{row['output_tokens']} of {record.output_tokens}")
     calls = len(records)
     return Outcome(
         "disconnect at a random byte",
@@ -206,12 +210,13 @@ async def disconnects(ground: Ground, n: int) -> Outcome:
             # A call that was left before the provider's first byte has no name yet, but a row.
             Bar("provider calls not booked", max(0, len(missing) - nameless), 0),
             Bar("exact figures that are not", inexact, 0),
-            Bar("estimates off by more than 2 % and 2 tokens", far, 0),
+            Bar("estimates off by more than 2 % and 2 tokens", len(far), 0),
             Bar("holds left open", left, 0),
         ],
         {
             "provider calls": calls,
             "closed by us": sum(record.state == "client_closed" for record in records),
+            "far": far[:10],
             "estimated": sum(bool(row["estimated"]) for row in rows.values()),
             "operations": await _count(ground, "operations") - known,
         },
@@ -264,12 +269,17 @@ async def rolling_restarts(ground: Ground, n: int) -> Outcome:
     await ground.suite.provider.behave(Behaviour(ttft_ms=20, tokens=60, tokens_per_s=100))
     reads: list[Read] = []
     codes: collections.Counter[int] = collections.Counter()
+    blamed: collections.Counter[str] = collections.Counter()
+    stopping = ""
     ending = asyncio.Event()
 
     async def user(number: int) -> None:
         while not ending.is_set():
             mark, body = ground.question()
+            during = stopping
             reads.append(await read_answer(_turned(ground, number), ground.token(), body, key=mark))
+            if reads[-1].answer_id and reads[-1].end != "done":
+                blamed[f"{during} or {stopping}"] += 1
             if not reads[-1].answer_id:
                 await asyncio.sleep(0.05)  # it was refused; the load stays a load and no flood
 
@@ -279,6 +289,7 @@ async def rolling_restarts(ground: Ground, n: int) -> Outcome:
         try:
             for _ in range(n):
                 for name in list(ground.suite.own):
+                    stopping = name
                     codes[await ground.suite.stop(name)] += 1
                     await ground.suite.start(name)
                     await ground.suite.until_all_ready()
@@ -297,7 +308,7 @@ async def rolling_restarts(ground: Ground, n: int) -> Outcome:
             Bar("holds left open", await ground.holds_left(), 0),
             Bar("processes that ended badly", sum(count for code, count in codes.items() if code), 0),
         ],
-        {"accepted": len(accepted), "ends": _ends(reads), "exit codes": dict(codes)},
+        {"accepted": len(accepted), "ends": _ends(reads), "exit codes": dict(codes), "failed while stopping": dict(blamed)},
     )
 
 
@@ -316,7 +327,7 @@ async def slow_readers(ground: Ground, n: int) -> Outcome:
             read = await read_answer(_turned(ground, number), ground.token(), body, key=mark)
             assert read.end == "done", read.blocks[-1:]
             at = [block.at for block in read.blocks if block.name == "delta"]
-            return [(later - earlier) * 1000 for earlier, later in zip(at, at[1:], strict=False)]
+            return [(later - earlier) * 1000 for earlier, later in itertools.pairwise(at)]
 
         return [gap for found in await side_by_side(normal, normal, one) for gap in found]
 
@@ -537,5 +548,7 @@ async def _one_byte_a_second(port: int, message: bytes) -> None:
         await loop.sock_connect(sock, ("127.0.0.1", port))
         await loop.sock_sendall(sock, message)
         with contextlib.suppress(ConnectionError):
-            while await loop.sock_recv(sock, 1):
+            while True:
+                if not await loop.sock_recv(sock, 1):
+                    return
                 await asyncio.sleep(1)

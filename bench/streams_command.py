@@ -27,8 +27,8 @@ def rows(outcome: Outcome, took_s: float) -> list[str]:
 async def run(names: list[str], n: int | None, seed: str, replicas: int) -> bool:
     """Run scenarios one after the other, each on a suite of its own, and print them. Return whether every bar was reached."""
     good = True
-    load = os.getloadavg()[0]
-    _say(f"seed {seed} (replay: make bench-streams SEED={seed}), {replicas} gateways, orchestrators and ledgers, {os.cpu_count()} CPUs, load {load:.1f}")
+    machine = f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}"
+    _say(f"seed {seed} (replay: make bench-streams SEED={seed}), {replicas} gateways, orchestrators and ledgers, {machine}")
     for name in names:
         scenario, full = SCENARIOS[name]
         async with ground(seed, replicas=replicas) as made:

@@ -4,7 +4,7 @@ BIN := .venv/bin
 .DEFAULT_GOAL := help
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
@@ -39,7 +39,13 @@ proto: setup ## regenerate sdk/tailrace from protos/
 bench: setup ## print what Tailrace adds, as ratios to calling the provider directly
 	$(BIN)/python -m bench
 
+bench-streams: setup ## show what streams survive, with bars; SEED=… replays, ARGS="cut --n 100" picks and shortens
+	$(BIN)/python -m bench.streams_command $(ARGS)
+
+soak: setup ## mixed load for ten minutes, MINUTES=480 for a night; print what grew
+	$(BIN)/python -m bench.soak --minutes $(or $(MINUTES),10)
+
 clean: ## remove .venv and caches, but not the data in .tailrace
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-.PHONY: help setup run test check fmt proto bench clean
+.PHONY: help setup run test check fmt proto bench bench-streams soak clean

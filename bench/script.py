@@ -59,6 +59,8 @@ class Behaviour(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """What to say. Empty = plain words, citing `[1]` when the prompt holds passages."""
     cites: bool | None = None
     """Whether plain words cite `[1]`. Unset = when the prompt holds passages."""
+    echoes_mark: bool = False
+    """Whether every eighth token is the prompt's own mark (see `mark_of`), so that a reader can tell whose answer it has."""
     fault: Fault = "none"
     fault_at: int = 0
     """Token after which the fault strikes."""
@@ -87,6 +89,10 @@ class Record(msgspec.Struct, kw_only=True):
     stream: bool
     max_tokens: int
     fault: str
+    mark: str
+    """Which question this was: see `mark_of`."""
+    received_at: float
+    """When it was received, on the machine's monotonic clock, which other processes share."""
     input_tokens: int
     """Billed for the prompt: see `count_input_tokens`. 0 if the request was refused."""
     output_tokens: int = 0
@@ -134,8 +140,19 @@ _OPENING = "According to the documents this is what they say [1]:"
 _FILLING = "the water flows through the turbine and then a quiet channel carries it away from the wheel"
 
 
+_MARK = re.compile(rb"mark-[a-z0-9]+-[a-z0-9]+")
+_MARK_EVERY = 8
+
+
+def mark_of(body: bytes) -> str:
+    """The last `mark-<whose>-<number>` in a request, which is the question's. Empty if there is none."""
+    return (_MARK.findall(body) or [b""])[-1].decode()
+
+
 def tokens_of(behaviour: Behaviour, body: bytes) -> list[str]:
     """The answer as pieces, the same for the same behaviour and request."""
+    if behaviour.echoes_mark and (mark := mark_of(body)):
+        return [f" {mark}" if n % _MARK_EVERY == 0 else word for n, word in enumerate(_plain(behaviour.tokens, cites=False))]
     if behaviour.text:
         return re.findall(r"\s*\S+|\s+$", behaviour.text)
     cites = behaviour.cites if behaviour.cites is not None else _PASSAGE.search(body) is not None

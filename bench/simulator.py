@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import collections
 import contextlib
+import time
 from typing import Any
 
 import httptools
@@ -71,6 +72,8 @@ class Provider:
             stream=bool(request.get("stream")),
             max_tokens=request["max_tokens"],
             fault=fault,
+            mark=script.mark_of(body),
+            received_at=time.monotonic(),
             input_tokens=script.count_input_tokens(request),
         )
         self.records.append(record)

@@ -20,6 +20,7 @@ import grpc
 import httpx
 import orjson
 import psutil
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
 from bench.provider import ROOT, Simulator, simulator
@@ -28,8 +29,8 @@ from services.local.issuer import Issuer
 from services.local.stores import Postgres, Valkey, free_port
 
 SERVICES = ("ledger", "retrieval", "orchestrator", "gateway")
-"""In the order they are started."""
-TERMINAL = ("done", "error", "cancelled")
+"""In the order they are started. The first replica of a service has its name, the second one is `gateway-2`, and so on."""
+TERMINALS = ("done", "error", "cancelled")
 """Events of which every stream ends with exactly one. Only the first is an event of the answer's log and has a number."""
 READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 15.0
@@ -101,9 +102,9 @@ class Streamed:
 
     def check(self, end: str) -> None:
         """The terminal law and the numbering: one end, at the end; ids 1, 2, 3, …"""
-        assert [name for name in self.names if name in TERMINAL] == [end], self.events[-3:]
+        assert [name for name in self.names if name in TERMINALS] == [end], self.events[-3:]
         assert self.names[-1] == end
-        numbers = [int(event.id) for event in self.events if event.name not in TERMINAL[1:]]
+        numbers = [int(event.id) for event in self.events if event.id or event.name not in ("error", "cancelled")]
         assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
 
 
@@ -145,6 +146,9 @@ class Suite:
     valkey: Valkey
     environment: dict[str, str]
     ports: dict[str, int]
+    """Where a replica listens, by its name; the HTTP port of the first gateway is `http`, of the second one `http-2`."""
+    own: dict[str, dict[str, str]]
+    """What one replica is told beside or over `environment`."""
     issuer: Issuer
     collector: Collector | None = None
     processes: dict[str, asyncio.subprocess.Process] = field(default_factory=dict)
@@ -152,6 +156,18 @@ class Suite:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.ports['http']}"
+
+    @property
+    def gateways(self) -> list[str]:
+        """Every gateway that is meant to exist, running or not."""
+        return [name for name in self.own if _service_of(name) == "gateway"]
+
+    def port_of(self, gateway: str) -> int:
+        """The HTTP port of a gateway."""
+        return self.ports[gateway.replace("gateway", "http")]
+
+    def url_of(self, gateway: str) -> str:
+        return f"http://127.0.0.1:{self.port_of(gateway)}"
 
     def log_of(self, service: str) -> Path:
         return self.folder / "logs" / f"{service}.log"
@@ -167,14 +183,14 @@ class Suite:
         return httpx.AsyncClient(base_url=self.url, headers=headers, timeout=60, limits=limits, trust_env=False)
 
     async def start(self, service: str, **environment: str) -> None:
-        """Start one service. Does not wait until it is ready."""
+        """Start one replica by its name. Does not wait until it is ready."""
         log = self.log_of(service)
         log.parent.mkdir(exist_ok=True)
         with log.open("ab") as sink:
             self.processes[service] = await asyncio.create_subprocess_exec(
-                *leashed([sys.executable, "-m", f"services.{service}"], number=signal.SIGKILL),
+                *leashed([sys.executable, "-m", f"services.{_service_of(service)}"], number=signal.SIGKILL),
                 cwd=ROOT,
-                env={**self.environment, **environment},
+                env={**self.environment, **self.own[service], **environment},
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=sink,
                 stderr=sink,
@@ -199,14 +215,34 @@ class Suite:
             process.kill()
             return await process.wait()
 
-    async def readiness(self) -> httpx.Response | None:
+    async def readiness(self, gateway: str = "gateway") -> httpx.Response | None:
         """What /readyz says; None if nobody answers."""
         async with httpx.AsyncClient(trust_env=False, timeout=2) as http:
             with contextlib.suppress(httpx.TransportError):
-                return await http.get(f"{self.url}/readyz")
+                return await http.get(f"{self.url_of(gateway)}/readyz")
         return None
 
-    async def until_ready(self, *, ready: bool = True) -> httpx.Response:
+    async def until_all_ready(self) -> None:
+        """Wait until every replica that was started serves. Raises SuiteFailed if one ends or time is up."""
+        for name in list(self.processes):
+            await (self.until_ready(name) if _service_of(name) == "gateway" else self.until_serving(name))
+
+    async def until_serving(self, replica: str) -> None:
+        """Wait until this replica's own gRPC health says SERVING: with replicas, a gateway's readiness is about any of them."""
+
+        async def serves() -> bool:
+            if self.processes[replica].returncode is not None:
+                raise SuiteFailed(f"{replica} ended with code {self.processes[replica].returncode}:\n{self._tail(replica)}")
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                said = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=1)
+                return bool(said.status == health_pb2.HealthCheckResponse.SERVING)
+            return False
+
+        options = [("grpc.max_reconnect_backoff_ms", 100), ("grpc.use_local_subchannel_pool", 1)]
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{self.ports[replica]}", options=options) as channel:
+            await until(serves, READY_TIMEOUT_S)
+
+    async def until_ready(self, gateway: str = "gateway", *, ready: bool = True) -> httpx.Response:
         """Wait until /readyz says 200, or until it says anything else. Raises SuiteFailed if a process ends or time is up."""
         said: httpx.Response | None = None
         try:
@@ -215,7 +251,7 @@ class Suite:
                     for name, process in self.processes.items():
                         if process.returncode is not None:
                             raise SuiteFailed(f"{name} ended with code {process.returncode}:\n{self._tail(name)}")
-                    said = await self.readiness()
+                    said = await self.readiness(gateway)
                     if said is not None and (said.status_code == 200) is ready:
                         return said
                     await asyncio.sleep(0.02)
@@ -311,8 +347,12 @@ async def until(probe: Callable[[], Awaitable[T | None]], timeout_s: float = 10.
 
 
 @contextlib.asynccontextmanager
-async def running(*, traces: bool = False, folder: Path | None = None, **extra: str) -> AsyncIterator[Suite]:
+async def running(
+    *, traces: bool = False, folder: Path | None = None, ledgers: int = 1, orchestrators: int = 1, gateways: int = 1, **extra: str
+) -> AsyncIterator[Suite]:
     """Run the whole suite, ready to answer, until the block is left. `extra` are variables for all services.
+
+    Every replica has ports and a state directory of its own; gateways share out their calls over all orchestrators.
 
     `folder` keeps its state; without one it is a temporary folder. With `traces` spans go to `suite.collector`.
     """
@@ -326,8 +366,10 @@ async def running(*, traces: bool = False, folder: Path | None = None, **extra: 
         for store in (postgres, valkey):
             stack.push_async_callback(store.stop)
         await asyncio.gather(postgres.start(), valkey.start())
-        names = {"http": "TAILRACE_HTTP_PORT", **{name: f"TAILRACE_{name.upper()}_PORT" for name in SERVICES}}
-        ports = {name: free_port() for name in names}
+        counts = {"ledger": ledgers, "orchestrator": orchestrators, "gateway": gateways}
+        replicas = {service: _replicas(service, counts.get(service, 1)) for service in SERVICES}
+        ports = {name: free_port() for names in (*replicas.values(), _replicas("http", gateways)) for name in names}
+        own = {name: _own(folder, name, ports) for names in replicas.values() for name in names}
         environment = {
             "PATH": os.environ["PATH"],
             "HOME": os.environ.get("HOME", "/"),
@@ -338,19 +380,48 @@ async def running(*, traces: bool = False, folder: Path | None = None, **extra: 
             "ANTHROPIC_API_KEY": "a key for the simulator",
             "ANTHROPIC_BASE_URL": provider.url,
             "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.port}" if collector else "",
-            **{variable: str(ports[name]) for name, variable in names.items()},
-            **{f"TAILRACE_{name.upper()}_TARGET": f"127.0.0.1:{ports[name]}" for name in SERVICES},
+            **{f"TAILRACE_{service.upper()}_TARGET": _target([ports[name] for name in names]) for service, names in replicas.items()},
             **extra,
         }
-        suite = Suite(folder, provider, postgres, valkey, environment, ports, Issuer(folder), collector)
+        suite = Suite(folder, provider, postgres, valkey, environment, ports, own, Issuer(folder), collector)
         stack.push_async_callback(_stop_all, suite)
-        for service in SERVICES:
-            await suite.start(service)
+        for name in own:
+            await suite.start(name)
         await suite.until_ready()
+        if len(own) > len(SERVICES):
+            await suite.until_all_ready()
         yield suite
 
 
+def _replicas(service: str, count: int) -> list[str]:
+    return [service, *(f"{service}-{number}" for number in range(2, count + 1))]
+
+
+def _service_of(replica: str) -> str:
+    return replica.partition("-")[0]
+
+
+def _own(folder: Path, name: str, ports: dict[str, int]) -> dict[str, str]:
+    """What sets this replica apart. A first one lives in the suite's own folder, a further one below it."""
+    service = _service_of(name)
+    own = {f"TAILRACE_{service.upper()}_PORT": str(ports[name])}
+    if service == "gateway":
+        own["TAILRACE_HTTP_PORT"] = str(ports[name.replace("gateway", "http")])
+    if name != service:
+        (folder / name).mkdir(exist_ok=True)
+        own["TAILRACE_STATE_DIR"] = str(folder / name)
+        if service == "gateway":
+            own["TAILRACE_JWKS_FILE"] = str(folder / "dev-jwks.json")
+    return own
+
+
+def _target(ports: list[int]) -> str:
+    """One address, or several as gRPC's list of them."""
+    addresses = [f"127.0.0.1:{port}" for port in ports]
+    return addresses[0] if len(addresses) == 1 else f"ipv4:{','.join(addresses)}"
+
+
 async def _stop_all(suite: Suite) -> None:
-    for service in reversed(SERVICES):
-        if service in suite.processes:
-            await suite.stop(service)
+    for name in reversed(suite.own):
+        if name in suite.processes:
+            await suite.stop(name)

@@ -1,0 +1,62 @@
+"""The stream scenarios, short: every bar they have holds on a suite with two gateways, two orchestrators and two ledgers.
+
+`make bench-streams` runs the same ones in full. A run prints its seed; SEED=… replays it.
+"""
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from bench.ground import Ground, Outcome, ground, seed_of_run
+from bench.streams import cancel_storm, cancels, cut_and_resume, disconnects, kills, rolling_restarts
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+async def made() -> AsyncIterator[Ground]:
+    """One suite for all scenarios: each waits until the one before has left nothing open."""
+    async with ground(seed_of_run()) as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def _seed(made: Ground) -> None:
+    print(f"SEED={made.seed}")  # shown when a test fails
+
+
+def holds(outcome: Outcome) -> None:
+    assert outcome.failed == [], f"seed {outcome.seed}: {outcome.notes}"
+
+
+async def test_a_stream_that_is_cut_anywhere_is_read_on_at_another_replica_as_if_it_had_not_been(made: Ground) -> None:
+    """Cut at every boundary and inside events: same bytes as the finished log, one provider call and one charge an answer."""
+    outcome = await cut_and_resume(made, 60)
+    holds(outcome)
+    assert outcome.notes["cuts"] >= 60
+
+
+async def test_a_cancel_closes_the_providers_socket_at_once(made: Ground) -> None:
+    outcome = await cancels(made, 20)
+    holds(outcome)
+    assert outcome.notes["sockets closed"] >= 5
+
+
+async def test_a_reader_who_leaves_at_any_byte_leaves_true_books(made: Ground) -> None:
+    outcome = await disconnects(made, 20)
+    holds(outcome)
+    assert outcome.notes["closed by us"] >= 5
+
+
+async def test_requests_that_are_dropped_at_any_moment_mix_up_nobody(made: Ground) -> None:
+    holds(await cancel_storm(made, 200))
+
+
+async def test_a_killed_gateway_or_orchestrator_loses_no_reader_and_no_answer(made: Ground) -> None:
+    holds(await kills(made, 2))
+
+
+async def test_a_rolling_restart_fails_no_accepted_request(made: Ground) -> None:
+    outcome = await rolling_restarts(made, 1)
+    holds(outcome)
+    assert outcome.notes["accepted"] >= 20

@@ -169,7 +169,7 @@ class Ledger(Peer):
         if not reply.HasField("principal") or not reply.principal.tenant:
             return None
         owner = reply.principal
-        return Principal(owner.tenant, owner.user, frozenset(owner.roles), owner.api_key_id)
+        return Principal(owner.tenant, owner.user, frozenset(owner.roles), owner.api_key_id, frozenset(owner.scopes))
 
 
 class Backends:

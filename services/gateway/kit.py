@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from services.gateway.bridge import Bridge, Timing
+from services.gateway.browser import Browser
 from services.gateway.clients import Backends
 from services.gateway.exchange import ClientLeft, Exchange
 from services.gateway.identity import Identity
@@ -22,6 +23,7 @@ class Kit:
 
     backends: Backends
     identity: Identity
+    browser: Browser
     limits: Limits
     metrics: Metrics
     timing: Timing

@@ -2,7 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
 
 import httpx
 import redis.asyncio as redis
@@ -12,6 +13,7 @@ from services.chassis.passport import Passport
 from services.chassis.server import Identify, Server
 from services.gateway.app import Edge
 from services.gateway.bridge import Timing
+from services.gateway.browser import Browser
 from services.gateway.clients import Backends, connected
 from services.gateway.config import Settings
 from services.gateway.http_listener import HttpListener
@@ -21,6 +23,7 @@ from services.gateway.limits import WINDOW_US, Limits
 from services.gateway.metrics import Metrics
 from services.gateway.page import Page
 from services.gateway.redis_window import RedisWindow
+from services.gateway.revocations import Revocations
 from services.gateway.rpc import GatewayService, token_identity
 from tailrace.gateway.v1 import gateway_service_pb2
 from tailrace.gateway.v1.gateway_service_pb2_grpc import add_GatewayServiceServicer_to_server
@@ -65,11 +68,20 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         stack.push_async_callback(store.aclose)
         windows = RedisWindow(store, WINDOW_US)
         keys = await stack.enter_async_context(_keys(settings))
-        tokens = Tokens(keys, issuer=settings.jwt_issuer, audience=settings.jwt_audience, leeway_s=settings.jwt_leeway_s)
-        identity = Identity(tokens, backends.ledger.resolve_api_key)
+        tokens = Tokens(
+            keys,
+            issuer=settings.jwt_issuer,
+            audience=settings.jwt_audience,
+            leeway_s=settings.jwt_leeway_s,
+            lifetime_max_s=settings.jwt_lifetime_max_s,
+        )
+        revocations = Revocations(store, lifetime_max_s=settings.jwt_lifetime_max_s, on_stale=metrics.revocations_stale.inc)
+        await stack.enter_async_context(_running(revocations.watch(), "revocations"))
+        identity = Identity(tokens, backends.ledger.resolve_api_key, revocations)
         kit = Kit(
             backends=backends,
             identity=identity,
+            browser=Browser(secure=settings.environment == "production", origins=settings.allowed_origins),
             limits=Limits(
                 windows, backends.ledger.requests_per_minute, settings.requests_per_minute_default, on_fallback=metrics.limits_local.inc
             ),
@@ -89,6 +101,16 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
             probes={**probes, "redis": windows.ping, "jwks": keys.probe},
             ready=kit.readiness.update,
         )
+
+
+@contextlib.asynccontextmanager
+async def _running(work: Coroutine[Any, Any, None], name: str) -> AsyncIterator[None]:
+    task = asyncio.create_task(work, name=name)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def _backends(settings: Settings, metrics: Metrics) -> contextlib.AbstractAsyncContextManager[Backends]:

@@ -30,6 +30,7 @@ UserName = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 FrameId = Annotated[str, msgspec.Meta(max_length=128)]
 PlanName = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[a-z0-9_-]+\Z")]
 Role = Literal["user", "service", "admin"]
+Scope = Literal["answers", "search", "documents:read", "documents:write", "records", "admin"]
 
 B = TypeVar("B", bound="Body")
 
@@ -261,7 +262,22 @@ class ApiKeyBody(Body, frozen=True, kw_only=True):
     name: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
     user: UserName
     roles: Annotated[list[Role], msgspec.Meta(max_length=3)] = []
+    scopes: Annotated[list[Scope], msgspec.Meta(max_length=16)] = []
     expires_at: str = ""
+
+
+class SessionBody(Body, frozen=True, kw_only=True):
+    """What a browser signs in with."""
+
+    token: Annotated[str, msgspec.Meta(min_length=1, max_length=8192, pattern=r"^[\x21-\x7e]+\Z")]
+
+
+class RevocationBody(Body, frozen=True, kw_only=True):
+    """A token by its `jti`, or a user: one of the two."""
+
+    jti: Annotated[str, msgspec.Meta(max_length=256)] = ""
+    expires_at: str = ""
+    user: Annotated[str, msgspec.Meta(max_length=256)] = ""
 
 
 class UserBody(Body, frozen=True, kw_only=True):

@@ -172,7 +172,7 @@ class Ledger(Peer):
         if not reply.HasField("principal") or not reply.principal.tenant:
             return None
         owner = reply.principal
-        return Principal(owner.tenant, owner.user, frozenset(owner.roles), owner.api_key_id)
+        return Principal(owner.tenant, owner.user, frozenset(owner.roles), owner.api_key_id, frozenset(owner.scopes))
 
 
 def _allowance(limits: Any) -> Allowance:

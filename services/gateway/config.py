@@ -1,5 +1,6 @@
 """What the gateway is told. No default of another module is repeated here."""
 
+import re
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -52,6 +53,11 @@ class Settings(ServiceSettings):
     jwt_leeway_s: int = Field(30, ge=0, le=60, validation_alias="TAILRACE_JWT_LEEWAY_S")
     """How far the issuer's clock may be from ours."""
 
+    jwt_lifetime_max_s: int = Field(2_678_400, ge=60, le=31_622_400, validation_alias="TAILRACE_JWT_LIFETIME_MAX_S")
+    """Longest time from a token's issue, or from now if it does not say, to its end. Revocations of users are kept as long."""
+    cors_origins: str = Field("", max_length=4096, validation_alias="TAILRACE_CORS_ORIGINS")
+    """Origins whose scripts may call with a token, comma-separated: `https://app.example.com`. Exact; none by default."""
+
     requests_per_minute_default: int = Field(60, ge=1, le=1_000_000, validation_alias="TAILRACE_REQUESTS_PER_MINUTE_DEFAULT")
     """Limit of a user whose plan the ledger cannot tell right now."""
     replicas: int = Field(1, ge=1, le=1000, validation_alias="TAILRACE_GATEWAY_REPLICAS")
@@ -87,6 +93,7 @@ class Settings(ServiceSettings):
         secret = self.jwt_hs256_secret.get_secret_value()
         if secret and len(secret.encode()) < 32:
             raise ValueError("TAILRACE_JWT_HS256_SECRET needs at least 32 bytes")
+        _ = self.allowed_origins
         return self
 
     @property
@@ -98,6 +105,15 @@ class Settings(ServiceSettings):
         if self.http_tls_cert_file is None or self.http_tls_key_file is None:
             return None
         return self.http_tls_cert_file, self.http_tls_key_file
+
+    @property
+    def allowed_origins(self) -> frozenset[str]:
+        """The origins of `cors_origins`. Raises ValueError for one that no browser would send."""
+        origins = frozenset(origin.strip() for origin in self.cors_origins.split(",") if origin.strip())
+        for origin in origins:
+            if not re.fullmatch(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?", origin, re.ASCII):
+                raise ValueError(f"TAILRACE_CORS_ORIGINS: {origin!r} is not an origin like https://app.example.com")
+        return origins
 
     @property
     def jwks_file(self) -> Path | None:

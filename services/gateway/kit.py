@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from services.chassis.principal import current_principal
 from services.gateway import deadlines
 from services.gateway.bridge import Bridge, Timing
+from services.gateway.browser import Browser
 from services.gateway.clients import Backends
 from services.gateway.exchange import ClientLeft, Exchange
 from services.gateway.identity import Identity
@@ -26,6 +27,7 @@ class Kit:
 
     backends: Backends
     identity: Identity
+    browser: Browser
     limits: Limits
     shedding: Shedding
     metrics: Metrics

@@ -80,6 +80,9 @@ class Metrics:
             ["cause"],
             registry=self._registry,
         )
+        self.revocations_stale = Counter(
+            "tailrace_gateway_revocations_stale", "Times the list of revoked tokens could not be read anew.", registry=self._registry
+        )
         self.hop_seconds = Histogram(
             "tailrace_gateway_hop_seconds",
             "Time of a unary call, or to the first message of a stream, by component called.",

@@ -2,7 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
 
 import httpx
 import redis.asyncio as redis
@@ -15,6 +16,7 @@ from services.chassis.server import Identify, Server
 from services.chassis.tls import MutualTls
 from services.gateway.app import OPERATIONS, PROBES, ROUTES, Edge
 from services.gateway.bridge import Timing
+from services.gateway.browser import Browser
 from services.gateway.clients import Backends, connected
 from services.gateway.config import Settings
 from services.gateway.http_listener import HttpListener
@@ -24,6 +26,7 @@ from services.gateway.limits import Fallback, Limits, ReservedTokens
 from services.gateway.metrics import Metrics
 from services.gateway.page import Page
 from services.gateway.redis_limiter import RedisLimiter
+from services.gateway.revocations import Revocations
 from services.gateway.rpc import GatewayService, token_identity
 from services.gateway.shedding import LoopLag, Shedding
 from tailrace.gateway.v1 import gateway_service_pb2
@@ -99,11 +102,20 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         lag = LoopLag()
         stack.callback(lag.stop)
         keys = await stack.enter_async_context(_keys(settings))
-        tokens = Tokens(keys, issuer=settings.jwt_issuer, audience=settings.jwt_audience, leeway_s=settings.jwt_leeway_s)
-        identity = Identity(tokens, backends.ledger.resolve_api_key)
+        tokens = Tokens(
+            keys,
+            issuer=settings.jwt_issuer,
+            audience=settings.jwt_audience,
+            leeway_s=settings.jwt_leeway_s,
+            lifetime_max_s=settings.jwt_lifetime_max_s,
+        )
+        revocations = Revocations(store, lifetime_max_s=settings.jwt_lifetime_max_s, on_stale=metrics.revocations_stale.inc)
+        await stack.enter_async_context(_running(revocations.watch(), "revocations"))
+        identity = Identity(tokens, backends.ledger.resolve_api_key, revocations)
         kit = Kit(
             backends=backends,
             identity=identity,
+            browser=Browser(secure=settings.environment == "production", origins=settings.allowed_origins),
             limits=limits,
             shedding=Shedding(
                 settings.streams_max, settings.loop_lag_max_s, lambda: lag.seconds, lambda cause: metrics.shed.labels(cause).inc()
@@ -149,13 +161,19 @@ async def _limits(settings: Settings, limiter: RedisLimiter, backends: Backends,
     """The limits, whose leases are renewed meanwhile and whose corrections are sent before the end."""
     fallback = Fallback(settings.replicas, metrics.limits_local.inc, metrics.limits_away.set)
     limits = Limits(limiter, backends.ledger.entitlements, settings.requests_per_minute_default, fallback)
-    renewing = asyncio.create_task(limits.renew_forever(), name="renew-leases")
-    try:
+    async with _running(limits.renew_forever(), "renew-leases"):
         yield limits
+    await limits.drain(SETTLE_S)
+
+
+@contextlib.asynccontextmanager
+async def _running(work: Coroutine[Any, Any, None], name: str) -> AsyncIterator[None]:
+    task = asyncio.create_task(work, name=name)
+    try:
+        yield
     finally:
-        renewing.cancel()
-        await asyncio.gather(renewing, return_exceptions=True)
-        await limits.drain(SETTLE_S)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def _backends(settings: Settings, metrics: Metrics) -> contextlib.AbstractAsyncContextManager[Backends]:

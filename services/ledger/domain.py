@@ -101,6 +101,7 @@ class ApiKey:
     user: str
     name: str
     roles: tuple[str, ...]
+    scopes: tuple[str, ...]
     created_at: datetime
     expires_at: datetime | None
     revoked: bool

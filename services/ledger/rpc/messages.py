@@ -118,6 +118,7 @@ def key_message(key: ApiKey) -> pb.ApiKey:
         name=key.name,
         user=key.user,
         roles=key.roles,
+        scopes=key.scopes,
         created_at=timestamp(key.created_at),
         expires_at=timestamp(key.expires_at) if key.expires_at else None,
         revoked=key.revoked,

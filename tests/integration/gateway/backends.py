@@ -206,7 +206,13 @@ class FakeLedger(LedgerServiceServicer):
         owner = self.keys.get(request.secret)
         if owner is None:
             return ledger.ResolveApiKeyResponse()
-        principal = common.Principal(tenant=owner.tenant, user=owner.user, roles=sorted(owner.roles), api_key_id=owner.api_key_id)
+        principal = common.Principal(
+            tenant=owner.tenant,
+            user=owner.user,
+            roles=sorted(owner.roles),
+            api_key_id=owner.api_key_id,
+            scopes=sorted(owner.scopes),
+        )
         return ledger.ResolveApiKeyResponse(principal=principal)
 
     async def GetOperation(self, request: Any, context: Any) -> Any:

@@ -312,17 +312,22 @@ async def test_stopping_ends_every_stream_with_a_word(front: Front, valkey: Valk
 async def test_without_redis_requests_are_limited_by_the_process(front: Front, tmp_path: Path) -> None:
     """Not refused, not unlimited; readiness names what is missing."""
     front.behind.ledger.requests_per_minute = 2
-    settings = settings_for(front.behind, tmp_path, "redis://127.0.0.1:1/0", TAILRACE_JWKS_FILE=str(front.jwks))
+    store = Valkey(tmp_path / "valkey")
+    await store.start()
+    settings = settings_for(front.behind, tmp_path, store.url, TAILRACE_JWKS_FILE=str(front.jwks))
     async with build(settings) as service, started(service, "127.0.0.1"):
         assert isinstance(service.server, EdgeServer)
         headers = {"authorization": f"Bearer {front.token(unique_user())}"}
         base = f"http://127.0.0.1:{service.server.http.port}"
         async with httpx.AsyncClient(base_url=base, headers=headers, trust_env=False) as client:
+            # It has read once which tokens are revoked; one that never could takes none.
+            assert (await client.get("/v1/models")).status_code == 200
+            await store.stop()
             statuses = [(await client.post("/v1/search", json={"query": "q"})).status_code for _ in range(3)]
 
             async def missing() -> Any:
                 said = (await client.get("/readyz")).json()
-                return said if said["dependencies"].get("ledger") else None
+                return said if said["dependencies"].get("ledger") and not said["dependencies"].get("redis") else None
 
             said = await until(missing)
             metrics = (await client.get("/metrics")).text

@@ -13,6 +13,7 @@ from services.gateway.exchange import ClientLeft, Exchange
 from services.gateway.identity import Identity
 from services.gateway.limits import Limits
 from services.gateway.metrics import Metrics
+from services.gateway.revocations import Revocations
 
 T = TypeVar("T")
 
@@ -24,6 +25,7 @@ class Kit:
     backends: Backends
     identity: Identity
     browser: Browser
+    revocations: Revocations
     limits: Limits
     metrics: Metrics
     timing: Timing

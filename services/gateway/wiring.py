@@ -81,6 +81,7 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         kit = Kit(
             backends=backends,
             identity=identity,
+            revocations=revocations,
             browser=Browser(secure=settings.environment == "production", origins=settings.allowed_origins),
             limits=Limits(
                 windows, backends.ledger.requests_per_minute, settings.requests_per_minute_default, on_fallback=metrics.limits_local.inc

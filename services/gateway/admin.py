@@ -143,7 +143,7 @@ async def revoke(exchange: Exchange, kit: Kit) -> None:
     body = bodies.parse(await exchange.json(), bodies.RevocationBody)
     if bool(body.jti) == bool(body.user):
         raise RequestInvalid("name a token or a user", field="jti", bound="one of jti, user")
-    tenant, revocations = current_principal().tenant, kit.identity.revocations
+    tenant, revocations = current_principal().tenant, kit.revocations
     if body.user:
         if body.expires_at:
             raise RequestInvalid("a user's revocation has no end", field="expires_at", bound="only with jti")
@@ -165,7 +165,7 @@ async def restore(exchange: Exchange, kit: Kit) -> None:
     kind = exchange.params["kind"]
     if kind not in ("tokens", "users"):
         raise RequestInvalid("there is no such kind of revocation", field="kind", bound="tokens, users")
-    await kit.identity.revocations.restore(kind, current_principal().tenant, _subject(exchange, "id"))
+    await kit.revocations.restore(kind, current_principal().tenant, _subject(exchange, "id"))
     await exchange.respond(204, b"", b"")
 
 

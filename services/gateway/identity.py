@@ -26,7 +26,6 @@ from jwt.utils import base64url_decode
 from services.chassis.errors import DomainError, NotAuthenticated, Unavailable
 from services.chassis.principal import ROLES, Principal
 from services.gateway.memo import Memo
-from services.gateway.revocations import Revocations
 
 log = structlog.get_logger(__name__)
 
@@ -417,15 +416,23 @@ def _is_name(value: object, length_max: int) -> bool:
     return isinstance(value, str) and 1 <= len(value) <= length_max and value.isprintable() and value.strip() == value
 
 
+class Revoked(Protocol):
+    """Which tokens ended before their time."""
+
+    async def holds(self, tenant: str, user: str, token_id: str, issued_at: float) -> bool:
+        """Whether a token was revoked. Raises Unavailable."""
+        ...
+
+
 Resolve = Callable[[str], Awaitable[Principal | None]]
 
 
 class Identity:
     """Turns credentials into principals."""
 
-    def __init__(self, tokens: Tokens, resolve_api_key: Resolve, revocations: Revocations) -> None:
+    def __init__(self, tokens: Tokens, resolve_api_key: Resolve, revocations: Revoked) -> None:
         self._tokens = tokens
-        self.revocations = revocations
+        self._revocations = revocations
         self.now = tokens.now
         self.lifetime_max_s = tokens.lifetime_max_s
         self._resolve = resolve_api_key
@@ -447,7 +454,7 @@ class Identity:
         """What a token says that is valid and was not revoked. Raises NotAuthenticated, Unavailable."""
         verified = await self._tokens.verify(token)
         principal = verified.principal
-        if await self.revocations.holds(principal.tenant, principal.user, verified.token_id, verified.issued_at):
+        if await self._revocations.holds(principal.tenant, principal.user, verified.token_id, verified.issued_at):
             raise NotAuthenticated("the token was revoked", cause="revoked")
         return verified
 

@@ -15,6 +15,7 @@ from services.gateway.exchange import ClientLeft, Exchange
 from services.gateway.identity import Identity
 from services.gateway.limits import Admission, Limits, ReservedTokens
 from services.gateway.metrics import Metrics
+from services.gateway.revocations import Revocations
 from services.gateway.shedding import Shedding
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
 
@@ -28,6 +29,7 @@ class Kit:
     backends: Backends
     identity: Identity
     browser: Browser
+    revocations: Revocations
     limits: Limits
     shedding: Shedding
     metrics: Metrics

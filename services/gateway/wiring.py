@@ -115,6 +115,7 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         kit = Kit(
             backends=backends,
             identity=identity,
+            revocations=revocations,
             browser=Browser(secure=settings.environment == "production", origins=settings.allowed_origins),
             limits=limits,
             shedding=Shedding(

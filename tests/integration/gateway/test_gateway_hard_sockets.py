@@ -201,7 +201,8 @@ async def p99_ms(client: httpx.AsyncClient, count: int = 150) -> float:
     times = []
     for _ in range(count):
         began = time.perf_counter()
-        assert (await client.get("/v1/models")).status_code == 200
+        response = await client.get("/v1/models")
+        assert response.status_code == 200, response.text
         times.append((time.perf_counter() - began) * 1000)
     return sorted(times)[int(count * 0.99) - 1]
 

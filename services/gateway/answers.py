@@ -28,7 +28,7 @@ async def ask(exchange: Exchange, kit: Kit) -> None:
     async with kit.answering(request, asked_ms) as (admission, timeout_s):
         exchange.extra_headers += admission.headers
         async with AnswerStream(kit.backends.orchestrator, request, timeout_s=timeout_s) as events:
-            metered = Metered(events, admission)
+            metered = Metered(events, admission, exchange.prepared)
             if body.stream:
                 await _relay(exchange, kit, metered)
             else:

@@ -229,7 +229,8 @@ class Edge:
                 await self._page.serve(exchange, path)
                 return
             # Turned away before anything is done for it: that is what makes it cheap.
-            with self._kit.shedding.entered() if route.rule.answers else contextlib.nullcontext():
+            with self._kit.shedding.entered() if route.rule.answers else contextlib.nullcontext() as prepared:
+                exchange.prepared = prepared or exchange.prepared
                 await self._admit(exchange, route.rule)
                 await route.endpoint(exchange, self._kit)
         except ClientLeft:

@@ -52,6 +52,8 @@ class Exchange:
         """Set by the edge before an endpoint with a rule runs."""
         self.extra_headers: list[tuple[bytes, bytes]] = []
         """Sent with whatever response there will be."""
+        self.prepared: Callable[[], None] = lambda: None
+        """To be called by an answer once its model is asked; see `shedding`."""
         self.status = 0
         """Status sent, 0 before that."""
 

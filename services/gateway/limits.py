@@ -318,11 +318,16 @@ def _headers(charges: list[Charge], outcome: Outcome) -> list[tuple[bytes, bytes
 
 
 class Metered:
-    """The events of an answer as they pass; its receipt, or an error before anything came, says what it used."""
+    """The events of an answer as they pass; its receipt, or an error before anything came, says what it used.
 
-    def __init__(self, events: AsyncIterator[Any], admission: Admission) -> None:
+    `on_prepared` is called once its model is asked, or its text comes without one.
+    """
+
+    def __init__(self, events: AsyncIterator[Any], admission: Admission, on_prepared: Callable[[], None]) -> None:
         self._events = events
         self._admission = admission
+        self._on_prepared = on_prepared
+        self._prepared = False
         self._began = False
 
     def __aiter__(self) -> "Metered":
@@ -336,7 +341,11 @@ class Metered:
                 self._admission.tokens_used = 0
             raise
         self._began = True
-        if event.WhichOneof("event") == "done":
+        kind = event.WhichOneof("event")
+        if not self._prepared and (kind in ("delta", "done") or (kind == "step" and event.step.name == "generate")):
+            self._prepared = True
+            self._on_prepared()
+        if kind == "done":
             usage = event.done.usage
             used = usage.input_tokens + usage.output_tokens + usage.cache_read_tokens + usage.cache_write_tokens
             self._admission.tokens_used = used

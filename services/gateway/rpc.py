@@ -1,5 +1,6 @@
 """The same calls over gRPC, for internal services that hold a token. It admits and passes on; messages go through as they are."""
 
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -13,7 +14,7 @@ from services.gateway.deadlines import call_timeout_s, left_ms
 from services.gateway.documents import INGEST_TIMEOUT_S
 from services.gateway.identity import Identity, credential_in
 from services.gateway.kit import Kit
-from services.gateway.limits import Admission, Metered
+from services.gateway.limits import Metered
 from services.gateway.rules import ANY_MEMBER, RPC_RULES
 from tailrace.gateway.v1 import gateway_service_pb2_grpc
 
@@ -41,9 +42,9 @@ class GatewayService(gateway_service_pb2_grpc.GatewayServiceServicer):
 
     async def Answer(self, request: Any, context: Any) -> None:  # type: ignore[override]
         await self._admit("Answer")
-        with self._kit.shedding.entered():
+        with self._kit.shedding.entered() as prepared:
             async with self._kit.answering(request, left_ms(current_deadline.get())) as (admission, timeout_s):
-                await self._relay_answer(request, context, timeout_s, admission)
+                await self._relay_answer(request, context, timeout_s, lambda events: Metered(events, admission, prepared))
 
     async def ResumeAnswer(self, request: Any, context: Any) -> None:  # type: ignore[override]
         await self._admit("ResumeAnswer")
@@ -90,9 +91,11 @@ class GatewayService(gateway_service_pb2_grpc.GatewayServiceServicer):
         if rule.limited:
             await self._kit.limits.admit(principal)
 
-    async def _relay_answer(self, request: Any, context: Any, timeout_s: float, admission: Admission | None = None) -> None:
+    async def _relay_answer(
+        self, request: Any, context: Any, timeout_s: float, through: Callable[[AnswerStream], AsyncIterator[Any]] = aiter
+    ) -> None:
         async with AnswerStream(self._backends.orchestrator, request, timeout_s=timeout_s) as events:
-            async for event in Metered(events, admission) if admission is not None else events:
+            async for event in through(events):
                 await context.write(event)
 
     async def _relay(self, peer: Peer, method: Any, request: Any, context: Any, timeout_s: float) -> None:

@@ -1,5 +1,7 @@
 """Not now: whether this process has room for one more answer, asked before anything else is done. It knows no plan and asks nobody.
 
+An answer costs most before its model is asked: that is when it is authenticated, looked up, embedded and paid for. So those that are
+being prepared have a bound of their own, small enough that whoever is let in does not wait long; a stream that flows costs little.
 Interactive answers are turned away at the bounds, batch answers at 80 % of them, so that those that nobody waits for make room first.
 """
 
@@ -51,9 +53,12 @@ class Shedding:
     lag_max_s: float
     lag_s: Callable[[], float]
     on_shed: Callable[[str], None] = lambda cause: None
-    """Called with `streams` or `lag` for every answer that was turned away."""
+    """Called with `streams`, `preparing` or `lag` for every answer that was turned away."""
+    preparing_max: int = 1_000_000
     streams: int = 0
     """Answers asked for and streams resumed that are under way."""
+    preparing: int = 0
+    """Answers whose model was not asked yet."""
 
     @contextlib.contextmanager
     def carried(self) -> Iterator[None]:
@@ -65,19 +70,33 @@ class Shedding:
             self.streams -= 1
 
     @contextlib.contextmanager
-    def entered(self) -> Iterator[None]:
-        """Count an answer inside the block. Raises Overloaded if there is no room."""
-        self._require(self.streams + 1, 1.0)
+    def entered(self) -> Iterator[Callable[[], None]]:
+        """Count an answer inside the block, and as being prepared until what is yielded is called. Raises Overloaded without room."""
+        self._require(1, 1.0)
+        self.preparing += 1
+        prepares = True
+
+        def prepared() -> None:
+            nonlocal prepares
+            if prepares:
+                prepares = False
+                self.preparing -= 1
+
         with self.carried():
-            yield
+            try:
+                yield prepared
+            finally:
+                prepared()
 
     def require_room_for_batch(self) -> None:
         """Called by an answer that has entered and that nobody waits for. Raises Overloaded if only interactive ones have room."""
-        self._require(self.streams, BATCH_SHARE)
+        self._require(0, BATCH_SHARE)
 
-    def _require(self, streams: int, share: float) -> None:
-        if streams > self.streams_max * share:
+    def _require(self, more: int, share: float) -> None:
+        if self.streams + more > self.streams_max * share:
             cause = "streams"
+        elif self.preparing + more > self.preparing_max * share:
+            cause = "preparing"
         elif self.lag_s() > self.lag_max_s * share:
             cause = "lag"
         else:

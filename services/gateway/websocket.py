@@ -175,14 +175,14 @@ class _Conversation:
             raise Unavailable("the server is stopping; connect again", dependency="gateway")
         match frame:
             case AskFrame():
-                with kit.shedding.entered():
+                with kit.shedding.entered() as prepared:
                     await admit("POST", b"/v1/answers")
                     if not frame.stream:
                         raise RequestInvalid("over a WebSocket every answer is streamed", field="stream", bound="true")
                     request = frame.message(frame.idempotency_key)
                     async with kit.answering(request, frame.deadline_ms) as (admission, timeout_s):
                         async with AnswerStream(peer, request, timeout_s=timeout_s) as events:
-                            if not await self._relay(Metered(events, admission), frame.request_id, tags):
+                            if not await self._relay(Metered(events, admission, prepared), frame.request_id, tags):
                                 raise AnswerInterrupted("the stream ended before it was done")
             case ResumeFrame():
                 await admit("GET", b"/v1/answers/-/events")

@@ -119,7 +119,11 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
             browser=Browser(secure=settings.environment == "production", origins=settings.allowed_origins),
             limits=limits,
             shedding=Shedding(
-                settings.streams_max, settings.loop_lag_max_s, lambda: lag.seconds, lambda cause: metrics.shed.labels(cause).inc()
+                settings.streams_max,
+                settings.loop_lag_max_s,
+                lambda: lag.seconds,
+                lambda cause: metrics.shed.labels(cause).inc(),
+                settings.preparing_max,
             ),
             metrics=metrics,
             timing=Timing(settings.heartbeat_s, settings.write_stall_s),

@@ -32,6 +32,23 @@ def test_interactive_answers_are_turned_away_at_the_bound_and_batch_before() -> 
     assert shedding.streams == 8
 
 
+def test_answers_that_are_being_prepared_have_a_bound_of_their_own() -> None:
+    """One whose model is asked makes room though its stream goes on; so does one that ends before; saying it twice counts once."""
+    causes: list[str] = []
+    shedding = Shedding(100, 0.1, lambda: 0.0, causes.append, preparing_max=2)
+    with shedding.entered() as first, shedding.entered():
+        with pytest.raises(Overloaded), shedding.entered():
+            pass
+        first()
+        first()
+        with shedding.entered():
+            assert (shedding.preparing, shedding.streams) == (2, 3)
+            with pytest.raises(Overloaded):
+                shedding.require_room_for_batch()
+
+    assert (shedding.preparing, shedding.streams, causes) == (0, 0, ["preparing", "preparing"])
+
+
 @pytest.mark.parametrize(
     ("lag_s", "interactive", "batch"), [(0.08, True, True), (0.081, True, False), (0.1, True, False), (0.101, False, False)]
 )

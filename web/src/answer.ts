@@ -162,7 +162,12 @@ export class Answer {
   }
 
   #take({ name, id, data }: ServerEvent, accepted: (event: Accepted) => void): void {
-    if (name === "error") return this.#refused(JSON.parse(data) as Problem);
+    if (name === "error" || name === "cancelled") {
+      const problem = JSON.parse(data) as Problem;
+      // It may be the gateway that ends and not the answer: whoever resumes is told which.
+      if (problem.reason === "ANSWER_INTERRUPTED" && this.#answerId) throw new Error("the stream was interrupted");
+      return this.#refused(problem);
+    }
     const sequence = Number(id);
     if (sequence <= this.#sequence) return;
     const event: unknown = JSON.parse(data);

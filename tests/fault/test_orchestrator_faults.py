@@ -321,7 +321,7 @@ async def test_deadline_ends_an_answer_that_is_never_silent(tmp_path: Path, valk
 async def test_deadline_of_the_request_reaches_every_hop(claude: World) -> None:
     """Whether it comes as a field or as the call's own: retrieval gets less than it, the provider is cut at it, and the reader is told."""
     claude.behave(tokens=1000, tokens_per_s=100)
-    for fields, call_s in (({"deadline_ms": 700}, 60.0), ({}, 0.9)):
+    for fields, call_s in (({"deadline_ms": 1300}, 60.0), ({}, 1.5)):
         reply, began = Reply(), time.monotonic()
         request = pb.AnswerRequest(question=QUESTION, cache=pb.CACHE_MODE_OFF, **fields)
         with pytest.raises(DeadlineTooShort) as ended:
@@ -329,8 +329,8 @@ async def test_deadline_of_the_request_reaches_every_hop(claude: World) -> None:
                 async for event in events:
                     reply.events.append(event)
         assert ended.value.metadata["step"] == "generate"
-        assert 0.5 < time.monotonic() - began < 0.9
-        assert claude.retrieval.time_left_s[-1] < 0.75
+        assert 1.1 < time.monotonic() - began < 2.5
+        assert claude.retrieval.time_left_s[-1] < 1.3
         assert (await claude.booked(reply.answer_id)).usage.output_tokens > 0
     assert [record.state for record in await claude.records()] == ["client_closed"] * 2
 

@@ -43,6 +43,8 @@ UNKNOWN_KEY_PAUSE_S = 10.0
 """A flood of made-up key ids may cause one reading of the keys in this time."""
 NO_KEYS_PAUSE_S = 0.5
 """As long as there are no keys at all, they are looked for this often."""
+READ_TIMEOUT_S = 5.0
+"""For the whole key set, however slowly it drips: callers wait meanwhile."""
 DOCUMENT_BYTES_MAX = 256 * 1024
 
 
@@ -161,7 +163,8 @@ class PublishedKeys:
         if self._clock() >= self._due_at:
             await self._refresh(lambda: self._clock() >= self._due_at)
         key = self._pick(kid, algorithm)
-        if key is None and self._may_ask_for_unknown():
+        # While they are being read, what is known is out of date: the first tokens of a new key come together.
+        if key is None and (self._lock.locked() or self._may_ask_for_unknown()):
             await self._refresh(self._may_ask_for_unknown)
             key = self._pick(kid, algorithm)
         if not self._keys:
@@ -188,7 +191,8 @@ class PublishedKeys:
                 return
             self._tried_at = self._clock()
             try:
-                self._keys = parse_jwks(await self._read())
+                async with asyncio.timeout(READ_TIMEOUT_S):
+                    self._keys = parse_jwks(await self._read())
                 self._due_at, readable = self._clock() + REFRESH_S, True
             except Exception as error:
                 pause_s = UNKNOWN_KEY_PAUSE_S if self._keys else NO_KEYS_PAUSE_S

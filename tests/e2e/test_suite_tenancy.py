@@ -1,0 +1,243 @@
+"""What belongs to somebody else answers exactly like what does not exist, over HTTP and gRPC: three tenants, two users each."""
+
+import json
+import re
+import statistics
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+
+from tailrace.gateway.v1 import gateway_service_pb2_grpc
+from tailrace.ledger.v1 import ledger_service_pb2 as ledger
+from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
+from tailrace.retrieval.v1 import retrieval_service_pb2 as retrieval
+from tests.suite import Suite, ask, events, until
+
+TENANTS = ("north", "south", "west")
+USERS = ("ann", "bob")
+PERSONAL = ("answer", "operation", "session")
+"""What belongs to one user; the rest belongs to a tenant."""
+UNKNOWN = "01890000-0000-7000-8000-000000000000"
+TIMED = 60
+MEDIAN_DIFFERENCE_MAX_MS = 20.0
+"""Loose, for a machine that does other things too. What it was is printed, and should be below 2."""
+
+
+@dataclass
+class Belongings:
+    """Ids of what one user of one tenant has."""
+
+    tenant: str
+    user: str
+    ids: dict[str, str] = field(default_factory=dict)
+
+
+@pytest.fixture(scope="module")
+async def everybody(suite: Suite) -> AsyncIterator[list[Belongings]]:
+    """Six users with one of everything."""
+    await suite.provider.reset()
+    found = []
+    for tenant in TENANTS:
+        for user in USERS:
+            found.append(await settle(suite, tenant, user))
+    yield found
+
+
+async def settle(suite: Suite, tenant: str, user: str) -> Belongings:
+    """Give a user a document, an answer with its session, and what an admin makes: a plan, a subscription, a budget, a key."""
+    own = Belongings(tenant, user)
+    async with suite.client(user, tenant) as client:
+        own.ids["document"], own.ids["job"] = await indexed(client, f"{tenant} {user}")
+        answer = await ask(client, f"What did {user} of {tenant} write?", cache="off")
+        own.ids |= {"answer": answer.answer_id, "operation": answer.answer_id, "session": answer.data("accepted")[0]["session_id"]}
+
+        async def recorded() -> bool:
+            paths = (f"/v1/operations/{own.ids['operation']}", f"/v1/sessions/{own.ids['session']}")
+            return all([(await client.get(path)).status_code == 200 for path in paths])
+
+        await until(recorded)
+    member = f"{user}-of-{tenant}"
+    async with suite.client("root", tenant, ("user", "admin")) as admin:
+        (await admin.put(f"/v1/admin/users/{member}", json={"display_name": "A member"})).raise_for_status()
+        (await admin.put(f"/v1/admin/budgets/user/{member}", json={"period": "day", "limit_usd": "1"})).raise_for_status()
+        made = await admin.post("/v1/admin/api-keys", json={"name": "robot", "user": member})
+        own.ids |= {"api key": made.raise_for_status().json()["key_id"], "subscription": member, "budget": member}
+    return own
+
+
+async def indexed(client: httpx.AsyncClient, name: str) -> tuple[str, str]:
+    """Upload a document; return its id and its job's."""
+    async with client.stream("POST", "/v1/documents", json={"title": name, "text": f"The diary of {name}."}) as response:
+        assert response.status_code == 200
+        last = [event.data async for event in events(response) if event.data.get("stage") == "indexed"][-1]
+    return last["document_id"], last["job_id"]
+
+
+HTTP_CALLS: list[tuple[str, str, str, Any]] = [
+    ("answer", "GET", "/v1/answers/{}", None),
+    ("answer", "GET", "/v1/answers/{}/events", None),
+    ("answer", "POST", "/v1/answers/{}/cancel", None),
+    ("operation", "GET", "/v1/operations/{}", None),
+    ("session", "GET", "/v1/sessions/{}", None),
+    ("document", "GET", "/v1/documents/{}", None),
+    ("document", "DELETE", "/v1/documents/{}", None),
+    ("job", "GET", "/v1/jobs/{}", None),
+]
+ADMIN_CALLS: list[tuple[str, str, str, Any]] = [
+    ("subscription", "GET", "/v1/admin/subscriptions/{}", None),
+    ("subscription", "DELETE", "/v1/admin/subscriptions/{}", None),
+    ("budget", "GET", "/v1/admin/budgets/user/{}", None),
+    ("budget", "DELETE", "/v1/admin/budgets/user/{}", None),
+    ("api key", "DELETE", "/v1/admin/api-keys/{}", None),
+]
+_OF_A_REQUEST = {"trace_id", "request_id", "instance"}
+_HEADERS_OF_A_REQUEST = {"x-request-id", "request-id", "x-trace-id", "date", "x-ratelimit-remaining-requests", "x-ratelimit-reset-requests"}
+
+
+def said(response: httpx.Response, asked: str) -> tuple[int, dict[str, str], Any]:
+    """All of a response that does not name the request itself."""
+    headers = {name: value for name, value in response.headers.items() if name not in _HEADERS_OF_A_REQUEST}
+    text = response.text.replace(asked, "<id>")
+    body = json.loads(text) if text else None
+    if isinstance(body, dict):
+        body = {name: value for name, value in body.items() if name not in _OF_A_REQUEST}
+        headers.pop("content-length", None)
+    return response.status_code, headers, body
+
+
+def twin_of(known: str) -> str:
+    """An id of the same form that nobody has."""
+    return UNKNOWN if re.fullmatch(r"[0-9a-f-]{36}", known) else f"{known[:-1]}{'0' if known[-1] != '0' else '1'}"
+
+
+def foreign_to(asker: Belongings, everybody: list[Belongings], kind: str) -> list[Belongings]:
+    """Whose things of a kind the asker must not see."""
+    personal = kind in PERSONAL
+    return [own for own in everybody if own.tenant != asker.tenant or (personal and own.user != asker.user)]
+
+
+async def test_a_foreign_id_answers_like_an_unknown_one_over_http(suite: Suite, everybody: list[Belongings]) -> None:
+    """Same status, same headers, same body, for every pair of owner and asker; nothing of the owner's is gone afterwards."""
+    compared = 0
+    for asker in everybody:
+        async with suite.client(asker.user, asker.tenant) as client:
+            for kind, method, path, body in HTTP_CALLS:
+                for owner in foreign_to(asker, everybody, kind):
+                    foreign, unknown = owner.ids[kind], twin_of(owner.ids[kind])
+                    of_foreign = said(await client.request(method, path.format(foreign), json=body), foreign)
+                    of_unknown = said(await client.request(method, path.format(unknown), json=body), unknown)
+
+                    assert of_foreign == of_unknown, (kind, method, path)
+                    assert of_foreign[0] == 404, (kind, method, path, of_foreign)
+                    compared += 1
+    assert compared > 150
+    for owner in everybody:
+        async with suite.client(owner.user, owner.tenant) as client:
+            for kind, method, path, _ in HTTP_CALLS:
+                if method == "GET":
+                    assert (await client.get(path.format(owner.ids[kind]))).status_code == 200, (kind, path)
+
+
+async def test_a_foreign_id_answers_like_an_unknown_one_to_an_admin(suite: Suite, everybody: list[Belongings]) -> None:
+    """An admin is one of a tenant: whom others employ, what they may spend and which keys they have is not told, and not changed."""
+    for tenant in TENANTS:
+        async with suite.client("root", tenant, ("user", "admin")) as admin:
+            for kind, method, path, _ in ADMIN_CALLS:
+                for owner in (own for own in everybody if own.tenant != tenant):
+                    foreign, unknown = owner.ids[kind], twin_of(owner.ids[kind])
+                    of_foreign = said(await admin.request(method, path.format(foreign)), foreign)
+                    of_unknown = said(await admin.request(method, path.format(unknown)), unknown)
+
+                    assert of_foreign == of_unknown, (kind, method, path)
+    for tenant in TENANTS:
+        async with suite.client("root", tenant, ("user", "admin")) as admin:
+            keys = {key["key_id"]: key for key in (await admin.get("/v1/admin/api-keys")).raise_for_status().json()["api_keys"]}
+            mine = [own for own in everybody if own.tenant == tenant]
+            assert set(keys) == {own.ids["api key"] for own in mine}
+            assert not any(key.get("revoked_at") for key in keys.values())
+            for own in mine:
+                budgets = (await admin.get(f"/v1/admin/budgets/user/{own.ids['budget']}")).raise_for_status().json()["budgets"]
+                assert [budget["limit_usd"] for budget in budgets if budget["period"] == "day"] == ["1.00"]
+
+
+async def test_lists_hold_what_is_ones_own(suite: Suite, everybody: list[Belongings]) -> None:
+    """Operations and sessions by user, documents by tenant; a filter by a foreign id finds nothing."""
+    for asker in everybody:
+        async with suite.client(asker.user, asker.tenant) as client:
+            operations = (await client.get("/v1/operations")).json()["operations"]
+            sessions = (await client.get("/v1/sessions")).json()["sessions"]
+            documents = (await client.get("/v1/documents")).json()["documents"]
+            assert [one["operation_id"] for one in operations] == [asker.ids["operation"]]
+            assert [one["session_id"] for one in sessions] == [asker.ids["session"]]
+            own = {other.ids["document"] for other in everybody if other.tenant == asker.tenant}
+            assert {one["document_id"] for one in documents} == own
+            for other in foreign_to(asker, everybody, "session"):
+                listed = (await client.get("/v1/operations", params={"session_id": other.ids["session"]})).json()["operations"]
+                assert listed == []
+
+
+RPCS: list[tuple[str, str, Any]] = [
+    ("answer", "ResumeAnswer", lambda known: orchestrator.ResumeAnswerRequest(answer_id=known)),
+    ("answer", "CancelAnswer", lambda known: orchestrator.CancelAnswerRequest(answer_id=known)),
+    ("operation", "GetOperation", lambda known: ledger.GetOperationRequest(operation_id=known, with_turn=True)),
+    ("document", "DeleteDocument", lambda known: retrieval.DeleteDocumentRequest(document_id=known)),
+]
+
+
+async def status_of(call: Any, known: str) -> tuple[grpc.StatusCode, str, Any]:
+    """How a call was refused, with everything that does not name the request."""
+    try:
+        if hasattr(call, "read"):
+            await call.read()
+        else:
+            await call
+    except grpc.aio.AioRpcError as error:
+        trailing = sorted((key, value) for key, value in error.trailing_metadata() or () if key == "grpc-status-details-bin")
+        return (
+            error.code(),
+            (error.details() or "").replace(known, "<id>"),
+            [value.replace(known.encode(), b"<id>") for _, value in trailing],
+        )
+    raise AssertionError("it was served")
+
+
+async def test_a_foreign_id_answers_like_an_unknown_one_over_grpc(suite: Suite, everybody: list[Belongings]) -> None:
+    """The same over the gateway's other front."""
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{suite.ports['gateway']}") as channel:
+        stub = gateway_service_pb2_grpc.GatewayServiceStub(channel)
+        for asker in everybody:
+            metadata = (("authorization", f"Bearer {suite.token(asker.user, asker.tenant)}"),)
+            for kind, name, request in RPCS:
+                for owner in foreign_to(asker, everybody, kind):
+                    foreign, unknown = owner.ids[kind], twin_of(owner.ids[kind])
+                    call = getattr(stub, name)
+                    of_foreign = await status_of(call(request(foreign), metadata=metadata, timeout=10), foreign)
+                    of_unknown = await status_of(call(request(unknown), metadata=metadata, timeout=10), unknown)
+
+                    assert of_foreign == of_unknown, name
+                    assert of_foreign[0] is grpc.StatusCode.NOT_FOUND, (name, of_foreign)
+
+
+async def test_a_foreign_id_takes_as_long_as_an_unknown_one(suite: Suite, everybody: list[Belongings]) -> None:
+    """Nobody finds out by the clock which ids exist. The two are asked for by turns, so that both meet the same load."""
+    asker, owner = everybody[0], everybody[-1]
+    differences = {}
+    async with suite.client(asker.user, asker.tenant) as client:
+        for kind, method, path, _ in HTTP_CALLS:
+            taken: dict[str, list[float]] = {owner.ids[kind]: [], twin_of(owner.ids[kind]): []}
+            for _ in range(TIMED):
+                for known, times in taken.items():
+                    began = time.perf_counter()
+                    await client.request(method, path.format(known))
+                    times.append((time.perf_counter() - began) * 1000)
+            foreign, unknown = (statistics.median(times) for times in taken.values())
+            differences[f"{method} {path}"] = foreign - unknown
+    for call, difference_ms in differences.items():
+        print(f"foreign - unknown, median of {TIMED}: {difference_ms:+.2f} ms  {call}")
+
+    assert max(map(abs, differences.values())) < MEDIAN_DIFFERENCE_MAX_MS

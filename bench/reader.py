@@ -21,7 +21,7 @@ STUCK_MAX = 3
 """How often in a row an interrupted answer is asked for again without getting anything new."""
 RESUME_PAUSE_S = 0.05
 AWAY_MAX, AWAY_PAUSE_S = 30, 0.2
-"""How often an accepted answer is asked for again while a part is away. 503 may also be how the answer itself ended for good."""
+"""How often an accepted answer is asked for again while a part is away. 503 may also be how the answer ended, which no wait heals."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ from services.local.stores import Postgres, Valkey, free_port
 SERVICES = ("ledger", "retrieval", "orchestrator", "gateway")
 """In the order they are started. The first replica of a service has its name, the second one is `gateway-2`, and so on."""
 TERMINALS = ("done", "error", "cancelled")
-"""Events that end a stream."""
+"""Events of which every stream ends with exactly one. Only the first is an event of the answer's log and has a number."""
 READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 15.0
 T = TypeVar("T")
@@ -92,6 +92,12 @@ class Streamed:
     def error(self) -> Any:
         """The problem the stream ended with. Fails if it did not end with exactly one."""
         self.check("error")
+        return self.events[-1].data
+
+    @property
+    def cancelled(self) -> Any:
+        """The problem a stopped stream ended with. Fails if it did not end with exactly one."""
+        self.check("cancelled")
         return self.events[-1].data
 
     def check(self, end: str) -> None:

@@ -17,6 +17,7 @@ from services.chassis.passport import Passport
 from services.chassis.principal import Principal, current_principal
 from services.chassis.server import MESSAGE_BYTES_MAX
 from services.chassis.status import from_rpc_error
+from services.chassis.tls import MutualTls
 
 ATTEMPTS_MAX = 3
 BACKOFF_BASE_S = 0.05
@@ -38,8 +39,10 @@ CHANNEL_OPTIONS = [
 ]
 
 
-def open_channel(target: str) -> grpc.aio.Channel:
-    """A long-lived channel to `host:port` or `dns:///name:port`."""
+def open_channel(target: str, tls: MutualTls | None = None) -> grpc.aio.Channel:
+    """A long-lived channel to `host:port` or `dns:///name:port`; with `tls` it shows its certificate and checks the other side's."""
+    if tls is not None:
+        return grpc.aio.secure_channel(target, tls.channel_credentials(), options=CHANNEL_OPTIONS)
     return grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
 
 

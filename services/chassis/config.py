@@ -7,11 +7,13 @@ can be compared with what a service reads.
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal, Self, TypeVar
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from services.chassis.tls import MutualTls
 
 SettingsT = TypeVar("SettingsT", bound="ServiceSettings")
 
@@ -44,6 +46,13 @@ class ServiceSettings(BaseSettings):
     """Address to listen on. Loopback by default: inner ports are not for the outside."""
     internal_key: SecretStr = Field(SecretStr(""), validate_default=True, validation_alias="TAILRACE_INTERNAL_KEY")
     """Key that signs principals between services, at least 16 characters, the same in all of them. Or TAILRACE_INTERNAL_KEY_FILE."""
+    tls_cert_file: Path | None = Field(None, validation_alias="TAILRACE_TLS_CERT_FILE")
+    """This service's certificate in PEM, valid for the names others reach it under. Set with the next two, every call between services is
+    mutual TLS; the internal key is needed all the same."""
+    tls_key_file: Path | None = Field(None, validation_alias="TAILRACE_TLS_KEY_FILE")
+    """The certificate's key in PEM, not encrypted."""
+    tls_ca_file: Path | None = Field(None, validation_alias="TAILRACE_TLS_CA_FILE")
+    """The authority, in PEM, whose certificates are believed, of clients and of servers."""
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", validation_alias="TAILRACE_LOG_LEVEL")
     """Least severe level that is written."""
     otlp_endpoint: str = Field("", validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT")
@@ -71,6 +80,21 @@ class ServiceSettings(BaseSettings):
         if len(key.get_secret_value()) < 16:
             raise ValueError("needs at least 16 characters")
         return key
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> Self:
+        self.mutual_tls()
+        return self
+
+    def mutual_tls(self) -> MutualTls | None:
+        """What the services prove themselves to each other with; None = plaintext. Raises ValueError."""
+        files = {"CERT": self.tls_cert_file, "KEY": self.tls_key_file, "CA": self.tls_ca_file}
+        missing = [f"TAILRACE_TLS_{name}_FILE" for name, path in files.items() if path is None]
+        if len(missing) == len(files):
+            return None
+        if self.tls_cert_file is None or self.tls_key_file is None or self.tls_ca_file is None:
+            raise ValueError(f"mutual TLS needs its certificate, key and authority together; missing: {', '.join(missing)}")
+        return MutualTls.read(self.tls_cert_file, self.tls_key_file, self.tls_ca_file)
 
     @classmethod
     def variables(cls) -> dict[str, str]:

@@ -25,7 +25,11 @@ class Passport:
     def sign(self, principal: Principal) -> tuple[tuple[str, bytes], tuple[str, bytes]]:
         """Make the two metadata pairs that carry `principal` for the next five minutes."""
         message = common_pb2.Principal(
-            tenant=principal.tenant, user=principal.user, roles=sorted(principal.roles), api_key_id=principal.api_key_id
+            tenant=principal.tenant,
+            user=principal.user,
+            roles=sorted(principal.roles),
+            api_key_id=principal.api_key_id,
+            scopes=sorted(principal.scopes),
         )
         message.issued_at.FromMilliseconds(int(time.time() * 1000))
         payload = message.SerializeToString(deterministic=True)
@@ -47,7 +51,7 @@ class Passport:
         message = common_pb2.Principal.FromString(payload)
         if abs(time.time() - message.issued_at.ToMilliseconds() / 1000) > MAX_AGE_S:
             raise NotAuthenticated("the principal is too old", cause="expired")
-        return Principal(message.tenant, message.user, frozenset(message.roles), message.api_key_id)
+        return Principal(message.tenant, message.user, frozenset(message.roles), message.api_key_id, frozenset(message.scopes))
 
     def _digest(self, payload: bytes) -> bytes:
         return hmac.digest(self._key, payload, "sha256")

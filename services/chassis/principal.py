@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from services.chassis.errors import NotAllowed, NotAuthenticated
 
 ROLES = frozenset({"user", "service", "admin"})
+SCOPES = frozenset({"answers", "search", "documents:read", "documents:write", "records", "admin"})
+"""What an API key can be narrowed to; the words are part of the contract (tailrace.common.v1.Principal)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,11 +18,18 @@ class Principal:
     user: str
     roles: frozenset[str] = frozenset({"user"})
     api_key_id: str = ""
+    scopes: frozenset[str] = frozenset()
+    """What an API key was narrowed to; empty = everything its roles may do."""
 
     def require(self, role: str) -> None:
         """Raise NotAllowed unless the principal has `role`."""
         if role not in self.roles:
             raise NotAllowed(f"the role {role} is needed", needs=role)
+
+    def require_scope(self, scope: str) -> None:
+        """Raise NotAllowed if the principal was narrowed to other scopes than `scope`."""
+        if self.scopes and scope not in self.scopes:
+            raise NotAllowed(f"the API key was not made for {scope}", needs=scope)
 
 
 _current: ContextVar[Principal | None] = ContextVar("current_principal", default=None)

@@ -6,26 +6,34 @@ refused calls have a span too), identity (nothing below runs without a principal
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from opentelemetry.trace import SpanKind
 
 from services.chassis import telemetry
 from services.chassis.deadline import Deadline, current_deadline
-from services.chassis.errors import DomainError, NotAuthenticated
+from services.chassis.errors import DomainError, NotAuthenticated, RequestInvalid
 from services.chassis.passport import Passport
 from services.chassis.principal import Principal, set_current
 from services.chassis.status import abort, unexpected
+from services.chassis.tls import MutualTls
 
 log = structlog.get_logger(__name__)
 
 MESSAGE_BYTES_MAX = 4 * 1024 * 1024
 STREAMS_PER_CONNECTION_MAX = 2000
+METADATA_BYTES_MAX = 16 * 1024
+"""Of one call, names and values: a token has at most 8 KiB, and a signed principal far less."""
+CONNECTION_AGE_MAX_S = 30 * 60
+CONNECTION_GRACE_S = 3660
+"""Longer than the longest answer that may be set."""
 Identify = Callable[[grpc.aio.ServicerContext], Awaitable[Principal]]
 _OPEN_PREFIXES = ("/grpc.health.v1.", "/grpc.reflection.")
 
@@ -33,6 +41,16 @@ SERVER_OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION_MAX),
+    # The hard bound is what gRPC calls absolute; between the two it refuses at random, so they are one.
+    ("grpc.max_metadata_size", METADATA_BYTES_MAX),
+    ("grpc.absolute_max_metadata_size", METADATA_BYTES_MAX),
+    # Old connections move on to new replicas and new certificates; what runs on them may end first.
+    ("grpc.max_connection_age_ms", CONNECTION_AGE_MAX_S * 1000),
+    ("grpc.max_connection_age_grace_ms", CONNECTION_GRACE_S * 1000),
+    # A peer that vanished without a word does not keep its streams.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.enable_channelz", 0),
     # Two servers on one port would share calls in a way nobody asked for; a taken port must be an error.
     ("grpc.so_reuseport", 0),
     # Clients ping every 30 s to keep idle streams alive through proxies; the default would call that an attack.
@@ -52,6 +70,9 @@ class _Wrapping(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         if handler is None or details.method.startswith(_OPEN_PREFIXES):
             return handler
         method = details.method.lstrip("/")
+        # Left to gRPC, bytes that are no message would become UNKNOWN with the name of a Python class in it.
+        read: Callable[[Any], Any] = _read_as_is if handler.request_streaming else functools.partial(_read, handler.request_deserializer)
+        deserializer = handler.request_deserializer if handler.request_streaming else None
         if handler.response_streaming:
             inner = handler.stream_stream or handler.unary_stream
 
@@ -59,29 +80,40 @@ class _Wrapping(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 with _errors_become_statuses() as failure:
                     with _server_span(method, context):
                         await self._bind(context)
-                        await _run_stream(inner, request, context)
+                        await _run_stream(inner, read(request), context)
                 if failure:
                     await abort(context, failure[0])
 
             make = grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
-            return make(streaming, handler.request_deserializer, handler.response_serializer)
+            return make(streaming, deserializer, handler.response_serializer)
         inner_unary = handler.stream_unary or handler.unary_unary
 
         async def unary(request: Any, context: grpc.aio.ServicerContext) -> Any:
             with _errors_become_statuses() as failure:
                 with _server_span(method, context):
                     await self._bind(context)
-                    return await inner_unary(request, context)
+                    return await inner_unary(read(request), context)
             await abort(context, failure[0])
             return None
 
         make = grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
-        return make(unary, handler.request_deserializer, handler.response_serializer)
+        return make(unary, deserializer, handler.response_serializer)
 
     async def _bind(self, context: grpc.aio.ServicerContext) -> None:
         set_current(await self._identify(context))
         remaining = context.time_remaining()
         current_deadline.set(Deadline.after(remaining) if remaining is not None else None)
+
+
+def _read(deserializer: Callable[[bytes], Any], request: bytes) -> Any:
+    try:
+        return deserializer(request)
+    except DecodeError:
+        raise RequestInvalid("the message cannot be read", field="message", bound="the method's request as protobuf") from None
+
+
+def _read_as_is(request: Any) -> Any:
+    return request
 
 
 async def _run_stream(inner: Any, request: Any, context: grpc.aio.ServicerContext) -> None:
@@ -173,7 +205,9 @@ class _Health(health.aio.HealthServicer):  # type: ignore[misc]
 class Server:
     """A grpc.aio server with our interceptors, health and, if wanted, reflection."""
 
-    def __init__(self, identify: Identify, *, reflect: bool) -> None:
+    def __init__(self, identify: Identify, *, reflect: bool, tls: MutualTls | None = None, verify_clients: bool = True) -> None:
+        """With `tls` nothing but TLS is spoken; `verify_clients` is off only where callers from outside bring a token instead."""
+        self._credentials = tls.server_credentials(verify_clients=verify_clients) if tls else None
         self._server = grpc.aio.server(interceptors=[_Wrapping(identify)], options=SERVER_OPTIONS)
         self._health = _Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -195,7 +229,11 @@ class Server:
             reflection.enable_server_reflection([*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
         await self.report({"": False, **dict.fromkeys(self._names, False)})
         try:
-            self.port = self._server.add_insecure_port(f"{host}:{port}")
+            address = f"{host}:{port}"
+            if self._credentials is None:
+                self.port = self._server.add_insecure_port(address)
+            else:
+                self.port = self._server.add_secure_port(address, self._credentials)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {host}:{port}: the port is taken or not allowed") from error
         await self._server.start()

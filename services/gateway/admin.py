@@ -1,6 +1,7 @@
 """The routes of administration. The role is checked before any of them runs; what a change means, the ledger decides."""
 
 import re
+from datetime import UTC, datetime
 
 from services.chassis.errors import RequestInvalid
 from services.chassis.principal import Principal, current_principal
@@ -120,7 +121,7 @@ async def create_api_key(exchange: Exchange, kit: Kit) -> None:
     """POST /v1/admin/api-keys"""
     exchange.query(())
     body = bodies.parse(await exchange.json(), bodies.ApiKeyBody)
-    request = ledger.CreateApiKeyRequest(name=body.name, user=body.user, roles=body.roles)
+    request = ledger.CreateApiKeyRequest(name=body.name, user=body.user, roles=body.roles, scopes=body.scopes)
     if body.expires_at:
         request.expires_at.FromDatetime(at(body.expires_at, "expires_at"))
     reply = await kit.backends.ledger.unary(kit.backends.ledger.stub.CreateApiKey, request, idempotent=False)
@@ -133,6 +134,38 @@ async def revoke_api_key(exchange: Exchange, kit: Kit) -> None:
     request = ledger.RevokeApiKeyRequest(key_id=exchange.params["id"])
     await kit.backends.ledger.unary(kit.backends.ledger.stub.RevokeApiKey, request)
     kit.identity.forget_api_keys()
+    await exchange.respond(204, b"", b"")
+
+
+async def revoke(exchange: Exchange, kit: Kit) -> None:
+    """POST /v1/admin/revocations: a token that ends at once, or every token that a user has."""
+    exchange.query(())
+    body = bodies.parse(await exchange.json(), bodies.RevocationBody)
+    if bool(body.jti) == bool(body.user):
+        raise RequestInvalid("name a token or a user", field="jti", bound="one of jti, user")
+    tenant, revocations = current_principal().tenant, kit.revocations
+    if body.user:
+        if body.expires_at:
+            raise RequestInvalid("a user's revocation has no end", field="expires_at", bound="only with jti")
+        until = await revocations.revoke_user(tenant, body.user)
+        await exchange.respond_json({"user": body.user, "issued_until": _rfc3339(until)}, 201)
+        return
+    now = kit.identity.now()
+    latest = now + kit.identity.lifetime_max_s
+    expires_at = at(body.expires_at, "expires_at").timestamp() if body.expires_at else latest
+    if not now < expires_at <= latest:
+        raise RequestInvalid("expires_at is out of bounds", field="expires_at", bound=f"within {kit.identity.lifetime_max_s} s from now")
+    await revocations.revoke_token(tenant, body.jti, expires_at)
+    await exchange.respond_json({"jti": body.jti, "expires_at": _rfc3339(expires_at)}, 201)
+
+
+async def restore(exchange: Exchange, kit: Kit) -> None:
+    """DELETE /v1/admin/revocations/{kind}/{id}"""
+    exchange.query(())
+    kind = exchange.params["kind"]
+    if kind not in ("tokens", "users"):
+        raise RequestInvalid("there is no such kind of revocation", field="kind", bound="tokens, users")
+    await kit.revocations.restore(kind, current_principal().tenant, _subject(exchange, "id"))
     await exchange.respond(204, b"", b"")
 
 
@@ -156,6 +189,10 @@ async def put_user(exchange: Exchange, kit: Kit) -> None:
     request = ledger.PutUserRequest(user=user, display_name=body.display_name)
     reply = await kit.backends.ledger.unary(kit.backends.ledger.stub.PutUser, request)
     await exchange.respond_json(render.plain(reply.user))
+
+
+def _rfc3339(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
 
 
 def _forget(kit: Kit, user: str) -> None:

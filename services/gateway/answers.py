@@ -4,36 +4,44 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from services.chassis.errors import AnswerInterrupted, RequestInvalid
-from services.gateway import bodies, render
+from services.chassis.principal import current_principal
+from services.gateway import bodies, deadlines, render
+from services.gateway.answer_stream import AnswerStream
 from services.gateway.bridge import Bridge
 from services.gateway.exchange import Exchange
 from services.gateway.kit import Kit
+from services.gateway.limits import Metered
 from tailrace.ledger.v1 import ledger_service_pb2 as ledger
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
-
-DEADLINE_SLACK_S = 10.0
-"""Longer than the orchestrator's own deadline, so that its typed error arrives before ours."""
 
 
 async def ask(exchange: Exchange, kit: Kit) -> None:
     """POST /v1/answers"""
-    exchange.query(())
-    body = bodies.parse(await exchange.json(), bodies.AnswerBody)
-    request = body.message(_idempotency_key(exchange))
-    stub = kit.backends.orchestrator.stub
-    async with kit.backends.orchestrator.stream(stub.Answer, request, timeout_s=kit.answer_timeout_s + DEADLINE_SLACK_S) as events:
-        if body.stream:
-            await _relay(exchange, kit, events)
-        else:
-            await exchange.respond_json(await kit.unless_client_leaves(exchange, _whole(events)))
+    try:
+        exchange.query(())
+        body = bodies.parse(await exchange.json(), bodies.AnswerBody)
+        request = body.message(_idempotency_key(exchange))
+        asked_ms = deadlines.requested_ms(exchange.header("request-timeout"))
+    except RequestInvalid:
+        await kit.limits.admit(current_principal())  # what cannot be read is a request all the same
+        raise
+    async with kit.answering(request, asked_ms) as (admission, timeout_s):
+        exchange.extra_headers += admission.headers
+        async with AnswerStream(kit.backends.orchestrator, request, timeout_s=timeout_s) as events:
+            metered = Metered(events, admission)
+            if body.stream:
+                await _relay(exchange, kit, metered)
+            else:
+                await exchange.respond_json(await kit.unless_client_leaves(exchange, _whole(metered)))
 
 
 async def resume(exchange: Exchange, kit: Kit) -> None:
     """GET /v1/answers/{id}/events"""
     request = orchestrator.ResumeAnswerRequest(answer_id=exchange.params["id"], after_sequence=_after(exchange))
-    stub = kit.backends.orchestrator.stub
-    async with kit.backends.orchestrator.stream(stub.ResumeAnswer, request, timeout_s=kit.answer_timeout_s + DEADLINE_SLACK_S) as events:
-        await _relay(exchange, kit, events)
+    timeout_s = deadlines.call_timeout_s(None, kit.answer_timeout_s)
+    async with AnswerStream(kit.backends.orchestrator, request, timeout_s=timeout_s) as events:
+        with kit.shedding.carried():
+            await _relay(exchange, kit, events)
 
 
 async def cancel(exchange: Exchange, kit: Kit) -> None:

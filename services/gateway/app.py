@@ -1,14 +1,15 @@
-"""The edge as an ASGI application: every route with its rule on one screen, and what happens to a request before and after its endpoint.
+"""The edge as an ASGI application: every route on one screen, and what happens to a request before and after its endpoint.
 
 One request: id and span, route, credential, rule, limit, endpoint; every error becomes one problem document.
 """
 
+import contextlib
+import functools
 import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 from urllib.parse import unquote
 
@@ -16,28 +17,22 @@ import structlog
 from opentelemetry.trace import SpanKind
 
 from services.chassis import telemetry
-from services.chassis.errors import DomainError, NotAllowed, NotFound, RateLimited
-from services.chassis.principal import Principal, set_current
+from services.chassis.errors import DomainError, NotFound, Overloaded
+from services.chassis.principal import set_current
 from services.chassis.status import unexpected
-from services.gateway import admin, answers, documents, infrastructure, limits, records
+from services.gateway import admin, answers, documents, infrastructure, records, sessions, websocket
+from services.gateway.browser import API_POLICY, is_preflight
 from services.gateway.exchange import ClientLeft, Exchange, Receive, Send
-from services.gateway.identity import credential_in
+from services.gateway.identity import credential_in, has_credential
 from services.gateway.kit import Kit
+from services.gateway.limits import LimitReached
 from services.gateway.page import Page
 from services.gateway.problems import MethodNotAllowed, status_of
+from services.gateway.rules import ROUTE_RULES, Rule
 
 log = structlog.get_logger(__name__)
 
 Endpoint = Callable[[Exchange, Kit], Awaitable[None]]
-
-
-class Rule(Enum):
-    """Who may call a route."""
-
-    OPEN = "anybody"
-    MEMBER = "whoever has a role"
-    LIMITED = "whoever has a role, within the plan's request limit"
-    ADMIN = "role admin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,60 +41,71 @@ class Route:
 
     method: str
     path: str
-    rule: Rule
     endpoint: Endpoint
+
+    @property
+    def rule(self) -> Rule:
+        """Who may call it. Raises KeyError for a route that the table does not have."""
+        return ROUTE_RULES[f"{self.method} {self.path}"]
 
 
 ROUTES = (
-    Route("POST", "/v1/answers", Rule.LIMITED, answers.ask),
-    Route("GET", "/v1/answers/{id}", Rule.MEMBER, answers.show),
-    Route("GET", "/v1/answers/{id}/events", Rule.MEMBER, answers.resume),
-    Route("POST", "/v1/answers/{id}/cancel", Rule.MEMBER, answers.cancel),
-    Route("GET", "/v1/models", Rule.MEMBER, answers.models),
-    Route("POST", "/v1/documents", Rule.LIMITED, documents.upload),
-    Route("POST", "/v1/documents:bulk", Rule.LIMITED, documents.upload_lines),
-    Route("GET", "/v1/documents", Rule.MEMBER, documents.listed),
-    Route("GET", "/v1/documents/{id}", Rule.MEMBER, documents.show),
-    Route("DELETE", "/v1/documents/{id}", Rule.MEMBER, documents.delete),
-    Route("GET", "/v1/jobs/{id}", Rule.MEMBER, documents.job),
-    Route("POST", "/v1/search", Rule.LIMITED, documents.search),
-    Route("GET", "/v1/operations", Rule.MEMBER, records.operations),
-    Route("GET", "/v1/operations:watch", Rule.MEMBER, records.watch),
-    Route("GET", "/v1/operations/{id}", Rule.MEMBER, records.operation),
-    Route("GET", "/v1/usage", Rule.MEMBER, records.usage),
-    Route("GET", "/v1/sessions", Rule.MEMBER, records.sessions),
-    Route("GET", "/v1/sessions/{id}", Rule.MEMBER, records.session),
-    Route("GET", "/v1/infrastructure", Rule.MEMBER, infrastructure.infrastructure),
-    Route("GET", "/v1/admin/plans", Rule.ADMIN, admin.plans),
-    Route("POST", "/v1/admin/plans", Rule.ADMIN, admin.put_plan),
-    Route("PUT", "/v1/admin/plans/{name}", Rule.ADMIN, admin.put_plan),
-    Route("GET", "/v1/admin/subscriptions/{user}", Rule.ADMIN, admin.subscription),
-    Route("PUT", "/v1/admin/subscriptions/{user}", Rule.ADMIN, admin.put_subscription),
-    Route("DELETE", "/v1/admin/subscriptions/{user}", Rule.ADMIN, admin.delete_subscription),
-    Route("GET", "/v1/admin/budgets/{scope}/{id}", Rule.ADMIN, admin.budgets),
-    Route("PUT", "/v1/admin/budgets/{scope}/{id}", Rule.ADMIN, admin.put_budget),
-    Route("DELETE", "/v1/admin/budgets/{scope}/{id}", Rule.ADMIN, admin.delete_budget),
-    Route("GET", "/v1/admin/prices", Rule.ADMIN, admin.prices),
-    Route("PUT", "/v1/admin/prices", Rule.ADMIN, admin.put_price),
-    Route("POST", "/v1/admin/prices", Rule.ADMIN, admin.put_price),
-    Route("GET", "/v1/admin/api-keys", Rule.ADMIN, admin.api_keys),
-    Route("POST", "/v1/admin/api-keys", Rule.ADMIN, admin.create_api_key),
-    Route("DELETE", "/v1/admin/api-keys/{id}", Rule.ADMIN, admin.revoke_api_key),
-    Route("GET", "/v1/admin/users", Rule.ADMIN, admin.users),
-    Route("POST", "/v1/admin/users", Rule.ADMIN, admin.put_user),
-    Route("PUT", "/v1/admin/users/{user}", Rule.ADMIN, admin.put_user),
-    Route("GET", "/healthz", Rule.OPEN, infrastructure.healthz),
-    Route("GET", "/readyz", Rule.OPEN, infrastructure.readyz),
-    Route("GET", "/metrics", Rule.OPEN, infrastructure.metrics),
+    Route("POST", "/v1/answers", answers.ask),
+    Route("GET", "/v1/answers/{id}", answers.show),
+    Route("GET", "/v1/answers/{id}/events", answers.resume),
+    Route("POST", "/v1/answers/{id}/cancel", answers.cancel),
+    Route("GET", "/v1/models", answers.models),
+    Route("POST", "/v1/documents", documents.upload),
+    Route("POST", "/v1/documents:bulk", documents.upload_lines),
+    Route("GET", "/v1/documents", documents.listed),
+    Route("GET", "/v1/documents/{id}", documents.show),
+    Route("DELETE", "/v1/documents/{id}", documents.delete),
+    Route("GET", "/v1/jobs/{id}", documents.job),
+    Route("POST", "/v1/search", documents.search),
+    Route("GET", "/v1/operations", records.operations),
+    Route("GET", "/v1/operations:watch", records.watch),
+    Route("GET", "/v1/operations/{id}", records.operation),
+    Route("GET", "/v1/usage", records.usage),
+    Route("GET", "/v1/sessions", records.sessions),
+    Route("GET", "/v1/sessions/{id}", records.session),
+    Route("GET", "/v1/infrastructure", infrastructure.infrastructure),
+    Route("POST", "/v1/session", sessions.open_session),
+    Route("GET", "/v1/session", sessions.show),
+    Route("DELETE", "/v1/session", sessions.close),
+    Route("GET", "/v1/admin/plans", admin.plans),
+    Route("POST", "/v1/admin/plans", admin.put_plan),
+    Route("PUT", "/v1/admin/plans/{name}", admin.put_plan),
+    Route("GET", "/v1/admin/subscriptions/{user}", admin.subscription),
+    Route("PUT", "/v1/admin/subscriptions/{user}", admin.put_subscription),
+    Route("DELETE", "/v1/admin/subscriptions/{user}", admin.delete_subscription),
+    Route("GET", "/v1/admin/budgets/{scope}/{id}", admin.budgets),
+    Route("PUT", "/v1/admin/budgets/{scope}/{id}", admin.put_budget),
+    Route("DELETE", "/v1/admin/budgets/{scope}/{id}", admin.delete_budget),
+    Route("GET", "/v1/admin/prices", admin.prices),
+    Route("PUT", "/v1/admin/prices", admin.put_price),
+    Route("POST", "/v1/admin/prices", admin.put_price),
+    Route("GET", "/v1/admin/api-keys", admin.api_keys),
+    Route("POST", "/v1/admin/api-keys", admin.create_api_key),
+    Route("DELETE", "/v1/admin/api-keys/{id}", admin.revoke_api_key),
+    Route("POST", "/v1/admin/revocations", admin.revoke),
+    Route("DELETE", "/v1/admin/revocations/{kind}/{id}", admin.restore),
+    Route("GET", "/v1/admin/users", admin.users),
+    Route("POST", "/v1/admin/users", admin.put_user),
+    Route("PUT", "/v1/admin/users/{user}", admin.put_user),
 )
+OPERATIONS = (
+    Route("GET", "/healthz", infrastructure.healthz),
+    Route("GET", "/readyz", infrastructure.readyz),
+    Route("GET", "/metrics", infrastructure.metrics),
+)
+"""What only operators need; strangers get `PROBES` instead."""
+PROBES = (
+    Route("GET", "/healthz", infrastructure.healthz),
+    Route("GET", "/readyz", infrastructure.readyz_briefly),
+)
+SOCKETS = (Route("GET", "/v1/answers/ws", websocket.converse),)
+"""Handshakes of WebSockets, with the rule of the handshake; each message follows the rule of its own route above."""
 
-SECURITY_HEADERS = [
-    (b"x-content-type-options", b"nosniff"),
-    (b"x-frame-options", b"DENY"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"cross-origin-opener-policy", b"same-origin"),
-    (b"cross-origin-resource-policy", b"same-origin"),
-]
 PARAM_BYTES_MAX = 256
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
 
@@ -128,7 +134,7 @@ class Router:
             if params is None:
                 continue
             # A HEAD is a GET whose body the server leaves out; of a stream it would be a silence without end.
-            if route.method == ("GET" if method == "HEAD" and route.rule is Rule.OPEN else method):
+            if route.method == ("GET" if method == "HEAD" and route.rule.open else method):
                 return route, params
             others.add(route.method)
         if others:
@@ -151,14 +157,18 @@ def _match(pattern: tuple[str, ...], segments: list[str]) -> dict[str, str] | No
 class Edge:
     """The application."""
 
-    def __init__(self, kit: Kit, page: Page, routes: tuple[Route, ...] = ROUTES) -> None:
+    def __init__(self, kit: Kit, page: Page, routes: tuple[Route, ...] = (*ROUTES, *OPERATIONS)) -> None:
         self._kit = kit
         self._page = page
         self._router = Router(routes)
+        self._sockets = Router(SOCKETS)
         self._hop = kit.metrics.hop("client", "gateway")
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        assert scope["type"] == "http"
+        router = self._router
+        if scope["type"] == "websocket":
+            router = self._sockets
+            scope, send = websocket.as_request(scope, send)
         began = time.perf_counter()
         set_current(None)  # a request on a kept connection may start in the context of the one before
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
@@ -168,9 +178,9 @@ class Edge:
         route: Route | None = None
         failure: DomainError | None = None
         params: dict[str, str] = {}
-        if not (method in ("GET", "HEAD") and self._page.has(path)):
+        if router is self._sockets or not (method in ("GET", "HEAD") and self._page.has(path)):
             try:
-                route, params = self._router.find(method, scope["raw_path"])
+                route, params = router.find(method, scope["raw_path"])
             except DomainError as error:
                 failure = error
         # Unknown paths share one name, so that no stranger decides how many names there are.
@@ -184,12 +194,16 @@ class Edge:
             with telemetry.span(f"{method_name} {name}", kind=SpanKind.SERVER, parent=parent, **attributes) as span:
                 exchange = Exchange(scope, receive, send, request_id=request_id, body_stall_s=self._kit.body_stall_s)
                 exchange.params = params
+                exchange.admit = functools.partial(self._admit_as, exchange)
                 exchange.extra_headers += [
-                    *SECURITY_HEADERS,
+                    *self._kit.browser.security_headers,
+                    *self._kit.browser.cross_origin_headers(exchange.headers),
                     (b"x-request-id", request_id.encode()),
                     (b"request-id", request_id.encode()),
                     (b"x-trace-id", exchange.trace_id.encode()),
                 ]
+                if route is not None or failure is not None:
+                    exchange.extra_headers.append(API_POLICY)
                 await self._answer(exchange, route, path, failure)
                 span.set_attribute(telemetry.HTTP_STATUS, exchange.status)
                 if exchange.status >= 500:
@@ -206,12 +220,18 @@ class Edge:
         """Run the endpoint; whatever goes wrong before the first byte becomes a problem document."""
         try:
             if failure is not None:
+                if isinstance(failure, MethodNotAllowed) and is_preflight(exchange.method, exchange.headers):
+                    methods = failure.metadata["allow"].split(", ")
+                    await exchange.respond(204, b"", b"", self._kit.browser.preflight_headers(exchange.headers, methods))
+                    return
                 raise failure
             if route is None:
                 await self._page.serve(exchange, path)
                 return
-            await self._admit(exchange, route.rule)
-            await route.endpoint(exchange, self._kit)
+            # Turned away before anything is done for it: that is what makes it cheap.
+            with self._kit.shedding.entered() if route.rule.answers else contextlib.nullcontext():
+                await self._admit(exchange, route.rule)
+                await route.endpoint(exchange, self._kit)
         except ClientLeft:
             return
         except DomainError as error:
@@ -223,32 +243,37 @@ class Edge:
             await self._refuse(exchange, unexpected(exchange.trace_id))
 
     async def _admit(self, exchange: Exchange, rule: Rule) -> None:
-        if rule is Rule.OPEN:
+        if rule.open:
             return
-        principal = await self._kit.identity.principal(credential_in(exchange.headers))
-        permit(principal, rule)
+        principal = await self._kit.identity.principal(self._credential(exchange))
+        rule.check(principal)
         exchange.principal = principal
         set_current(principal)
-        if rule is Rule.LIMITED:
-            decision = await self._kit.limits.admit(principal)
-            exchange.extra_headers += limits.headers_of(decision)
+        if rule.limited:
+            exchange.extra_headers += (await self._kit.limits.admit(principal)).headers
+
+    async def _admit_as(self, exchange: Exchange, method: str, raw_path: bytes) -> None:
+        """Admit what came in a message as if it had come over the route; the credential is looked at again, as it may have ended."""
+        route, _ = self._router.find(method, raw_path)
+        await self._admit(exchange, route.rule)
+        exchange.extra_headers.clear()  # there is no response any more that could carry them
+
+    def _credential(self, exchange: Exchange) -> str:
+        """What the request names in a header, else the session of our own page."""
+        if not has_credential(exchange.headers) and (token := self._kit.browser.token_in(exchange.headers)):
+            self._kit.browser.check_own(exchange.method, exchange.headers)
+            return token
+        return credential_in(exchange.headers)
 
     async def _refuse(self, exchange: Exchange, error: DomainError) -> None:
         if exchange.status:
             log.error("failed_after_the_response_began", reason=error.reason, request_id=exchange.request_id)
             raise error
         self._kit.metrics.refusals.labels(error.reason or error.code).inc()
-        if status_of(error) >= 500:
+        # What is shed is counted: a line for each would be the very work that there is no time for.
+        if status_of(error) >= 500 and not isinstance(error, Overloaded):
             log.warning("request_failed", reason=error.reason, request_id=exchange.request_id, **_dependency(error))
-        await exchange.respond_problem(error, limits.headers_of_refusal(error) if isinstance(error, RateLimited) else ())
-
-
-def permit(principal: Principal, rule: Rule) -> None:
-    """Raise NotAllowed unless `principal` may call a route with `rule`."""
-    if rule is Rule.ADMIN:
-        principal.require("admin")
-    elif not principal.roles:
-        raise NotAllowed("a role is needed", needs="user")
+        await exchange.respond_problem(error, error.headers if isinstance(error, LimitReached) else ())
 
 
 def _dependency(error: DomainError) -> dict[str, str]:

@@ -11,6 +11,7 @@ from google.protobuf.struct_pb2 import Struct
 
 from services.chassis.errors import PayloadTooLarge, RequestInvalid
 from services.gateway import usd
+from services.gateway.deadlines import DEADLINE_MS_MAX
 from tailrace.common.v1 import common_pb2 as common
 from tailrace.ledger.v1 import ledger_service_pb2 as ledger
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
@@ -26,8 +27,10 @@ Name = Annotated[str, msgspec.Meta(max_length=64, pattern=r"^[A-Za-z0-9_-]*\Z")]
 Usd = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,9}(\.[0-9]{1,9})?\Z")]
 Tier = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 UserName = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+FrameId = Annotated[str, msgspec.Meta(max_length=128)]
 PlanName = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[a-z0-9_-]+\Z")]
 Role = Literal["user", "service", "admin"]
+Scope = Literal["answers", "search", "documents:read", "documents:write", "records", "admin"]
 
 B = TypeVar("B", bound="Body")
 
@@ -54,6 +57,7 @@ class AnswerBody(Body, frozen=True, kw_only=True):
     max_output_tokens: Annotated[int, msgspec.Meta(ge=1, le=64_000)] | None = None
     collection: Name = ""
     cache: Literal["use", "refresh", "off"] = "use"
+    priority: Literal["interactive", "batch"] = "interactive"
     stream: bool = True
     output_schema: dict[str, Any] | None = None
     tools: Annotated[list[ToolBody], msgspec.Meta(max_length=64)] = []
@@ -69,6 +73,7 @@ class AnswerBody(Body, frozen=True, kw_only=True):
             max_output_tokens=self.max_output_tokens,
             collection=self.collection,
             cache=_CACHE_MODES[self.cache],
+            priority=_PRIORITIES[self.priority],
             idempotency_key=idempotency_key,
             cancel_on_disconnect=not self.stream,
         )
@@ -78,6 +83,38 @@ class AnswerBody(Body, frozen=True, kw_only=True):
             schema = _struct(tool.input_schema, f"tools[{number}].input_schema")
             request.tools.add(name=tool.name, description=tool.description, input_schema=schema)
         return request
+
+
+class AskFrame(AnswerBody, frozen=True, kw_only=True, tag_field="type", tag="ask"):
+    """A question over a WebSocket. Its answer is always streamed."""
+
+    request_id: FrameId = ""
+    deadline_ms: Annotated[int, msgspec.Meta(ge=1, le=DEADLINE_MS_MAX)] | None = None
+    idempotency_key: Annotated[str, msgspec.Meta(max_length=KEY_LENGTH_MAX, pattern=r"^[ -~]*\Z")] = ""
+
+
+class ResumeFrame(Body, frozen=True, kw_only=True, tag_field="type", tag="resume"):
+    """Send what came after an event."""
+
+    answer_id: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+    after: Annotated[int, msgspec.Meta(ge=0, le=10**18 - 1)] = 0
+    request_id: FrameId = ""
+
+
+class CancelFrame(Body, frozen=True, kw_only=True, tag_field="type", tag="cancel"):
+    """Stop an answer."""
+
+    answer_id: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+    request_id: FrameId = ""
+
+
+class PingFrame(Body, frozen=True, kw_only=True, tag_field="type", tag="ping"):
+    """Are you there? For clients that cannot send a WebSocket's own ping, such as browsers."""
+
+    request_id: FrameId = ""
+
+
+Frame = AskFrame | ResumeFrame | CancelFrame | PingFrame
 
 
 class DocumentBody(Body, frozen=True, kw_only=True):
@@ -126,6 +163,21 @@ class SearchBody(Body, frozen=True, kw_only=True):
         return retrieval.SearchRequest(query=self.query, limit=self.limit, mode=_SEARCH_MODES[self.mode], collection=self.collection)
 
 
+class LimitsBody(Body, frozen=True, kw_only=True):
+    """What a tenant as a whole, or each API key, may use; 0 = no limit of that kind."""
+
+    requests_per_minute: Annotated[int, msgspec.Meta(ge=0, le=10_000_000)] = 0
+    tokens_per_minute: Annotated[int, msgspec.Meta(ge=0, le=100_000_000_000)] = 0
+    concurrent_answers: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 0
+
+    def message(self) -> ledger.Limits:
+        return ledger.Limits(
+            requests_per_minute=self.requests_per_minute,
+            tokens_per_minute=self.tokens_per_minute,
+            concurrent_answers=self.concurrent_answers,
+        )
+
+
 class PlanBody(Body, frozen=True, kw_only=True):
     """A plan."""
 
@@ -134,6 +186,9 @@ class PlanBody(Body, frozen=True, kw_only=True):
     concurrent_answers: Annotated[int, msgspec.Meta(ge=1, le=10_000)]
     monthly_budget_usd: Usd = "0"
     tiers: Annotated[list[Tier], msgspec.Meta(min_length=1, max_length=32)]
+    tenant_limits: LimitsBody = LimitsBody()
+    key_limits: LimitsBody = LimitsBody()
+    answer_deadline_ms: Annotated[int, msgspec.Meta(ge=0, le=DEADLINE_MS_MAX)] = 0
 
     def message(self, name: str) -> ledger.PutPlanRequest:
         plan = ledger.Plan(
@@ -143,6 +198,9 @@ class PlanBody(Body, frozen=True, kw_only=True):
             concurrent_answers=self.concurrent_answers,
             monthly_budget_nanousd=usd.parse(self.monthly_budget_usd),
             tiers=self.tiers,
+            tenant_limits=self.tenant_limits.message(),
+            key_limits=self.key_limits.message(),
+            answer_deadline_ms=self.answer_deadline_ms,
         )
         return ledger.PutPlanRequest(plan=plan)
 
@@ -204,7 +262,22 @@ class ApiKeyBody(Body, frozen=True, kw_only=True):
     name: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
     user: UserName
     roles: Annotated[list[Role], msgspec.Meta(max_length=3)] = []
+    scopes: Annotated[list[Scope], msgspec.Meta(max_length=16)] = []
     expires_at: str = ""
+
+
+class SessionBody(Body, frozen=True, kw_only=True):
+    """What a browser signs in with."""
+
+    token: Annotated[str, msgspec.Meta(min_length=1, max_length=8192, pattern=r"^[\x21-\x7e]+\Z")]
+
+
+class RevocationBody(Body, frozen=True, kw_only=True):
+    """A token by its `jti`, or a user: one of the two."""
+
+    jti: Annotated[str, msgspec.Meta(max_length=256)] = ""
+    expires_at: str = ""
+    user: Annotated[str, msgspec.Meta(max_length=256)] = ""
 
 
 class UserBody(Body, frozen=True, kw_only=True):
@@ -223,6 +296,10 @@ _CACHE_MODES = {
     "use": orchestrator.CACHE_MODE_USE,
     "refresh": orchestrator.CACHE_MODE_REFRESH,
     "off": orchestrator.CACHE_MODE_OFF,
+}
+_PRIORITIES = {
+    "interactive": orchestrator.PRIORITY_INTERACTIVE,
+    "batch": orchestrator.PRIORITY_BATCH,
 }
 _SEARCH_MODES = {
     "hybrid": retrieval.SEARCH_MODE_HYBRID,

@@ -4,7 +4,8 @@ A reader takes messages as they come; the writer renders everything that is ther
 alone and at once, and what arrives while a write is under way leaves together. Nothing waits for a timer. The reader stops when
 the writer is too far behind, and the stream behind it with it.
 
-Terminal law: what was started ends with exactly one terminal event of the source's own, or exactly one `event: error`.
+Terminal law: what was started ends with exactly one terminal event of the source's own, or exactly one `event: error`, or, if its
+owner stopped it, exactly one `event: cancelled`.
 """
 
 import asyncio
@@ -17,7 +18,7 @@ from typing import Any, Generic, TypeVar
 
 import structlog
 
-from services.chassis.errors import AnswerInterrupted, DomainError, Unavailable
+from services.chassis.errors import AnswerCancelled, AnswerInterrupted, DomainError, Unavailable
 from services.chassis.status import unexpected
 from services.gateway import problems, sse
 from services.gateway.exchange import ClientLeft, Exchange
@@ -234,7 +235,7 @@ class Bridge(Generic[M]):
 
     def _error_block(self, error: DomainError) -> bytes:
         body = problems.body_of(error, trace_id=self._exchange.trace_id, request_id=self._exchange.request_id)
-        return sse.block(body, event=b"error")
+        return sse.block(body, event=b"cancelled" if isinstance(error, AnswerCancelled) else b"error")
 
 
 def render_any(event: str, value: bytes, event_id: int | None = None, *, first: bool = False) -> bytes:

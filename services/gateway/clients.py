@@ -12,6 +12,8 @@ from services.chassis.channel import Caller, open_channel
 from services.chassis.errors import DomainError, Overloaded, Unavailable
 from services.chassis.passport import Passport
 from services.chassis.principal import Principal
+from services.chassis.tls import MutualTls
+from services.gateway.limits import Allowance, Entitlements
 from services.gateway.metrics import Metrics
 from tailrace.ledger.v1 import ledger_service_pb2 as ledger
 from tailrace.ledger.v1.ledger_service_pb2_grpc import LedgerServiceStub
@@ -158,10 +160,11 @@ class Ledger(Peer):
         super().__init__("ledger", channel, caller, metrics)
         self.stub: Any = LedgerServiceStub(channel)
 
-    async def requests_per_minute(self, principal: Principal) -> int:
-        """The limit of the principal's plan."""
+    async def entitlements(self, principal: Principal) -> Entitlements:
+        """What the principal's plan gives."""
         reply = await self.unary(self.stub.GetEntitlements, ledger.GetEntitlementsRequest(), timeout_s=2.0, principal=principal)
-        return max(1, int(reply.plan.requests_per_minute))
+        plan = reply.plan
+        return Entitlements(_allowance(plan), _allowance(plan.tenant_limits), _allowance(plan.key_limits), plan.answer_deadline_ms)
 
     async def resolve_api_key(self, secret: str) -> Principal | None:
         """Whose key this is; None if it is nobody's."""
@@ -169,7 +172,11 @@ class Ledger(Peer):
         if not reply.HasField("principal") or not reply.principal.tenant:
             return None
         owner = reply.principal
-        return Principal(owner.tenant, owner.user, frozenset(owner.roles), owner.api_key_id)
+        return Principal(owner.tenant, owner.user, frozenset(owner.roles), owner.api_key_id, frozenset(owner.scopes))
+
+
+def _allowance(limits: Any) -> Allowance:
+    return Allowance(limits.requests_per_minute, limits.tokens_per_minute, limits.concurrent_answers)
 
 
 class Backends:
@@ -186,13 +193,13 @@ class Backends:
 
 
 @contextlib.asynccontextmanager
-async def connected(targets: dict[str, str], passport: Passport, metrics: Metrics) -> AsyncIterator[Backends]:
+async def connected(targets: dict[str, str], passport: Passport, metrics: Metrics, tls: MutualTls | None = None) -> AsyncIterator[Backends]:
     """Channels to the services at `targets`, by their names. Errors name the service, not its address."""
 
     async with contextlib.AsyncExitStack() as stack:
 
         async def channel_to(name: str) -> tuple[grpc.aio.Channel, Caller]:
-            channel = open_channel(targets[name])
+            channel = open_channel(targets[name], tls)
             stack.push_async_callback(channel.close)
             return channel, Caller(name, passport)
 

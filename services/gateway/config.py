@@ -1,11 +1,13 @@
 """What the gateway is told. No default of another module is repeated here."""
 
+import re
 from pathlib import Path
 from typing import ClassVar, Self
 
 from pydantic import Field, SecretStr, model_validator
 
 from services.chassis.config import ServiceSettings
+from services.chassis.tls import check_pair
 
 DEVELOPMENT_ISSUER = "tailrace-dev"
 
@@ -19,6 +21,14 @@ class Settings(ServiceSettings):
     """Where browsers and HTTP clients connect; 0 = any free port."""
     grpc_port: int = Field(50050, ge=0, le=65535, validation_alias="TAILRACE_GATEWAY_PORT")
     """Where internal services with a token connect over gRPC."""
+    operations_port: int = Field(0, ge=0, le=65535, validation_alias="TAILRACE_GATEWAY_OPERATIONS_PORT")
+    """Where /metrics and the details of /readyz are served. 0 = on the HTTP port in development, nowhere in production."""
+    http_tls_cert_file: Path | None = Field(None, validation_alias="TAILRACE_HTTP_TLS_CERT_FILE")
+    """Certificate in PEM of the HTTP port. Unset = plaintext, for a proxy in front that ends TLS."""
+    http_tls_key_file: Path | None = Field(None, validation_alias="TAILRACE_HTTP_TLS_KEY_FILE")
+    """Its key in PEM, not encrypted."""
+    http_connections_per_peer_max: int = Field(1000, ge=0, le=100_000, validation_alias="TAILRACE_HTTP_CONNECTIONS_PER_PEER_MAX")
+    """Open HTTP connections of one address. 0 = no bound, for a proxy in front, which is one address for everybody."""
     own_target: str = Field("127.0.0.1:50050", validation_alias="TAILRACE_GATEWAY_TARGET")
     """Address under which others reach the gRPC port. Told to every service alike; not used by the gateway itself."""
     orchestrator_target: str = Field("127.0.0.1:50051", validation_alias="TAILRACE_ORCHESTRATOR_TARGET")
@@ -43,8 +53,23 @@ class Settings(ServiceSettings):
     jwt_leeway_s: int = Field(30, ge=0, le=60, validation_alias="TAILRACE_JWT_LEEWAY_S")
     """How far the issuer's clock may be from ours."""
 
+    jwt_lifetime_max_s: int = Field(2_678_400, ge=60, le=31_622_400, validation_alias="TAILRACE_JWT_LIFETIME_MAX_S")
+    """Longest time from a token's issue, or from now if it does not say, to its end. Revocations of users are kept as long."""
+    cors_origins: str = Field("", max_length=4096, validation_alias="TAILRACE_CORS_ORIGINS")
+    """Origins whose scripts may call with a token, comma-separated: `https://app.example.com`. Exact; none by default."""
+
     requests_per_minute_default: int = Field(60, ge=1, le=1_000_000, validation_alias="TAILRACE_REQUESTS_PER_MINUTE_DEFAULT")
     """Limit of a user whose plan the ledger cannot tell right now."""
+    replicas: int = Field(1, ge=1, le=1000, validation_alias="TAILRACE_GATEWAY_REPLICAS")
+    """How many gateways there are. While Redis is away each admits its share of every limit, at least 1."""
+    prompt_tokens_reserved: int = Field(4096, ge=0, le=1_000_000, validation_alias="TAILRACE_GATEWAY_PROMPT_TOKENS_RESERVED")
+    """Tokens that an answer is charged at first besides its question and output, until what it used is known."""
+    output_tokens_reserved: int = Field(1024, ge=1, le=64_000, validation_alias="TAILRACE_GATEWAY_OUTPUT_TOKENS_RESERVED")
+    """Output tokens that an answer is charged at first if the request sets no bound. As TAILRACE_ORCHESTRATOR_OUTPUT_TOKENS_DEFAULT."""
+    streams_max: int = Field(1200, ge=1, le=100_000, validation_alias="TAILRACE_GATEWAY_STREAMS_MAX")
+    """Answers and resumed streams carried at the same time; above it new answers are turned away, those of priority `batch` at 80 %."""
+    loop_lag_max_s: float = Field(0.25, gt=0, le=60, validation_alias="TAILRACE_GATEWAY_LOOP_LAG_MAX_S")
+    """Lasting delay of the event loop, seconds, above which new answers are turned away, those of priority `batch` at 80 %."""
     heartbeat_s: float = Field(15.0, gt=0, le=300, validation_alias="TAILRACE_HEARTBEAT_S")
     """Longest silence of a stream before a comment is sent, so that proxies keep it."""
     write_stall_s: float = Field(30.0, gt=0, le=600, validation_alias="TAILRACE_WRITE_STALL_S")
@@ -61,12 +86,34 @@ class Settings(ServiceSettings):
                 raise ValueError(f"TAILRACE_JWT_ISSUER={DEVELOPMENT_ISSUER} is for development; name your own issuer")
             if not (self.jwks_url or self.jwks_path or self.jwt_hs256_secret.get_secret_value()):
                 raise ValueError("one of TAILRACE_JWKS_URL, TAILRACE_JWKS_FILE and TAILRACE_JWT_HS256_SECRET is needed")
+        if self.http_certificate is not None:
+            check_pair(*self.http_certificate)
         if self.jwks_url and self.jwks_path:
             raise ValueError("TAILRACE_JWKS_URL and TAILRACE_JWKS_FILE exclude each other")
         secret = self.jwt_hs256_secret.get_secret_value()
         if secret and len(secret.encode()) < 32:
             raise ValueError("TAILRACE_JWT_HS256_SECRET needs at least 32 bytes")
+        _ = self.allowed_origins
         return self
+
+    @property
+    def http_certificate(self) -> tuple[Path, Path] | None:
+        """Certificate and key of the HTTP port. Raises ValueError if only one is set."""
+        if (self.http_tls_cert_file is None) != (self.http_tls_key_file is None):
+            missing = "TAILRACE_HTTP_TLS_CERT_FILE" if self.http_tls_cert_file is None else "TAILRACE_HTTP_TLS_KEY_FILE"
+            raise ValueError(f"TLS needs a certificate and its key; missing: {missing}")
+        if self.http_tls_cert_file is None or self.http_tls_key_file is None:
+            return None
+        return self.http_tls_cert_file, self.http_tls_key_file
+
+    @property
+    def allowed_origins(self) -> frozenset[str]:
+        """The origins of `cors_origins`. Raises ValueError for one that no browser would send."""
+        origins = frozenset(origin.strip() for origin in self.cors_origins.split(",") if origin.strip())
+        for origin in origins:
+            if not re.fullmatch(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?", origin, re.ASCII):
+                raise ValueError(f"TAILRACE_CORS_ORIGINS: {origin!r} is not an origin like https://app.example.com")
+        return origins
 
     @property
     def jwks_file(self) -> Path | None:

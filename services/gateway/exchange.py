@@ -20,6 +20,8 @@ Send = Callable[[Message], Awaitable[None]]
 
 JSON_BYTES_MAX = 1024 * 1024
 QUERY_FIELDS_MAX = 32
+BODY_BYTES_PER_S_MIN = 8 * 1024
+"""What a body must bring on average, once the stall time is used up: drop by drop nobody keeps a request open."""
 DISCARD_BYTES_MAX = 64 * 1024 * 1024
 DISCARD_S = 10.0
 """How much of a refused body, and for how long, is thrown away before the connection is closed over it."""
@@ -44,6 +46,8 @@ class Exchange:
         self.trace_id = telemetry.current_trace_id()
         self.params: dict[str, str] = {}
         """Values of the path's placeholders."""
+        self.admit: Callable[[str, bytes], Awaitable[None]]
+        """Set by the edge: admit the principal once more, by the rule of the route with this method and raw path."""
         self.principal: Principal | None = None
         """Set by the edge before an endpoint with a rule runs."""
         self.extra_headers: list[tuple[bytes, bytes]] = []
@@ -93,17 +97,21 @@ class Exchange:
         return fields
 
     async def chunks(self, bytes_max: int, field: str = "body") -> AsyncIterator[bytes]:
-        """The body, piece by piece. Raises PayloadTooLarge, RequestTimeout, ClientLeft."""
+        """The body, piece by piece. Raises PayloadTooLarge, RequestTimeout (for a silence, or less than the least rate), ClientLeft."""
         declared = self.header("content-length")
         if declared.isdecimal() and len(declared) <= 18 and int(declared) > bytes_max:
             raise _too_large(bytes_max, field)
-        total = 0
+        # Only waiting for the client counts: what we take to work on a piece is not its fault.
+        total, waited_s, loop = 0, 0.0, asyncio.get_running_loop()
         while not self._body_ended:
+            began = loop.time()
             try:
-                async with asyncio.timeout(self._body_stall_s):
+                async with asyncio.timeout(min(self._body_stall_s, self._body_stall_s + total / BODY_BYTES_PER_S_MIN - waited_s)):
                     message = await self._receive()
             except TimeoutError:
-                raise RequestTimeout(f"nothing came for {self._body_stall_s:g} s", waited_ms=int(self._body_stall_s * 1000)) from None
+                waited_s += loop.time() - began
+                raise RequestTimeout(f"{total} bytes came in {waited_s:.1f} s", waited_ms=int(waited_s * 1000)) from None
+            waited_s += loop.time() - began
             if message["type"] == "http.disconnect":
                 raise ClientLeft
             self._body_ended = not message.get("more_body", False)
@@ -127,6 +135,14 @@ class Exchange:
         """Return when the client is gone. What it still sends is thrown away."""
         while (await self._receive())["type"] != "http.disconnect":
             self._body_ended = True
+
+    async def upgrade(self) -> tuple[Receive, Send]:
+        """Accept the handshake of a WebSocket and hand over its messages; no response can be sent any more. Status 101."""
+        if (await self._receive())["type"] != "websocket.connect":
+            raise ClientLeft
+        self.status = 101
+        await self._send({"type": "websocket.accept", "headers": self.extra_headers})
+        return self._receive, self._send
 
     # --- the response ---
 

@@ -2,13 +2,17 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import socket
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import structlog
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 log = structlog.get_logger(__name__)
 
@@ -20,19 +24,64 @@ HEADER_OVERHEAD_BYTES = 32
 KEEP_ALIVE_S = 75
 """Longer than the 60 s that proxies commonly keep an idle connection, so that they are never the ones surprised."""
 
+LINGER_S = 10.0
+"""How long a closed connection may take to take what was written to it; then it is cut, and its memory freed."""
+SOCKET_MESSAGE_BYTES_MAX = 64 * 1024
+SOCKET_PING_S = 20.0
+"""Between two pings of an idle WebSocket, and how long each may stay unanswered."""
+_TOO_MANY = b"HTTP/1.1 429 Too Many Requests\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+_NOT_A_HANDSHAKE = b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+
+
+class _Peers:
+    """Open connections by peer address, at most `peer_max` each; 0 = no bound."""
+
+    def __init__(self, peer_max: int) -> None:
+        self._peer_max = peer_max
+        self._open: Counter[str] = Counter()
+
+    def enter(self, transport: Any) -> bool:
+        """Count a connection. False = one too many; it is counted all the same until it leaves."""
+        address = _address(transport)
+        self._open[address] += 1
+        return not self._peer_max or self._open[address] <= self._peer_max
+
+    def leave(self, transport: Any) -> None:
+        address = _address(transport)
+        self._open[address] -= 1
+        if not self._open[address]:
+            del self._open[address]
+
+
+def _address(transport: Any) -> str:
+    return str((transport.get_extra_info("peername") or ("",))[0])
+
 
 class _Protocol(HttpToolsProtocol):
-    """HTTP/1.1 with bounds on the time and size of headers, which uvicorn leaves open."""
+    """HTTP/1.1 with bounds on connections and on the time and size of headers, which uvicorn leaves open."""
+
+    def __init__(self, *args: Any, peers: _Peers, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._peers = peers
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._header_bytes = 0
         self._header_timer: asyncio.TimerHandle | None = None
-        self._expect_headers()
+        if self._peers.enter(transport):
+            self._expect_headers()
+        else:
+            transport.write(_TOO_MANY)
+            transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._headers_came()
+        self._peers.leave(self.transport)
         super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if not self.transport.is_closing():
+            super().data_received(data)
 
     def on_message_begin(self) -> None:
         self._header_bytes = 0
@@ -71,16 +120,58 @@ class _Protocol(HttpToolsProtocol):
             self.transport.close()
 
 
+class _SocketProtocol(WebSocketsSansIOProtocol):
+    """A WebSocket that is counted as the connection it came from, and that ends by the application's word, not in the middle of one."""
+
+    def __init__(self, *args: Any, peers: _Peers, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._peers = peers
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._peers.leave(self.transport)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.handshake_exc is not None and not self.handshake_initiated and not self.transport.is_closing():
+            self.transport.write(_NOT_A_HANDSHAKE)  # uvicorn would leave it open and say nothing
+            self.transport.close()
+
+    async def send(self, message: Any) -> None:
+        if message["type"] == "websocket.close":
+            self.writable.set()  # a goodbye does not wait for a peer that takes nothing
+        await super().send(message)
+
+    def shutdown(self) -> None:
+        """Leave it to the application, which hears of the drain itself, or is cancelled when the grace is over."""
+
+
 class HttpListener:
     """An HTTP server for one application."""
 
-    def __init__(self, app: Any, tasks_max: int = 10_000) -> None:
+    def __init__(
+        self,
+        app: Any,
+        tasks_max: int = 10_000,
+        *,
+        connections_per_peer_max: int = 0,
+        certificate: tuple[Path, Path] | None = None,
+        port_setting: str = "TAILRACE_HTTP_PORT",
+    ) -> None:
+        """`connections_per_peer_max` counts by address, 0 = no bound. `certificate` is a certificate and its key: with it TLS is spoken."""
+        self._port_setting = port_setting
+        peers = _Peers(connections_per_peer_max)
         # Its words are ours to say: the edge logs what fails, and strangers' broken requests are not news.
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         config = uvicorn.Config(
             app,
-            http=_Protocol,
-            ws="none",
+            http=functools.partial(_Protocol, peers=peers),  # type: ignore[arg-type]
+            ws=functools.partial(_SocketProtocol, peers=peers),  # type: ignore[arg-type]
+            ws_max_size=SOCKET_MESSAGE_BYTES_MAX,
+            ws_ping_interval=SOCKET_PING_S,
+            ws_ping_timeout=SOCKET_PING_S,
+            # What is a kilobyte on the wire is a kilobyte in memory.
+            ws_per_message_deflate=False,
             lifespan="off",
             log_config=None,
             access_log=False,
@@ -88,11 +179,14 @@ class HttpListener:
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_S,
             limit_concurrency=tasks_max,
+            ssl_certfile=certificate[0] if certificate else None,
+            ssl_keyfile=str(certificate[1]) if certificate else None,
         )
         config.load()
         self._server = uvicorn.Server(config)
         self._server.lifespan = config.lifespan_class(config)
         self._ticking: asyncio.Task[None] | None = None
+        self._sweeping: asyncio.Task[None] | None = None
         self._socket: socket.socket | None = None
         self.port = 0
         """The port listened on, once started."""
@@ -108,17 +202,18 @@ class HttpListener:
             listening.setblocking(False)
         except OSError as error:
             listening.close()
-            raise OSError(f"cannot listen on {host}:{port} (TAILRACE_HTTP_PORT): {error.strerror}") from error
+            raise OSError(f"cannot listen on {host}:{port} ({self._port_setting}): {error.strerror}") from error
         self.port = int(listening.getsockname()[1])
         self._socket = listening
         await self._server.startup(sockets=[listening])
         self._ticking = asyncio.create_task(self._server.main_loop(), name="http-tick")
+        self._sweeping = asyncio.create_task(self._sweep(), name="http-sweep")
         log.info("serving_http", port=self.port)
         return self.port
 
     async def stop(self, grace_s: float) -> None:
         """Take no new connections, let running requests end within `grace_s`, then cancel the rest and wait for them."""
-        if self._ticking is None:
+        if self._ticking is None or self._sweeping is None:
             return
         self._server.should_exit = True
         await self._ticking
@@ -133,8 +228,20 @@ class HttpListener:
         for task in late:
             task.cancel()
         await asyncio.gather(*late, return_exceptions=True)
+        self._sweeping.cancel()
+        await asyncio.gather(self._sweeping, return_exceptions=True)
         for connection in list(state.connections):
             with contextlib.suppress(Exception):
                 connection.transport.close()
         if self._socket is not None:
             self._socket.close()
+
+    async def _sweep(self) -> None:
+        """Cut what was closed a round ago and is still there: its peer takes nothing, and a closed transport waits for it for ever."""
+        closing: set[Any] = set()
+        while True:
+            await asyncio.sleep(LINGER_S)
+            found = {connection for connection in self._server.server_state.connections if connection.transport.is_closing()}
+            for connection in found & closing:
+                connection.transport.abort()
+            closing = found - closing

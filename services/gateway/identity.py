@@ -21,6 +21,7 @@ import jwt
 import structlog
 from cryptography.hazmat.primitives.asymmetric import rsa
 from jwt.exceptions import PyJWTError
+from jwt.utils import base64url_decode
 
 from services.chassis.errors import DomainError, NotAuthenticated, Unavailable
 from services.chassis.principal import ROLES, Principal
@@ -246,20 +247,85 @@ _COMPACT = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+", re.ASCI
 """Three parts of base64url without padding (RFC 7515, 7.1). Python's decoder would skip over anything else."""
 
 
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("a name came twice")
+    return members
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _strict_object(text: bytes) -> dict[str, Any]:
+    """A JSON object in which no name comes twice, at any depth: two readers must never see two contents. Raises ValueError."""
+    parsed = json.loads(text.decode("utf-8"), object_pairs_hook=_without_doubles, parse_constant=_no_constant)
+    if not isinstance(parsed, dict):
+        raise ValueError("not an object")
+    return parsed
+
+
+class _Decoder(jwt.PyJWT):
+    """PyJWT with a strict reading of the claims; the library means this method to be overridden."""
+
+    def _decode_payload(self, decoded: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return _strict_object(decoded["payload"])
+        except (ValueError, RecursionError) as error:
+            raise jwt.DecodeError("the claims cannot be read") from error
+
+
+REFUSED_HEADERS = frozenset({"crit", "b64", "zip", "enc", "cty", "jwk", "jku", "x5u", "x5c", "p2c", "p2s", "epk", "apu", "apv"})
+"""What would bring its own key, address, compression or encryption. It is refused and not only left unread: no honest issuer sends it."""
+KID_LENGTH_MAX = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """A token that holds, and what of it matters besides its principal. Times are Unix seconds."""
+
+    principal: Principal
+    token_id: str
+    """`jti`; empty if it has none."""
+    issued_at: float
+    """`iat`; 0 if it does not say."""
+    expires_at: float
+
+    def lifetime_s(self, now: float) -> int:
+        """Whole seconds until it ends."""
+        return math.floor(self.expires_at - now)
+
+
 class Tokens:
     """Verifies JWTs of one issuer for one audience."""
 
     ALGORITHMS = frozenset({"EdDSA", "ES256", "RS256", "HS256"})
 
-    def __init__(self, keys: Keys, *, issuer: str, audience: str, leeway_s: int) -> None:
+    def __init__(
+        self,
+        keys: Keys,
+        *,
+        issuer: str,
+        audience: str,
+        leeway_s: int,
+        lifetime_max_s: int = 2_678_400,
+        now: Callable[[], float] = time.time,
+    ) -> None:
         self._keys = keys
         self._issuer = issuer
         self._audience = audience
         self._leeway_s = leeway_s
-        self._decoder = jwt.PyJWT()
+        self.lifetime_max_s = lifetime_max_s
+        self.now = now
+        self._decoder = _Decoder()
 
     async def principal(self, token: str) -> Principal:
-        """The principal of a valid token. Raises NotAuthenticated with a cause, Unavailable without keys."""
+        """The principal of a valid token. Raises as `verify`."""
+        return (await self.verify(token)).principal
+
+    async def verify(self, token: str) -> Verified:
+        """What a valid token says. Raises NotAuthenticated with a cause, Unavailable without keys."""
         header = self._header(token)
         algorithm, kid = header["alg"], header.get("kid", "")
         key = await self._keys.find(kid, algorithm)
@@ -272,18 +338,33 @@ class Tokens:
                 algorithms=[algorithm],
                 audience=self._audience,
                 issuer=self._issuer,
-                leeway=self._leeway_s,
-                options={"require": ["exp", "iss", "aud", "sub"]},
+                # Times are checked below, by our clock, to the second and by type.
+                options={"require": ["exp", "iss", "aud", "sub"], "verify_exp": False, "verify_nbf": False, "verify_iat": False},
             )
-        except jwt.ExpiredSignatureError:
-            raise NotAuthenticated("the token has expired", cause="expired") from None
         except (jwt.InvalidIssuerError, jwt.InvalidAudienceError):
             raise NotAuthenticated("the token is from or for somebody else", cause="issuer_or_audience") from None
         except jwt.MissingRequiredClaimError as error:
             raise NotAuthenticated(f"the token lacks the claim {error.claim}", cause="claim", claim=error.claim) from None
         except (PyJWTError, ValueError, TypeError, OverflowError):
             raise NotAuthenticated("the token is not valid", cause="invalid") from None
-        return _principal_of(claims)
+        return self._verified(claims)
+
+    def _verified(self, claims: Mapping[str, Any]) -> Verified:
+        now, leeway_s = self.now(), self._leeway_s
+        expires_at, not_before, issued_at = (_time_in(claims, name) for name in ("exp", "nbf", "iat"))
+        if expires_at is None or expires_at + leeway_s <= now:
+            raise NotAuthenticated("the token has expired", cause="expired")
+        if any(start is not None and start > now + leeway_s for start in (not_before, issued_at)):
+            raise NotAuthenticated("the token is not valid yet", cause="not_yet")
+        if expires_at - (now if issued_at is None else issued_at) > self.lifetime_max_s + leeway_s:
+            raise NotAuthenticated(f"a token may last {self.lifetime_max_s} s", cause="claim", claim="exp")
+        token_id = claims.get("jti", "")
+        if token_id != "" and not _is_name(token_id, 256):
+            raise NotAuthenticated("the claim jti has 1-256 printable characters", cause="claim", claim="jti")
+        audience = claims.get("aud")
+        if isinstance(audience, list) and not all(isinstance(one, str) for one in audience):
+            raise NotAuthenticated("the token is from or for somebody else", cause="issuer_or_audience")
+        return Verified(_principal_of(claims), token_id, issued_at or 0.0, expires_at)
 
     def _header(self, token: str) -> dict[str, Any]:
         """The token's header, if it asks for nothing that is not offered."""
@@ -292,13 +373,13 @@ class Tokens:
         if _COMPACT.fullmatch(token) is None:
             raise NotAuthenticated("the token is malformed", cause="malformed")
         try:
-            header = jwt.get_unverified_header(token)
-        except (PyJWTError, ValueError, TypeError, RecursionError):
+            header = _strict_object(base64url_decode(token.partition(".")[0]))
+        except (ValueError, RecursionError):
             raise NotAuthenticated("the token is malformed", cause="malformed") from None
         algorithm, kind, kid = header.get("alg"), header.get("typ", "JWT"), header.get("kid", "")
         if not isinstance(algorithm, str) or algorithm not in self.ALGORITHMS:
             raise NotAuthenticated("the token's algorithm is not accepted", cause="algorithm")
-        if "crit" in header or "b64" in header or not isinstance(kid, str):
+        if not REFUSED_HEADERS.isdisjoint(header) or not isinstance(kid, str) or len(kid) > KID_LENGTH_MAX:
             raise NotAuthenticated("the token's header is not accepted", cause="header")
         if not isinstance(kind, str) or kind.lower() not in ("jwt", "at+jwt"):
             raise NotAuthenticated("this is not an access token", cause="type")
@@ -318,8 +399,29 @@ def _principal_of(claims: Mapping[str, Any]) -> Principal:
     return Principal(tenant, user, ROLES.intersection(roles))
 
 
+def _time_in(claims: Mapping[str, Any], name: str) -> float | None:
+    value = claims.get(name)
+    if name not in claims:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= SECONDS_MAX:
+        raise NotAuthenticated(f"the claim {name} is a time in seconds", cause="claim", claim=name)
+    return float(value)
+
+
+SECONDS_MAX = 2**53
+"""Whole seconds up to here are exact in a float."""
+
+
 def _is_name(value: object, length_max: int) -> bool:
     return isinstance(value, str) and 1 <= len(value) <= length_max and value.isprintable() and value.strip() == value
+
+
+class Revoked(Protocol):
+    """Which tokens ended before their time."""
+
+    async def holds(self, tenant: str, user: str, token_id: str, issued_at: float) -> bool:
+        """Whether a token was revoked. Raises Unavailable."""
+        ...
 
 
 Resolve = Callable[[str], Awaitable[Principal | None]]
@@ -328,15 +430,18 @@ Resolve = Callable[[str], Awaitable[Principal | None]]
 class Identity:
     """Turns credentials into principals."""
 
-    def __init__(self, tokens: Tokens, resolve_api_key: Resolve) -> None:
+    def __init__(self, tokens: Tokens, resolve_api_key: Resolve, revocations: Revoked) -> None:
         self._tokens = tokens
+        self._revocations = revocations
+        self.now = tokens.now
+        self.lifetime_max_s = tokens.lifetime_max_s
         self._resolve = resolve_api_key
         self._known: Memo[bytes, Principal | None] = Memo(4096, API_KEY_AGE_MAX_S)
 
     async def principal(self, credential: str) -> Principal:
         """Whose credential this is. Raises NotAuthenticated, Unavailable."""
         if not credential.startswith(API_KEY_PREFIX):
-            return await self._tokens.principal(credential)
+            return (await self.verified(credential)).principal
         if len(credential) > API_KEY_BYTES_MAX or not credential.isascii():
             raise NotAuthenticated("the API key is not valid", cause="api_key")
         digest = hashlib.blake2b(credential.encode(), digest_size=32, key=_DIGEST_KEY).digest()
@@ -344,6 +449,14 @@ class Identity:
         if principal is None:
             raise NotAuthenticated("the API key is not valid", cause="api_key")
         return principal
+
+    async def verified(self, token: str) -> Verified:
+        """What a token says that is valid and was not revoked. Raises NotAuthenticated, Unavailable."""
+        verified = await self._tokens.verify(token)
+        principal = verified.principal
+        if await self._revocations.holds(principal.tenant, principal.user, verified.token_id, verified.issued_at):
+            raise NotAuthenticated("the token was revoked", cause="revoked")
+        return verified
 
     def forget_api_keys(self) -> None:
         """Ask the ledger about every API key again."""
@@ -362,6 +475,11 @@ class Identity:
 
 _DIGEST_KEY = os.urandom(32)
 """So that what is remembered of a secret is of no use outside this process."""
+
+
+def has_credential(headers: Iterable[tuple[str, str]]) -> bool:
+    """Whether a header is there that names a credential, good or bad."""
+    return any(name in ("authorization", "x-api-key") for name, _ in headers)
 
 
 def credential_in(headers: Iterable[tuple[str, str]]) -> str:

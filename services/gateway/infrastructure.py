@@ -28,6 +28,12 @@ async def readyz(exchange: Exchange, kit: Kit) -> None:
     await exchange.respond_json(state, 200 if ready else 503)
 
 
+async def readyz_briefly(exchange: Exchange, kit: Kit) -> None:
+    """GET /readyz for strangers: whether, and not why."""
+    ready = _is_ready(kit)
+    await exchange.respond_json({"ready": ready}, 200 if ready else 503)
+
+
 async def metrics(exchange: Exchange, kit: Kit) -> None:
     """GET /metrics"""
     await exchange.respond(200, kit.metrics.exposition(), b"text/plain; version=0.0.4; charset=utf-8", [(b"cache-control", b"no-store")])

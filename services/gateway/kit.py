@@ -2,16 +2,22 @@
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from services.chassis.principal import current_principal
+from services.gateway import deadlines
 from services.gateway.bridge import Bridge, Timing
+from services.gateway.browser import Browser
 from services.gateway.clients import Backends
 from services.gateway.exchange import ClientLeft, Exchange
 from services.gateway.identity import Identity
-from services.gateway.limits import Limits
+from services.gateway.limits import Admission, Limits, ReservedTokens
 from services.gateway.metrics import Metrics
+from services.gateway.revocations import Revocations
+from services.gateway.shedding import Shedding
+from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
 
 T = TypeVar("T")
 
@@ -22,10 +28,14 @@ class Kit:
 
     backends: Backends
     identity: Identity
+    browser: Browser
+    revocations: Revocations
     limits: Limits
+    shedding: Shedding
     metrics: Metrics
     timing: Timing
     answer_timeout_s: float
+    reserved_tokens: ReservedTokens
     body_stall_s: float
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the process begins to stop."""
@@ -42,6 +52,24 @@ class Kit:
         finally:
             gauge.dec()
             self.metrics.stream_ends.labels(route, bridge.end).inc()
+
+    @contextlib.asynccontextmanager
+    async def answering(self, request: orchestrator.AnswerRequest, asked_ms: int | None) -> AsyncIterator[tuple[Admission, float]]:
+        """Admit an answer of the current principal and put its deadline into `request`; yield what was admitted and the call's timeout.
+
+        `asked_ms` is how long the caller gives it. Raises LimitReached, Overloaded, RequestInvalid.
+        """
+        if request.priority == orchestrator.PRIORITY_BATCH:
+            self.shedding.require_room_for_batch()
+        principal = current_principal()
+        given_ms = request.deadline_ms if request.HasField("deadline_ms") else None
+        plan_ms = (await self.limits.entitlements(principal)).answer_deadline_ms
+        deadline_ms = deadlines.answer_ms(given_ms, asked_ms, plan_ms)
+        if deadline_ms is not None:
+            request.deadline_ms = deadline_ms
+        output_max = request.max_output_tokens if request.HasField("max_output_tokens") else None
+        async with self.limits.answering(principal, self.reserved_tokens.of(request.question, output_max)) as admission:
+            yield admission, deadlines.call_timeout_s(deadline_ms, self.answer_timeout_s)
 
     async def unless_client_leaves(self, exchange: Exchange, work: Coroutine[Any, Any, T]) -> T:
         """Do `work`; give it up with ClientLeft when the client goes."""

@@ -71,6 +71,18 @@ class Metrics:
         self.limits_local = Counter(
             "tailrace_gateway_limits_local", "Requests counted by this process alone because Redis was away.", registry=self._registry
         )
+        self.limits_away = Gauge(
+            "tailrace_gateway_limits_away", "1 while Redis is away and this process counts alone.", registry=self._registry
+        )
+        self.shed = Counter(
+            "tailrace_gateway_shed",
+            "Answers turned away because this process carries enough, by cause.",
+            ["cause"],
+            registry=self._registry,
+        )
+        self.revocations_stale = Counter(
+            "tailrace_gateway_revocations_stale", "Times the list of revoked tokens could not be read anew.", registry=self._registry
+        )
         self.hop_seconds = Histogram(
             "tailrace_gateway_hop_seconds",
             "Time of a unary call, or to the first message of a stream, by component called.",

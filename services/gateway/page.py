@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.chassis.errors import NotFound
+from services.gateway.browser import API_POLICY
 from services.gateway.exchange import Exchange
 
 STATIC = Path(__file__).parent / "static"
@@ -52,8 +53,8 @@ class Page:
             raise NotFound("there is nothing here", kind="page")
         lifetime = b"public, max-age=31536000, immutable" if asset.immutable else b"no-cache"
         headers = [(b"etag", asset.etag), (b"cache-control", lifetime)]
-        if asset.media_type.startswith(b"text/html"):
-            headers.append((b"content-security-policy", POLICY.encode()))
+        is_page = asset.media_type.startswith(b"text/html")
+        headers.append((b"content-security-policy", POLICY.encode()) if is_page else API_POLICY)
         if asset.etag in (tag.strip().encode() for tag in exchange.header("if-none-match").split(",")):
             await exchange.respond(304, b"", asset.media_type, headers)
         else:

@@ -28,9 +28,21 @@ def answer_event(event: orchestrator.AnswerEvent) -> bytes:
     if kind is None:
         return b""  # a kind of event that a newer orchestrator knows and we do not
     retry_ms = sse.RETRY_MS if kind == "accepted" else None
+    return sse.block(_data(event, kind), event=kind.encode(), event_id=event.sequence, retry_ms=retry_ms)
+
+
+def answer_frame(event: orchestrator.AnswerEvent, tags: bytes) -> str:
+    """One event of an answer as a JSON text; `tags` are the members that say whose it is. Its `data` is what `answer_event` has."""
+    kind = event.WhichOneof("event")
+    if kind is None:
+        return ""  # as there
+    number = b"" if kind == "heartbeat" else b'"id":%d,' % event.sequence
+    return (b'{"type":"%s",%s%s,"data":%s}' % (kind.encode(), number, tags, _data(event, kind))).decode()
+
+
+def _data(event: orchestrator.AnswerEvent, kind: str) -> bytes:
     # Sorted: protobuf keeps no order of a map's keys, and a replay must have the bytes of the first reading, through any gateway.
-    data = orjson.dumps(plain(getattr(event, kind)), option=orjson.OPT_SORT_KEYS)
-    return sse.block(data, event=kind.encode(), event_id=event.sequence, retry_ms=retry_ms)
+    return orjson.dumps(plain(getattr(event, kind)), option=orjson.OPT_SORT_KEYS)
 
 
 def is_done(event: orchestrator.AnswerEvent) -> bool:
@@ -75,6 +87,17 @@ def plan(message: ledger.Plan) -> dict[str, Any]:
         "concurrent_answers": message.concurrent_answers,
         "monthly_budget_usd": usd.render(message.monthly_budget_nanousd),
         "tiers": list(message.tiers),
+        "tenant_limits": _limits(message.tenant_limits),
+        "key_limits": _limits(message.key_limits),
+        "answer_deadline_ms": message.answer_deadline_ms,
+    }
+
+
+def _limits(message: ledger.Limits) -> dict[str, int]:
+    return {
+        "requests_per_minute": message.requests_per_minute,
+        "tokens_per_minute": message.tokens_per_minute,
+        "concurrent_answers": message.concurrent_answers,
     }
 
 

@@ -4,14 +4,17 @@ from typing import Any
 
 import grpc
 
+from services.chassis.deadline import current_deadline
 from services.chassis.principal import Principal, current_principal
 from services.chassis.server import Identify
-from services.gateway.answers import DEADLINE_SLACK_S
-from services.gateway.app import Rule, permit
+from services.gateway.answer_stream import AnswerStream
 from services.gateway.clients import Peer
+from services.gateway.deadlines import call_timeout_s, left_ms
 from services.gateway.documents import INGEST_TIMEOUT_S
 from services.gateway.identity import Identity, credential_in
 from services.gateway.kit import Kit
+from services.gateway.limits import Admission, Metered
+from services.gateway.rules import ANY_MEMBER, RPC_RULES
 from tailrace.gateway.v1 import gateway_service_pb2_grpc
 
 ROWS_TIMEOUT_S = 30.0
@@ -23,7 +26,7 @@ def token_identity(identity: Identity) -> Identify:
     async def identify(context: grpc.aio.ServicerContext) -> Principal:
         metadata = context.invocation_metadata() or ()
         principal = await identity.principal(credential_in((key, value) for key, value in metadata if isinstance(value, str)))
-        permit(principal, Rule.MEMBER)
+        ANY_MEMBER.check(principal)
         return principal
 
     return identify
@@ -37,44 +40,60 @@ class GatewayService(gateway_service_pb2_grpc.GatewayServiceServicer):
         self._backends = kit.backends
 
     async def Answer(self, request: Any, context: Any) -> None:  # type: ignore[override]
-        await self._limit()
-        orchestrator = self._backends.orchestrator
-        await self._relay(orchestrator, orchestrator.stub.Answer, request, context, self._kit.answer_timeout_s + DEADLINE_SLACK_S)
+        await self._admit("Answer")
+        with self._kit.shedding.entered():
+            async with self._kit.answering(request, left_ms(current_deadline.get())) as (admission, timeout_s):
+                await self._relay_answer(request, context, timeout_s, admission)
 
     async def ResumeAnswer(self, request: Any, context: Any) -> None:  # type: ignore[override]
-        orchestrator = self._backends.orchestrator
-        await self._relay(orchestrator, orchestrator.stub.ResumeAnswer, request, context, self._kit.answer_timeout_s + DEADLINE_SLACK_S)
+        await self._admit("ResumeAnswer")
+        with self._kit.shedding.carried():
+            await self._relay_answer(request, context, call_timeout_s(None, self._kit.answer_timeout_s))
 
     async def CancelAnswer(self, request: Any, context: Any) -> Any:
+        await self._admit("CancelAnswer")
         return await self._backends.orchestrator.unary(self._backends.orchestrator.stub.CancelAnswer, request)
 
     async def Search(self, request: Any, context: Any) -> None:  # type: ignore[override]
-        await self._limit()
+        await self._admit("Search")
         await self._relay(self._backends.retrieval, self._backends.retrieval.stub.Search, request, context, ROWS_TIMEOUT_S)
 
     async def IngestDocuments(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
-        await self._limit()
+        await self._admit("IngestDocuments")
         retrieval = self._backends.retrieval
         await self._relay(retrieval, retrieval.stub.IngestDocuments, request_iterator, context, INGEST_TIMEOUT_S)
 
     async def ListDocuments(self, request: Any, context: Any) -> None:  # type: ignore[override]
+        await self._admit("ListDocuments")
         await self._relay(self._backends.retrieval, self._backends.retrieval.stub.ListDocuments, request, context, ROWS_TIMEOUT_S)
 
     async def DeleteDocument(self, request: Any, context: Any) -> Any:
+        await self._admit("DeleteDocument")
         retrieval = self._backends.retrieval
         return await retrieval.unary(retrieval.stub.DeleteDocument, request, timeout_s=ROWS_TIMEOUT_S, idempotent=False)
 
     async def GetOperation(self, request: Any, context: Any) -> Any:
+        await self._admit("GetOperation")
         return await self._backends.ledger.unary(self._backends.ledger.stub.GetOperation, request)
 
     async def ListOperations(self, request: Any, context: Any) -> None:  # type: ignore[override]
+        await self._admit("ListOperations")
         await self._relay(self._backends.ledger, self._backends.ledger.stub.ListOperations, request, context, ROWS_TIMEOUT_S)
 
     async def QueryUsage(self, request: Any, context: Any) -> None:  # type: ignore[override]
+        await self._admit("QueryUsage")
         await self._relay(self._backends.ledger, self._backends.ledger.stub.QueryUsage, request, context, ROWS_TIMEOUT_S)
 
-    async def _limit(self) -> None:
-        await self._kit.limits.admit(current_principal())
+    async def _admit(self, rpc: str) -> None:
+        principal, rule = current_principal(), RPC_RULES[rpc]
+        rule.check(principal)
+        if rule.limited:
+            await self._kit.limits.admit(principal)
+
+    async def _relay_answer(self, request: Any, context: Any, timeout_s: float, admission: Admission | None = None) -> None:
+        async with AnswerStream(self._backends.orchestrator, request, timeout_s=timeout_s) as events:
+            async for event in Metered(events, admission) if admission is not None else events:
+                await context.write(event)
 
     async def _relay(self, peer: Peer, method: Any, request: Any, context: Any, timeout_s: float) -> None:
         """Write on what comes. When the caller leaves, this is cancelled, and leaving the block cancels the call behind it."""

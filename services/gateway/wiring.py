@@ -2,26 +2,33 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
 
 import httpx
 import redis.asyncio as redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 
 from services.chassis.lifecycle import Service
 from services.chassis.passport import Passport
 from services.chassis.server import Identify, Server
-from services.gateway.app import Edge
+from services.chassis.tls import MutualTls
+from services.gateway.app import OPERATIONS, PROBES, ROUTES, Edge
 from services.gateway.bridge import Timing
+from services.gateway.browser import Browser
 from services.gateway.clients import Backends, connected
 from services.gateway.config import Settings
 from services.gateway.http_listener import HttpListener
 from services.gateway.identity import AllKeys, Identity, Keys, PublishedKeys, SharedSecret, Tokens, keys_at_url, keys_in_file
 from services.gateway.kit import Kit
-from services.gateway.limits import WINDOW_US, Limits
+from services.gateway.limits import Fallback, Limits, ReservedTokens
 from services.gateway.metrics import Metrics
 from services.gateway.page import Page
-from services.gateway.redis_window import RedisWindow
+from services.gateway.redis_limiter import RedisLimiter
+from services.gateway.revocations import Revocations
 from services.gateway.rpc import GatewayService, token_identity
+from services.gateway.shedding import LoopLag, Shedding
 from tailrace.gateway.v1 import gateway_service_pb2
 from tailrace.gateway.v1.gateway_service_pb2_grpc import add_GatewayServiceServicer_to_server
 
@@ -29,17 +36,37 @@ from tailrace.gateway.v1.gateway_service_pb2_grpc import add_GatewayServiceServi
 SERVICE_NAME = gateway_service_pb2.DESCRIPTOR.services_by_name["GatewayService"].full_name
 
 
+SETTLE_S = 3.0
+"""How long the end waits for what streams leave to be settled."""
+
+
 class EdgeServer(Server):
     """Both fronts of the edge, which start and drain as one."""
 
-    def __init__(self, identify: Identify, http: HttpListener, http_port: int, draining: asyncio.Event, *, reflect: bool) -> None:
-        super().__init__(identify, reflect=reflect)
+    def __init__(
+        self,
+        identify: Identify,
+        http: HttpListener,
+        http_port: int,
+        operations: HttpListener | None,
+        operations_port: int,
+        draining: asyncio.Event,
+        *,
+        reflect: bool,
+        tls: MutualTls | None,
+    ) -> None:
+        # Callers from outside have no certificate of ours: their token says who they are.
+        super().__init__(identify, reflect=reflect, tls=tls, verify_clients=False)
         self.http = http
         self._http_port = http_port
+        self.operations = operations
+        self._operations_port = operations_port
         self.draining = draining
 
     async def start(self, host: str, port: int) -> int:
         await self.http.start(host, self._http_port)
+        if self.operations is not None:
+            await self.operations.start(host, self._operations_port)
         return await super().start(host, port)
 
     async def stop(self, notice_s: float, grace_s: float) -> None:
@@ -49,6 +76,8 @@ class EdgeServer(Server):
     async def _stop_http(self, notice_s: float, grace_s: float) -> None:
         await asyncio.sleep(notice_s)
         await self.http.stop(grace_s)
+        if self.operations is not None:
+            await self.operations.stop(0)  # last: how it drains can be watched
 
 
 @contextlib.asynccontextmanager
@@ -59,36 +88,93 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         backends = await stack.enter_async_context(_backends(settings, metrics))
         # A pool that makes callers wait: one that refuses them in a rush would send them to the local limit instead.
         pool = redis.BlockingConnectionPool.from_url(
-            settings.redis_url, max_connections=32, timeout=1.0, socket_timeout=1.0, socket_connect_timeout=1.0
+            settings.redis_url,
+            max_connections=32,
+            timeout=1.0,
+            socket_timeout=1.0,
+            socket_connect_timeout=1.0,
+            retry=Retry(NoBackoff(), 0),
         )
         store = redis.Redis.from_pool(pool)
         stack.push_async_callback(store.aclose)
-        windows = RedisWindow(store, WINDOW_US)
+        limiter = RedisLimiter(store)
+        limits = await stack.enter_async_context(_limits(settings, limiter, backends, metrics))
+        lag = LoopLag()
+        stack.callback(lag.stop)
         keys = await stack.enter_async_context(_keys(settings))
-        tokens = Tokens(keys, issuer=settings.jwt_issuer, audience=settings.jwt_audience, leeway_s=settings.jwt_leeway_s)
-        identity = Identity(tokens, backends.ledger.resolve_api_key)
+        tokens = Tokens(
+            keys,
+            issuer=settings.jwt_issuer,
+            audience=settings.jwt_audience,
+            leeway_s=settings.jwt_leeway_s,
+            lifetime_max_s=settings.jwt_lifetime_max_s,
+        )
+        revocations = Revocations(store, lifetime_max_s=settings.jwt_lifetime_max_s, on_stale=metrics.revocations_stale.inc)
+        await stack.enter_async_context(_running(revocations.watch(), "revocations"))
+        identity = Identity(tokens, backends.ledger.resolve_api_key, revocations)
         kit = Kit(
             backends=backends,
             identity=identity,
-            limits=Limits(
-                windows, backends.ledger.requests_per_minute, settings.requests_per_minute_default, on_fallback=metrics.limits_local.inc
+            revocations=revocations,
+            browser=Browser(secure=settings.environment == "production", origins=settings.allowed_origins),
+            limits=limits,
+            shedding=Shedding(
+                settings.streams_max, settings.loop_lag_max_s, lambda: lag.seconds, lambda cause: metrics.shed.labels(cause).inc()
             ),
             metrics=metrics,
             timing=Timing(settings.heartbeat_s, settings.write_stall_s),
             answer_timeout_s=settings.answer_deadline_s,
+            reserved_tokens=ReservedTokens(settings.prompt_tokens_reserved, settings.output_tokens_reserved),
             body_stall_s=settings.body_stall_s,
         )
-        http = HttpListener(Edge(kit, Page()))
+        page, apart = Page(), bool(settings.operations_port) or settings.environment == "production"
+        http = HttpListener(
+            Edge(kit, page, (*ROUTES, *(PROBES if apart else OPERATIONS))),
+            connections_per_peer_max=settings.http_connections_per_peer_max,
+            certificate=settings.http_certificate,
+        )
+        operations = None
+        if settings.operations_port:
+            operations = HttpListener(Edge(kit, page, OPERATIONS), port_setting="TAILRACE_GATEWAY_OPERATIONS_PORT")
         reflect = settings.environment == "development"
-        server = EdgeServer(token_identity(identity), http, settings.http_port, kit.draining, reflect=reflect)
+        server = EdgeServer(
+            token_identity(identity),
+            http,
+            settings.http_port,
+            operations,
+            settings.operations_port,
+            kit.draining,
+            reflect=reflect,
+            tls=settings.mutual_tls(),
+        )
         server.add(add_GatewayServiceServicer_to_server, GatewayService(kit), SERVICE_NAME)
         probes = {peer.name: peer.probe for peer in backends.all}
         yield Service(
             server=server,
             port=settings.grpc_port,
-            probes={**probes, "redis": windows.ping, "jwks": keys.probe},
+            probes={**probes, "redis": limiter.ping, "jwks": keys.probe},
             ready=kit.readiness.update,
         )
+
+
+@contextlib.asynccontextmanager
+async def _limits(settings: Settings, limiter: RedisLimiter, backends: Backends, metrics: Metrics) -> AsyncIterator[Limits]:
+    """The limits, whose leases are renewed meanwhile and whose corrections are sent before the end."""
+    fallback = Fallback(settings.replicas, metrics.limits_local.inc, metrics.limits_away.set)
+    limits = Limits(limiter, backends.ledger.entitlements, settings.requests_per_minute_default, fallback)
+    async with _running(limits.renew_forever(), "renew-leases"):
+        yield limits
+    await limits.drain(SETTLE_S)
+
+
+@contextlib.asynccontextmanager
+async def _running(work: Coroutine[Any, Any, None], name: str) -> AsyncIterator[None]:
+    task = asyncio.create_task(work, name=name)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def _backends(settings: Settings, metrics: Metrics) -> contextlib.AbstractAsyncContextManager[Backends]:
@@ -97,7 +183,7 @@ def _backends(settings: Settings, metrics: Metrics) -> contextlib.AbstractAsyncC
         "retrieval": settings.retrieval_target,
         "ledger": settings.ledger_target,
     }
-    return connected(targets, Passport(settings.internal_key.get_secret_value().encode()), metrics)
+    return connected(targets, Passport(settings.internal_key.get_secret_value().encode()), metrics, settings.mutual_tls())
 
 
 @contextlib.asynccontextmanager

@@ -42,8 +42,20 @@ class Recorded:
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """What a subject may use in any 60 s, and at the same time. 0 = no limit of that kind."""
+
+    requests_per_minute: int = 0
+    tokens_per_minute: int = 0
+    concurrent_answers: int = 0
+
+
+NO_LIMITS = Limits()
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """What a user may do. `monthly_budget_nanousd` 0 = none of its own."""
+    """What a user may do. `monthly_budget_nanousd` 0 = none of its own; `answer_deadline_ms` 0 = the orchestrator's default."""
 
     name: str
     requests_per_minute: int
@@ -51,6 +63,9 @@ class Plan:
     concurrent_answers: int
     monthly_budget_nanousd: int
     tiers: tuple[str, ...]
+    tenant_limits: Limits = NO_LIMITS
+    key_limits: Limits = NO_LIMITS
+    answer_deadline_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +101,7 @@ class ApiKey:
     user: str
     name: str
     roles: tuple[str, ...]
+    scopes: tuple[str, ...]
     created_at: datetime
     expires_at: datetime | None
     revoked: bool

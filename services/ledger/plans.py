@@ -3,7 +3,7 @@
 import tomllib
 from importlib import resources
 
-from services.ledger.domain import Plan
+from services.ledger.domain import Limits, Plan
 from services.ledger.prices import nanousd
 
 FREE = "free"
@@ -16,7 +16,7 @@ def listed_plans() -> list[Plan]:
 
 
 def parse_plans(text: str) -> list[Plan]:
-    """Read plans. Raises KeyError for a figure that is missing and ValueError without a free plan."""
+    """Read plans. Raises KeyError for a missing figure, TypeError for an unknown limit, ValueError without a free plan."""
     found = [
         Plan(
             name=name,
@@ -25,6 +25,9 @@ def parse_plans(text: str) -> list[Plan]:
             concurrent_answers=row["concurrent_answers"],
             monthly_budget_nanousd=nanousd(row["monthly_budget_usd"]),
             tiers=tuple(row["tiers"]),
+            tenant_limits=Limits(**row.get("tenant_limits", {})),
+            key_limits=Limits(**row.get("key_limits", {})),
+            answer_deadline_ms=row.get("answer_deadline_ms", 0),
         )
         for name, row in tomllib.loads(text).items()
     ]

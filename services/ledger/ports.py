@@ -163,7 +163,9 @@ class Prices(Protocol):
 class Keys(Protocol):
     """API keys."""
 
-    async def create(self, tenant: str, user: str, name: str, roles: Sequence[str], expires_at: datetime | None) -> tuple[ApiKey, str]:
+    async def create(
+        self, tenant: str, user: str, name: str, roles: Sequence[str], scopes: Sequence[str], expires_at: datetime | None
+    ) -> tuple[ApiKey, str]:
         """Make a key and return it with its secret. Raises Overloaded if the tenant has too many."""
         ...
 

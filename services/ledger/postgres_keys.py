@@ -16,7 +16,7 @@ from services.ledger.postgres_database import Connection, Database
 
 KEYS_OF_TENANT_MAX = 10_000
 SECRET_PATTERN = re.compile(r"trk_([0-9a-f]{16})_[A-Za-z0-9_-]{43}")
-_COLUMNS = "key_id, tenant, user_id, name, roles, created_at, expires_at, revoked_at IS NOT NULL AS revoked"
+_COLUMNS = "key_id, tenant, user_id, name, roles, scopes, created_at, expires_at, revoked_at IS NOT NULL AS revoked"
 
 
 class PostgresKeys:
@@ -25,7 +25,9 @@ class PostgresKeys:
     def __init__(self, database: Database, clock: Clock) -> None:
         self._database, self._clock = database, clock
 
-    async def create(self, tenant: str, user: str, name: str, roles: Sequence[str], expires_at: datetime | None) -> tuple[ApiKey, str]:
+    async def create(
+        self, tenant: str, user: str, name: str, roles: Sequence[str], scopes: Sequence[str], expires_at: datetime | None
+    ) -> tuple[ApiKey, str]:
         key_id = secrets.token_hex(8)
         # 256 random bits need no slow hash: there is nothing to guess.
         secret = f"trk_{key_id}_{secrets.token_urlsafe(32)}"
@@ -36,9 +38,9 @@ class PostgresKeys:
                     raise Overloaded(f"a tenant may have {KEYS_OF_TENANT_MAX} keys")
                 await connection.execute("SELECT ensure_user($1, $2)", tenant, user)
                 return await connection.fetchrow(
-                    "INSERT INTO api_keys (key_id, tenant, user_id, name, roles, secret_sha256, created_at, expires_at)"
-                    f" VALUES ($1, $2, $3, $4, $5, $6, $7, $8) ON CONFLICT (key_id) DO UPDATE SET name = $4 RETURNING {_COLUMNS}",
-                    *(key_id, tenant, user, name, list(roles), _digest(secret), self._clock.now(), expires_at),
+                    "INSERT INTO api_keys (key_id, tenant, user_id, name, roles, scopes, secret_sha256, created_at, expires_at)"
+                    f" VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT (key_id) DO UPDATE SET name = $4 RETURNING {_COLUMNS}",
+                    *(key_id, tenant, user, name, list(roles), list(scopes), _digest(secret), self._clock.now(), expires_at),
                 )
 
         return _key_of(await self._database.run(work)), secret
@@ -65,7 +67,7 @@ class PostgresKeys:
             raise NotAuthenticated("the API key was revoked", cause="revoked")
         if key.expires_at is not None and key.expires_at <= self._clock.now():
             raise NotAuthenticated("the API key has expired", cause="expired")
-        return Principal(key.tenant, key.user, frozenset(key.roles), key.key_id)
+        return Principal(key.tenant, key.user, frozenset(key.roles), key.key_id, frozenset(key.scopes))
 
 
 def _digest(secret: str) -> bytes:
@@ -79,6 +81,7 @@ def _key_of(row: Any) -> ApiKey:
         row["user_id"],
         row["name"],
         tuple(row["roles"]),
+        tuple(row["scopes"]),
         row["created_at"],
         row["expires_at"],
         row["revoked"],

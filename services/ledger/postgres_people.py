@@ -1,14 +1,25 @@
 """Users, plans and subscriptions in PostgreSQL. Budgets and keys have files of their own."""
 
 from collections.abc import Sequence
+from dataclasses import astuple
 from typing import Any
 
 from services.chassis.errors import NotFound
-from services.ledger.domain import Member, Plan
+from services.ledger.domain import Limits, Member, Plan
 from services.ledger.paging import Page
 from services.ledger.postgres_database import Connection, Database
 
-_PLAN = "requests_per_minute, tokens_per_minute, concurrent_answers, monthly_budget_nanousd, tiers"
+PLAN_COLUMNS = (
+    *("requests_per_minute", "tokens_per_minute", "concurrent_answers", "monthly_budget_nanousd", "tiers"),
+    *("tenant_requests_per_minute", "tenant_tokens_per_minute", "tenant_concurrent_answers"),
+    *("key_requests_per_minute", "key_tokens_per_minute", "key_concurrent_answers", "answer_deadline_ms"),
+)
+_PLAN = ", ".join(PLAN_COLUMNS)
+PUT_PLAN = (
+    f"INSERT INTO plans (tenant, name, {_PLAN}) VALUES ({', '.join(f'${number}' for number in range(1, len(PLAN_COLUMNS) + 3))})"
+    f" ON CONFLICT (tenant, name) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in PLAN_COLUMNS)}, updated_at = now()"
+)
+"""Takes what `plan_row` makes."""
 _MEMBER = f"user_id, display_name, created_at, subscribed_at, plan, {_PLAN}"
 
 
@@ -62,13 +73,7 @@ class PostgresPeople:
         return [_plan_of(row) for row in rows]
 
     async def put_plan(self, tenant: str, plan: Plan) -> None:
-        await self._database.value(
-            "INSERT INTO plans (tenant, name, requests_per_minute, tokens_per_minute, concurrent_answers, monthly_budget_nanousd, tiers)"
-            " VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT (tenant, name) DO UPDATE SET requests_per_minute = $3,"
-            " tokens_per_minute = $4, concurrent_answers = $5, monthly_budget_nanousd = $6, tiers = $7, updated_at = now()",
-            *(tenant, plan.name, plan.requests_per_minute, plan.tokens_per_minute, plan.concurrent_answers),
-            *(plan.monthly_budget_nanousd, list(plan.tiers)),
-        )
+        await self._database.value(PUT_PLAN, *plan_row(tenant, plan))
 
     async def subscribe(self, tenant: str, user: str, plan: str) -> Member:
 
@@ -96,6 +101,19 @@ class PostgresPeople:
         )
 
 
+def plan_row(tenant: str, plan: Plan) -> tuple[Any, ...]:
+    """The row of `plan`: tenant, name and PLAN_COLUMNS."""
+    return (
+        *(tenant, plan.name, plan.requests_per_minute, plan.tokens_per_minute, plan.concurrent_answers),
+        *(plan.monthly_budget_nanousd, list(plan.tiers), *astuple(plan.tenant_limits), *astuple(plan.key_limits)),
+        plan.answer_deadline_ms,
+    )
+
+
+def _limits_of(row: Any, scope: str) -> Limits:
+    return Limits(*(row[f"{scope}_{name}"] for name in ("requests_per_minute", "tokens_per_minute", "concurrent_answers")))
+
+
 def _plan_of(row: Any) -> Plan:
     return Plan(
         row["plan"],
@@ -104,6 +122,9 @@ def _plan_of(row: Any) -> Plan:
         row["concurrent_answers"],
         row["monthly_budget_nanousd"],
         tuple(row["tiers"]),
+        _limits_of(row, "tenant"),
+        _limits_of(row, "key"),
+        row["answer_deadline_ms"],
     )
 
 

@@ -12,6 +12,7 @@ import structlog
 
 from services.ledger.plans import listed_plans
 from services.ledger.postgres_database import Connection, Database
+from services.ledger.postgres_people import PUT_PLAN, plan_row
 from services.ledger.postgres_prices import append_price, read_book
 from services.ledger.prices import ALL_TENANTS, ListedPrice, listed_prices
 
@@ -92,16 +93,7 @@ async def apply(connection: Connection, wanted: list[Migration]) -> list[str]:
 
 async def load_plans(connection: Connection) -> None:
     """Make the common plans what plans.toml says."""
-    await connection.executemany(
-        "INSERT INTO plans (tenant, name, requests_per_minute, tokens_per_minute, concurrent_answers, monthly_budget_nanousd, tiers)"
-        " VALUES ('', $1, $2, $3, $4, $5, $6)"
-        " ON CONFLICT (tenant, name) DO UPDATE SET requests_per_minute = $2, tokens_per_minute = $3, concurrent_answers = $4,"
-        " monthly_budget_nanousd = $5, tiers = $6, updated_at = now()",
-        [
-            (p.name, p.requests_per_minute, p.tokens_per_minute, p.concurrent_answers, p.monthly_budget_nanousd, list(p.tiers))
-            for p in listed_plans()
-        ],
-    )
+    await connection.executemany(PUT_PLAN, [plan_row("", plan) for plan in listed_plans()])
 
 
 async def load_prices(connection: Connection, wanted: list[ListedPrice]) -> None:

@@ -51,7 +51,7 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         )
 
         key = settings.internal_key.get_secret_value().encode()
-        server = Server(passport_identity(Passport(key)), reflect=settings.environment != "production")
+        server = Server(passport_identity(Passport(key)), reflect=settings.environment == "development", tls=settings.mutual_tls())
         server.add(register, servicer, SERVICE_NAME)
 
         sweeping = sweep_forever(holds, interval_ms=settings.sweep_interval_ms, grace_ms=settings.sweep_grace_ms)

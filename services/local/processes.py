@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from services.chassis.tls import MutualTls
 from services.local.child import Child
 
 PROBE_TIMEOUT_S = 1.0
@@ -40,11 +41,11 @@ class ServiceProcess(Child):
         return await self._probe()
 
 
-def grpc_health(target: str) -> Probe:
+def grpc_health(target: str, tls: MutualTls | None = None) -> Probe:
     """Asks the standard health service at `target`."""
 
     async def probe() -> bool:
-        async with grpc.aio.insecure_channel(target) as channel:
+        async with grpc.aio.secure_channel(target, tls.channel_credentials()) if tls else grpc.aio.insecure_channel(target) as channel:
             call = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=PROBE_TIMEOUT_S)
             try:
                 response = await call

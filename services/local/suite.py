@@ -78,10 +78,10 @@ class Suite:
 
     def _order(self, logs: Path) -> dict[Child, Sequence[Child]]:
         """Every child with what must be ready before it."""
-        near, settings = self.settings.near_host, self.settings
+        near, settings, tls = self.settings.near_host, self.settings, self.settings.mutual_tls()
 
         def service(name: str, port: int) -> ServiceProcess:
-            return ServiceProcess(name, self._environ, logs / f"{name}.log", grpc_health(f"{near}:{port}"))
+            return ServiceProcess(name, self._environ, logs / f"{name}.log", grpc_health(f"{near}:{port}", tls))
 
         stores = [store for store in (self.postgres, self.valkey) if store is not None]
         ledger = service("ledger", settings.ledger_port)

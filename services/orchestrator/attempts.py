@@ -73,13 +73,13 @@ async def _hold(run: Run, call: _Call, step: StepRecord) -> None:
     """Set the worst case of the call aside. Without that no byte is sent."""
     deadline = current_deadline.get()
     ttl_ms = int(((deadline.remaining_s if deadline else run.kit.limits.deadline_s) + HOLD_MARGIN_S) * 1000)
-    _mark(run, call)  # before the hold, so that there is none that nobody would settle
     reserving = asyncio.create_task(
         run.kit.ledger.reserve(
             run.question.answer_id, call.number, call.candidate, call.prompt.input_tokens_max, call.output_tokens_max, ttl_ms
         ),
         name="reserve",
     )
+    asyncio.get_running_loop().call_soon(_mark, run, call)  # while the hold is on its way, so that nothing waits for it
     try:
         call.hold = await asyncio.shield(reserving)
     except asyncio.CancelledError as error:

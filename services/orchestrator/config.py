@@ -59,6 +59,8 @@ class OrchestratorSettings(ServiceSettings):
     """How long a replica that is silent counts as alive, seconds. Then its answers are ended as interrupted."""
     logs_timeout_s: float = Field(2.0, gt=0, le=30, validation_alias="TAILRACE_ORCHESTRATOR_LOGS_TIMEOUT_S")
     """Longest wait for the shared logs, seconds, besides what a reader waits for news."""
+    logs_bytes_max: int = Field(64 * 1024 * 1024, ge=0, le=2**40, validation_alias="TAILRACE_ORCHESTRATOR_LOGS_BYTES_MAX")
+    """Room in Redis for the logs of ended answers of this replica; beyond it they are kept for half a minute only."""
     logs_kept_s: float = Field(600.0, ge=0, le=86_400, validation_alias="TAILRACE_ORCHESTRATOR_LOGS_KEPT_S")
     """How long they are kept, here and in Redis, seconds."""
     detach_grace_s: float = Field(60.0, ge=0, le=3_600, validation_alias="TAILRACE_ORCHESTRATOR_DETACH_GRACE_S")

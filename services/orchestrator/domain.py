@@ -375,6 +375,8 @@ class LogPart:
     ended: bool = False
     failure: DomainError | None = None
     """Why it ended, unless it ended well. Means nothing while it has not."""
+    brief: bool = False
+    """Whether the log, once it has ended, is kept for a short time only, because there are too many."""
 
 
 LogWord = Literal["taken", "unknown", "fenced"]
@@ -389,6 +391,8 @@ class LogReply:
     word: LogWord
     cancel_asked: bool = False
     """Whether the owner has asked, at another replica, to stop the answer."""
+    followed: bool = False
+    """Whether somebody reads the log at another replica."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from services.chassis.errors import AnswerInterrupted, DomainError, Overloaded, Unavailable
+from services.chassis.errors import AnswerInterrupted, AnswerLogGone, DomainError, Overloaded, Unavailable
 from services.orchestrator.domain import Recorded, SharedAnswer
 from services.orchestrator.log import EventLog, Reader
 from services.orchestrator.ports import SharedLogs
@@ -20,7 +20,7 @@ log = structlog.get_logger(__name__)
 WAIT_S = 1.0
 """How long a read waits for news before the maker of the log is looked at."""
 ABSENCES_MAX = 2
-"""How often in a row the maker must be missing: its sign of life may just have been lost with the store."""
+"""How often in a row the maker, or the log, must be missing: they may just have been lost with the store, and are told to it again."""
 READ_TRIES_MAX = 5
 
 
@@ -107,7 +107,11 @@ class Mirrors:
                 absences = 0
                 continue
             mirror.begun.set()
-            absences = 0 if await self._logs.is_alive(mirror.replica) else absences + 1
+            known = await self._logs.look_up(mirror.answer_id)
+            alive = known is not None and (known.ended or await self._logs.is_alive(mirror.replica))
+            absences = 0 if alive else absences + 1
+            if absences >= ABSENCES_MAX and known is None:
+                raise AnswerLogGone("the events of this answer are no longer kept", answer_id=mirror.answer_id)
             if absences >= ABSENCES_MAX:
                 await self._logs.interrupt(mirror.answer_id, mirror.replica, interrupted(mirror.answer_id))
                 absences = 0

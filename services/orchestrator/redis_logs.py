@@ -21,6 +21,8 @@ READ_EVENTS_MAX = 1_000
 KEY_LIFE_S = 86_400
 """How long an idempotency key stands for its answer."""
 FOLLOWED_S = 10
+BRIEF_S = 30
+"""How long an ended log is kept when there are too many: enough for a browser that lost its line to come back."""
 _DONE = b"-"
 """What the end of a log says if the answer ended well; otherwise it is the failure."""
 
@@ -39,11 +41,11 @@ _APPEND = """
 local replica, tenant, user, life = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local first, over, after = tonumber(ARGV[5]), ARGV[6], ARGV[7]
 local known = redis.call('HMGET', KEYS[1], 'replica', 'end', 'cancel')
-if known[1] and known[1] ~= replica or known[2] then return {'fenced', 0} end
+if known[1] and known[1] ~= replica or known[2] then return {'fenced', 0, 0} end
 local last = 0
 local newest = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)
 if newest[1] then last = tonumber(string.match(newest[1][1], '^%d+')) end
-if last + 1 < first then return {'unknown', 0} end
+if last + 1 < first then return {'unknown', 0, 0} end
 if not known[1] then redis.call('HSET', KEYS[1], 'replica', replica, 'tenant', tenant, 'user', user) end
 for i = 8, #ARGV do
   local sequence = first + i - 8
@@ -59,7 +61,7 @@ if over ~= '' then
 end
 redis.call('EXPIRE', KEYS[1], life)
 redis.call('EXPIRE', KEYS[2], life)
-return {'taken', known[3] and 1 or 0}
+return {'taken', known[3] and 1 or 0, redis.call('EXISTS', KEYS[3])}
 """
 
 _INTERRUPT = """
@@ -120,18 +122,19 @@ class RedisLogs:
             except NoScriptError:  # a restarted Redis has forgotten it
                 await self._client.script_load(_APPEND)
                 replies = await self._append_all(replica, parts)
-        return [LogReply(word.decode(), bool(cancel)) for word, cancel in replies]
+        return [LogReply(word.decode(), bool(cancel), bool(followed)) for word, cancel, followed in replies]
 
     async def _append_all(self, replica: str, parts: Sequence[LogPart]) -> list[Any]:
         async with self._client.pipeline(transaction=False) as pipeline:
             for part in parts:
                 over = b"" if not part.ended else _DONE if part.failure is None else _failure(part.failure)
-                lives = self._running_life_s, self._ended_life_s
+                after_s = min(BRIEF_S, self._ended_life_s) if part.brief else self._ended_life_s
                 pipeline.evalsha(
                     self._append.sha,
-                    2,
+                    3,
                     *_keys(part.answer_id),
-                    *(replica, *part.owner, lives[0], part.first, over, lives[1]),
+                    _followed(part.answer_id),
+                    *(replica, *part.owner, self._running_life_s, part.first, over, after_s),
                     *part.payloads,
                 )
             return list(await pipeline.execute())
@@ -176,11 +179,11 @@ class RedisLogs:
 
     async def follow(self, answer_id: str) -> None:
         async with self._asking():
-            await self._client.set(f"tailrace:followed:{answer_id}", "1", ex=FOLLOWED_S)
+            await self._client.set(_followed(answer_id), "1", ex=FOLLOWED_S)
 
     async def is_followed(self, answer_id: str) -> bool:
         async with self._asking():
-            return bool(await self._client.exists(f"tailrace:followed:{answer_id}"))
+            return bool(await self._client.exists(_followed(answer_id)))
 
     async def cancels(self, replica: str) -> AsyncIterator[str]:
         with _errors_are_unavailable():
@@ -210,6 +213,10 @@ def _errors_are_unavailable() -> Iterator[None]:
 def _keys(answer_id: str) -> tuple[str, str]:
     """Hash and stream of an answer; the braces keep them in one slot of a cluster."""
     return f"tailrace:answer:{{{answer_id}}}", f"tailrace:events:{{{answer_id}}}"
+
+
+def _followed(answer_id: str) -> str:
+    return f"tailrace:followed:{{{answer_id}}}"
 
 
 def _lease(replica: str) -> str:

@@ -6,9 +6,11 @@ What another replica makes is read through a mirror and stopped by asking that r
 
 import asyncio
 import contextlib
+import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from uuid import UUID
 
 import structlog
 
@@ -41,6 +43,8 @@ FOLLOWED_ELSEWHERE_S = 5.0
 RENEW_S = 2.0
 """How often this replica says that it is alive."""
 RENEW_AGAIN_S = 0.2
+YOUNG_S, YOUNG_PAUSE_S = 0.5, 0.02
+"""How long an answer may be under way before every replica knows of it."""
 LISTEN_AGAIN_S = 0.5
 Owner = tuple[str, str]
 Produce = Callable[[Question, EventLog], Awaitable[None]]
@@ -96,8 +100,17 @@ class Registry:
     """Begins, finds, stops and forgets answers. Used from one event loop."""
 
     def __init__(
-        self, produce: Produce, logs: SharedLogs, publisher: Publisher, mirrors: Mirrors, knows: Knows, replica: str, bounds: Bounds
+        self,
+        produce: Produce,
+        logs: SharedLogs,
+        publisher: Publisher,
+        mirrors: Mirrors,
+        knows: Knows,
+        replica: str,
+        bounds: Bounds,
+        now: Callable[[], float] = time.time,
     ) -> None:
+        self._now = now
         self._produce, self._logs, self._publisher, self._mirrors, self._knows = produce, logs, publisher, mirrors, knows
         self._replica, self._bounds = replica, bounds
         self._running: dict[str, Kept] = {}
@@ -145,7 +158,7 @@ class Registry:
         answers, mine = len(self._running) + self._beginning, self._by_user[owner_of(question.principal)]
         most = self._bounds.answers_max if question.priority == "interactive" else int(self._bounds.answers_max * BATCH_SHARE)
         if self._draining:
-            raise Overloaded("this replica is stopping", retry_after_ms=1000)
+            raise Overloaded("this replica is stopping", retry_after_ms=1000, draining="true")
         if answers >= most:
             raise Overloaded("too many answers are being made", retry_after_ms=1000)
         if mine >= self._bounds.answers_per_user_max:
@@ -187,6 +200,9 @@ class Registry:
         if kept is not None and kept.owner == owner:
             return kept
         known = await self._logs.look_up(answer_id)
+        while known is None and 0 <= self._now() - _begun_at(answer_id) < YOUNG_S:
+            await asyncio.sleep(YOUNG_PAUSE_S)  # its replica may only just be making it known
+            known = await self._logs.look_up(answer_id)
         if known is not None and known.owner == owner:
             return Elsewhere(answer_id, known)
         if await self._knows(principal, answer_id):
@@ -325,6 +341,15 @@ class Registry:
         if kept.alarm is not None:
             kept.alarm.cancel()
         self._ended_events -= kept.counted
+
+
+def _begun_at(answer_id: str) -> float:
+    """When an answer of this id began, seconds since 1970, by the clock of its replica: see `rpc.new_answer_id`. 0 for any other id."""
+    try:
+        parsed = UUID(answer_id)
+    except ValueError:
+        return 0.0
+    return (parsed.int >> 80) / 1000 if parsed.version == 7 else 0.0
 
 
 def _stop(kept: Kept, failure: DomainError | None) -> bool:

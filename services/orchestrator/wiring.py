@@ -52,13 +52,14 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
         clock = SystemClock()
         passport = Passport(settings.internal_key.get_secret_value().encode())
         replica = secrets.token_hex(8)
+        tls = settings.mutual_tls()
 
         outbox = await stack.enter_async_context(spool.opened(settings.state_dir / "orchestrator" / "spool.db", settings.spool_records_max))
         books = SpooledBooks(outbox, replica)
 
-        ledger_channel = await stack.enter_async_context(open_channel(settings.ledger_target))
+        ledger_channel = await stack.enter_async_context(open_channel(settings.ledger_target, tls))
         ledger = RemoteLedger(ledger_channel, Caller(settings.ledger_target, passport))
-        retrieval_channel = await stack.enter_async_context(open_channel(settings.retrieval_target))
+        retrieval_channel = await stack.enter_async_context(open_channel(settings.retrieval_target, tls))
         memory = RemoteMemory(retrieval_channel, Caller(settings.retrieval_target, passport))
 
         # No retries here: the cache's own time limit is shorter than they are worth.
@@ -114,7 +115,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             cache_per_user=settings.cache_scope == "user",
         )
         kit = Toolkit(memory, ledger, exact, books, models, after, clock, read_template(), limits)
-        publisher = Publisher(logs, replica, event_bytes)
+        publisher = Publisher(logs, replica, event_bytes, kept_s=settings.logs_kept_s, bytes_max=settings.logs_bytes_max)
         registry = Registry(
             lambda question, events: produce(question, kit, events),
             logs,
@@ -142,7 +143,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
         sender = asyncio.create_task(outbox.drain_forever(ledger.recording), name="spool sender")
         stack.push_async_callback(_ended, sender)
 
-        server = Server(passport_identity(passport), reflect=settings.environment == "development")
+        server = Server(passport_identity(passport), reflect=settings.environment == "development", tls=tls)
         handlers = OrchestratorRpc(
             registry, router, books, clock, output_tokens_default=settings.output_tokens_default, heartbeat_s=settings.heartbeat_s
         )

@@ -61,7 +61,7 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
             buffer=Buffer(settings.ingest_buffer_mib * 1024 * 1024),
         )
         passport = Passport(settings.internal_key.get_secret_value().encode())
-        server = Server(passport_identity(passport), reflect=settings.environment == "development")
+        server = Server(passport_identity(passport), reflect=settings.environment == "development", tls=settings.mutual_tls())
         offer(server, Memory(embedder, registry, answers, searcher), ingestion)
         yield Service(server, settings.port, probes={"qdrant": upkeep.check}, drain=afterwork.drain)
 

@@ -13,7 +13,7 @@ from tailrace.errors import from_rpc_error as to_client_error
 
 PREFIX = "ERROR_REASON_"
 REASONS = [name.removeprefix(PREFIX) for name, number in error_reason_pb2.ErrorReason.items() if number]
-LEAVES = errors.leaves()
+LEAVES = {reason: leaf for reason, leaf in errors.leaves().items() if leaf.__module__ == errors.__name__}
 
 
 class Status(grpc.aio.AioRpcError):

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from services.gateway.identity import Keys, PublishedKeys, SharedSecret, Tokens
 
 MISLABELLED = frozenset({370, 372})
 """370 is called invalid and has nothing wrong in it; 372 is called valid and has a `?` in its header. Their verdicts are swapped."""
-CLAIMS = {"sub": "ada", "tenant": "acme"}
+CLAIMS = {"sub": "ada", "tenant": "acme", "exp": int(time.time()) + 3600}
 
 
 class SignatureOnly:

@@ -23,6 +23,7 @@ from starlette.staticfiles import StaticFiles
 from services.gateway.page import POLICY, STATIC
 
 TOKEN = "e30.eyJzdWIiOiJhZGEiLCJ0ZW5hbnQiOiJhY21lIn0.c2ln"
+WHO = {"user": "ada", "tenant": "acme"}
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 
 
@@ -133,6 +134,9 @@ class FakeGateway:
     def app(self) -> Starlette:
         routes = [
             Route("/", lambda _: FileResponse(STATIC / "index.html")),
+            Route("/v1/session", self._sign_in, methods=["POST"]),
+            Route("/v1/session", self._who),
+            Route("/v1/session", self._sign_out, methods=["DELETE"]),
             Route("/v1/answers", self._ask, methods=["POST"]),
             Route("/v1/answers/{id}/events", self._events),
             Route("/v1/answers/{id}/cancel", self._cancel, methods=["POST"]),
@@ -142,6 +146,21 @@ class FakeGateway:
             Mount("/", StaticFiles(directory=STATIC)),
         ]
         return Starlette(routes=routes)
+
+    async def _sign_in(self, request: Request) -> Response:
+        if (await request.json())["token"] != TOKEN:
+            return _problem(401, _problem_document(401, "NOT_AUTHENTICATED", "A valid token is needed", "The token is not valid"))
+        response = _json(WHO, 201)
+        response.set_cookie("tailrace", TOKEN, max_age=600, httponly=True, samesite="strict")
+        return response
+
+    async def _who(self, request: Request) -> Response:
+        return _unauthenticated(request) or _json(WHO)
+
+    async def _sign_out(self, request: Request) -> Response:
+        response = Response(status_code=204)
+        response.delete_cookie("tailrace", httponly=True, samesite="strict")
+        return response
 
     async def _ask(self, request: Request) -> Response:
         if refused := _unauthenticated(request):
@@ -292,7 +311,8 @@ def _problem(status: int, document: dict[str, Any]) -> Response:
 
 
 def _unauthenticated(request: Request) -> Response | None:
-    if request.headers.get("authorization") == f"Bearer {TOKEN}":
+    own = request.method == "GET" or "x-tailrace-request" in request.headers
+    if own and "authorization" not in request.headers and request.cookies.get("tailrace") == TOKEN:
         return None
     return _problem(401, _problem_document(401, "NOT_AUTHENTICATED", "A valid token is needed", "The token has expired"))
 

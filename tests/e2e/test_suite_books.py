@@ -96,7 +96,7 @@ async def test_a_cancelled_answer_closes_the_provider_at_once_and_is_booked(suit
 
     assert time.monotonic() - asked_at < STOPPED_WITHIN_S
     assert response.status_code == 202
-    assert read.error["reason"] == "ANSWER_CANCELLED"
+    assert read.cancelled["reason"] == "ANSWER_CANCELLED"
     assert (record.state, operation["status"]) == ("client_closed", "cancelled")
     assert (row["input_tokens"], row["estimated"]) == (record.input_tokens, True)
     assert abs(row["output_tokens"] - record.output_tokens) <= max(2, 0.02 * record.output_tokens)

@@ -86,12 +86,15 @@ class FakeRetrieval(retrieval_rpc.RetrievalServiceServicer):
     semantic: dict[str, tuple[retrieval_pb.CachedAnswer, float]] = field(default_factory=dict)
     recalls: list[retrieval_pb.RecallRequest] = field(default_factory=list)
     remembered: list[retrieval_pb.RememberAnswerRequest] = field(default_factory=list)
+    time_left_s: list[float] = field(default_factory=list)
+    """What each recall might take."""
     away: bool = False
 
     async def Recall(self, request: retrieval_pb.RecallRequest, context: grpc.aio.ServicerContext) -> None:
         if self.away:
             raise Unavailable("qdrant is away", dependency="qdrant")
         self.recalls.append(request)
+        self.time_left_s.append(context.time_remaining())
         await context.write(retrieval_pb.RecallResponse(started=retrieval_pb.RecallStarted(collection_epoch=self.epoch)))
         if request.HasField("held_epoch") and request.held_epoch == self.epoch:
             return

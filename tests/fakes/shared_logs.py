@@ -18,6 +18,7 @@ class Kept:
     ended: bool = False
     failure: DomainError | None = None
     cancel: bool = False
+    brief: bool = False
 
 
 @dataclass
@@ -66,7 +67,7 @@ class MemoryLogs:
         if kept is None:
             kept = self.answers[part.answer_id] = Kept(part.owner, replica)
         kept.events += part.payloads[len(kept.events) + 1 - part.first :]
-        kept.ended, kept.failure = part.ended, part.failure
+        kept.ended, kept.failure, kept.brief = part.ended, part.failure, part.brief
         return LogReply("taken", kept.cancel)
 
     async def look_up(self, answer_id: str) -> SharedAnswer | None:

@@ -318,6 +318,37 @@ async def test_deadline_ends_an_answer_that_is_never_silent(tmp_path: Path, valk
         assert (await running.records())[0].state == "client_closed"
 
 
+async def test_deadline_of_the_request_reaches_every_hop(claude: World) -> None:
+    """Whether it comes as a field or as the call's own: retrieval gets less than it, the provider is cut at it, and the reader is told."""
+    claude.behave(tokens=1000, tokens_per_s=100)
+    for fields, call_s in (({"deadline_ms": 700}, 60.0), ({}, 0.9)):
+        reply, began = Reply(), time.monotonic()
+        request = pb.AnswerRequest(question=QUESTION, cache=pb.CACHE_MODE_OFF, **fields)
+        with pytest.raises(DeadlineTooShort) as ended:
+            async with claude.caller.stream(claude.stub.Answer, request, timeout_s=call_s, principal=ALICE) as events:
+                async for event in events:
+                    reply.events.append(event)
+        assert ended.value.metadata["step"] == "generate"
+        assert 0.5 < time.monotonic() - began < 0.9
+        assert claude.retrieval.time_left_s[-1] < 0.75
+        assert (await claude.booked(reply.answer_id)).usage.output_tokens > 0
+    assert [record.state for record in await claude.records()] == ["client_closed"] * 2
+
+
+async def test_no_work_starts_when_what_is_left_cannot_suffice(claude: World) -> None:
+    """A call that is too short is refused at once; one whose time ran out on the way asks no provider."""
+    with pytest.raises(DeadlineTooShort):
+        async with claude.caller.stream(claude.stub.Answer, pb.AnswerRequest(question=QUESTION), timeout_s=0.2, principal=ALICE) as events:
+            async for _ in events:
+                pass
+    with pytest.raises(DeadlineTooShort) as ended:
+        await claude.ask(QUESTION, cache=pb.CACHE_MODE_OFF, deadline_ms=90)
+
+    assert ended.value.metadata["step"] in ("generate", "recall", "passages")
+    assert await claude.records() == []
+    assert not claude.ledger.holds
+
+
 async def test_record_waits_on_disk_while_the_ledger_is_away(claude: World) -> None:
     """The answer ends well, its record is durable, and the ledger has it once when it is back."""
     claude.behave(tokens=30, tokens_per_s=100)

@@ -1,5 +1,6 @@
 """Stores that go away and services that are killed: what is asked meanwhile fails by type; afterwards all works and nothing is lost."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -124,27 +125,84 @@ async def test_answers_that_end_while_the_ledger_is_away_are_booked_when_it_retu
     assert [(row["input_tokens"], row["output_tokens"]) for row in rows] == [(record.input_tokens, 60)]
 
 
-async def test_an_answer_whose_orchestrator_is_killed_ends_in_one_error_and_is_paid(suite: Suite, client: httpx.AsyncClient) -> None:
-    """kill -9 in the middle of a stream: the reader is told, and when the hold has run out it is booked, not given back."""
-    await suite.provider.behave(Behaviour(tokens=2000, tokens_per_s=50))
+async def test_an_answer_whose_orchestrator_is_killed_is_interrupted_and_paid(suite: Suite, client: httpx.AsyncClient) -> None:
+    """kill -9 in the middle of a stream: the reader is told so by type, what was used is booked from the last mark, what was shown can be
+    read again, and the same key begins anew."""
+    await suite.provider.behave(Behaviour(tokens=2000, tokens_per_s=100))
     body = {"question": "What does Anselm tell of the ferry and its chain?", "cache": "off", "max_output_tokens": 4000}
+    key = {"idempotency-key": "killed-in-the-middle"}
     read = Streamed()
-    async with client.stream("POST", "/v1/answers", json=body) as response:
+    async with client.stream("POST", "/v1/answers", json=body, headers=key) as response:
         async for event in events(response):
             read.events.append(event)
-            if event.name == "delta" and "orchestrator" in suite.processes:
+            if len(read.data("delta")) > 100 and "orchestrator" in suite.processes:
                 await suite.kill("orchestrator")
-    await suite.start("orchestrator")
-    (held,) = await suite.rows("SELECT * FROM holds WHERE operation_id = $1::uuid", read.answer_id)
-    await suite.rows("UPDATE holds SET expires_at = now() WHERE hold_id = $1 RETURNING 1", held["hold_id"])
+                await suite.start("orchestrator")
+    (record,) = await suite.provider.records()
+    assert read.error["reason"] == "ANSWER_INTERRUPTED"
+    assert record.state == "client_closed"
 
     async def probe() -> Any:
-        return await suite.rows("SELECT * FROM holds WHERE hold_id = $1 AND state <> 'reserved'", held["hold_id"])
+        return await suite.rows("SELECT * FROM holds WHERE operation_id = $1::uuid AND state = 'settled'", read.answer_id)
 
     (hold,) = await until(probe)
-    (record,) = await suite.provider.records()
+    (operation,) = await suite.rows("SELECT * FROM operations WHERE operation_id = $1::uuid", read.answer_id)
+    assert (operation["status"], operation["error_reason"], operation["estimated"]) == ("failed", "ANSWER_INTERRUPTED", True)
+    assert record.output_tokens >= hold["output_tokens"] >= len(read.data("delta")) - 64 - 10
+    assert hold["input_tokens"] > 0
 
-    assert read.error["retryable"] is True
-    assert record.state == "client_closed"
-    assert (hold["state"], hold["estimated"]) == ("expired", True)
-    assert hold["cost_nanousd"] == hold["amount_nanousd"] > 0
+    again = Streamed()
+    async with client.stream("GET", f"/v1/answers/{read.answer_id}/events") as response:
+        again.events = [event async for event in events(response)]
+    assert again.error["reason"] == "ANSWER_INTERRUPTED"
+    assert again.events[:-1] == read.events[: len(again.events) - 1]
+    assert len(again.data("delta")) >= len(read.data("delta")) - 64
+
+    await suite.provider.behave(Behaviour(tokens=5))
+    async with client.stream("POST", "/v1/answers", json=body, headers=key) as response:
+        anew = Streamed([event async for event in events(response)])
+    assert anew.done["answer_id"] != read.answer_id
+
+
+async def test_an_orchestrator_that_must_stop_tells_its_readers_and_exits_in_order(suite: Suite, client: httpx.AsyncClient) -> None:
+    """SIGTERM: a short answer ends well, one that outlives the grace is interrupted by type while its reader is still connected, both
+    are booked, and the exit code is 0."""
+    await suite.stop("orchestrator")
+    await suite.until_ready(ready=False)
+    await suite.start("orchestrator", TAILRACE_DRAIN_GRACE_MS="3000")
+    await suite.until_ready()
+    await suite.provider.behave(Behaviour(tokens=30, tokens_per_s=30), contains="the short one")
+    await suite.provider.behave(Behaviour(tokens=2000, tokens_per_s=50), contains="the long one")
+
+    async def read(question: str, began: asyncio.Event) -> Streamed:
+        answer = Streamed()
+        body = {"question": question, "cache": "off", "max_output_tokens": 4000}
+        async with client.stream("POST", "/v1/answers", json=body) as response:
+            async for event in events(response):
+                answer.events.append(event)
+                if event.name == "delta":
+                    began.set()
+        return answer
+
+    begun = [asyncio.Event(), asyncio.Event()]
+    readers = [
+        asyncio.create_task(read(f"Who is on the ferry, {name}?", event))
+        for name, event in zip(("the short one", "the long one"), begun, strict=True)
+    ]
+    for event in begun:
+        await event.wait()
+    code = await suite.stop("orchestrator")
+    await suite.start("orchestrator")
+    ended, interrupted = [await reader for reader in readers]
+
+    assert code == 0
+    assert ended.done["usage"]["output_tokens"] == "30"
+    assert interrupted.error["reason"] == "ANSWER_INTERRUPTED"
+    for answer, status in ((ended, "done"), (interrupted, "failed")):
+        rows = await until(lambda: suite.rows("SELECT status FROM operations WHERE operation_id = $1::uuid", answer.answer_id))  # noqa: B023
+        assert [row["status"] for row in rows] == [status]
+
+    async def none_held() -> bool:
+        return await suite.rows("SELECT 1 FROM holds WHERE state = 'reserved'") == []
+
+    await until(none_held)

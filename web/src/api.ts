@@ -1,5 +1,6 @@
 // Calls to the gateway. Every refusal becomes a ProblemError; a network failure stays the TypeError that fetch throws.
-import { bearerToken, signOut } from "./identity";
+import { expire, OWN_REQUEST } from "./identity";
+import { readProblem } from "./problem";
 import type { DocumentPage, Problem } from "./wire";
 
 export class ProblemError extends Error {
@@ -64,23 +65,10 @@ export function problemOf(error: unknown): Problem {
 }
 
 async function call(path: string, init: RequestInit): Promise<Response> {
-  const headers = new Headers(init.headers);
-  headers.set("authorization", `Bearer ${bearerToken()}`);
-  const response = await fetch(path, { ...init, headers, cache: "no-store" });
+  const response = await fetch(path, { ...init, headers: { ...(init.headers as Record<string, string>), ...OWN_REQUEST }, cache: "no-store" });
   if (response.ok) return response;
   const problem = await readProblem(response);
-  if (response.status === 401) signOut(problem.detail ?? problem.title);
+  if (response.status === 401) expire(problem.detail ?? problem.title);
   const retryAfter = Number(response.headers.get("retry-after"));
   throw new ProblemError(problem, retryAfter > 0 ? retryAfter : undefined);
-}
-
-async function readProblem(response: Response): Promise<Problem> {
-  const fallback: Problem = { title: `The gateway answered ${response.status}`, status: response.status };
-  const traceId = response.headers.get("x-trace-id");
-  if (traceId) fallback.trace_id = traceId;
-  try {
-    return { ...fallback, ...((await response.json()) as Partial<Problem>) };
-  } catch {
-    return fallback;
-  }
 }

@@ -15,7 +15,7 @@ export function bringBack(): void {
 
 export function leave(): void {
   forget();
-  signOut();
+  void signOut();
 }
 
 function forget(): void {

@@ -1,63 +1,88 @@
-// Who uses the page: one bearer token, for this tab only. The token is never put into an address, a cookie or the page itself.
+// Who uses the page. The token goes to the gateway once and comes back as a cookie that no script can read; nothing here keeps it.
 import { computed, signal } from "@preact/signals";
+import { readProblem } from "./problem";
 
-const KEY = "tailrace.token";
+export interface Bearer {
+  user: string;
+  tenant: string;
+}
 
-const token = signal(takeFromFragment() ?? sessionStorage.getItem(KEY) ?? "");
+/** What the gateway says about the person; undefined while nobody is signed in. */
+export const bearer = signal<Bearer | undefined>(undefined);
 
 /** Why the person has to sign in again; empty on a first visit. */
 export const signInNotice = signal("");
 
-export const signedIn = computed(() => token.value !== "");
-
-/** What the token says about its bearer. For display only: the gateway decides. */
-export const bearer = computed(() => claims(token.value));
+export const signedIn = computed(() => bearer.value !== undefined);
 
 /** Whose the page's content is; empty while nobody is signed in. */
-export const owner = computed(() => {
-  if (!signedIn.value) return "";
-  return bearer.value ? `${bearer.value.tenant}/${bearer.value.user}` : token.value;
-});
+export const owner = computed(() => (bearer.value ? `${bearer.value.tenant}/${bearer.value.user}` : ""));
 
-export function bearerToken(): string {
-  return token.peek();
+/** A request of another site cannot carry this header. */
+export const OWN_REQUEST = { "x-tailrace-request": "page" };
+
+/** Takes the token that the address brought, or goes on with the session that is there. Resolves once it is known who it is. */
+export async function begin(): Promise<void> {
+  const token = takeFromFragment();
+  if (token) return signIn(token);
+  try {
+    const response = await fetch("/v1/session", { cache: "no-store", headers: OWN_REQUEST });
+    if (response.ok) bearer.value = (await response.json()) as Bearer;
+  } catch {
+    signInNotice.value = UNREACHABLE;
+  }
 }
 
-export function signIn(value: string): void {
-  sessionStorage.setItem(KEY, value);
-  signInNotice.value = "";
-  token.value = value;
+export async function signIn(token: string): Promise<void> {
+  try {
+    const response = await fetch("/v1/session", {
+      method: "POST",
+      cache: "no-store",
+      headers: { ...OWN_REQUEST, "content-type": "application/json" },
+      body: JSON.stringify({ token }),
+    });
+    if (response.ok) {
+      signInNotice.value = "";
+      bearer.value = (await response.json()) as Bearer;
+      return;
+    }
+    const problem = await readProblem(response);
+    expire(problem.detail ?? problem.title);
+  } catch {
+    expire(UNREACHABLE);
+  }
 }
 
-export function signOut(notice = ""): void {
-  sessionStorage.removeItem(KEY);
+/** The session ended by itself: the cookie is of no use any more. */
+export function expire(notice: string): void {
   signInNotice.value = notice;
-  token.value = "";
+  bearer.value = undefined;
+}
+
+/** Takes the cookie away. If that did not reach the gateway, the person is told, because the next visit would find it. */
+export async function signOut(): Promise<void> {
+  bearer.value = undefined;
+  try {
+    const response = await fetch("/v1/session", { method: "DELETE", headers: OWN_REQUEST });
+    signInNotice.value = response.ok ? "" : NOT_SIGNED_OUT;
+  } catch {
+    signInNotice.value = NOT_SIGNED_OUT;
+  }
 }
 
 // Opening the printed address in a tab that shows the page already changes nothing but the fragment.
 window.addEventListener("hashchange", () => {
-  const taken = takeFromFragment();
-  if (taken) signIn(taken);
+  const token = takeFromFragment();
+  if (token) void signIn(token);
 });
 
 /** `tailrace up` prints an address that ends in `#token=…`; a fragment is not sent to any server, and it leaves the address bar here. */
-function takeFromFragment(): string | null {
+function takeFromFragment(): string {
   const found = /^#token=(.+)$/.exec(location.hash)?.[1];
-  if (!found) return null;
+  if (!found) return "";
   history.replaceState(null, "", location.pathname + location.search);
-  const value = decodeURIComponent(found);
-  sessionStorage.setItem(KEY, value);
-  return value;
+  return decodeURIComponent(found);
 }
 
-function claims(value: string): { user: string; tenant: string } | undefined {
-  try {
-    const payload = (value.split(".")[1] ?? "").replace(/-/g, "+").replace(/_/g, "/");
-    const bytes = Uint8Array.from(atob(payload), (character) => character.charCodeAt(0));
-    const { sub, tenant } = JSON.parse(new TextDecoder().decode(bytes)) as Record<string, unknown>;
-    return { user: String(sub ?? ""), tenant: String(tenant ?? "") };
-  } catch {
-    return undefined;
-  }
-}
+const UNREACHABLE = "The gateway cannot be reached. Check that Tailrace is running, then try again.";
+const NOT_SIGNED_OUT = "Signing out did not reach the gateway. Sign in and out again before you leave this browser to somebody else.";

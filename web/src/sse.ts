@@ -1,4 +1,4 @@
-// Server-sent events over fetch, because EventSource cannot send an Authorization header.
+// Server-sent events over fetch, because EventSource can neither ask a question nor tell a refusal from a broken connection.
 
 export interface ServerEvent {
   name: string;

@@ -14,9 +14,10 @@ class Writer(Protocol):
 
 
 def admin() -> Principal:
-    """The caller, who must be an admin. Raises NotAllowed."""
+    """The caller, who must be an admin, and not by a key that was narrowed to something else. Raises NotAllowed."""
     principal = current_principal()
     principal.require("admin")
+    principal.require_scope("admin")
     return principal
 
 

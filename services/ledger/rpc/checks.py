@@ -10,7 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.chassis.errors import NotFound, RequestInvalid
 from services.chassis.money import Usage
-from services.chassis.principal import ROLES
+from services.chassis.principal import ROLES, SCOPES
 from services.chassis.wire import usage_value
 from tailrace.common.v1 import common_pb2
 
@@ -107,3 +107,8 @@ def usage(message: common_pb2.Usage, field: str) -> Usage:
 def roles(values: Collection[str], field: str) -> tuple[str, ...]:
     between(len(values), field, 0, 16)
     return tuple(sorted({one_of(value, field, sorted(ROLES)) for value in values}))
+
+
+def scopes(values: Collection[str], field: str) -> tuple[str, ...]:
+    between(len(values), field, 0, 16)
+    return tuple(sorted({one_of(value, field, sorted(SCOPES)) for value in values}))

@@ -7,7 +7,22 @@ from datetime import datetime
 from services.chassis.errors import RequestInvalid
 from services.chassis.money import Price
 from services.chassis.wire import price_message, price_value, timestamp, usage_message
-from services.ledger.domain import ApiKey, Attempt, Budget, CacheFacts, Citation, Member, Operation, Plan, Session, Step, Turn, UsageRow
+from services.ledger.domain import (
+    NO_LIMITS,
+    ApiKey,
+    Attempt,
+    Budget,
+    CacheFacts,
+    Citation,
+    Limits,
+    Member,
+    Operation,
+    Plan,
+    Session,
+    Step,
+    Turn,
+    UsageRow,
+)
 from services.ledger.prices import ListedPrice
 from services.ledger.rpc import checks
 from tailrace.common.v1 import common_pb2
@@ -37,6 +52,19 @@ def plan_message(plan: Plan) -> pb.Plan:
         concurrent_answers=plan.concurrent_answers,
         monthly_budget_nanousd=plan.monthly_budget_nanousd,
         tiers=plan.tiers,
+        tenant_limits=_limits_message(plan.tenant_limits),
+        key_limits=_limits_message(plan.key_limits),
+        answer_deadline_ms=plan.answer_deadline_ms,
+    )
+
+
+def _limits_message(limits: Limits) -> pb.Limits | None:
+    if limits == NO_LIMITS:
+        return None
+    return pb.Limits(
+        requests_per_minute=limits.requests_per_minute,
+        tokens_per_minute=limits.tokens_per_minute,
+        concurrent_answers=limits.concurrent_answers,
     )
 
 
@@ -49,6 +77,17 @@ def plan_value(message: pb.Plan) -> Plan:
         checks.between(message.concurrent_answers, "plan.concurrent_answers", 1, 10_000),
         checks.between(message.monthly_budget_nanousd, "plan.monthly_budget_nanousd", 0, checks.MONEY_MAX),
         tuple(dict.fromkeys(checks.text(tier, "plan.tiers", 64, empty=False) for tier in message.tiers)),
+        _limits_value(message.tenant_limits, "plan.tenant_limits"),
+        _limits_value(message.key_limits, "plan.key_limits"),
+        checks.between(message.answer_deadline_ms, "plan.answer_deadline_ms", 0, 3_000_000),
+    )
+
+
+def _limits_value(message: pb.Limits, field: str) -> Limits:
+    return Limits(
+        checks.between(message.requests_per_minute, f"{field}.requests_per_minute", 0, 10_000_000),
+        checks.between(message.tokens_per_minute, f"{field}.tokens_per_minute", 0, 100_000_000_000),
+        checks.between(message.concurrent_answers, f"{field}.concurrent_answers", 0, 100_000),
     )
 
 
@@ -79,6 +118,7 @@ def key_message(key: ApiKey) -> pb.ApiKey:
         name=key.name,
         user=key.user,
         roles=key.roles,
+        scopes=key.scopes,
         created_at=timestamp(key.created_at),
         expires_at=timestamp(key.expires_at) if key.expires_at else None,
         revoked=key.revoked,

@@ -1,8 +1,8 @@
 """The RPCs about users, plans, subscriptions and API keys. Validate, call, translate."""
 
 from services.chassis.clock import Clock
-from services.chassis.errors import RequestInvalid
-from services.chassis.principal import current_principal
+from services.chassis.errors import NotAllowed, RequestInvalid
+from services.chassis.principal import Principal, current_principal
 from services.chassis.telemetry import span
 from services.ledger.paging import key_of, token_of
 from services.ledger.ports import Keys, People
@@ -78,11 +78,13 @@ class PeopleRpcs:
         principal = admin()
         name, user = checks.text(request.name, "name", 128, empty=False), checks.text(request.user, "user", 256, empty=False)
         roles = checks.roles(request.roles, "roles") or ("service",)
+        scopes = checks.scopes(request.scopes, "scopes")
+        _may_grant(principal, roles, scopes)
         expires_at = checks.moment(request.expires_at, "expires_at") if request.HasField("expires_at") else None
         if expires_at is not None and expires_at <= self._clock.now():
             raise RequestInvalid("the key would have expired already", field="expires_at", bound="in the future")
         with span("ledger.create_key"):
-            key, secret = await self._keys.create(principal.tenant, user, name, roles, expires_at)
+            key, secret = await self._keys.create(principal.tenant, user, name, roles, scopes, expires_at)
         return pb.CreateApiKeyResponse(key=messages.key_message(key), secret=secret)
 
     async def ListApiKeys(self, _: pb.ListApiKeysRequest, context: Writer) -> None:
@@ -103,6 +105,21 @@ class PeopleRpcs:
         secret = checks.text(request.secret, "secret", 256, empty=False)
         with span("ledger.resolve_key"):
             found = await self._keys.resolve(secret)
-        principal = common_pb2.Principal(tenant=found.tenant, user=found.user, roles=sorted(found.roles), api_key_id=found.api_key_id)
+        principal = common_pb2.Principal(
+            tenant=found.tenant,
+            user=found.user,
+            roles=sorted(found.roles),
+            api_key_id=found.api_key_id,
+            scopes=sorted(found.scopes),
+        )
         principal.issued_at.FromDatetime(self._clock.now())
         return pb.ResolveApiKeyResponse(principal=principal)
+
+
+def _may_grant(granter: Principal, roles: tuple[str, ...], scopes: tuple[str, ...]) -> None:
+    """Raise NotAllowed if the key would be able to do more than its maker. `service` says what a caller is and adds nothing at the edge."""
+    if lacking := set(roles) - granter.roles - {"service"}:
+        role = min(lacking)
+        raise NotAllowed(f"the role {role} is not yours to give", field="roles", needs=role)
+    if granter.scopes and not (scopes and granter.scopes.issuperset(scopes)):
+        raise NotAllowed("the scopes are wider than those of the key that makes them", field="scopes")

@@ -10,6 +10,7 @@ from services.chassis.errors import NotFound, RequestInvalid
 from services.chassis.passport import Passport
 from services.chassis.principal import Principal, current_principal
 from services.chassis.server import Server, passport_identity
+from services.chassis.tls import MutualTls
 from tailrace.common.v1 import common_pb2 as common
 from tailrace.ledger.v1 import ledger_service_pb2 as ledger
 from tailrace.ledger.v1.ledger_service_pb2_grpc import LedgerServiceServicer, add_LedgerServiceServicer_to_server
@@ -17,6 +18,7 @@ from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
 from tailrace.orchestrator.v1.orchestrator_service_pb2_grpc import OrchestratorServiceServicer, add_OrchestratorServiceServicer_to_server
 from tailrace.retrieval.v1 import retrieval_service_pb2 as retrieval
 from tailrace.retrieval.v1.retrieval_service_pb2_grpc import RetrievalServiceServicer, add_RetrievalServiceServicer_to_server
+from tests.certificates import Files
 
 KEY = b"an-internal-key-for-tests"
 ANSWER = "0195f2a0-0000-7000-8000-000000000001"
@@ -185,6 +187,8 @@ class FakeLedger(LedgerServiceServicer):
     def __init__(self, seen: Seen) -> None:
         self.seen = seen
         self.requests_per_minute = 1_000_000
+        self.plan = ledger.Plan()
+        """What the plan gives besides requests."""
         self.keys: dict[str, Principal] = {}
         self.watched: Script = []
         self.usage: list[Any] = []
@@ -192,7 +196,9 @@ class FakeLedger(LedgerServiceServicer):
 
     async def GetEntitlements(self, request: Any, context: Any) -> Any:
         self.seen.note("GetEntitlements", request)
-        return ledger.GetEntitlementsResponse(plan=ledger.Plan(name="free", requests_per_minute=self.requests_per_minute))
+        reply = ledger.GetEntitlementsResponse(plan=self.plan)
+        reply.plan.MergeFrom(ledger.Plan(name="free", requests_per_minute=self.requests_per_minute))
+        return reply
 
     async def ResolveApiKey(self, request: Any, context: Any) -> Any:
         self.seen.note("ResolveApiKey", request)
@@ -200,7 +206,13 @@ class FakeLedger(LedgerServiceServicer):
         owner = self.keys.get(request.secret)
         if owner is None:
             return ledger.ResolveApiKeyResponse()
-        principal = common.Principal(tenant=owner.tenant, user=owner.user, roles=sorted(owner.roles), api_key_id=owner.api_key_id)
+        principal = common.Principal(
+            tenant=owner.tenant,
+            user=owner.user,
+            roles=sorted(owner.roles),
+            api_key_id=owner.api_key_id,
+            scopes=sorted(owner.scopes),
+        )
         return ledger.ResolveApiKeyResponse(principal=principal)
 
     async def GetOperation(self, request: Any, context: Any) -> Any:
@@ -310,9 +322,10 @@ class Behind:
         """Take a service away."""
         await self.servers.pop(name).stop(0, 0)
 
-    async def start(self, name: str) -> None:
-        """Bring a service (back) to its port."""
-        server = Server(passport_identity(Passport(KEY)), reflect=False)
+    async def start(self, name: str, files: Files | None = None) -> None:
+        """Bring a service (back) to its port; with `files` it takes calls over mutual TLS alone."""
+        tls = MutualTls.read(files.certificate, files.key, files.authority) if files else None
+        server = Server(passport_identity(Passport(KEY)), reflect=False, tls=tls)
         register, servicer = _SERVICES[name]
         server.add(register, getattr(self, name), servicer)
         self.ports[name] = await server.start("127.0.0.1", self.ports.get(name, 0))

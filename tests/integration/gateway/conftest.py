@@ -59,7 +59,9 @@ async def shared_front(valkey: Valkey, tmp_path_factory: pytest.TempPathFactory)
     state_dir = tmp_path_factory.mktemp("gateway")
     issuer = Issuer(state_dir)
     async with running_behind() as behind:
-        settings = settings_for(behind, state_dir, valkey.url, TAILRACE_HEARTBEAT_S="0.2", TAILRACE_BODY_STALL_S="0.5")
+        # This loop stands still between two tests, which looks like lag.
+        timing = {"TAILRACE_HEARTBEAT_S": "0.2", "TAILRACE_BODY_STALL_S": "0.5", "TAILRACE_GATEWAY_LOOP_LAG_MAX_S": "60"}
+        settings = settings_for(behind, state_dir, valkey.url, **timing)
         async with build(settings) as service, started(service, "127.0.0.1") as grpc_port:
             assert isinstance(service.server, EdgeServer)
             yield Front(behind, issuer, service.server.http.port, grpc_port, state_dir / "dev-jwks.json")
@@ -76,6 +78,7 @@ def front(shared_front: Front) -> Front:
     behind.retrieval.hits, behind.retrieval.documents, behind.retrieval.broken_off = [], [], 0
     behind.ledger.watched, behind.ledger.usage, behind.ledger.keys = [], [], {}
     behind.ledger.requests_per_minute = 1_000_000
+    behind.ledger.plan.Clear()
     return shared_front
 
 

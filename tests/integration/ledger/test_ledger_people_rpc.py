@@ -3,6 +3,7 @@
 import asyncio
 import uuid
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,13 @@ from tests.integration.ledger.ledger_kit import RECORDER, Ledger, operation
 TEAM = pb.Plan(
     name="team", requests_per_minute=7, tokens_per_minute=70, concurrent_answers=3, monthly_budget_nanousd=0, tiers=["fast", "smart"]
 )
+
+
+def put_plan(**figures: Any) -> pb.PutPlanRequest:
+    """A good plan but for `figures`."""
+    plan = pb.Plan(**figures)
+    plan.MergeFrom(TEAM)
+    return pb.PutPlanRequest(plan=plan)
 
 
 async def plan_of(ledger: Ledger, principal: Principal) -> pb.Plan:
@@ -62,6 +70,22 @@ async def test_a_tenants_plan_is_its_own(ledger: Ledger, ann: Principal, boss: P
     assert names == {"ann": ["enterprise", "free", "pro", "team"], "eve": ["enterprise", "free", "pro"]}
     with pytest.raises(NotFound):
         await ledger.ask("PutSubscription", pb.PutSubscriptionRequest(user="eve", plan="team"), stranger)
+
+
+async def test_a_plan_keeps_the_limits_of_tenant_and_keys_and_its_deadline(ledger: Ledger, ann: Principal, boss: Principal) -> None:
+    """Each figure in its own place, in force with the next question, listed as put, and taken back by a plan without them."""
+    plan = pb.Plan()
+    plan.CopyFrom(TEAM)
+    plan.tenant_limits.CopyFrom(pb.Limits(requests_per_minute=10_000_000, tokens_per_minute=100_000_000_000, concurrent_answers=100_000))
+    plan.key_limits.CopyFrom(pb.Limits(requests_per_minute=1, tokens_per_minute=2, concurrent_answers=3))
+    plan.answer_deadline_ms = 3_000_000
+    await ledger.ask("PutPlan", pb.PutPlanRequest(plan=plan), boss)
+    await ledger.ask("PutSubscription", pb.PutSubscriptionRequest(user="ann", plan="team"), boss)
+
+    assert await plan_of(ledger, ann) == plan
+    assert plan in [row.plan for row in await ledger.rows("ListPlans", pb.ListPlansRequest(), boss)]
+    await ledger.ask("PutPlan", pb.PutPlanRequest(plan=TEAM), boss)
+    assert await plan_of(ledger, ann) == TEAM
 
 
 async def test_users_are_listed_in_pages(ledger: Ledger, boss: Principal) -> None:
@@ -251,6 +275,10 @@ async def test_a_plain_user_may_not(ledger: Ledger, ann: Principal, method: str,
         ("PutPlan", pb.PutPlanRequest(plan=pb.Plan(name="Free!", tiers=["t"])), "plan.name"),
         ("PutPlan", pb.PutPlanRequest(plan=pb.Plan(name="x", tiers=["t"])), "plan.requests_per_minute"),
         ("PutPlan", pb.PutPlanRequest(plan=pb.Plan(name="x")), "plan.tiers"),
+        ("PutPlan", put_plan(tenant_limits=pb.Limits(requests_per_minute=-1)), "plan.tenant_limits.requests_per_minute"),
+        ("PutPlan", put_plan(tenant_limits=pb.Limits(tokens_per_minute=100_000_000_001)), "plan.tenant_limits.tokens_per_minute"),
+        ("PutPlan", put_plan(key_limits=pb.Limits(concurrent_answers=100_001)), "plan.key_limits.concurrent_answers"),
+        ("PutPlan", put_plan(answer_deadline_ms=3_000_001), "plan.answer_deadline_ms"),
         ("PutSubscription", pb.PutSubscriptionRequest(user="a", plan=""), "plan"),
         ("PutBudget", pb.PutBudgetRequest(scope="world", subject="a", period="day"), "scope"),
         ("PutBudget", pb.PutBudgetRequest(scope="user", subject="", period="day"), "subject"),

@@ -169,3 +169,21 @@ async def test_killed_process_has_kept_every_record_it_said_it_kept(tmp_path: Pa
 
     missing = set(said[:-1]) - set(books.booked.values())
     assert not missing
+
+
+async def test_marks_that_a_dead_process_left_are_records(tmp_path: Path) -> None:
+    """The latest of each that had no final record, under the name of the process that made it; each is sent once."""
+    books, path = Books(), tmp_path / "spool.db"
+    async with opened(path, 10) as spool:
+        spool.mark("done", "r1", b"half")
+        spool.mark("cut", "r1", b"a little")
+        spool.mark("cut", "r1", b"more")
+        await spool.append("done", b"whole")
+        assert spool.interrupted == []
+    async with opened(path, 10) as spool, draining(spool, books):
+        assert spool.interrupted == [("cut", "r1")]
+        assert await spool.flush(5) == 0
+    async with opened(path, 10) as spool:
+        assert (spool.interrupted, spool.depth) == ([], 0)
+
+    assert list(books.booked.values()) == [b"whole", b"more"]

@@ -24,6 +24,13 @@ NOW = int(time.time())
 CLAIMS = {"iss": "issuer", "aud": "tailrace", "sub": "ada", "tenant": "acme", "exp": NOW + 36_000}
 
 
+class Unrevoked:
+    """No token was revoked."""
+
+    async def holds(self, tenant: str, user: str, token_id: str, issued_at: float) -> bool:
+        return False
+
+
 def b64(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
@@ -287,7 +294,7 @@ async def test_an_api_key_is_asked_about_once_in_a_while() -> None:
             raise NotFound("none")
         return Principal("acme", "robot", frozenset({"service"}), "k-1") if secret == "trk_good" else None
 
-    who = Identity(tokens(), resolve)
+    who = Identity(tokens(), resolve, Unrevoked())
     with pytest.raises(Unavailable):
         await who.principal("trk_good")
     for _ in range(3):

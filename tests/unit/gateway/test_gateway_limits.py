@@ -1,96 +1,296 @@
-"""May you: plans, their age, and what holds while Redis or the ledger is away."""
+"""May you: plans, their age, whose limits count, and what holds while Redis or the ledger is away."""
 
 import asyncio
+import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from services.chassis.errors import RateLimited, Unavailable
+from services.chassis.errors import ModelFailed, Unavailable
 from services.chassis.principal import Principal
 from services.gateway import limits
-from services.gateway.limits import Limits, LocalWindows
+from services.gateway.limiter import Charge, Correction, LocalLimiter, Outcome
+from services.gateway.limits import Allowance, Entitlements, Fallback, LimitReached, Limits, Metered, ReservedTokens
 from services.gateway.memo import Memo
-from services.gateway.window import Decision
+from tailrace.common.v1 import common_pb2
+from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
 
 ADA, BOB = Principal("acme", "ada"), Principal("acme", "bob")
 
 
-class Away:
-    """Windows that cannot be reached."""
+class Store:
+    """A Redis in this process, with a clock that stands still; away while `away`."""
 
-    async def admit(self, key: str, limit: int) -> Decision:
-        raise Unavailable("away", dependency="redis")
+    def __init__(self) -> None:
+        self.limiter = LocalLimiter()
+        self.now_us = 1_000_000
+        self.away = False
+        self.asked = 0
+        self.renewed: list[tuple[str, str]] = []
+
+    async def admit(self, charges: Sequence[Charge], lease: str = "") -> Outcome:
+        self._reach()
+        return self.limiter.admit(self.now_us, charges, lease)
+
+    async def settle(self, corrections: Sequence[Correction], lease: str, lease_keys: Sequence[str]) -> int:
+        self._reach()
+        self.limiter.correct(self.now_us, corrections)
+        self.limiter.release([(key, lease) for key in lease_keys])
+        return self.now_us
+
+    async def renew(self, leases: Sequence[tuple[str, str]]) -> None:
+        self._reach()
+        self.renewed += leases
+        self.limiter.hold(self.now_us, leases)
+
+    def _reach(self) -> None:
+        self.asked += 1
+        if self.away:
+            raise Unavailable("away", dependency="redis")
 
 
 class Plans:
-    """A ledger that knows one number."""
+    """A ledger that knows one plan."""
 
-    def __init__(self, per_minute: int) -> None:
-        self.per_minute = per_minute
+    def __init__(self, per_minute: int = 1_000_000, **given: Any) -> None:
+        self.given = Entitlements(given.pop("user", Allowance(requests=per_minute)), **given)
         self.asked = 0
         self.away = False
 
-    async def __call__(self, principal: Principal) -> int:
+    async def __call__(self, principal: Principal) -> Entitlements:
         self.asked += 1
         if self.away:
             raise Unavailable("away", dependency="ledger")
-        return self.per_minute
+        return self.given
+
+
+async def refusal_of(guard: Limits, principal: Principal, tokens: int = 1) -> dict[str, str]:
+    """What an answer that is refused is told."""
+    with pytest.raises(LimitReached) as caught:
+        async with guard.answering(principal, tokens):
+            pass
+    return caught.value.metadata
 
 
 async def test_the_plan_decides_and_users_do_not_share() -> None:
     """As many as the plan says, for each user alone; the refusal says when to come back."""
-    guard = Limits(LocalWindows(clock_us=lambda: 5), Plans(2), 60)
-    remaining = [(await guard.admit(ADA)).remaining for _ in range(2)]
-    with pytest.raises(RateLimited) as caught:
+    guard = Limits(Store(), Plans(2), 60)
+    remaining = [dict((await guard.admit(ADA)).headers)[b"x-ratelimit-remaining-requests"] for _ in range(2)]
+    with pytest.raises(LimitReached) as caught:
         await guard.admit(ADA)
 
-    assert remaining == [1, 0]
+    assert remaining == [b"1", b"0"]
     assert caught.value.retry_after_ms == 60_000
-    assert dict(limits.headers_of_refusal(caught.value))[b"x-ratelimit-remaining-requests"] == b"0"
-    assert (await guard.admit(BOB)).allowed
+    assert (caught.value.metadata["limit_kind"], caught.value.metadata["limit_scope"]) == ("requests", "user")
+    assert dict(caught.value.headers) == {
+        b"x-ratelimit-limit-requests": b"2",
+        b"x-ratelimit-remaining-requests": b"0",
+        b"x-ratelimit-reset-requests": b"60000ms",
+    }
+    assert (await guard.admit(BOB)).headers
 
 
-async def test_without_redis_a_limit_holds_in_this_process() -> None:
-    """Counted, and never unlimited."""
-    fallbacks: list[int] = []
-    guard = Limits(Away(), Plans(3), 60, on_fallback=lambda: fallbacks.append(1))
-    for _ in range(3):
+async def test_a_tenant_and_a_key_have_limits_of_their_own() -> None:
+    """Users share those of the tenant, keys of one user do not share; who is refused by one is charged by none."""
+    guard = Limits(Store(), Plans(9, tenant=Allowance(requests=4), key=Allowance(requests=2)), 60)
+    first, second = replace(ADA, api_key_id="key-one"), replace(ADA, api_key_id="key-two")
+    for _ in range(2):
+        await guard.admit(first)
+    with pytest.raises(LimitReached) as of_key:
+        await guard.admit(first)
+    await guard.admit(second)
+    remaining = dict((await guard.admit(BOB)).headers)
+    with pytest.raises(LimitReached) as of_tenant:
+        await guard.admit(BOB)
+
+    assert (of_key.value.metadata["limit_scope"], of_key.value.metadata["limit"]) == ("key", "2")
+    assert (of_tenant.value.metadata["limit_scope"], of_tenant.value.metadata["limit"]) == ("tenant", "4")
+    assert (remaining[b"x-ratelimit-limit-requests"], remaining[b"x-ratelimit-remaining-requests"]) == (b"4", b"0")
+
+
+async def test_tokens_are_reserved_and_corrected_by_what_was_used() -> None:
+    """Downwards and upwards; an answer whose end nobody saw keeps its reservation; requests alone need no tokens."""
+    guard = Limits(Store(), Plans(user=Allowance(requests=100, tokens=100)), 60)
+    async with guard.answering(ADA, 60) as admission:
+        assert (await refusal_of(guard, ADA, 41))["limit_kind"] == "tokens"
+        admission.tokens_used = 10
+    await guard.drain(1)
+    async with guard.answering(ADA, 50) as admission:
+        assert dict(admission.headers)[b"x-ratelimit-remaining-tokens"] == b"40"
+        admission.tokens_used = 85
+    await guard.drain(1)
+    async with guard.answering(ADA, 5):
+        pass
+    await guard.drain(1)
+
+    assert (await refusal_of(guard, ADA, 1))["limit_kind"] == "tokens"
+    await guard.admit(ADA)
+
+
+async def test_an_answer_larger_than_the_limit_waits_for_an_empty_window() -> None:
+    """Instead of for ever."""
+    guard = Limits(Store(), Plans(user=Allowance(tokens=100)), 60)
+    async with guard.answering(ADA, 1_000) as admission:
+        admission.tokens_used = 50
+    await guard.drain(1)
+
+    assert (await refusal_of(guard, ADA, 1_000))["limit"] == "100"
+
+
+async def test_answers_at_the_same_time_are_counted_while_they_run() -> None:
+    """By whatever door one ends, the next may begin; and one that runs is renewed."""
+    store = Store()
+    guard = Limits(store, Plans(user=Allowance(answers=1)), 60)
+    with pytest.raises(ModelFailed):
+        async with guard.answering(ADA, 1):
+            refused = await refusal_of(guard, ADA)
+            store.now_us += 20_000_000
+            await guard.renew()
+            store.now_us += 20_000_000
+            assert (await refusal_of(guard, ADA))["limit_kind"] == "concurrency"
+            raise ModelFailed("gone")
+    await guard.drain(1)
+    await guard.renew()
+
+    assert (refused["limit_kind"], refused["limit"], refused["retry_after_ms"]) == ("concurrency", "1", "1000")
+    assert "window_ms" not in refused
+    assert len(store.renewed) == 1
+    async with guard.answering(ADA, 1):
+        pass
+    await guard.drain(1)
+
+
+async def test_the_lease_of_a_gateway_that_died_ends() -> None:
+    """Nobody renews it, so its place is free after a while."""
+    store = Store()
+    dead, alive = Limits(store, Plans(user=Allowance(answers=1)), 60), Limits(store, Plans(user=Allowance(answers=1)), 60)
+    async with dead.answering(ADA, 1):
+        store.now_us += 29_999_999
+        await refusal_of(alive, ADA)
+        store.now_us += 1
+        async with alive.answering(ADA, 1):
+            pass
+    for guard in (dead, alive):
+        await guard.drain(1)
+
+
+async def test_without_redis_each_replica_holds_its_share_and_finds_it_again() -> None:
+    """Counted, alarmed once, never unlimited; what runs already counts; while it is away it is asked once a second."""
+    now, requests, changes, store = 100.0, list[int](), list[bool](), Store()
+    fallback = Fallback(3, lambda: requests.append(1), changes.append)
+    guard = Limits(store, Plans(user=Allowance(requests=7, tokens=100, answers=6)), 60, fallback, clock=lambda: now)
+    async with guard.answering(ADA, 1):
+        store.away = True
+        async with guard.answering(ADA, 1):
+            assert (await refusal_of(guard, ADA))["limit_kind"] == "concurrency"
+            await guard.admit(ADA)
+            with pytest.raises(LimitReached) as caught:
+                await guard.admit(ADA)
+            asked = store.asked
+
+    assert caught.value.metadata["limit"] == "2"
+    assert (asked, changes) == (2, [True])
+    store.away, now = False, now + 1
+    assert dict((await guard.admit(ADA)).headers)[b"x-ratelimit-limit-requests"] == b"7"
+    assert (changes, len(requests)) == ([True, False], 4)
+    await guard.drain(1)
+
+
+async def test_a_share_is_never_nothing() -> None:
+    """With more replicas than the limit has, each lets one in."""
+    store = Store()
+    store.away = True
+    guard = Limits(store, Plans(2), 60, Fallback(5))
+
+    assert (await guard.admit(ADA)).local
+    with pytest.raises(LimitReached):
         await guard.admit(ADA)
-    with pytest.raises(RateLimited):
-        await guard.admit(ADA)
-
-    assert len(fallbacks) == 4
 
 
 async def test_without_the_ledger_the_last_known_plan_holds_else_the_default() -> None:
     """A ledger that restarts turns no search away."""
     plans = Plans(7)
-    guard = Limits(LocalWindows(), plans, 2)
-    assert (await guard.admit(ADA)).limit == 7
+    guard = Limits(Store(), plans, 2)
+    assert (await guard.entitlements(ADA)).user.requests == 7
     plans.away = True
     guard.forget(BOB)
 
-    assert (await guard.admit(ADA)).limit == 7
-    assert (await guard.admit(BOB)).limit == 2
+    assert (await guard.entitlements(ADA)).user.requests == 7
+    assert (await guard.entitlements(BOB)).user.requests == 2
 
 
 async def test_a_changed_plan_is_asked_for_again() -> None:
     """At once by the replica that changed it, within seconds by the others."""
     plans = Plans(7)
-    guard = Limits(LocalWindows(), plans, 2)
+    guard = Limits(Store(), plans, 2)
     await guard.admit(ADA)
-    plans.per_minute = 9
-    assert (await guard.admit(ADA)).limit == 7
+    plans.given = Entitlements(Allowance(requests=9))
+    assert (await guard.entitlements(ADA)).user.requests == 7
     guard.forget(ADA)
 
-    assert (await guard.admit(ADA)).limit == 9
+    assert (await guard.entitlements(ADA)).user.requests == 9
     assert plans.asked == 2
 
 
-def test_no_two_subjects_share_a_key() -> None:
+def test_no_two_subjects_share_a_key_and_a_tenants_keys_share_a_slot() -> None:
     """Names may hold what separates them elsewhere."""
-    odd = [("a", "b:c"), ("a:b", "c"), ("", "a:b:c"), ("1:a", "b"), ("a", "b"), ("A", "b")]
+    odd = [("a", "b:c"), ("a:b", "c"), ("a}", "b"), ("a", "}b"), ("a", "b"), ("A", "b")]
+    given = Entitlements(Allowance(1, 1, 1), Allowance(1, 1, 1), Allowance(1, 1, 1))
+    keys = {charge.key for tenant, user in odd for charge in limits._charges(Principal(tenant, user, api_key_id=user), given, 5)}
+    tenants = {tenant for tenant, _ in odd}
 
-    assert len({limits._key(Principal(tenant, user)) for tenant, user in odd}) == len(odd)
+    assert len(keys) == 2 * 3 * len(odd) + 3 * len(tenants)
+    assert len({key.partition("}")[0] for key in keys}) == len(tenants)
+
+
+def test_what_is_reserved_grows_with_the_question_and_the_bound() -> None:
+    """The default output only where the request sets none."""
+    reserved = ReservedTokens(1000, 200)
+
+    assert reserved.of("a" * 30, None) == 1210
+    assert reserved.of("", 7) == 1007
+    assert reserved.of("", -5) == 1000
+
+
+class Events:
+    """Events of an answer, then an error if there is one."""
+
+    def __init__(self, *events: orchestrator.AnswerEvent, error: Exception | None = None) -> None:
+        self._events = list(events)
+        self._error = error
+
+    def __aiter__(self) -> "Events":
+        return self
+
+    async def __anext__(self) -> orchestrator.AnswerEvent:
+        if self._events:
+            return self._events.pop(0)
+        raise self._error or StopAsyncIteration
+
+
+USAGE = common_pb2.Usage(input_tokens=1, output_tokens=20, cache_read_tokens=300, cache_write_tokens=4000)
+ACCEPTED = orchestrator.AnswerEvent(accepted=orchestrator.Accepted())
+
+
+@pytest.mark.parametrize(
+    ("events", "used"),
+    [
+        (Events(ACCEPTED, orchestrator.AnswerEvent(done=orchestrator.Done(usage=USAGE))), 4321),
+        (Events(orchestrator.AnswerEvent(done=orchestrator.Done())), 0),
+        (Events(error=ModelFailed("refused")), 0),
+        (Events(ACCEPTED, error=ModelFailed("midway")), None),
+    ],
+)
+async def test_the_receipt_says_what_was_used(events: Events, used: int | None) -> None:
+    """An answer that was refused used nothing; of one that broke off midway nobody knows."""
+    admission = limits.Admission([], [], "", [], local=False)
+    with contextlib.suppress(ModelFailed):
+        async for _ in Metered(events, admission):
+            pass
+
+    assert admission.tokens_used == used
 
 
 async def test_those_who_ask_at_once_share_one_question() -> None:

@@ -24,6 +24,7 @@ from services.orchestrator.log import Entry, EventLog
 from services.orchestrator.mirrors import Mirrors
 from services.orchestrator.publisher import Publisher
 from services.orchestrator.registry import Bounds, Elsewhere, Kept, Registry
+from services.orchestrator.rpc import new_answer_id
 from tests.fakes.shared_logs import MemoryLogs
 
 Make = Callable[..., "Replica"]
@@ -66,7 +67,7 @@ class Replica:
             return (principal.user, answer_id) in booked
 
         self.name, self.logs = name, logs
-        self.publisher = Publisher(logs, name, lambda _, entry: _payload(entry), interval_s=0.001)
+        self.publisher = Publisher(logs, name, lambda _, entry: _payload(entry), kept_s=60, bytes_max=2**20, intervals_s=(0.001, 0.001))
         mirrors = Mirrors(logs, 5, wait_s=0.01)
         self.answers = Registry(producer, logs, self.publisher, mirrors, knows, name, Bounds(**values))  # type: ignore[arg-type]
         self.tasks = [asyncio.create_task(work) for work in (self.publisher.run_forever(), self.answers.listen_forever())]
@@ -139,6 +140,21 @@ async def test_foreign_and_unknown_answers_look_the_same(replica: Make) -> None:
                 await one.answers.cancel(principal, answer_id)
 
         assert await one.answers.find(ALICE, "a")
+
+
+async def test_answer_that_has_only_just_begun_is_found_elsewhere(replica: Make) -> None:
+    """Before its replica has made it known; an old id that nobody knows is not waited for."""
+    here, there = replica("r1"), replica("r2")
+    young, old = new_answer_id(), "01900000-0000-7000-8000-000000000000"
+    finding = asyncio.create_task(there.answers.find(ALICE, young))
+    await asyncio.sleep(0)
+    await began(here.answers, question(young))
+    assert isinstance(await finding, Elsewhere)
+
+    began_at = asyncio.get_running_loop().time()
+    with pytest.raises(NotFound):
+        await there.answers.find(ALICE, old)
+    assert asyncio.get_running_loop().time() - began_at < 0.2
 
 
 async def test_answer_of_another_replica_is_read_whole_and_stopped(replica: Make) -> None:

@@ -7,7 +7,7 @@ export function SignIn() {
   const submit = (event: Event) => {
     event.preventDefault();
     const token = value.value.trim().replace(/^Bearer\s+/i, "");
-    if (token) signIn(token);
+    if (token) void signIn(token);
   };
   return (
     <main class="sign-in">
@@ -36,7 +36,7 @@ export function SignIn() {
         <button type="submit" class="primary">
           Sign in
         </button>
-        <p class="fine">The token stays in this tab and is gone when you close it.</p>
+        <p class="fine">The token becomes a cookie that no script can read. It ends with the token, or when you sign out.</p>
       </form>
     </main>
   );

@@ -1,0 +1,159 @@
+"""Tokens that ended before their time: one list in Redis, kept in memory by every gateway. No token and no secret is ever in it.
+
+A request looks into memory alone. Once in `PULL_S` each gateway asks whether the list has changed and reads it anew if so; while Redis
+is away, the list that was read last holds.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+import redis.asyncio as redis
+import structlog
+from redis.exceptions import RedisError
+
+from services.chassis.errors import NotFound, Overloaded, Unavailable
+
+log = structlog.get_logger(__name__)
+
+PULL_S = 1.0
+"""How long a token that was revoked at another gateway may go on, besides the time that Redis takes."""
+REVOCATIONS_MAX = 20_000
+"""Entries of each kind; ended ones leave when something is added."""
+
+_VERSION, _TOKENS, _USERS = "tailrace:revoked:version", "tailrace:revoked:tokens", "tailrace:revoked:users"
+
+ADD = """
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', '(' .. ARGV[3])
+if not redis.call('ZSCORE', KEYS[2], ARGV[1]) and redis.call('ZCARD', KEYS[2]) >= tonumber(ARGV[4]) then return 0 end
+redis.call('ZADD', KEYS[2], 'GT', ARGV[2], ARGV[1])
+redis.call('INCR', KEYS[1])
+return 1
+"""
+REMOVE = """
+local removed = redis.call('ZREM', KEYS[2], ARGV[1])
+if removed == 1 then redis.call('INCR', KEYS[1]) end
+return removed
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Revoked:
+    """The list as of one version."""
+
+    version: int = 0
+    tokens: dict[bytes, float] = field(default_factory=dict)
+    """When each token would have ended anyway, by tenant and `jti`."""
+    users: dict[bytes, float] = field(default_factory=dict)
+    """Up to when each user's tokens were issued that no longer count, by tenant and user."""
+
+    def holds(self, tenant: str, user: str, token_id: str, issued_at: float) -> bool:
+        """Whether a token was revoked. One that does not say when it was issued counts as issued before everything."""
+        if token_id and _member(tenant, token_id) in self.tokens:
+            return True
+        until = self.users.get(_member(tenant, user)) if self.users else None
+        return until is not None and issued_at <= until
+
+    def joined(self, older: "Revoked") -> "Revoked":
+        """Both lists as one, under this one's version."""
+        return Revoked(self.version, {**older.tokens, **self.tokens}, {**older.users, **self.users})
+
+
+class Revocations:
+    """The shared list. Times are Unix seconds."""
+
+    def __init__(
+        self,
+        client: "redis.Redis",
+        *,
+        lifetime_max_s: int,
+        on_stale: Callable[[], None] = lambda: None,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._client: Any = client
+        self._lifetime_max_s = lifetime_max_s
+        self._on_stale = on_stale
+        self._now = now
+        self._revoked: Revoked | None = None
+        self._readable = True
+        self._lock = asyncio.Lock()
+
+    async def holds(self, tenant: str, user: str, token_id: str, issued_at: float) -> bool:
+        """Whether a token was revoked, as far as is known here. Raises Unavailable if the list was never read."""
+        if self._revoked is None:
+            await self.pull()
+        if self._revoked is None:
+            raise Unavailable("the list of revoked tokens cannot be read", dependency="redis", retry_after_ms=1000)
+        return self._revoked.holds(tenant, user, token_id, issued_at)
+
+    async def revoke_token(self, tenant: str, token_id: str, expires_at: float) -> None:
+        """End a token. It is forgotten when it would have ended anyway. Raises Overloaded if the list is full, Unavailable."""
+        await self._add(_TOKENS, _member(tenant, token_id), expires_at, forget_before=self._now())
+
+    async def revoke_user(self, tenant: str, user: str) -> float:
+        """End every token of a user that was issued up to now, and return that time. Raises Overloaded if the list is full, Unavailable.
+
+        Forgotten when no token of that time can be valid any more.
+        """
+        until = float(int(self._now()))
+        await self._add(_USERS, _member(tenant, user), until, forget_before=until - self._lifetime_max_s)
+        return until
+
+    async def restore(self, kind: str, tenant: str, subject: str) -> None:
+        """Take a token (`kind` tokens) or a user (`users`) from the list. Raises NotFound, Unavailable."""
+        key = {"tokens": _TOKENS, "users": _USERS}[kind]
+        if not await self._run(REMOVE, key, _member(tenant, subject)):
+            raise NotFound("no such revocation", kind="revocation")
+        await self.pull()
+
+    async def watch(self) -> None:
+        """Keep the list as new as `PULL_S`; runs until it is cancelled."""
+        while True:
+            await self.pull()
+            await asyncio.sleep(PULL_S)
+
+    async def pull(self) -> None:
+        """Read the list if it has changed. Trouble is counted, and what was known stays."""
+        async with self._lock:
+            try:
+                version = int(await self._client.get(_VERSION) or 0)
+                known = self._revoked
+                if known is None or version != known.version:
+                    pulled = await self._read(version)
+                    # A Redis that lost its data counts from the start again; what it forgot is remembered here.
+                    self._revoked = pulled.joined(known) if known and version < known.version else pulled
+                readable = True
+            except (RedisError, OSError, TimeoutError, ValueError) as error:
+                readable = False
+                self._on_stale()
+                if self._readable:
+                    log.warning("revocations_unreadable", error=type(error).__name__)
+            if readable and not self._readable:
+                log.info("revocations_readable_again")
+            self._readable = readable
+
+    async def _read(self, version: int) -> Revoked:
+        async with self._client.pipeline(transaction=True) as pipeline:
+            pipeline.zrange(_TOKENS, 0, REVOCATIONS_MAX - 1, withscores=True)
+            pipeline.zrange(_USERS, 0, REVOCATIONS_MAX - 1, withscores=True)
+            tokens, users = await pipeline.execute()
+        return Revoked(version, dict(tokens), dict(users))
+
+    async def _add(self, key: str, member: bytes, score: float, *, forget_before: float) -> None:
+        if not await self._run(ADD, key, member, repr(score), repr(forget_before), REVOCATIONS_MAX):
+            raise Overloaded(f"at most {REVOCATIONS_MAX} revocations are kept", bound=REVOCATIONS_MAX)
+        await self.pull()
+
+    async def _run(self, script: str, key: str, *arguments: Any) -> int:
+        try:
+            return int(await self._client.eval(script, 2, _VERSION, key, *arguments))
+        except (RedisError, OSError, TimeoutError) as error:
+            raise Unavailable("the list of revoked tokens cannot be reached", dependency="redis", retry_after_ms=1000) from error
+
+
+def _member(tenant: str, subject: str) -> bytes:
+    """One name of two parts that no choice of parts makes ambiguous."""
+    return orjson.dumps((tenant, subject))

@@ -1,0 +1,86 @@
+"""Not now: whether this process has room for one more answer, asked before anything else is done. It knows no plan and asks nobody.
+
+Interactive answers are turned away at the bounds, batch answers at 80 % of them, so that those that nobody waits for make room first.
+"""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from services.chassis.errors import Overloaded
+
+BATCH_SHARE = 0.8
+RETRY_AFTER_MS = 1000
+TICK_S = 0.05
+TICKS = 4
+"""Lag must last for so many ticks: one long callback or collection is no overload."""
+
+
+class LoopLag:
+    """How late the event loop runs what is due, by a timer of its own."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        self._loop = loop or asyncio.get_running_loop()
+        self._recent: deque[float] = deque([0.0], maxlen=TICKS)
+        self._expect()
+
+    @property
+    def seconds(self) -> float:
+        """The least of the latest lags."""
+        return min(self._recent)
+
+    def stop(self) -> None:
+        self._timer.cancel()
+
+    def _expect(self) -> None:
+        due = self._loop.time() + TICK_S
+        self._timer = self._loop.call_at(due, self._tick, due)
+
+    def _tick(self, due: float) -> None:
+        self._recent.append(max(0.0, self._loop.time() - due))
+        self._expect()
+
+
+@dataclass
+class Shedding:
+    """What this process carries, and how much it may."""
+
+    streams_max: int
+    lag_max_s: float
+    lag_s: Callable[[], float]
+    on_shed: Callable[[str], None] = lambda cause: None
+    """Called with `streams` or `lag` for every answer that was turned away."""
+    streams: int = 0
+    """Answers asked for and streams resumed that are under way."""
+
+    @contextlib.contextmanager
+    def carried(self) -> Iterator[None]:
+        """Count a stream inside the block, whether or not there is room: one that is resumed makes no new work."""
+        self.streams += 1
+        try:
+            yield
+        finally:
+            self.streams -= 1
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Count an answer inside the block. Raises Overloaded if there is no room."""
+        self._require(self.streams + 1, 1.0)
+        with self.carried():
+            yield
+
+    def require_room_for_batch(self) -> None:
+        """Called by an answer that has entered and that nobody waits for. Raises Overloaded if only interactive ones have room."""
+        self._require(self.streams, BATCH_SHARE)
+
+    def _require(self, streams: int, share: float) -> None:
+        if streams > self.streams_max * share:
+            cause = "streams"
+        elif self.lag_s() > self.lag_max_s * share:
+            cause = "lag"
+        else:
+            return
+        self.on_shed(cause)
+        raise Overloaded("the gateway carries as much as it can", dependency="gateway", cause=cause, retry_after_ms=RETRY_AFTER_MS)

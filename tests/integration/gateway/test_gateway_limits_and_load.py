@@ -1,0 +1,243 @@
+"""Limits of answers, deadlines, priority and shedding, through both fronts of a whole gateway and a real Valkey."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+
+from services.chassis.errors import ModelFailed
+from services.chassis.lifecycle import started
+from services.chassis.principal import Principal
+from services.chassis.status import from_rpc_error
+from services.gateway.wiring import EdgeServer, build
+from services.local.stores import Valkey
+from tailrace.gateway.v1.gateway_service_pb2_grpc import GatewayServiceStub
+from tailrace.ledger.v1 import ledger_service_pb2 as ledger
+from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
+from tests.integration.gateway.backends import accepted, done, forever
+from tests.integration.gateway.conftest import Front, problem_of, settings_for, unique_user, until
+
+
+@contextlib.asynccontextmanager
+async def gateway(front: Front, folder: Path, redis_url: str, **environment: str) -> AsyncIterator[tuple[httpx.AsyncClient, str]]:
+    """Another gateway before the same services, with a client of a user nobody has counted yet, and its gRPC address."""
+    environment = {"TAILRACE_JWKS_FILE": str(front.jwks), "TAILRACE_GATEWAY_LOOP_LAG_MAX_S": "60", **environment}
+    settings = settings_for(front.behind, folder, redis_url, **environment)
+    async with build(settings) as service, started(service, "127.0.0.1") as grpc_port:
+        assert isinstance(service.server, EdgeServer)
+        headers = {"authorization": f"Bearer {front.token(unique_user())}"}
+        base_url = f"http://127.0.0.1:{service.server.http.port}"
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=base_url, headers=headers, trust_env=False, timeout=10, limits=limits) as client:
+            yield client, f"127.0.0.1:{grpc_port}"
+        await service.server.stop(0, 0.2)
+
+
+async def test_tokens_are_reserved_then_corrected_by_the_receipt(front: Front) -> None:
+    """An answer is charged for what its receipt says; one that is refused by the orchestrator for nothing."""
+    front.behind.ledger.plan.tokens_per_minute = 12_000
+    receipt = done(2)
+    receipt.done.usage.input_tokens = 93
+    async with front.client(unique_user()) as client:
+        front.behind.orchestrator.script = [accepted(), receipt]
+        first = await client.post("/v1/answers", json={"question": "Why?"})
+        assert first.headers["x-ratelimit-limit-tokens"] == "12000"
+        assert first.headers["x-ratelimit-remaining-tokens"] == str(12_000 - 4096 - 1024 - 2)
+        front.behind.orchestrator.script = [ModelFailed("no")]
+        problem_of(await client.post("/v1/answers", json={"question": "Why?"}), 503, "MODEL_FAILED")
+        front.behind.orchestrator.script = [accepted(), receipt]
+
+        async def settled() -> bool:
+            response = await client.post("/v1/answers", json={"question": "Why?", "max_output_tokens": 1})
+            return int(response.headers["x-ratelimit-remaining-tokens"]) > 12_000 - 2 * (4096 + 3)
+
+        assert await until(settled)
+        refused = await client.post("/v1/answers", json={"question": "Why?", "max_output_tokens": 64_000})
+
+    problem = problem_of(refused, 429, "RATE_LIMITED")
+    assert (problem["limit_kind"], problem["limit_scope"], problem["limit"]) == ("tokens", "user", "12000")
+    assert 0 < int(refused.headers["retry-after"]) <= 60
+    assert refused.headers["x-ratelimit-reset-tokens"].endswith("ms")
+
+
+async def test_answers_at_the_same_time_are_limited_over_both_fronts(front: Front) -> None:
+    """One that is read holds its place, over HTTP as over gRPC; one that is resumed holds none; one that ends frees it."""
+    front.behind.ledger.plan.concurrent_answers = 1
+    front.behind.orchestrator.script = [accepted(), forever]
+    front.behind.orchestrator.resumed = [accepted(), forever]
+    user = unique_user()
+    metadata = (("authorization", f"Bearer {front.token(user)}"),)
+    async with front.client(user) as client, grpc.aio.insecure_channel(f"127.0.0.1:{front.grpc_port}") as channel:
+        stub = GatewayServiceStub(channel)
+
+        async def ask_by_grpc() -> Any:
+            call = stub.Answer(orchestrator.AnswerRequest(question="Why?"), metadata=metadata)
+            try:
+                return await call.read()
+            finally:
+                call.cancel()
+
+        async with client.stream("GET", "/v1/answers/a/events"), client.stream("POST", "/v1/answers", json={"question": "?"}) as first:
+            assert first.status_code == 200
+            refused = problem_of(await client.post("/v1/answers", json={"question": "?"}), 429, "RATE_LIMITED")
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await ask_by_grpc()
+
+        async def free() -> bool:
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                return bool((await ask_by_grpc()).HasField("accepted"))
+            return False
+
+        assert await until(free)
+
+    assert (refused["limit_kind"], refused["limit_scope"]) == ("concurrency", "user")
+    error = from_rpc_error(caught.value, "gateway")
+    assert (error.reason, error.metadata["limit_kind"], error.retry_after_ms) == ("RATE_LIMITED", "concurrency", 1000)
+
+
+async def test_an_api_key_has_its_own_limit_and_the_tenant_its_own(front: Front) -> None:
+    """The problem says whose it was."""
+    tenant = unique_user()
+    front.behind.ledger.plan.key_limits.requests_per_minute = 1
+    front.behind.ledger.plan.tenant_limits.CopyFrom(ledger.Limits(requests_per_minute=3))
+    front.behind.ledger.keys = {
+        f"trk_{tenant}_{number}": Principal(tenant, "robot", frozenset({"user"}), f"key-{number}") for number in range(4)
+    }
+
+    async with httpx.AsyncClient(base_url=front.url, trust_env=False) as client:
+
+        async def search(number: int) -> httpx.Response:
+            return await client.post("/v1/search", json={"query": "q"}, headers={"x-api-key": f"trk_{tenant}_{number}"})
+
+        statuses = [(await search(number)).status_code for number in (0, 1)]
+        of_key = problem_of(await search(0), 429, "RATE_LIMITED")
+        statuses.append((await search(2)).status_code)
+        of_tenant = problem_of(await search(3), 429, "RATE_LIMITED")
+
+    assert statuses == [200, 200, 200]
+    assert (of_key["limit_scope"], of_key["limit"], of_tenant["limit_scope"], of_tenant["limit"]) == ("key", "1", "tenant", "3")
+
+
+async def test_a_body_that_cannot_be_read_counts_as_a_request(front: Front) -> None:
+    """Else it would be a way to ask without end."""
+    front.behind.ledger.requests_per_minute = 2
+    async with front.client(unique_user()) as client:
+        for _ in range(2):
+            problem_of(await client.post("/v1/answers", json={}), 400, "REQUEST_INVALID")
+        problem_of(await client.post("/v1/answers", json={}), 429, "RATE_LIMITED")
+
+
+async def test_deadline_and_priority_are_passed_on(front: Front, client: httpx.AsyncClient) -> None:
+    """The header before the plan; over gRPC the call's own deadline; nothing where nobody says."""
+    front.behind.orchestrator.script = [accepted(), done(2)]
+
+    async def passed_on(headers: dict[str, str], **body: Any) -> Any:
+        response = await client.post("/v1/answers", json={"question": "?", **body}, headers=headers)
+        assert response.status_code == 200
+        return front.behind.seen.last("Answer")[0]
+
+    silent = await passed_on({})
+    headed = await passed_on({"request-timeout": "12.5"}, priority="batch")
+    bad = problem_of(await client.post("/v1/answers", json={"question": "?"}, headers={"request-timeout": "0"}), 400, "REQUEST_INVALID")
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{front.grpc_port}") as channel:
+        stub, metadata = GatewayServiceStub(channel), (("authorization", f"Bearer {front.token()}"),)
+        await stub.Answer(orchestrator.AnswerRequest(question="?"), metadata=metadata, timeout=8).read()
+        called = front.behind.seen.last("Answer")[0]
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Answer(orchestrator.AnswerRequest(question="?", deadline_ms=0), metadata=metadata).read()
+    front.behind.ledger.plan.answer_deadline_ms = 7_000
+    async with front.client(unique_user()) as other:
+        await other.post("/v1/answers", json={"question": "?"})
+
+    assert (silent.HasField("deadline_ms"), silent.priority) == (False, orchestrator.PRIORITY_INTERACTIVE)
+    assert (headed.deadline_ms, headed.priority) == (12_500, orchestrator.PRIORITY_BATCH)
+    assert bad["field"] == "Request-Timeout"
+    assert 6_000 < called.deadline_ms < 8_000
+    assert from_rpc_error(caught.value, "gateway").metadata["field"] == "deadline_ms"
+    assert front.behind.seen.last("Answer")[0].deadline_ms == 7_000
+
+
+async def test_a_full_gateway_sheds_at_once_whoever_asks(front: Front, tmp_path: Path, valkey: Valkey) -> None:
+    """Batch first, then all, before anybody is asked who they are; five times what it carries, and every refusal is quick."""
+    front.behind.orchestrator.script = [accepted(), forever]
+    async with (
+        gateway(front, tmp_path, valkey.url, TAILRACE_GATEWAY_STREAMS_MAX="10") as (client, target),
+        contextlib.AsyncExitStack() as streams,
+    ):
+        for _ in range(8):
+            await streams.enter_async_context(client.stream("POST", "/v1/answers", json={"question": "?"}))
+        batch = await client.post("/v1/answers", json={"question": "?", "priority": "batch"})
+        for _ in range(2):
+            await streams.enter_async_context(client.stream("POST", "/v1/answers", json={"question": "?"}))
+        asked = front.behind.seen.count("Answer")
+        seconds: list[float] = []
+
+        async def shed(number: int) -> bytes:
+            await asyncio.sleep(number * 0.01)
+            began = time.perf_counter()
+            reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
+            writer.write(b"POST /v1/answers HTTP/1.1\r\nhost: x\r\nauthorization: Bearer nobody\r\ncontent-length: 2\r\n\r\n{}")
+            head = await reader.readuntil(b"\r\n\r\n")
+            seconds.append(time.perf_counter() - began)
+            writer.close()
+            return head
+
+        heads = await asyncio.gather(*(shed(number) for number in range(200)))
+        async with grpc.aio.insecure_channel(target) as channel:
+            metadata = (("authorization", f"Bearer {front.token()}"),)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await GatewayServiceStub(channel).Answer(orchestrator.AnswerRequest(question="?"), metadata=metadata).read()
+        others = await client.get("/v1/models")
+        metrics = (await client.get("/metrics")).text
+
+    problem_of(batch, 503, "OVERLOADED")
+    assert all(head.startswith(b"HTTP/1.1 503 ") and b"\r\nretry-after: 1\r\n" in head for head in heads)
+    assert from_rpc_error(caught.value, "gateway").reason == "OVERLOADED"
+    assert others.status_code == 200
+    assert front.behind.seen.count("Answer") == asked == 10
+    assert 'tailrace_gateway_shed_total{cause="streams"} 202.0' in metrics
+    half, most = sorted(seconds)[100], sorted(seconds)[198]
+    print(f"a refusal took {half * 1000:.1f} ms at p50 and {most * 1000:.1f} ms at p99")
+    assert half < 0.05
+
+
+async def test_when_redis_dies_limits_hold_by_process_and_are_shared_again_when_it_is_back(front: Front, tmp_path: Path) -> None:
+    """Its share of the limit, counted and alarmed; requests are answered all the while."""
+    front.behind.ledger.requests_per_minute = 6
+    store = Valkey(tmp_path / "valkey")
+    await store.start()
+    try:
+        async with gateway(front, tmp_path, store.url, TAILRACE_GATEWAY_REPLICAS="3") as (client, _):
+
+            async def search() -> httpx.Response:
+                return await client.post("/v1/search", json={"query": "q"})
+
+            assert (await search()).headers["x-ratelimit-limit-requests"] == "6"
+            await store.stop()
+            began = time.perf_counter()
+            alone = [await search() for _ in range(3)]
+            assert time.perf_counter() - began < 5
+            away = (await client.get("/metrics")).text
+            await store.start()
+
+            async def shared() -> httpx.Response | None:
+                response = await search()
+                return response if response.headers["x-ratelimit-limit-requests"] == "6" else None
+
+            back = await until(shared)
+            again = (await client.get("/metrics")).text
+    finally:
+        await store.stop()
+
+    assert [response.status_code for response in alone] == [200, 200, 429]
+    assert alone[0].headers["x-ratelimit-limit-requests"] == "2"
+    assert "tailrace_gateway_limits_away 1.0" in away
+    assert "tailrace_gateway_limits_local_total 3.0" in away
+    assert back.status_code == 200
+    assert "tailrace_gateway_limits_away 0.0" in again

@@ -1,0 +1,139 @@
+"""Who may call what: every route and every RPC of the edge, by every kind of caller, through the real gateway."""
+
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+from google.protobuf.message_factory import GetMessageClass
+
+from services.chassis.principal import SCOPES, Principal
+from services.gateway.app import OPERATIONS, PROBES, ROUTES, SOCKETS
+from services.gateway.rules import ADMIN, ROUTE_RULES, RPC_RULES, Rule
+from tailrace.gateway.v1 import gateway_service_pb2
+from tailrace.gateway.v1.gateway_service_pb2_grpc import GatewayServiceStub
+from tests.integration.gateway.backends import ANSWER, accepted, done
+from tests.integration.gateway.conftest import Front, problem_of
+
+VALUES = {"{id}": "x", "{scope}": "user", "{user}": "ada", "{name}": "free", "{kind}": "users"}
+METHODS = list(gateway_service_pb2.DESCRIPTOR.services_by_name["GatewayService"].methods)
+ROLES: dict[str, frozenset[str]] = {
+    "user": frozenset({"user"}),
+    "service": frozenset({"service"}),
+    "admin": frozenset({"user", "admin"}),
+}
+CALLERS = [*((role, frozenset[str]()) for role in ROLES), *(("admin", frozenset({scope})) for scope in sorted(SCOPES))]
+
+
+def concrete(path: str) -> str:
+    for name, value in VALUES.items():
+        path = path.replace(name, value)
+    return path
+
+
+def key_of(front: Front, role: str, scopes: frozenset[str]) -> dict[str, str]:
+    """The header of an API key with a role, narrowed to scopes."""
+    secret = f"trk_{role}_{'_'.join(sorted(scopes)).replace(':', '-')}"
+    front.behind.ledger.keys[secret] = Principal("acme", "robot", ROLES[role], "k-1", scopes)
+    return {"x-api-key": secret}
+
+
+def may(rule: Rule, role: str, scopes: frozenset[str]) -> bool:
+    """The rule in other words."""
+    return (not rule.role or rule.role in ROLES[role]) and (not scopes or not rule.scope or rule.scope in scopes)
+
+
+def reached(front: Front) -> bool:
+    return any(name not in ("ResolveApiKey", "GetEntitlements") for name, _, _ in front.behind.seen.calls)
+
+
+def test_the_table_names_exactly_what_is_served() -> None:
+    """A route or RPC without a rule, or a rule without either, is a mistake."""
+    assert set(ROUTE_RULES) == {f"{route.method} {route.path}" for route in (*ROUTES, *OPERATIONS, *PROBES, *SOCKETS)}
+    assert set(RPC_RULES) == {method.name for method in METHODS}
+
+
+def test_only_health_and_signing_in_are_open_and_everything_that_costs_is_limited() -> None:
+    """The table, said once more by hand."""
+    opened = {name for name, rule in ROUTE_RULES.items() if rule.open}
+    assert opened == {"GET /healthz", "GET /readyz", "GET /metrics", "POST /v1/session", "DELETE /v1/session"}
+    limited = {name for name, rule in ROUTE_RULES.items() if rule.limited}
+    assert limited == {"POST /v1/documents", "POST /v1/documents:bulk", "POST /v1/search"}
+    assert {name for name, rule in RPC_RULES.items() if rule.limited} == {"Search", "IngestDocuments"}
+    assert [name for name, rule in (ROUTE_RULES | RPC_RULES).items() if rule.answers] == ["POST /v1/answers", "Answer"]
+    assert {rule for name, rule in ROUTE_RULES.items() if " /v1/admin/" in name} == {ADMIN}
+    assert {rule.scope for rule in (*ROUTE_RULES.values(), *RPC_RULES.values())} - {""} == SCOPES
+    assert not any(rule.open for rule in RPC_RULES.values())
+
+
+@pytest.mark.parametrize("route", [route for route in ROUTES if not route.rule.open], ids=lambda route: f"{route.method} {route.path}")
+async def test_every_route_asks_every_caller_for_what_its_rule_says(front: Front, route: Any) -> None:
+    """Without a credential 401; without the role, or with a key for something else, 403, and nothing behind is asked."""
+    async with httpx.AsyncClient(base_url=front.url, trust_env=False) as client, front.client(roles=()) as roleless:
+        problem_of(await client.request(route.method, concrete(route.path)), 401, "NOT_AUTHENTICATED")
+        problem_of(await roleless.request(route.method, concrete(route.path)), 403, "NOT_ALLOWED")
+        for role, scopes in CALLERS:
+            headers = key_of(front, role, scopes)
+            front.behind.seen.calls.clear()
+            async with client.stream(route.method, concrete(route.path), headers=headers) as response:
+                allowed = response.status_code not in (401, 403)
+            assert allowed == may(route.rule, role, scopes), (role, scopes, response.status_code)
+            assert allowed or not reached(front)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+async def test_every_rpc_asks_every_caller_for_what_its_rule_says(front: Front, method: Any) -> None:
+    """The same over gRPC."""
+    front.behind.orchestrator.script = front.behind.orchestrator.resumed = [accepted(), done(2)]
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{front.grpc_port}") as channel:
+        call, request = getattr(GatewayServiceStub(channel), method.name), request_of(method)
+
+        async def code(metadata: Any) -> grpc.StatusCode:
+            made = call(iter([request]) if method.client_streaming else request, metadata=metadata, timeout=10)
+            try:
+                if method.server_streaming:
+                    async for _ in made:
+                        pass
+                else:
+                    await made
+            except grpc.aio.AioRpcError as error:
+                return error.code()
+            return grpc.StatusCode.OK
+
+        assert await code(()) is grpc.StatusCode.UNAUTHENTICATED
+        assert await code((("authorization", f"Bearer {front.token(roles=())}"),)) is grpc.StatusCode.PERMISSION_DENIED
+        for role, scopes in CALLERS:
+            metadata = tuple(key_of(front, role, scopes).items())
+            front.behind.seen.calls.clear()
+            refused = await code(metadata) is grpc.StatusCode.PERMISSION_DENIED
+            assert refused != may(RPC_RULES[method.name], role, scopes), (role, scopes)
+            assert not (refused and reached(front))
+
+
+def request_of(method: Any) -> Any:
+    """An empty request, but for the id of what is there."""
+    request = GetMessageClass(method.input_type)()
+    for name in ("answer_id", "operation_id"):
+        if name in method.input_type.fields_by_name:
+            setattr(request, name, ANSWER)
+    return request
+
+
+async def test_a_key_that_is_made_carries_its_scopes(front: Front, admin: httpx.AsyncClient) -> None:
+    """From the body to the ledger, by the words of the contract alone."""
+    body = {"name": "bot", "user": "robot", "roles": ["user"], "scopes": ["search", "documents:read"]}
+    made = await admin.post("/v1/admin/api-keys", json=body)
+    wrong = await admin.post("/v1/admin/api-keys", json={**body, "scopes": ["everything"]})
+
+    assert made.status_code == 201
+    request, _ = front.behind.seen.last("CreateApiKey")
+    assert list(request.scopes) == ["search", "documents:read"]
+    assert problem_of(wrong, 400, "REQUEST_INVALID")["field"].startswith("scopes")
+
+
+async def test_a_narrowed_principal_reaches_the_services_as_narrow_as_it_came(front: Front) -> None:
+    """The signed principal names the scopes."""
+    async with httpx.AsyncClient(base_url=front.url, headers=key_of(front, "user", frozenset({"search"})), trust_env=False) as client:
+        assert (await client.post("/v1/search", json={"query": "q"})).status_code == 200
+
+    assert front.behind.seen.last("Search")[1].scopes == frozenset({"search"})

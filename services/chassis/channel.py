@@ -5,6 +5,7 @@ No method is known here by name."""
 import asyncio
 import contextlib
 import random
+import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ import grpc
 
 from services.chassis import telemetry
 from services.chassis.deadline import budget_s
-from services.chassis.errors import Unavailable
+from services.chassis.errors import DomainError, Unavailable
 from services.chassis.passport import Passport
 from services.chassis.principal import Principal, current_principal
 from services.chassis.server import MESSAGE_BYTES_MAX
@@ -21,6 +22,7 @@ from services.chassis.tls import MutualTls
 
 ATTEMPTS_MAX = 3
 BACKOFF_BASE_S = 0.05
+PAUSE_MAX_S = 0.5
 
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
@@ -60,6 +62,24 @@ def _ours(error: grpc.aio.AioRpcError, target: str) -> BaseException:
     if error.code() is grpc.StatusCode.CANCELLED and (task := asyncio.current_task()) and task.cancelling():
         return asyncio.CancelledError()
     return from_rpc_error(error, target)
+
+
+class Patience:
+    """How long calls that change nothing are made again while a service is away for a moment, as when it restarts."""
+
+    def __init__(self, seconds: float) -> None:
+        self._ends_at = time.monotonic() + min(seconds, budget_s(seconds))
+        self._tries = 0
+
+    async def wait(self, error: DomainError, service: str) -> None:
+        """Pause before the next try. Raises `error` if it is not that `service` cannot be reached, or if the time is over."""
+        lost = isinstance(error, Unavailable) and error.metadata.get("dependency") == service
+        cut = not error.reason and error.code == "CANCELLED"  # what a server that ends does to its calls
+        pause_s = random.uniform(0.5, 1) * min(PAUSE_MAX_S, BACKOFF_BASE_S * 2**self._tries)  # noqa: S311 - jitter, not a secret
+        if not (lost or cut) or time.monotonic() + pause_s > self._ends_at:
+            raise error
+        self._tries += 1
+        await asyncio.sleep(pause_s)
 
 
 class Caller:

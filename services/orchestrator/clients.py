@@ -2,15 +2,16 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 from typing import Any
 
 import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from services.chassis.channel import Caller
-from services.chassis.errors import NotFound, RequestInvalid, Unavailable
+from services.chassis.channel import Caller, Patience
+from services.chassis.errors import DomainError, NotFound, RequestInvalid, Unavailable
 from services.chassis.principal import Principal
 from services.chassis.wire import price_value, timestamp, usage_message, usage_value
 from services.orchestrator.domain import (
@@ -205,10 +206,12 @@ def operation_message(record: OperationRecord) -> ledger_pb.Operation:
 
 
 class RemoteRecall:
-    """A Recall stream, part by part."""
+    """A Recall stream, part by part. While retrieval is away for a moment it is begun again: a recall changes nothing."""
 
-    def __init__(self, parts: AsyncIterator[Any]) -> None:
-        self._parts = parts
+    def __init__(self, begin: Callable[[], AbstractAsyncContextManager[Any]], patience_s: float) -> None:
+        self._begin, self._patience_s = begin, patience_s
+        self._call = contextlib.AsyncExitStack()
+        self._parts: Any = None
 
     async def epoch(self) -> int:
         return int((await self._part("started")).collection_epoch)
@@ -224,21 +227,35 @@ class RemoteRecall:
     async def passages(self) -> tuple[Passage, ...]:
         return tuple(map(passage_value, (await self._part("passages")).passages))
 
+    async def aclose(self) -> None:
+        """Cancel what was not asked for."""
+        await self._call.aclose()
+
     async def _part(self, name: str) -> Any:
         """The next part of this name; those before it were not asked for."""
-        with _named("retrieval"):
-            async for message in self._parts:
-                if message.WhichOneof("part") == name:
-                    return getattr(message, name)
-        raise Unavailable("the retrieval service ended a recall too early", dependency="retrieval")
+        patience: Patience | None = None
+        while True:
+            try:
+                with _named("retrieval"):
+                    if self._parts is None:
+                        self._parts = await self._call.enter_async_context(self._begin())
+                    async for message in self._parts:
+                        if message.WhichOneof("part") == name:
+                            return getattr(message, name)
+                raise Unavailable("the retrieval service ended a recall too early", dependency="retrieval")
+            except DomainError as error:
+                await self._call.aclose()
+                self._parts = None
+                patience = patience or Patience(self._patience_s)
+                await patience.wait(error, "retrieval")
 
 
 class RemoteMemory:
-    """Memory at the retrieval service."""
+    """Memory at the retrieval service. `patience_s`: how long a recall waits for it to be back."""
 
-    def __init__(self, channel: grpc.aio.Channel, caller: Caller) -> None:
+    def __init__(self, channel: grpc.aio.Channel, caller: Caller, patience_s: float) -> None:
         self._stub = retrieval_rpc.RetrievalServiceStub(channel)
-        self._caller = caller
+        self._caller, self._patience_s = caller, patience_s
 
     @contextlib.asynccontextmanager
     async def recall(
@@ -252,8 +269,11 @@ class RemoteMemory:
             passages_max=passages_max,
             held_epoch=held_epoch,
         )
-        async with self._caller.stream(self._stub.Recall, request, timeout_s=RECALL_TIMEOUT_S) as parts:
-            yield RemoteRecall(parts)
+        recall = RemoteRecall(lambda: self._caller.stream(self._stub.Recall, request, timeout_s=RECALL_TIMEOUT_S), self._patience_s)
+        try:
+            yield recall
+        finally:
+            await recall.aclose()
 
     async def remember(self, answer: CachedAnswer, collection: str, scope: str, epoch: int) -> str:
         request = retrieval_pb.RememberAnswerRequest(
@@ -265,11 +285,11 @@ class RemoteMemory:
 
 
 class RemoteLedger:
-    """Ledger at the ledger service."""
+    """Ledger at the ledger service. `patience_s`: how long an answer waits for it to be back."""
 
-    def __init__(self, channel: grpc.aio.Channel, caller: Caller) -> None:
+    def __init__(self, channel: grpc.aio.Channel, caller: Caller, patience_s: float) -> None:
         self._stub = ledger_rpc.LedgerServiceStub(channel)
-        self._caller = caller
+        self._caller, self._patience_s = caller, patience_s
 
     async def reserve(
         self, operation_id: str, attempt: int, candidate: Candidate, input_tokens_max: int, output_tokens_max: int, ttl_ms: int
@@ -283,8 +303,14 @@ class RemoteLedger:
             output_tokens_max=output_tokens_max,
             ttl_ms=ttl_ms,
         )
-        with _named("ledger"):
-            reply = await self._caller.unary(self._stub.Reserve, request, timeout_s=5)
+        patience = Patience(self._patience_s)
+        while True:  # the same attempt of the same operation is one hold, however often it is asked for
+            try:
+                with _named("ledger"):
+                    reply = await self._caller.unary(self._stub.Reserve, request, timeout_s=5)
+                break
+            except DomainError as error:
+                await patience.wait(error, "ledger")
         return Hold(reply.hold_id, reply.amount_nanousd, price_value(reply.price))
 
     async def turns(self, session_id: str, limit: int) -> tuple[Turn, ...]:

@@ -36,6 +36,9 @@ class OrchestratorSettings(ServiceSettings):
     answer_deadline_s: float = Field(300.0, gt=0, le=3000, validation_alias="TAILRACE_ANSWER_DEADLINE_S")
     """Longest time from acceptance to the last token, seconds. Below an hour, the longest life of a hold."""
 
+    restart_patience_s: float = Field(10.0, ge=0, le=60, validation_alias="TAILRACE_ORCHESTRATOR_RESTART_PATIENCE_S")
+    """How long an accepted answer waits for retrieval or the ledger while they restart, seconds. A store behind them is not waited for."""
+
     default_tier: str = Field("fast", validation_alias="TAILRACE_ORCHESTRATOR_DEFAULT_TIER")
     """Tier of a question that names neither tier nor model."""
     output_tokens_default: int = Field(1024, ge=1, le=64_000, validation_alias="TAILRACE_ORCHESTRATOR_OUTPUT_TOKENS_DEFAULT")

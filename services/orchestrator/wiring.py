@@ -58,9 +58,9 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
         books = SpooledBooks(outbox, replica)
 
         ledger_channel = await stack.enter_async_context(open_channel(settings.ledger_target, tls))
-        ledger = RemoteLedger(ledger_channel, Caller(settings.ledger_target, passport))
+        ledger = RemoteLedger(ledger_channel, Caller(settings.ledger_target, passport), settings.restart_patience_s)
         retrieval_channel = await stack.enter_async_context(open_channel(settings.retrieval_target, tls))
-        memory = RemoteMemory(retrieval_channel, Caller(settings.retrieval_target, passport))
+        memory = RemoteMemory(retrieval_channel, Caller(settings.retrieval_target, passport), settings.restart_patience_s)
 
         # No retries here: the cache's own time limit is shorter than they are worth.
         pool = redis.BlockingConnectionPool.from_url(

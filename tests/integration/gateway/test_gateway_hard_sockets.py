@@ -22,7 +22,7 @@ from tailrace.gateway.v1.gateway_service_pb2_grpc import GatewayServiceStub
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
 from tests.certificates import Authority
 from tests.integration.gateway.backends import KEY, accepted, done
-from tests.integration.gateway.conftest import Front, problem_of, settings_for, unique_user
+from tests.integration.gateway.conftest import Front, problem_of, settings_for, unique_user, until
 
 
 @contextlib.asynccontextmanager
@@ -172,6 +172,13 @@ async def test_a_call_goes_from_front_to_back_over_mutual_tls(front: Front, valk
         for name in list(behind.servers):
             await behind.stop(name)
             await behind.start(name)
+
+        async with front.client() as client:  # the gateway that all tests share finds them again
+
+            async def ready() -> bool:
+                return (await client.get("/readyz")).status_code == 200 and (await client.get("/v1/models")).status_code == 200
+
+            await until(ready)
 
     assert statuses == [200, 503, 503]
 

@@ -1,0 +1,75 @@
+"""What a recall does when retrieval goes away for a moment: it is begun again; what cannot heal by waiting is told at once."""
+
+import contextlib
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+
+from services.chassis.deadline import Deadline, current_deadline
+from services.chassis.errors import DomainError, RemoteError, Unavailable
+from services.orchestrator.clients import RemoteRecall
+from tailrace.retrieval.v1 import retrieval_service_pb2 as pb
+
+STARTED = pb.RecallResponse(started=pb.RecallStarted(collection_epoch=7))
+VERDICT = pb.RecallResponse(verdict=pb.RecallVerdict(reason="no_candidate"))
+PASSAGES = pb.RecallResponse(passages=pb.RecallPassages())
+AWAY = Unavailable("", dependency="127.0.0.1:50052")
+
+
+class Retrieval:
+    """Streams as scripted, the last script again and again."""
+
+    def __init__(self, *scripts: list[pb.RecallResponse | DomainError]) -> None:
+        self._scripts, self.begun, self.open = list(scripts), 0, 0
+
+    @contextlib.asynccontextmanager
+    async def begin(self) -> AsyncIterator[AsyncIterator[pb.RecallResponse]]:
+        self.begun += 1
+        self.open += 1
+        try:
+            yield self._play(self._scripts.pop(0) if len(self._scripts) > 1 else self._scripts[0])
+        finally:
+            self.open -= 1
+
+    async def _play(self, script: list[pb.RecallResponse | DomainError]) -> AsyncIterator[pb.RecallResponse]:
+        for beat in script:
+            if isinstance(beat, DomainError):
+                raise beat
+            yield beat
+
+
+@pytest.mark.parametrize("loss", [AWAY, RemoteError("cut", remote_code="CANCELLED")])
+async def test_recall_is_begun_again_while_retrieval_restarts(loss: DomainError) -> None:
+    """Before its first part and between two; what was had already is not asked for again."""
+    retrieval = Retrieval([loss], [loss], [STARTED, VERDICT, loss], [STARTED, VERDICT, PASSAGES])
+    recall = RemoteRecall(retrieval.begin, 5)
+
+    assert await recall.epoch() == 7
+    assert (await recall.verdict()).reason == "no_candidate"
+    assert await recall.passages() == ()
+    await recall.aclose()
+    assert (retrieval.begun, retrieval.open) == (4, 0)
+
+
+async def test_store_that_is_away_is_not_waited_for() -> None:
+    """Retrieval itself said so."""
+    retrieval = Retrieval([Unavailable("", dependency="qdrant")])
+    with pytest.raises(Unavailable) as told:
+        await RemoteRecall(retrieval.begin, 5).epoch()
+
+    assert (retrieval.begun, told.value.metadata["dependency"]) == (1, "qdrant")
+
+
+async def test_patience_ends_with_its_time_and_with_the_answers() -> None:
+    """Whichever is less."""
+    for patience_s, deadline_s in ((0.3, 60.0), (60.0, 0.3)):
+        retrieval, began = Retrieval([AWAY]), time.monotonic()
+        current_deadline.set(Deadline.after(deadline_s))
+        with pytest.raises(Unavailable) as told:
+            await RemoteRecall(retrieval.begin, patience_s).epoch()
+        current_deadline.set(None)
+
+        assert told.value.metadata["dependency"] == "retrieval"
+        assert retrieval.begun > 2
+        assert time.monotonic() - began < 1

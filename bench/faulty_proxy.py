@@ -43,7 +43,8 @@ Chooser = Callable[[int, bytes], Rule]
 
 
 class FaultyProxy:
-    """Listens on a free port of the loopback while the block is open. One connection carries one request."""
+    """Listens on a free port of the loopback while the block is open. One connection carries one request, and says so to the gateway:
+    a second one on it would be under the first one's rule."""
 
     def __init__(self, target_port: int, choose: Chooser) -> None:
         self._target_port = target_port
@@ -66,18 +67,19 @@ class FaultyProxy:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self._tasks) >= CONNECTIONS_MAX:
             writer.transport.abort()
             return
-        task = asyncio.current_task()
-        assert task is not None
+        task = asyncio.create_task(self._carry(reader, writer), name="proxied connection")
         self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, TimeoutError):
                 await self._serve(reader, writer)
         finally:
-            self._tasks.discard(task)
             writer.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -86,9 +88,7 @@ class FaultyProxy:
         self.connections += 1
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             upstream, to_upstream = await asyncio.open_connection("127.0.0.1", self._target_port)
-        added = b"".join(f"{name}: {value}\r\n".encode() for name, value in rule.headers)
-        request_line, _, rest = head.partition(b"\r\n")
-        to_upstream.write(request_line + b"\r\n" + added + rest)
+        to_upstream.write(_changed(head, rule.headers))
         up = asyncio.create_task(_forward(reader, to_upstream.write, to_upstream.drain))
         down = asyncio.create_task(self._down(upstream, writer, rule))
         try:
@@ -151,6 +151,13 @@ class Cutter:
             at = found + len(EVENT_END)
             self._events_left -= 1
         return max(0, at - before)
+
+
+def _changed(head: bytes, headers: tuple[tuple[str, str], ...]) -> bytes:
+    """The request's head with these headers, and for one request only."""
+    request_line, *lines = head.removesuffix(b"\r\n\r\n").split(b"\r\n")
+    added = [f"{name}: {value}".encode() for name, value in (*headers, ("connection", "close"))]
+    return b"\r\n".join([request_line, *added, *(line for line in lines if not line.lower().startswith(b"connection:")), b"", b""])
 
 
 async def _forward(reader: asyncio.StreamReader, write: Callable[[bytes], None], drain: Callable[[], Awaitable[None]]) -> None:

@@ -40,7 +40,7 @@ async def through(rule: Rule, *, request: bytes = b"GET / HTTP/1.1\r\nhost: a\r\
 async def test_without_a_rule_everything_goes_through() -> None:
     got, seen, reset = await through(PASS)
     assert (got, reset) == (RESPONSE, False)
-    assert seen == b"GET / HTTP/1.1\r\nhost: a\r\n\r\n"
+    assert seen == b"GET / HTTP/1.1\r\nconnection: close\r\nhost: a\r\n\r\n"
 
 
 @pytest.mark.parametrize("events", [0, 1, 7, 19])
@@ -73,9 +73,10 @@ async def test_bytes_are_counted_over_the_whole_response_and_a_reset_is_one() ->
     assert (got, reset) == (RESPONSE[:30], False)
 
 
-async def test_headers_are_put_into_the_request() -> None:
-    _, seen, _ = await through(Rule(headers=(("authorization", "Bearer x"),)))
-    assert seen == b"GET / HTTP/1.1\r\nauthorization: Bearer x\r\nhost: a\r\n\r\n"
+async def test_headers_are_put_into_the_request_and_the_connection_is_for_one() -> None:
+    request = b"GET / HTTP/1.1\r\nhost: a\r\nConnection: keep-alive\r\n\r\n"
+    _, seen, _ = await through(Rule(headers=(("authorization", "Bearer x"),)), request=request)
+    assert seen == b"GET / HTTP/1.1\r\nauthorization: Bearer x\r\nconnection: close\r\nhost: a\r\n\r\n"
 
 
 async def test_a_throttled_response_takes_its_time() -> None:

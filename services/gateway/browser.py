@@ -84,7 +84,7 @@ class Browser:
         named = _refuse_foreign(lines)
         if method in ("GET", "HEAD"):
             return
-        if not named or not _values(lines, OWN_REQUEST_HEADER):
+        if not named or not any(_values(lines, OWN_REQUEST_HEADER)):
             raise NotAllowed(f"a write with the session cookie needs its origin and the header {OWN_REQUEST_HEADER}", cause="csrf")
 
     def check_sign_in(self, headers: Iterable[tuple[str, str]]) -> None:

@@ -110,6 +110,11 @@ class Settings(ServiceSettings):
         return self.http_tls_cert_file, self.http_tls_key_file
 
     @property
+    def is_https(self) -> bool:
+        """Whether browsers reach the edge over https alone: it ends TLS itself, or a proxy does, as production must."""
+        return self.environment == "production" or self.http_certificate is not None
+
+    @property
     def allowed_origins(self) -> frozenset[str]:
         """The origins of `cors_origins`. Raises ValueError for one that no browser would send."""
         origins = frozenset(origin.strip() for origin in self.cors_origins.split(",") if origin.strip())

@@ -30,12 +30,14 @@ ADD = """
 redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', '(' .. ARGV[3])
 if not redis.call('ZSCORE', KEYS[2], ARGV[1]) and redis.call('ZCARD', KEYS[2]) >= tonumber(ARGV[4]) then return 0 end
 redis.call('ZADD', KEYS[2], 'GT', ARGV[2], ARGV[1])
-redis.call('INCR', KEYS[1])
+local time = redis.call('TIME')
+redis.call('HSETNX', KEYS[1], 'epoch', time[1] .. '.' .. time[2])
+redis.call('HINCRBY', KEYS[1], 'changes', 1)
 return 1
 """
 REMOVE = """
 local removed = redis.call('ZREM', KEYS[2], ARGV[1])
-if removed == 1 then redis.call('INCR', KEYS[1]) end
+if removed == 1 then redis.call('HINCRBY', KEYS[1], 'changes', 1) end
 return removed
 """
 
@@ -44,7 +46,10 @@ return removed
 class Revoked:
     """The list as of one version."""
 
-    version: int = 0
+    epoch: bytes = b""
+    """Names the life of the list; a Redis that lost its data begins another."""
+    changes: int = 0
+    """How often it was changed in that life."""
     tokens: dict[bytes, float] = field(default_factory=dict)
     """When each token would have ended anyway, by tenant and `jti`."""
     users: dict[bytes, float] = field(default_factory=dict)
@@ -56,10 +61,6 @@ class Revoked:
             return True
         until = self.users.get(_member(tenant, user)) if self.users else None
         return until is not None and issued_at <= until
-
-    def joined(self, older: "Revoked") -> "Revoked":
-        """Both lists as one, under this one's version."""
-        return Revoked(self.version, {**older.tokens, **self.tokens}, {**older.users, **self.users})
 
 
 class Revocations:
@@ -119,12 +120,13 @@ class Revocations:
         """Read the list if it has changed. Trouble is counted, and what was known stays."""
         async with self._lock:
             try:
-                version = int(await self._client.get(_VERSION) or 0)
+                epoch, changes = await self._version()
                 known = self._revoked
-                if known is None or version != known.version:
-                    pulled = await self._read(version)
-                    # A Redis that lost its data counts from the start again; what it forgot is remembered here.
-                    self._revoked = pulled.joined(known) if known and version < known.version else pulled
+                if known is None or (epoch, changes) != (known.epoch, known.changes):
+                    if known is not None and known.epoch and (epoch != known.epoch or changes < known.changes):
+                        await self._write_back(known)
+                        epoch, changes = await self._version()
+                    self._revoked = await self._read(epoch, changes)
                 readable = True
             except (RedisError, OSError, TimeoutError, ValueError) as error:
                 readable = False
@@ -135,12 +137,28 @@ class Revocations:
                 log.info("revocations_readable_again")
             self._readable = readable
 
-    async def _read(self, version: int) -> Revoked:
+    async def _version(self) -> tuple[bytes, int]:
+        epoch, changes = await self._client.hmget(_VERSION, "epoch", "changes")
+        return epoch or b"", int(changes or 0)
+
+    async def _write_back(self, known: Revoked) -> None:
+        """Tell a Redis that lost its data what it forgot. Every gateway may do so: doing it twice changes nothing."""
+        log.warning("revocations_written_back", tokens=len(known.tokens), users=len(known.users))
+        async with self._client.pipeline(transaction=True) as pipeline:
+            if known.tokens:
+                pipeline.zadd(_TOKENS, known.tokens, gt=True)
+            if known.users:
+                pipeline.zadd(_USERS, known.users, gt=True)
+            pipeline.hsetnx(_VERSION, "epoch", known.epoch)
+            pipeline.hincrby(_VERSION, "changes", known.changes + 1)
+            await pipeline.execute()
+
+    async def _read(self, epoch: bytes, changes: int) -> Revoked:
         async with self._client.pipeline(transaction=True) as pipeline:
             pipeline.zrange(_TOKENS, 0, REVOCATIONS_MAX - 1, withscores=True)
             pipeline.zrange(_USERS, 0, REVOCATIONS_MAX - 1, withscores=True)
             tokens, users = await pipeline.execute()
-        return Revoked(version, dict(tokens), dict(users))
+        return Revoked(epoch, changes, dict(tokens), dict(users))
 
     async def _add(self, key: str, member: bytes, score: float, *, forget_before: float) -> None:
         if not await self._run(ADD, key, member, repr(score), repr(forget_before), REVOCATIONS_MAX):

@@ -116,7 +116,7 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
             backends=backends,
             identity=identity,
             revocations=revocations,
-            browser=Browser(secure=settings.environment == "production", origins=settings.allowed_origins),
+            browser=Browser(secure=settings.is_https, origins=settings.allowed_origins),
             limits=limits,
             shedding=Shedding(
                 settings.streams_max,

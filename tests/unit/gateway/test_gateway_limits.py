@@ -287,10 +287,24 @@ async def test_the_receipt_says_what_was_used(events: Events, used: int | None) 
     """An answer that was refused used nothing; of one that broke off midway nobody knows."""
     admission = limits.Admission([], [], "", [], local=False)
     with contextlib.suppress(ModelFailed):
-        async for _ in Metered(events, admission):
+        async for _ in Metered(events, admission, lambda: None):
             pass
 
     assert admission.tokens_used == used
+
+
+async def test_an_answer_is_prepared_once_its_model_is_asked_or_its_text_comes_without_one() -> None:
+    """Not before, and once."""
+    step = [orchestrator.AnswerEvent(step=orchestrator.Step(name=name)) for name in ("recall", "hold", "generate", "validate")]
+    text = orchestrator.AnswerEvent(delta=orchestrator.Delta(text="t"))
+    counts = []
+    for events in ((ACCEPTED, *step, text), (ACCEPTED, step[0], text, text)):
+        prepared, seen = list[None](), list[int]()
+        async for _ in Metered(Events(*events), limits.Admission([], [], "", [], local=False), lambda: prepared.append(None)):  # noqa: B023
+            seen.append(len(prepared))
+        counts.append(seen)
+
+    assert counts == [[0, 0, 0, 1, 1, 1], [0, 0, 1, 1]]
 
 
 async def test_those_who_ask_at_once_share_one_question() -> None:

@@ -142,8 +142,8 @@ class SharedLogs(Protocol):
         """End the log of an answer whose replica is gone; return whether it was still open."""
         ...
 
-    async def ask_to_cancel(self, answer_id: str, replica: str) -> None:
-        """Tell the replica that produces an answer to stop it, and leave the wish with the log."""
+    async def ask_to_cancel(self, answer_id: str, replica: str) -> bool:
+        """Tell the replica that produces an answer to stop it, and leave the wish with the log; return whether that replica is alive."""
         ...
 
     async def renew(self, replica: str) -> None:

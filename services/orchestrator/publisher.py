@@ -142,7 +142,7 @@ class Publisher:
 
     def _due_at(self, answer_id: str) -> float:
         published = self._published.get(answer_id)
-        if published is None:
+        if published is None or published.events.failure is not None:  # whoever stopped it elsewhere waits to hear that it has stopped
             return 0.0
         return published.written_at + self._intervals_s[0 if published.followed or published.events.ended else 1]
 

@@ -164,10 +164,12 @@ class RedisLogs:
         async with self._asking():
             return bool(await self._interrupt(list(_keys(answer_id)), [replica, _failure(failure), self._ended_life_s]))
 
-    async def ask_to_cancel(self, answer_id: str, replica: str) -> None:
-        async with self._asking():
-            await self._client.hset(_keys(answer_id)[0], "cancel", "1")
-            await self._client.publish(_channel(replica), answer_id)
+    async def ask_to_cancel(self, answer_id: str, replica: str) -> bool:
+        async with self._asking(), self._client.pipeline(transaction=False) as pipeline:
+            pipeline.publish(_channel(replica), answer_id)
+            pipeline.hset(_keys(answer_id)[0], "cancel", "1")
+            pipeline.exists(_lease(replica))
+            return bool((await pipeline.execute())[-1])
 
     async def renew(self, replica: str) -> None:
         async with self._asking():

@@ -46,6 +46,8 @@ RENEW_AGAIN_S = 0.2
 YOUNG_S, YOUNG_PAUSE_S = 0.5, 0.02
 """How long an answer may be under way before every replica knows of it."""
 LISTEN_AGAIN_S = 0.5
+CANCEL_WAIT_S, CANCEL_PAUSE_S = 1.0, 0.02
+"""How long a cancel waits for the other replica to have stopped the answer. It is asked for anyway."""
 Owner = tuple[str, str]
 Produce = Callable[[Question, EventLog], Awaitable[None]]
 Knows = Callable[[Principal, str], Awaitable[bool]]
@@ -216,10 +218,15 @@ class Registry:
             return _stop(found, None)
         if found.known.ended:
             return False
-        if not await self._logs.is_alive(found.known.replica):
+        if not await self._logs.ask_to_cancel(answer_id, found.known.replica):
             await self._logs.interrupt(answer_id, found.known.replica, interrupted(answer_id))
             return False
-        await self._logs.ask_to_cancel(answer_id, found.known.replica)
+        ends_at = time.monotonic() + CANCEL_WAIT_S
+        while time.monotonic() < ends_at:  # whoever is told that it was stopped gets no more of it
+            await asyncio.sleep(CANCEL_PAUSE_S)
+            known = await self._logs.look_up(answer_id)
+            if known is None or known.ended:
+                break
         return True
 
     @contextlib.asynccontextmanager

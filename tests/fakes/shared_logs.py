@@ -99,11 +99,12 @@ class MemoryLogs:
             self._news.notify_all()
         return True
 
-    async def ask_to_cancel(self, answer_id: str, replica: str) -> None:
+    async def ask_to_cancel(self, answer_id: str, replica: str) -> bool:
         self._ask()
         self.answers[answer_id].cancel = True
         if replica in self._wishes:
             self._wishes[replica].put_nowait(answer_id)
+        return replica in self.alive
 
     async def renew(self, replica: str) -> None:
         self._ask()

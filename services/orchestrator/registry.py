@@ -47,7 +47,7 @@ YOUNG_S, YOUNG_PAUSE_S = 0.5, 0.02
 """How long an answer may be under way before every replica knows of it."""
 LISTEN_AGAIN_S = 0.5
 CANCEL_WAIT_S, CANCEL_PAUSE_S = 1.0, 0.02
-"""How long a cancel waits for the other replica to have stopped the answer. It is asked for anyway."""
+"""How long a cancel waits until the answer has stopped. It is asked for anyway."""
 Owner = tuple[str, str]
 Produce = Callable[[Question, EventLog], Awaitable[None]]
 Knows = Callable[[Principal, str], Awaitable[bool]]
@@ -215,14 +215,16 @@ class Registry:
         """Stop an answer at once, wherever it is made; return whether it was still running. Raises as `find`."""
         found = await self.find(principal, answer_id)
         if isinstance(found, Kept):
-            return _stop(found, None)
+            was_running = _stop(found, None)
+            await asyncio.wait([found.task], timeout=CANCEL_WAIT_S)  # whoever is told that it was stopped gets no more of it
+            return was_running
         if found.known.ended:
             return False
         if not await self._logs.ask_to_cancel(answer_id, found.known.replica):
             await self._logs.interrupt(answer_id, found.known.replica, interrupted(answer_id))
             return False
         ends_at = time.monotonic() + CANCEL_WAIT_S
-        while time.monotonic() < ends_at:  # whoever is told that it was stopped gets no more of it
+        while time.monotonic() < ends_at:
             await asyncio.sleep(CANCEL_PAUSE_S)
             known = await self._logs.look_up(answer_id)
             if known is None or known.ended:

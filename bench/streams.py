@@ -25,6 +25,8 @@ SOCKETS_GONE_AFTER_S = 5.0
 INEXACT_SHARE, INEXACT_TOKENS = 0.02, 2
 STREAMS_AT_A_KILL = 20
 NORMAL_TOKENS, NORMAL_PACE = 200, 20.0
+BEGUN_PER_S = 12
+"""So slowly that none is turned away while two CPUs prepare it."""
 OVERLOAD_FACTOR = 5
 
 
@@ -326,7 +328,7 @@ async def slow_readers(ground: Ground, n: int) -> Outcome:
 
     async def gaps() -> list[float]:
         async def one(number: int) -> list[float]:
-            await asyncio.sleep(number / normal)  # people do not begin together
+            await asyncio.sleep(number / BEGUN_PER_S)
             mark, body = ground.question()
             read = await read_answer(_turned(ground, number), ground.token(), body, key=mark)
             assert read.end == "done", read.blocks[-1:]
@@ -347,12 +349,13 @@ async def slow_readers(ground: Ground, n: int) -> Outcome:
             await asyncio.sleep(0.5)
 
     async def sluggish(number: int) -> None:
+        await asyncio.sleep(number / BEGUN_PER_S)
         _, body = ground.question(words="Tell the sluggish story of")
         await _one_byte_a_second(_turned(ground, number)[0], request("POST", "/v1/answers", ground.token(), body))
 
     tasks = [asyncio.create_task(sluggish(number)) for number in range(n)] + [asyncio.create_task(watch())]
     try:
-        await asyncio.sleep(2)  # all of them have begun
+        await asyncio.sleep(n / BEGUN_PER_S + 2)  # all of them have begun
         beside = p99(await gaps())
         still = sum(not task.done() for task in tasks) - 1
     finally:

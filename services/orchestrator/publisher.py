@@ -109,6 +109,11 @@ class Publisher:
                 await asyncio.sleep(PAUSE_S)
                 self._news.set()
                 continue
+            except Exception as error:  # a bug: the answers of this replica must go on being shared all the same
+                log.exception("publisher_failed", error=type(error).__name__)
+                await asyncio.sleep(PAUSE_S)
+                self._news.set()
+                continue
             if not self._reachable:
                 self._reachable = True
                 log.info("logs_shared_again", answers=len(self._published))

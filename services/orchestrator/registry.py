@@ -147,9 +147,12 @@ class Registry:
             if earlier is not None:
                 if earlier.fingerprint != fingerprint:
                     raise IdempotencyConflict("this idempotency key came with another body", key=key)
-                found = await self.find(question.principal, earlier.answer_id)
-                if not await self._may_run_again(found):
-                    return found
+                try:
+                    found = await self.find(question.principal, earlier.answer_id)
+                    if not await self._may_run_again(found):
+                        return found
+                except NotFound:  # its replica died between the claim and the first step: it never was, and nothing was booked
+                    log.warning("key_without_answer", answer_id=earlier.answer_id)
                 if not await self._logs.claim_again(owner, key, earlier, claim):
                     raise Overloaded("the same request is just beginning again", retry_after_ms=500)
         finally:

@@ -19,7 +19,7 @@ from services.chassis.errors import (
     Unavailable,
 )
 from services.chassis.principal import Principal
-from services.orchestrator.domain import Candidate, Priority, Question, TextDelta
+from services.orchestrator.domain import Candidate, Claim, Priority, Question, TextDelta
 from services.orchestrator.log import Entry, EventLog
 from services.orchestrator.mirrors import Mirrors
 from services.orchestrator.publisher import Publisher
@@ -264,6 +264,14 @@ async def test_key_of_a_replica_that_is_gone_begins_anew(producer: Producer, rep
 
     assert isinstance(await there.answers.begin(question("c", key="k"), b"1"), Kept)
     assert isinstance(here.logs.answers["a"].failure, AnswerInterrupted)
+
+
+async def test_key_whose_answer_never_came_to_be_begins_anew(replica: Make) -> None:
+    """Its replica died between the claim and the first step, and what it had made known has run out."""
+    one = replica()
+    await one.logs.claim(("acme", "alice"), "k", Claim("never", b"1"))
+
+    assert isinstance(await one.answers.begin(question("a", key="k"), b"1"), Kept)
 
 
 async def test_without_the_shared_logs_a_key_is_refused_and_all_else_goes_on(replica: Make) -> None:

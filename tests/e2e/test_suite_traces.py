@@ -10,8 +10,8 @@ from tests.suite import Collector, Suite, ask, ingest, until
 STEPS = ("recall", "passages", "compose", "hold", "generate", "validate")
 
 
-async def tree_of(collector: Collector, trace_id: str) -> list[tuple[str, Any]]:
-    """All spans of a trace, once its root has arrived: exporters send every half second, the gateway's span ends last."""
+async def tree_of(collector: Collector, trace_id: str, leaf: str = "") -> list[tuple[str, Any]]:
+    """All spans of a trace, once its root and a span whose name ends with `leaf` are there: each service sends every half second."""
 
     async def probe() -> list[tuple[str, Any]]:
         spans = collector.trace(trace_id)
@@ -19,6 +19,7 @@ async def tree_of(collector: Collector, trace_id: str) -> list[tuple[str, Any]]:
         whole = any(span.name.endswith("/v1/answers") for _, span in spans) and all(
             span.parent_span_id in known for _, span in spans if span.parent_span_id
         )
+        whole = whole and any(span.name.endswith(leaf) for _, span in spans)
         return spans if whole and len({service for service, _ in spans}) == 4 else []
 
     return await until(probe)
@@ -28,7 +29,7 @@ async def test_an_answer_is_one_connected_tree_with_a_span_for_each_step(suite: 
     """Every span but one has its parent in the trace; the steps hang under the orchestrator's call, the calls under their steps."""
     assert suite.collector is not None
     answer = await ask(client, "Who opens the heron gate with the bronze wheel?", cache="off")
-    spans = await tree_of(suite.collector, answer.done["trace_id"])
+    spans = await tree_of(suite.collector, answer.done["trace_id"], "/Reserve")
     by_id = {span.span_id: (service, span) for service, span in spans}
     roots = [span.name for _, span in spans if not span.parent_span_id]
     parents = {span.name: by_id[span.parent_span_id][1].name for _, span in spans if span.parent_span_id}

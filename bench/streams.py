@@ -496,7 +496,7 @@ SCENARIOS: dict[str, tuple[Callable[[Ground, int], Any], int]] = {
     "rolling": (rolling_restarts, 5),
     "slow": (slow_readers, 200),
     "storm": (cancel_storm, 5_000),
-    "overload": (overload, 10),
+    "overload": (overload, 20),
 }
 """By the name they are asked for, with the full n."""
 

@@ -26,6 +26,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 from bench.provider import ROOT, Simulator, simulator
 from services.local.child import leashed
 from services.local.issuer import Issuer
+from services.local.processes import niceness_of
 from services.local.stores import Postgres, Valkey, free_port
 
 SERVICES = ("ledger", "retrieval", "orchestrator", "gateway")
@@ -184,11 +185,11 @@ class Suite:
 
     async def start(self, service: str, **environment: str) -> None:
         """Start one replica by its name. Does not wait until it is ready."""
-        log = self.log_of(service)
+        log, kind = self.log_of(service), _service_of(service)
         log.parent.mkdir(exist_ok=True)
         with log.open("ab") as sink:
             self.processes[service] = await asyncio.create_subprocess_exec(
-                *leashed([sys.executable, "-m", f"services.{_service_of(service)}"], number=signal.SIGKILL),
+                *leashed([sys.executable, "-m", f"services.{kind}"], number=signal.SIGKILL, niceness=niceness_of(kind)),
                 cwd=ROOT,
                 env={**self.environment, **self.own[service], **environment},
                 stdin=asyncio.subprocess.DEVNULL,

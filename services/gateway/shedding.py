@@ -1,12 +1,14 @@
 """Not now: whether this process has room for one more answer, asked before anything else is done. It knows no plan and asks nobody.
 
 An answer costs most before its model is asked: that is when it is authenticated, looked up, embedded and paid for. So those that are
-being prepared have a bound of their own, small enough that whoever is let in does not wait long; a stream that flows costs little.
+being prepared have bounds of their own, as queues have in CoDel: a burst may be large, but one that stands is cut to what keeps the
+machine busy, because whoever waits in it only gets older. A stream that flows costs little.
 Interactive answers are turned away at the bounds, batch answers at 80 % of them, so that those that nobody waits for make room first.
 """
 
 import asyncio
 import contextlib
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +20,9 @@ RETRY_AFTER_MS = 1000
 TICK_S = 0.05
 TICKS = 4
 """Lag must last for so many ticks: one long callback or collection is no overload."""
+
+STANDS_AFTER_S = 1.0
+"""A burst that was not worked off to half of the standing bound for so long is a queue that stands."""
 
 
 class LoopLag:
@@ -55,10 +60,17 @@ class Shedding:
     on_shed: Callable[[str], None] = lambda cause: None
     """Called with `streams`, `preparing` or `lag` for every answer that was turned away."""
     preparing_max: int = 1_000_000
+    """For a burst."""
+    preparing_standing_max: int = 1_000_000
+    """For a queue that stands."""
+    clock: Callable[[], float] = time.monotonic
     streams: int = 0
     """Answers asked for and streams resumed that are under way."""
     preparing: int = 0
     """Answers whose model was not asked yet."""
+
+    def __post_init__(self) -> None:
+        self._calm_at = self.clock()
 
     @contextlib.contextmanager
     def carried(self) -> Iterator[None]:
@@ -81,6 +93,7 @@ class Shedding:
             if prepares:
                 prepares = False
                 self.preparing -= 1
+                self._calm()
 
         with self.carried():
             try:
@@ -92,10 +105,19 @@ class Shedding:
         """Called by an answer that has entered and that nobody waits for. Raises Overloaded if only interactive ones have room."""
         self._require(0, BATCH_SHARE)
 
+    def _calm(self) -> None:
+        if self.preparing * 2 <= self.preparing_standing_max:
+            self._calm_at = self.clock()
+
+    def _preparing_bound(self) -> int:
+        self._calm()
+        stands = self.clock() - self._calm_at > STANDS_AFTER_S
+        return min(self.preparing_standing_max, self.preparing_max) if stands else self.preparing_max
+
     def _require(self, more: int, share: float) -> None:
         if self.streams + more > self.streams_max * share:
             cause = "streams"
-        elif self.preparing + more > self.preparing_max * share:
+        elif self.preparing + more > self._preparing_bound() * share:
             cause = "preparing"
         elif self.lag_s() > self.lag_max_s * share:
             cause = "lag"

@@ -124,6 +124,7 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
                 lambda: lag.seconds,
                 lambda cause: metrics.shed.labels(cause).inc(),
                 settings.preparing_max,
+                settings.preparing_standing_max,
             ),
             metrics=metrics,
             timing=Timing(settings.heartbeat_s, settings.write_stall_s),

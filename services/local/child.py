@@ -29,9 +29,13 @@ class User(NamedTuple):
 OURSELVES = User()
 
 
-def leashed(command: list[str], user: User = OURSELVES, number: int = 0) -> list[str]:
-    """`command` as `user`, sent signal `number` by the kernel when the calling process dies (on Linux; 0 = not)."""
-    return [sys.executable, "-I", "-S", _LEASH, str(int(number)), str(os.getpid()), str(user.uid), str(user.gid), *command]
+def leashed(command: list[str], user: User = OURSELVES, number: int = 0, niceness: int = 0) -> list[str]:
+    """`command` as `user`, sent signal `number` by the kernel when the calling process dies (on Linux; 0 = not).
+
+    With a `niceness` (1 to 19) it yields the processor to others; its session must be its own then.
+    """
+    numbers = (int(number), os.getpid(), user.uid, user.gid, niceness)
+    return [sys.executable, "-I", "-S", _LEASH, *map(str, numbers), *command]
 
 
 class Child:
@@ -43,6 +47,8 @@ class Child:
     stop_signal: ClassVar[signal.Signals] = signal.SIGTERM
     stop_timeout_s: ClassVar[float] = 10.0
     ready_timeout_s: ClassVar[float] = 30.0
+    niceness: int = 0
+    """How far it stands back when the processor is wanted by many, 0 to 19."""
 
     def __init__(self, name: str, log: Path) -> None:
         self.name, self.log = name, log
@@ -93,7 +99,7 @@ class Child:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as sink:  # appending, so that an emptied log is written from its start again
             self.process = await asyncio.create_subprocess_exec(
-                *leashed(command, user, self.stop_signal),
+                *leashed(command, user, self.stop_signal, self.niceness),
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=sink,

@@ -14,6 +14,9 @@ from services.chassis.tls import MutualTls
 from services.local.child import Child
 
 PROBE_TIMEOUT_S = 1.0
+NICENESS = 15
+"""Of what works behind the gateway. On a machine they share, whoever is turned away must hear so at once, and what was made must flow,
+while the rest prepares as many answers as the processors can."""
 Probe = Callable[[], Coroutine[Any, Any, bool]]
 
 
@@ -32,6 +35,7 @@ class ServiceProcess(Child):
         super().__init__(name, log)
         self._environ, self._probe = environ, probe
         self._command = command or [sys.executable, "-m", f"services.{name}"]
+        self.niceness = niceness_of(name)
 
     async def start(self) -> None:
         await self._spawn(self._command, env=dict(self._environ()))
@@ -39,6 +43,11 @@ class ServiceProcess(Child):
 
     async def answers(self) -> bool:
         return await self._probe()
+
+
+def niceness_of(service: str) -> int:
+    """How far this service stands back."""
+    return 0 if service == "gateway" else NICENESS
 
 
 def grpc_health(target: str, tls: MutualTls | None = None) -> Probe:

@@ -1,14 +1,16 @@
 """Not now: who is turned away at which bound, what counts as lag, and how long an answer may take."""
 
 import asyncio
+import contextlib
 import time
+from collections.abc import Callable
 
 import pytest
 
 from services.chassis.deadline import Deadline
 from services.chassis.errors import Overloaded, RequestInvalid
 from services.gateway import deadlines
-from services.gateway.shedding import TICK_S, TICKS, LoopLag, Shedding
+from services.gateway.shedding import STANDS_AFTER_S, TICK_S, TICKS, LoopLag, Shedding
 
 
 def test_interactive_answers_are_turned_away_at_the_bound_and_batch_before() -> None:
@@ -47,6 +49,33 @@ def test_answers_that_are_being_prepared_have_a_bound_of_their_own() -> None:
                 shedding.require_room_for_batch()
 
     assert (shedding.preparing, shedding.streams, causes) == (0, 0, ["preparing", "preparing"])
+
+
+def test_a_burst_may_be_large_but_a_queue_that_stands_is_short() -> None:
+    """For a second the burst's bound holds; then the small one, until half of it was worked off."""
+    now, kept = 0.0, contextlib.ExitStack()
+    shedding = Shedding(1000, 0.1, lambda: 0.0, preparing_max=6, preparing_standing_max=4, clock=lambda: now)
+
+    def let_in() -> Callable[[], None] | None:
+        with contextlib.suppress(Overloaded):
+            return kept.enter_context(shedding.entered())
+        return None
+
+    burst = [let_in() for _ in range(7)]
+    admitted = [prepared for prepared in burst if prepared]
+    now = STANDS_AFTER_S + 0.1
+    for prepared in admitted[:2]:
+        prepared()
+    standing = let_in()
+    admitted[2]()
+    refilled, again = let_in(), let_in()
+    for prepared in admitted[3:5]:
+        prepared()
+    calm = [let_in() for _ in range(5)]
+
+    assert (len(admitted), burst[-1], standing) == (6, None, None)
+    assert (refilled is not None, again) == (True, None)
+    assert [prepared is not None for prepared in calm] == [True, True, True, True, False]
 
 
 @pytest.mark.parametrize(

@@ -175,3 +175,17 @@ def test_sweep_ends_what_was_left_and_spares_a_stranger_with_the_same_id(tmp_pat
     assert swept == ["ours"]
     assert alive == (False, True)
     assert not record.exists()
+
+
+async def test_a_child_that_stands_back_does_so_to_the_scheduler(tmp_path: Path) -> None:
+    """As a process, and as the group that Linux makes of its session."""
+    child = Sleeper("modest", tmp_path, [])
+    child.niceness = os.getpriority(os.PRIO_PROCESS, 0) + 7
+    await child.start()
+    assert child.process is not None
+    said = psutil.Process(child.process.pid).nice()
+    group = Path(f"/proc/{child.process.pid}/autogroup")
+    grouped = group.read_text().split()[-1] if group.exists() else str(child.niceness)
+    await child.stop()
+
+    assert (said, grouped) == (child.niceness, str(child.niceness))

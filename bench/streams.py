@@ -14,17 +14,24 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import psutil
+
 from bench.faulty_proxy import PASS, FaultyProxy, Rule
 from bench.ground import TENANTS, Bar, Ground, Outcome, p99, side_by_side, untyped
 from bench.reader import Read, Reply, fetch, read_answer, request
 from bench.script import Behaviour
 
 WIDTH = 16
+DISCONNECTS_WIDTH = 8
+"""So few that tokens are read as soon as they come: what is under way when we leave is billed, and unknown to us."""
 RECONNECTS_MAX = 5
 SOCKETS_GONE_AFTER_S = 5.0
 INEXACT_SHARE, INEXACT_TOKENS = 0.02, 2
 STREAMS_AT_A_KILL = 20
-NORMAL_TOKENS, NORMAL_PACE = 200, 20.0
+NORMAL_TOKENS, NORMAL_PACE = 100, 5.0
+"""A hundred of them are half of what two CPUs carry, so that what a neighbour adds is seen as what it is."""
+SLUGGISH_TOKENS, SLUGGISH_MADE_S = 1000, 600.0
+"""More than the buffers between us and the reader hold."""
 BEGUN_PER_S = 12
 """So slowly that none is turned away while two CPUs prepare it."""
 OVERLOAD_FACTOR = 5
@@ -166,11 +173,11 @@ async def cancels(ground: Ground, n: int) -> Outcome:
     )
 
 
-async def disconnects(ground: Ground, n: int, pace: float = 100.0) -> Outcome:
+async def disconnects(ground: Ground, n: int, pace: float = 50.0) -> Outcome:
     """Readers leave for good after a random byte, or out of a request for a whole document: all that was used must be booked.
 
-    What the provider makes between our last read and its notice of our leaving is billed and cannot be known here: on a busy machine that
-    takes tens of milliseconds, so what 2 % can hold depends on `pace`, in tokens a second.
+    What the provider makes between our last read and its notice of our leaving is billed and cannot be known here: where a machine has
+    more tokens to carry than it can, that is tens of milliseconds, so what 2 % can hold depends on `pace`, in tokens a second.
     """
     await ground.begin()
     chance = ground.random("disconnect")
@@ -190,7 +197,7 @@ async def disconnects(ground: Ground, n: int, pace: float = 100.0) -> Outcome:
                 await fetch(port, message, bytes_max=after_bytes)
         return mark
 
-    await side_by_side(n, WIDTH, one)
+    await side_by_side(n, DISCONNECTS_WIDTH, one)
     await asyncio.sleep(3)  # the grace for those who may come back, and the calls that are about to begin
     left = await ground.holds_left()
     records = [record for record in await ground.suite.provider.records() if record.state != "refused"]
@@ -319,11 +326,14 @@ async def rolling_restarts(ground: Ground, n: int, names: Sequence[str] = ()) ->
 
 
 async def slow_readers(ground: Ground, n: int) -> Outcome:
-    """`n` readers take one byte a second beside half as many normal ones, which must not notice."""
+    """`n` readers take one byte a second beside half as many normal ones, which must not notice.
+
+    What they read was made by then: its making is work that has nothing to do with how slowly it is read.
+    """
     await ground.begin()
     provider = ground.suite.provider
     await provider.behave(Behaviour(ttft_ms=20, tokens=NORMAL_TOKENS, tokens_per_s=NORMAL_PACE))
-    await provider.behave(Behaviour(ttft_ms=20, tokens=3000), contains="sluggish")
+    await provider.behave(Behaviour(ttft_ms=20, tokens=SLUGGISH_TOKENS), contains="sluggish")
     normal = max(1, n // 2)
 
     async def gaps() -> list[float]:
@@ -356,6 +366,7 @@ async def slow_readers(ground: Ground, n: int) -> Outcome:
     tasks = [asyncio.create_task(sluggish(number)) for number in range(n)] + [asyncio.create_task(watch())]
     try:
         await asyncio.sleep(n / BEGUN_PER_S + 2)  # all of them have begun
+        unmade = await ground.holds_left(SLUGGISH_MADE_S)
         beside = p99(await gaps())
         still = sum(not task.done() for task in tasks) - 1
     finally:
@@ -370,6 +381,7 @@ async def slow_readers(ground: Ground, n: int) -> Outcome:
             Bar("memory of gateways and orchestrators grew by", round(peak / 2**20, 1), 64, "MB"),
             Bar("inter-token p99 beside them", round(beside, 1), round(1.2 * alone, 1), "ms"),
             Bar("slow readers that were served", still, n, at_least=True),
+            Bar("answers that were not made though nobody waited", unmade, 0),
         ],
         {"normal streams": normal, "p99 alone": round(alone, 1)},
     )
@@ -543,7 +555,9 @@ async def _rate(ground: Ground, width: int, seconds: float) -> float:
 
 
 def _resident(ground: Ground) -> int:
-    return sum(load.rss_bytes for name, load in ground.suite.loads().items() if name.startswith(("gateway", "orchestrator")))
+    """Read so that it costs next to nothing: what is proportional in memory takes the kernel tens of milliseconds to say."""
+    processes = ground.suite.processes.items()
+    return sum(psutil.Process(process.pid).memory_info().rss for name, process in processes if name.startswith(("gateway", "orchestrator")))
 
 
 async def _one_byte_a_second(port: int, message: bytes) -> None:

@@ -1,18 +1,28 @@
-"""uvicorn inside our own lifecycle: it takes no signals, its port is ours to report, and who sends headers without end is cut off."""
+"""uvicorn inside our own lifecycle: it takes no signals, its port is ours to report, and who sends headers without end is cut off.
+
+What it refuses before there is a request is a problem document with ids, as everywhere else.
+"""
 
 import asyncio
 import contextlib
 import functools
 import logging
+import secrets
 import socket
 from collections import Counter
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import structlog
 import uvicorn
+from opentelemetry.trace import SpanKind
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+from services.chassis import telemetry
+from services.chassis.errors import DomainError, Overloaded, RateLimited, RequestInvalid
+from services.gateway import problems
 
 log = structlog.get_logger(__name__)
 
@@ -29,22 +39,49 @@ LINGER_S = 10.0
 SOCKET_MESSAGE_BYTES_MAX = 64 * 1024
 SOCKET_PING_S = 20.0
 """Between two pings of an idle WebSocket, and how long each may stay unanswered."""
-_TOO_MANY = b"HTTP/1.1 429 Too Many Requests\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
-_NOT_A_HANDSHAKE = b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+CONNECTIONS_MAX = 10_000
+"""Open at the same time, whoever they come from: each costs some memory before a word was said."""
+RETRY_AFTER_MS = 1000
+
+
+def _refused(error: DomainError) -> bytes:
+    """`error` as a whole response on a connection that will be closed."""
+    request_id = secrets.token_hex(16).encode()
+    status = problems.status_of(error)
+    with telemetry.span("unreadable request", kind=SpanKind.SERVER) as span:
+        span.set_attribute(telemetry.HTTP_STATUS, status)
+        trace_id = telemetry.current_trace_id()
+    body = problems.body_of(error, trace_id=trace_id, request_id=request_id.decode())
+    headers = [
+        (b"content-type", problems.MEDIA_TYPE),
+        (b"content-length", str(len(body)).encode()),
+        (b"cache-control", b"no-store"),
+        (b"connection", b"close"),
+        (b"x-request-id", request_id),
+        (b"request-id", request_id),
+        (b"x-trace-id", trace_id.encode()),
+        *problems.headers_of(error),
+    ]
+    head = b"".join(name + b": " + value + b"\r\n" for name, value in headers)
+    return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n".encode() + head + b"\r\n" + body
 
 
 class _Peers:
-    """Open connections by peer address, at most `peer_max` each; 0 = no bound."""
+    """Open connections by peer address, at most `peer_max` each, 0 = no bound, and `total_max` of all together."""
 
-    def __init__(self, peer_max: int) -> None:
-        self._peer_max = peer_max
+    def __init__(self, peer_max: int, total_max: int) -> None:
+        self._peer_max, self._total_max = peer_max, total_max
         self._open: Counter[str] = Counter()
 
-    def enter(self, transport: Any) -> bool:
-        """Count a connection. False = one too many; it is counted all the same until it leaves."""
+    def enter(self, transport: Any) -> DomainError | None:
+        """Count a connection. Return why it is one too many, if it is; it is counted all the same until it leaves."""
         address = _address(transport)
         self._open[address] += 1
-        return not self._peer_max or self._open[address] <= self._peer_max
+        if self._peer_max and self._open[address] > self._peer_max:
+            return RateLimited(f"at most {self._peer_max} connections from one address", retry_after_ms=RETRY_AFTER_MS)
+        if self._open.total() > self._total_max:
+            return Overloaded("the gateway has as many connections as it can", dependency="gateway", retry_after_ms=RETRY_AFTER_MS)
+        return None
 
     def leave(self, transport: Any) -> None:
         address = _address(transport)
@@ -68,11 +105,15 @@ class _Protocol(HttpToolsProtocol):
         super().connection_made(transport)
         self._header_bytes = 0
         self._header_timer: asyncio.TimerHandle | None = None
-        if self._peers.enter(transport):
+        if (refusal := self._peers.enter(transport)) is None:
             self._expect_headers()
         else:
-            transport.write(_TOO_MANY)
+            transport.write(_refused(refusal))
             transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        self.transport.write(_refused(RequestInvalid("this is not HTTP that can be read", bound=self._bound())))
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._headers_came()
@@ -105,6 +146,9 @@ class _Protocol(HttpToolsProtocol):
         if self._header_bytes > HEADERS_BYTES_MAX:
             raise ValueError("the headers are too large")  # the parser turns it into a 400 and the connection ends
 
+    def _bound(self) -> str:
+        return f"{HEADERS_BYTES_MAX} bytes of headers" if self._header_bytes > HEADERS_BYTES_MAX else ""
+
     def _expect_headers(self) -> None:
         if self._header_timer is None:
             self._header_timer = self.loop.call_later(HEADERS_TIMEOUT_S, self._too_slow)
@@ -134,7 +178,9 @@ class _SocketProtocol(WebSocketsSansIOProtocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.conn.handshake_exc is not None and not self.handshake_initiated and not self.transport.is_closing():
-            self.transport.write(_NOT_A_HANDSHAKE)  # uvicorn would leave it open and say nothing
+            self.transport.write(
+                _refused(RequestInvalid("this is no handshake of a WebSocket"))
+            )  # uvicorn would leave it open and say nothing
             self.transport.close()
 
     async def send(self, message: Any) -> None:
@@ -152,15 +198,15 @@ class HttpListener:
     def __init__(
         self,
         app: Any,
-        tasks_max: int = 10_000,
         *,
+        connections_max: int = CONNECTIONS_MAX,
         connections_per_peer_max: int = 0,
         certificate: tuple[Path, Path] | None = None,
         port_setting: str = "TAILRACE_HTTP_PORT",
     ) -> None:
         """`connections_per_peer_max` counts by address, 0 = no bound. `certificate` is a certificate and its key: with it TLS is spoken."""
         self._port_setting = port_setting
-        peers = _Peers(connections_per_peer_max)
+        peers = _Peers(connections_per_peer_max, connections_max)
         # Its words are ours to say: the edge logs what fails, and strangers' broken requests are not news.
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         config = uvicorn.Config(
@@ -178,7 +224,6 @@ class HttpListener:
             proxy_headers=False,
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_S,
-            limit_concurrency=tasks_max,
             ssl_certfile=certificate[0] if certificate else None,
             ssl_keyfile=str(certificate[1]) if certificate else None,
         )

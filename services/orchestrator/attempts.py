@@ -14,7 +14,7 @@ from services.chassis.deadline import current_deadline
 from services.chassis.errors import AnswerInterrupted, BudgetExhausted, DomainError, PriceUnknown
 from services.chassis.money import Usage
 from services.chassis.telemetry import StepRecord, span
-from services.orchestrator.domain import Attempt, Candidate, Draft, Hold, Prompt
+from services.orchestrator.domain import Attempt, Candidate, Draft, Hold, OperationRecord, Prompt
 from services.orchestrator.router import next_try
 from services.orchestrator.run import Run
 
@@ -73,13 +73,13 @@ async def _hold(run: Run, call: _Call, step: StepRecord) -> None:
     """Set the worst case of the call aside. Without that no byte is sent."""
     deadline = current_deadline.get()
     ttl_ms = int(((deadline.remaining_s if deadline else run.kit.limits.deadline_s) + HOLD_MARGIN_S) * 1000)
+    run.kit.books.intend(_unfinished(run, call))  # or a crash in these milliseconds would leave a hold of which nobody knows
     reserving = asyncio.create_task(
         run.kit.ledger.reserve(
             run.question.answer_id, call.number, call.candidate, call.prompt.input_tokens_max, call.output_tokens_max, ttl_ms
         ),
         name="reserve",
     )
-    asyncio.get_running_loop().call_soon(_mark, run, call)  # while the hold is on its way, so that nothing waits for it
     try:
         call.hold = await asyncio.shield(reserving)
     except asyncio.CancelledError as error:
@@ -107,7 +107,7 @@ async def _generate(run: Run, call: _Call, step: StepRecord) -> None:
         run.write(text)
         if draft.deltas - call.marked_deltas >= MARK_DELTAS or now - call.marked_at >= MARK_S:
             call.marked_at, call.marked_deltas = now, draft.deltas
-            _mark(run, call)
+            run.kit.books.mark(_unfinished(run, call))
 
     draft.on_text = write
     run.model, run.provider = candidate.model, candidate.provider
@@ -141,13 +141,13 @@ async def _generate(run: Run, call: _Call, step: StepRecord) -> None:
                 running.set_attribute(telemetry.GEN_AI_FINISH_REASONS, (attempt.finish_reason,))
 
 
-def _mark(run: Run, call: _Call) -> None:
-    """Leave word on disk what to book if this process dies in the middle of the call. Nothing waits for it."""
+def _unfinished(run: Run, call: _Call) -> OperationRecord:
+    """What to book if this process dies in the middle of the call."""
     died = AnswerInterrupted("", answer_id=run.question.answer_id)
     attempt = _account(call, died)
     if attempt.not_sent:  # it may be sent before the next mark; a crash must not make tokens free
         attempt = replace(attempt, usage=Usage(call.prompt.input_tokens_estimate), estimated=True, not_sent=False)
-    run.kit.books.mark(run.record(died, attempt))
+    return run.record(died, attempt)
 
 
 def _account(call: _Call, failure: BaseException | None) -> Attempt:

@@ -368,6 +368,9 @@ class SpooledBooks:
     def __init__(self, spool: Spool, replica: str) -> None:
         self._spool, self._replica = spool, replica
 
+    def intend(self, record: OperationRecord) -> None:
+        self._spool.intend(record.question.answer_id, self._replica, operation_message(record).SerializeToString())
+
     def mark(self, record: OperationRecord) -> None:
         self._spool.mark(record.question.answer_id, self._replica, operation_message(record).SerializeToString())
 

@@ -97,6 +97,10 @@ class ExactCache(Protocol):
 class Books(Protocol):
     """Where the final record of an operation is kept until the ledger has booked it, and until then what to book if we die."""
 
+    def intend(self, record: OperationRecord) -> None:
+        """As `mark`, before a hold is asked for: once it returns, this process may end at any moment."""
+        ...
+
     def mark(self, record: OperationRecord) -> None:
         """Keep `record` as what shall be booked if this process ends before `record` is called. Waits for nothing; the latest counts."""
         ...

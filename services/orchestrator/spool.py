@@ -1,7 +1,8 @@
 """Records on their way to the ledger, on disk until it has booked them: SQLite, synced at every commit. It knows bytes alone.
 
 Of what still runs it keeps the latest mark: the record to send if this process ends before the final one is written. Marks that a former
-process left behind are records.
+process left behind are records. A synced mark takes milliseconds, which a call's hold does not wait for; until it is there an intent
+stands in for it, which the process may die over but not the machine: it is written, and not synced.
 
 One thread owns the database and commits together what waits together, so that a hundred answers that end at once cost one sync.
 Nothing is ever dropped: what the ledger can never book is put aside in a table of its own.
@@ -47,6 +48,15 @@ CREATE TABLE IF NOT EXISTS dead_letter (
 """
 
 
+_INTENTS = """
+CREATE TABLE IF NOT EXISTS intents (
+    operation_id TEXT PRIMARY KEY,
+    replica TEXT NOT NULL,
+    payload BLOB NOT NULL
+) WITHOUT ROWID;
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Ack:
     """The ledger's word on one record."""
@@ -84,7 +94,8 @@ class Spool:
         """Records put aside."""
         self._broken = False
         self._database = _open(path)
-        self.interrupted = _take_over(self._database)
+        self._intents = _open_intents(path.with_suffix(".intents.db"))
+        self.interrupted = _take_over(self._database, self._intents)
         """What a former process was making when it ended, with the name of that process. It is in the outbox now."""
         self.depth = self._database.execute("SELECT count(*) FROM outbox").fetchone()[0]
         self.dead_letters = self._database.execute("SELECT count(*) FROM dead_letter").fetchone()[0]
@@ -100,12 +111,29 @@ class Spool:
         """False while too many records wait, or since the disk failed: then no new work may begin."""
         return not self._broken and self.depth < self._records_max
 
-    def mark(self, operation_id: str, replica: str, payload: bytes) -> None:
-        """Keep `payload` as the record of what runs, in place of an earlier one. Waits for nothing; `append` tells of a disk that fails."""
+    def intend(self, operation_id: str, replica: str, payload: bytes) -> None:
+        """As `mark`, and once it returns the end of this process cannot undo it. Blocks for a write to memory, some 50 us."""
+        with contextlib.suppress(sqlite3.Error):
+            self._intents.execute(
+                "INSERT OR REPLACE INTO intents (operation_id, replica, payload) VALUES (?, ?, ?)", (operation_id, replica, payload)
+            )
+        self.mark(operation_id, replica, payload).add_done_callback(lambda written: self._forget(operation_id, written))
+
+    def _forget(self, operation_id: str, written: "asyncio.Future[Any]") -> None:
+        if not written.cancelled() and written.exception() is None:
+            with contextlib.suppress(sqlite3.Error):
+                self._intents.execute("DELETE FROM intents WHERE operation_id = ?", (operation_id,))
+
+    def mark(self, operation_id: str, replica: str, payload: bytes) -> "asyncio.Future[Any]":
+        """Keep `payload` as the record of what runs, in place of an earlier one; the future is done once it is on disk.
+
+        Nothing need wait for it: `append` tells of a disk that fails.
+        """
         written: asyncio.Future[Any] = self._loop.create_future()
         written.add_done_callback(_looked_at)
         statement = "INSERT OR REPLACE INTO running (operation_id, replica, payload) VALUES (?, ?, ?)"
         self._jobs.put((lambda db: db.execute(statement, (operation_id, replica, payload)), written))
+        return written
 
     async def append(self, operation_id: str, payload: bytes) -> asyncio.Future[None]:
         """Return once `payload` is on disk, in place of the marks; the future is done once it was acknowledged.
@@ -194,6 +222,7 @@ class Spool:
         self._jobs.put(None)
         await asyncio.to_thread(self._thread.join)
         self._database.close()
+        self._intents.close()
 
     async def _do(self, job: Callable[[sqlite3.Connection], Any]) -> Any:
         future: asyncio.Future[Any] = self._loop.create_future()
@@ -242,13 +271,16 @@ def _finish(database: sqlite3.Connection, operation_id: str, payload: bytes) -> 
     return int(database.execute("INSERT INTO outbox (payload) VALUES (?)", (payload,)).lastrowid or 0)
 
 
-def _take_over(database: sqlite3.Connection) -> list[tuple[str, str]]:
-    """Make records of the marks that a former process left behind; return whose they are."""
+def _take_over(database: sqlite3.Connection, intents: sqlite3.Connection) -> list[tuple[str, str]]:
+    """Make records of the marks and intents that a former process left behind; return whose they are."""
+    intended = intents.execute("SELECT operation_id, replica, payload FROM intents").fetchall()
     database.execute("BEGIN IMMEDIATE")
+    database.executemany("INSERT OR REPLACE INTO running (operation_id, replica, payload) VALUES (?, ?, ?)", intended)
     left = database.execute("SELECT operation_id, replica FROM running ORDER BY operation_id").fetchall()
     database.execute("INSERT INTO outbox (payload) SELECT payload FROM running ORDER BY operation_id")
     database.execute("DELETE FROM running")
     database.execute("COMMIT")
+    intents.execute("DELETE FROM intents")
     return [(str(operation_id), str(replica)) for operation_id, replica in left]
 
 
@@ -271,6 +303,28 @@ def _open(path: Path) -> sqlite3.Connection:
     database.execute("PRAGMA synchronous = FULL")
     database.executescript(_SCHEMA)
     return database
+
+
+def _open_intents(path: Path) -> sqlite3.Connection:
+    try:
+        return _intents_at(path)
+    except sqlite3.DatabaseError as error:
+        if isinstance(error, sqlite3.OperationalError):
+            raise
+        # The machine ended in the middle of a write that was never synced. The holds of those calls will expire and be booked so.
+        log.warning("intents_lost", error=type(error).__name__)
+        for part in ("", "-wal", "-shm"):
+            path.with_name(path.name + part).unlink(missing_ok=True)
+        return _intents_at(path)
+
+
+def _intents_at(path: Path) -> sqlite3.Connection:
+    intents = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
+    intents.execute("PRAGMA locking_mode = EXCLUSIVE")
+    intents.execute("PRAGMA journal_mode = WAL")
+    intents.execute("PRAGMA synchronous = OFF")
+    intents.executescript(_INTENTS)
+    return intents
 
 
 @contextlib.asynccontextmanager

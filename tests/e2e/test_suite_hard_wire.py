@@ -1,6 +1,8 @@
 """The whole suite with every inner wire as mutual TLS, and an answer over a WebSocket through all of it."""
 
+import asyncio
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,14 @@ async def test_an_answer_over_a_websocket_through_mutual_tls(tmp_path: Path) -> 
             asked = await texts()
             await socket.send(json.dumps({"type": "resume", "answer_id": asked[0]["answer_id"], "after": 2, "request_id": "r"}))
             resumed = await texts()
+        reader, writer = await asyncio.open_connection("127.0.0.1", suite.ports["http"])
+        writer.write(b"this is not HTTP\r\n\r\n")
+        refused = await reader.read()
+        writer.close()
         plain = [await grpc_health(f"127.0.0.1:{suite.ports[name]}")() for name in SERVICES]
 
     assert asked[-1]["type"] == "done", asked[-1]
     assert [text["id"] for text in asked] == list(range(1, len(asked) + 1))
     assert resumed == asked[2:]
+    assert re.search(rb"\r\nx-trace-id: [0-9a-f]{32}\r\n", refused), refused
     assert plain == [False] * len(SERVICES)

@@ -15,6 +15,7 @@ from services.chassis.config import SettingsError
 from services.chassis.lifecycle import started
 from services.chassis.passport import Passport
 from services.chassis.principal import Principal
+from services.gateway.http_listener import HttpListener
 from services.gateway.wiring import EdgeServer, build
 from services.local.processes import grpc_health
 from services.local.stores import Valkey, free_port
@@ -91,6 +92,44 @@ async def test_connections_of_one_peer_are_bounded_and_given_back(front: Front, 
         first.close()
 
     assert said == b"200"
+
+
+@pytest.mark.parametrize(
+    ("sent", "connections_max", "status", "reason"),
+    [
+        (b"\x16\x03\x01\x02\x00\x01\x00", 10, 400, "REQUEST_INVALID"),
+        (b"GET / HTTP/1.1\r\nhost: x\r\nx: " + b"a" * 70_000 + b"\r\n\r\n", 10, 400, "REQUEST_INVALID"),
+        (b"GET /v1/answers/ws HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n", 10, 400, "REQUEST_INVALID"),
+        (b"", 0, 503, "OVERLOADED"),
+    ],
+    ids=["not http", "long headers", "no handshake", "no room"],
+)
+async def test_what_is_refused_before_it_is_a_request_is_a_problem_with_ids(
+    sent: bytes, connections_max: int, status: int, reason: str
+) -> None:
+    """Also what the HTTP server itself cannot read; then the connection ends."""
+
+    async def nowhere(scope: object, receive: object, send: object) -> None:
+        raise AssertionError("nothing of this reaches the application")
+
+    listener = HttpListener(nowhere, connections_max=connections_max)
+    port = await listener.start("127.0.0.1", 0)
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(sent)
+        async with asyncio.timeout(5):
+            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        writer.close()
+    finally:
+        await listener.stop(1)
+    line, *fields = head.decode().split("\r\n")
+    headers = [(name, value) for name, _, value in (field.partition(": ") for field in fields)]
+    response = httpx.Response(int(line.split()[1]), headers=headers, content=body)
+
+    problem = problem_of(response, status, reason)
+    assert len(problem["request_id"]) == 32
+    assert (response.headers["connection"], int(response.headers["content-length"])) == ("close", len(body))
+    assert ("retry-after" in response.headers) is (status == 503)
 
 
 async def test_ten_thousand_parts_are_too_many(client: httpx.AsyncClient) -> None:

@@ -171,6 +171,47 @@ async def test_killed_process_has_kept_every_record_it_said_it_kept(tmp_path: Pa
     assert not missing
 
 
+async def test_an_intent_outlives_its_process_before_its_mark_is_written(tmp_path: Path) -> None:
+    """kill -9 while the disk is busy with something else: the intent is a record all the same, and one that was marked is no second one."""
+    books, path = Books(), tmp_path / "spool.db"
+    script = f"""
+import asyncio, os, pathlib, signal, time
+from services.orchestrator.spool import opened
+
+async def main():
+    async with opened(pathlib.Path({str(path)!r}), 10) as spool:
+        spool.intend("marked", "r1", b"marked")
+        await spool.append("ended", b"whole")
+        spool._jobs.put((lambda database: time.sleep(600), asyncio.get_running_loop().create_future()))
+        spool.intend("unmarked", "r1", b"unmarked")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(main())
+"""
+    child = await asyncio.create_subprocess_exec(sys.executable, "-c", script)
+    assert await child.wait() == -signal.SIGKILL
+    async with opened(path, 10) as spool, draining(spool, books):
+        assert sorted(spool.interrupted) == [("marked", "r1"), ("unmarked", "r1")]
+        assert await spool.flush(5) == 0
+    async with opened(path, 10) as spool:
+        assert (spool.interrupted, spool.depth) == ([], 0)
+
+    assert sorted(books.booked.values()) == [b"marked", b"unmarked", b"whole"]
+
+
+async def test_an_intent_is_forgotten_once_its_mark_is_on_disk(tmp_path: Path) -> None:
+    """Or what was booked long ago would be sent again at the next start; a file of intents that was torn is begun anew."""
+    path = tmp_path / "spool.db"
+    async with opened(path, 10) as spool:
+        spool.intend("a", "r1", b"half")
+        await spool.append("a", b"whole")
+    async with opened(path, 10) as spool:
+        assert (spool.interrupted, spool.depth) == ([], 1)
+    (tmp_path / "spool.intents.db").write_bytes(b"torn" * 4096)
+    async with opened(path, 10) as spool:
+        assert (spool.interrupted, spool.depth) == ([], 1)
+
+
 async def test_marks_that_a_dead_process_left_are_records(tmp_path: Path) -> None:
     """The latest of each that had no final record, under the name of the process that made it; each is sent once."""
     books, path = Books(), tmp_path / "spool.db"

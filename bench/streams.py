@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from bench.faulty_proxy import PASS, FaultyProxy, Rule
-from bench.ground import TENANTS, Bar, Ground, Outcome, p99, side_by_side, untyped
+from bench.ground import PLAN, TENANTS, Bar, Ground, Outcome, p99, side_by_side, untyped
 from bench.reader import Read, Reply, fetch, read_answer, request
 from bench.script import Behaviour
 
@@ -35,6 +35,10 @@ SLUGGISH_TOKENS, SLUGGISH_MADE_S = 1000, 600.0
 BEGUN_PER_S = 12
 """So slowly that none is turned away while two CPUs prepare it."""
 OVERLOAD_FACTOR = 5
+TURNED_AWAY_PAUSE_S = 0.2
+LIMIT, LIMIT_WINDOW_S, LIMIT_PAUSE_S = 100, 60.0, 2.0
+LIMIT_SETTLES_S = 10.0
+"""How long after the beginning of a window all of it must be used."""
 
 
 async def cut_and_resume(ground: Ground, n: int) -> Outcome:
@@ -393,10 +397,10 @@ async def cancel_storm(ground: Ground, n: int) -> Outcome:
     chance = ground.random("storm")
     await ground.suite.provider.behave(Behaviour(ttft_ms=5, tokens=24, tokens_per_s=200, echoes_mark=True))
     drops = [chance.uniform(0, 0.3) if chance.random() < 0.5 else None for _ in range(n)]
-    foreign = whole = 0
+    foreign = whole = turned_away = 0
 
     async def one(number: int) -> None:
-        nonlocal foreign, whole
+        nonlocal foreign, whole, turned_away
         tenant = TENANTS[number % len(TENANTS)]
         mark, body = ground.question(tenant)
         message = request("POST", "/v1/answers", ground.token(tenant), body)
@@ -413,6 +417,10 @@ async def cancel_storm(ground: Ground, n: int) -> Outcome:
             await asyncio.gather(task, return_exceptions=True)
             return
         reply = await task
+        while reply.status == 503:  # too much at once is said, and heals
+            turned_away += 1
+            await asyncio.sleep(TURNED_AWAY_PAUSE_S)
+            reply = await fetch(_turned(ground, number)[0], message, on_blocks=look)
         whole += bool(reply.blocks) and reply.blocks[-1].name == "done"
 
     await side_by_side(n, 32, one)
@@ -431,7 +439,7 @@ async def cancel_storm(ground: Ground, n: int) -> Outcome:
             Bar("holds left open", left, 0),
             Bar("64 at once afterwards that were not done", sum(read.end != "done" for read in again), 0),
         ],
-        {"dropped": n - kept, "whole": whole},
+        {"dropped": n - kept, "whole": whole, "turned away once": turned_away},
     )
 
 
@@ -500,6 +508,50 @@ async def overload(ground: Ground, n: int) -> Outcome:
     )
 
 
+async def limits(ground: Ground, n: int, seconds: float = 2 * LIMIT_WINDOW_S + LIMIT_SETTLES_S) -> Outcome:
+    """`n` tasks of one user share a limit of 100 requests in any minute, at every gateway at once; 0 `seconds` = each asks once."""
+    await ground.begin()
+    chance = ground.random("limits")
+    user = f"limited-{ground.seed}"
+    async with ground.suite.client("admin", TENANTS[0], ("user", "admin")) as admin:
+        plan = {**PLAN, "requests_per_minute": LIMIT}
+        (await admin.put("/v1/admin/plans/hundred", json=plan)).raise_for_status()
+        (await admin.put(f"/v1/admin/subscriptions/{user}", json={"plan": "hundred"})).raise_for_status()
+    message = request("POST", "/v1/search", ground.suite.token(user, TENANTS[0], lifetime_s=86_400), {"query": "the river"})
+    admitted: list[tuple[float, float]] = []
+    statuses: collections.Counter[int] = collections.Counter()
+    ends_at = time.monotonic() + seconds
+
+    async def one(number: int) -> None:
+        while True:
+            sent = time.monotonic()
+            reply = await fetch(_turned(ground, number)[0], message)
+            statuses[reply.status] += 1
+            if reply.status == 200:
+                admitted.append((sent, time.monotonic()))
+            await asyncio.sleep(min(chance.expovariate(1 / LIMIT_PAUSE_S), max(0.0, ends_at - time.monotonic())))
+            if time.monotonic() >= ends_at:
+                return
+
+    await side_by_side(n, n, one)
+    by_reply = sorted(replied for _, replied in admitted)
+    by_sending = sorted(sent for sent, _ in admitted)
+    # The first of a hundred and one was let in after it was sent, and the last before it was answered.
+    over = sum(later - earlier < LIMIT_WINDOW_S for earlier, later in zip(by_sending, by_reply[LIMIT:], strict=False))
+    allowed = LIMIT * (1 + int((seconds - LIMIT_SETTLES_S) // LIMIT_WINDOW_S if seconds else 0))
+    return Outcome(
+        "limits",
+        n,
+        ground.seed,
+        [
+            Bar("windows of a minute with more than the limit", over, 0),
+            Bar("used of what was allowed", round(100 * len(admitted) / allowed, 1), 99, "%", at_least=True),
+            Bar("neither admitted nor 429", statuses.total() - statuses[200] - statuses[429], 0),
+        ],
+        {"statuses": dict(statuses), "allowed": allowed},
+    )
+
+
 SCENARIOS: dict[str, tuple[Callable[[Ground, int], Any], int]] = {
     "cut": (cut_and_resume, 2_000),
     "cancel": (cancels, 500),
@@ -509,6 +561,7 @@ SCENARIOS: dict[str, tuple[Callable[[Ground, int], Any], int]] = {
     "slow": (slow_readers, 200),
     "storm": (cancel_storm, 5_000),
     "overload": (overload, 20),
+    "limits": (limits, 200),
 }
 """By the name they are asked for, with the full n."""
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from bench.ground import Ground, Outcome, ground, seed_of_run
-from bench.streams import cancel_storm, cancels, cut_and_resume, disconnects, kills, rolling_restarts
+from bench.streams import cancel_storm, cancels, cut_and_resume, disconnects, kills, limits, rolling_restarts
 
 pytestmark = pytest.mark.slow
 
@@ -55,6 +55,13 @@ async def test_a_reader_who_leaves_at_any_byte_leaves_true_books(made: Ground) -
 
 async def test_requests_that_are_dropped_at_any_moment_mix_up_nobody(made: Ground) -> None:
     holds(await cancel_storm(made, 120))
+
+
+async def test_a_limit_is_one_limit_however_many_gateways_there_are(made: Ground) -> None:
+    """Two hundred at once at two gateways: exactly a hundred pass."""
+    outcome = await limits(made, 200, seconds=0)
+    holds(outcome)
+    assert outcome.notes["statuses"] == {200: 100, 429: 100}
 
 
 async def test_a_killed_gateway_or_orchestrator_loses_no_reader_and_no_answer(made: Ground) -> None:

@@ -1,5 +1,6 @@
 """What belongs to somebody else answers exactly like what does not exist, over HTTP and gRPC: three tenants, two users each."""
 
+import contextlib
 import json
 import re
 import statistics
@@ -163,6 +164,32 @@ async def test_a_foreign_id_answers_like_an_unknown_one_to_an_admin(suite: Suite
             for own in mine:
                 budgets = (await admin.get(f"/v1/admin/budgets/user/{own.ids['budget']}")).raise_for_status().json()["budgets"]
                 assert [budget["limit_usd"] for budget in budgets if budget["period"] == "day"] == ["1.00"]
+
+
+async def test_plans_and_prices_of_a_tenant_are_its_own(suite: Suite, everybody: list[Belongings]) -> None:
+    """They are listed to nobody else, a foreign plan cannot be subscribed to, and a foreign price changes nobody's."""
+    plan = {"requests_per_minute": 5, "tokens_per_minute": 5, "concurrent_answers": 5, "monthly_budget_usd": "5", "tiers": ["fast"]}
+    price = {"provider": "anthropic", "input_usd_per_mtok": "1", "output_usd_per_mtok": "2"}
+    admins = {tenant: suite.client("root", tenant, ("user", "admin")) for tenant in TENANTS}
+    async with contextlib.AsyncExitStack() as stack:
+        for tenant, admin in admins.items():
+            await stack.enter_async_context(admin)
+            (await admin.put(f"/v1/admin/plans/{tenant}-plan", json=plan)).raise_for_status()
+            (await admin.put("/v1/admin/prices", json={**price, "model": f"{tenant}-model"})).raise_for_status()
+        (await admins["north"].put("/v1/admin/prices", json={**price, "model": "claude-haiku-4-5"})).raise_for_status()
+        for tenant, admin in admins.items():
+            plans = {one["name"] for one in (await admin.get("/v1/admin/plans")).json()["plans"]}
+            prices = {one["model"]: one["output_usd_per_mtok"] for one in (await admin.get("/v1/admin/prices")).json()["prices"]}
+            own = next(one for one in everybody if one.tenant == tenant)
+            assert {name for name in plans if name.endswith("-plan")} == {f"{tenant}-plan"}
+            assert {name for name in prices if name.endswith("-model")} == {f"{tenant}-model"}
+            assert (float(prices["claude-haiku-4-5"]) == 2) is (tenant == "north")
+            for other in (name for name in TENANTS if name != tenant):
+                path = f"/v1/admin/subscriptions/{own.ids['subscription']}"
+                foreign, unknown = f"{other}-plan", f"{other}-plum"
+                of_foreign = said(await admin.put(path, json={"plan": foreign}), foreign)
+                assert of_foreign == said(await admin.put(path, json={"plan": unknown}), unknown)
+                assert of_foreign[0] == 404
 
 
 async def test_lists_hold_what_is_ones_own(suite: Suite, everybody: list[Belongings]) -> None:

@@ -72,9 +72,14 @@ class Price:
 
     def worst_case_nanousd(self, input_tokens_max: int, output_tokens_max: int) -> int:
         """Most that a call within these bounds can cost, whichever way its prompt tokens are billed."""
+        prompt, output_token = self.worst_case_parts(input_tokens_max)
+        return -(-(prompt + output_tokens_max * output_token) // MTOK)
+
+    def worst_case_parts(self, input_tokens_max: int) -> tuple[int, int]:
+        """Most that a prompt within this bound, and each token generated from it, can cost, in millionths of a nano-USD."""
         dearest_kind = max(self.input, self.cache_read, self.cache_write_5m, self.cache_write_1h)
-        prompt, output = input_tokens_max * dearest_kind, output_tokens_max * self.output
+        prompt, output_token = input_tokens_max * dearest_kind, self.output
         if 0 < self.long_context_above_tokens < input_tokens_max:
             scaled = -(-prompt * self.long_input // self.input) if self.input else input_tokens_max * self.long_input
-            prompt, output = max(prompt, scaled), max(output, output_tokens_max * self.long_output)
-        return -(-(prompt + output) // MTOK)
+            prompt, output_token = max(prompt, scaled), max(output_token, self.long_output)
+        return prompt, output_token

@@ -12,7 +12,7 @@ NO_USAGE = Usage()
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """A provider call that money is asked for."""
+    """A provider call that money is asked for. `output_tokens_min`: how far the bound may be lowered if money is short; 0 = not at all."""
 
     operation_id: UUID
     attempt: int
@@ -21,16 +21,18 @@ class Reservation:
     input_tokens_max: int
     output_tokens_max: int
     ttl_ms: int
+    output_tokens_min: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Reserved:
-    """What was set aside, and the price it was counted with."""
+    """What was set aside, the price it was counted with, and how many tokens it pays for."""
 
     hold_id: str
     amount_nanousd: int
     price: ListedPrice
     expires_at: datetime
+    output_tokens_max: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,8 @@ class HoldBook(Protocol):
     async def reserve(self, principal: Principal, wanted: Reservation) -> Reserved:
         """Set the worst case of a call aside, or return the hold that this (operation, attempt) already has.
 
+        If a budget cannot pay for all of `output_tokens_max`, what it can pay for is granted, down to `output_tokens_min`.
+
         Raises PriceUnknown, BudgetExhausted, IdempotencyConflict for the same attempt of another call, and the named error if
         the hold was resolved already.
         """

@@ -16,6 +16,7 @@ from services.ledger.domain import Reservation, Reserved
 from services.ledger.holds import Hold, HoldState, Move
 from services.ledger.postgres_database import Connection, Database
 from services.ledger.postgres_prices import PostgresPrices
+from services.ledger.prices import ListedPrice
 
 HOLD_COLUMNS = (
     "hold_id, attempt, price_id, amount_nanousd, state, cost_nanousd, estimated,"
@@ -40,23 +41,25 @@ class PostgresHolds:
         for _ in range(PRICE_TRIES_MAX):
             book = self._prices.book
             listed = await self._prices.in_force(principal.tenant, wanted.provider, wanted.model, self._now() or datetime.now(UTC))
-            amount = listed.price.worst_case_nanousd(wanted.input_tokens_max, wanted.output_tokens_max)
             row = await self._database.row(
-                "SELECT * FROM reserve_hold($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
+                "SELECT * FROM reserve_hold($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)",
                 *(principal.tenant, principal.user, principal.api_key_id, wanted.operation_id, wanted.attempt),
-                *(wanted.provider, wanted.model, listed.price_id, amount, wanted.input_tokens_max, wanted.output_tokens_max),
+                *(wanted.provider, wanted.model, listed.price_id, *listed.price.worst_case_parts(wanted.input_tokens_max)),
+                *(wanted.input_tokens_max, wanted.output_tokens_max, wanted.output_tokens_min),
                 *(timedelta(milliseconds=wanted.ttl_ms), self._now()),
             )
             if row["outcome"] != "price_changed":
-                return await self._reserved(row, wanted, amount)
+                return await self._reserved(row, wanted, listed)
             await self._prices.reload(book)
         raise Overloaded("the price changes faster than it can be read", retry_after_ms=1000)
 
-    async def _reserved(self, row: Any, wanted: Reservation, amount: int) -> Reserved:
+    async def _reserved(self, row: Any, wanted: Reservation, counted_with: ListedPrice) -> Reserved:
         if row["outcome"] == "exhausted":
+            least = wanted.output_tokens_min or wanted.output_tokens_max
+            needed = counted_with.price.worst_case_nanousd(wanted.input_tokens_max, least)
             raise BudgetExhausted(
-                f"the {row['scope']}'s budget has {row['left_nanousd']} nano-USD left and the call may cost {amount}",
-                needed_nanousd=amount,
+                f"the {row['scope']}'s budget has {row['left_nanousd']} nano-USD left and the call may cost {needed}",
+                needed_nanousd=needed,
                 left_nanousd=row["left_nanousd"],
                 scope=row["scope"],
                 resets_at=row["resets_at"].isoformat(),
@@ -70,7 +73,7 @@ class PostgresHolds:
         hold = Hold(str(row["hold_id"]), row["amount_nanousd"], listed.price, HoldState(row["state"]))
         if hold.state is not HoldState.RESERVED:
             raise holds.refusal(hold)
-        return Reserved(hold.hold_id, hold.amount_nanousd, listed, row["expires_at"])
+        return Reserved(hold.hold_id, hold.amount_nanousd, listed, row["expires_at"], row["output_tokens_max"])
 
     async def settle(self, principal: Principal, hold_id: UUID, usage: Usage, *, estimated: bool) -> Hold:
 

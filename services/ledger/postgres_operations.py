@@ -102,6 +102,9 @@ class PostgresOperations:
     async def _open_late(self, connection: Connection, operation: Operation, attempts: list[Attempt]) -> None:
         """Make holds of nothing for calls that had none, so that late money takes the same way through the books as any other."""
         await connection.execute("SELECT ensure_user($1, $2)", operation.tenant, operation.user)
+        # Counters before new holds, as reserve_hold does: it may be at the very same attempt.
+        owner = (operation.tenant, operation.user, operation.api_key_id, operation.created_at)
+        await connection.execute("SELECT lock_counters($1, $2, $3, $4)", *owner)
         for attempt in attempts:
             listed = await self._prices.in_force(operation.tenant, attempt.provider, attempt.model, operation.created_at, connection)
             opened = await connection.fetchval(

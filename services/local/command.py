@@ -29,6 +29,10 @@ app = typer.Typer(
 )
 
 
+ledger = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The books.")
+app.add_typer(ledger, name="ledger")
+
+
 def main() -> None:
     """Run the command; errors a user can do something about are one line, not a traceback."""
     try:
@@ -168,6 +172,40 @@ def operations(
                     live.update(await table(client), refresh=True)
 
     finish(run())
+
+
+@ledger.command()
+def verify() -> None:
+    """Prove that the books are whole, and name the first bad row if not. Exit code 1 then. Reads only, and may run at any time."""
+    from services.ledger.verify import verify as held_against_the_laws
+
+    findings = finish(_asked_of_the_database(held_against_the_laws))
+    for finding in findings:
+        typer.echo(f"{'bad' if finding.broken else 'ok':<5} {finding.rows:>10}  {finding.law}")
+        if finding.broken:
+            typer.echo(f"      {finding.at}: {finding.wrong}")
+    raise typer.Exit(1 if any(finding.broken for finding in findings) else 0)
+
+
+async def _asked_of_the_database(work: Callable[[str], Coroutine[Any, Any, Any]]) -> Any:
+    """What `work` says of the suite's database. Ends the command with one line if it cannot be asked."""
+    import asyncpg
+
+    try:
+        return await work(database_url())
+    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        sys.exit(f"the database cannot be asked: {type(error).__name__}: {error}")
+
+
+def database_url() -> str:
+    """The database the environment names, else that of this state directory."""
+    if url := os.environ.get("DATABASE_URL"):
+        return url
+    path = state_dir(os.environ) / "database-url"
+    try:
+        return path.read_text().strip()
+    except OSError:
+        sys.exit(f"no database: set DATABASE_URL, or start Tailrace with `tailrace up`, which writes {path}")
 
 
 def connected() -> tailrace.AsyncClient:

@@ -73,12 +73,11 @@ async def _hold(run: Run, call: _Call, step: StepRecord) -> None:
     """Set the worst case of the call aside. Without that no byte is sent."""
     deadline = current_deadline.get()
     ttl_ms = int(((deadline.remaining_s if deadline else run.kit.limits.deadline_s) + HOLD_MARGIN_S) * 1000)
+    wanted = call.output_tokens_max
+    bounds = (call.prompt.input_tokens_max, wanted, min(run.kit.limits.output_tokens_min, wanted))
     run.kit.books.intend(_unfinished(run, call))  # or a crash in these milliseconds would leave a hold of which nobody knows
     reserving = asyncio.create_task(
-        run.kit.ledger.reserve(
-            run.question.answer_id, call.number, call.candidate, call.prompt.input_tokens_max, call.output_tokens_max, ttl_ms
-        ),
-        name="reserve",
+        run.kit.ledger.reserve(run.question.answer_id, call.number, call.candidate, *bounds, ttl_ms), name="reserve"
     )
     try:
         call.hold = await asyncio.shield(reserving)
@@ -92,7 +91,10 @@ async def _hold(run: Run, call: _Call, step: StepRecord) -> None:
     except DomainError as error:
         run.attempts.append(_account(call, error))  # nobody knows whether the hold exists: the record says that nothing was sent
         raise
+    call.output_tokens_max = call.hold.output_tokens_max
     step.note(attempt=call.number, held_nanousd=call.hold.amount_nanousd, price_version=call.hold.price.version)
+    if call.output_tokens_max < wanted:
+        step.note(output_tokens_max=call.output_tokens_max, output_tokens_wanted=wanted)
 
 
 async def _generate(run: Run, call: _Call, step: StepRecord) -> None:

@@ -292,7 +292,14 @@ class RemoteLedger:
         self._caller, self._patience_s = caller, patience_s
 
     async def reserve(
-        self, operation_id: str, attempt: int, candidate: Candidate, input_tokens_max: int, output_tokens_max: int, ttl_ms: int
+        self,
+        operation_id: str,
+        attempt: int,
+        candidate: Candidate,
+        input_tokens_max: int,
+        output_tokens_max: int,
+        output_tokens_min: int,
+        ttl_ms: int,
     ) -> Hold:
         request = ledger_pb.ReserveRequest(
             operation_id=operation_id,
@@ -301,6 +308,7 @@ class RemoteLedger:
             model=candidate.model,
             input_tokens_max=input_tokens_max,
             output_tokens_max=output_tokens_max,
+            output_tokens_min=output_tokens_min,
             ttl_ms=ttl_ms,
         )
         patience = Patience(self._patience_s)
@@ -311,7 +319,8 @@ class RemoteLedger:
                 break
             except DomainError as error:
                 await patience.wait(error, "ledger")
-        return Hold(reply.hold_id, reply.amount_nanousd, price_value(reply.price))
+        granted = reply.output_tokens_max or output_tokens_max  # a ledger of the former version grants all, and does not say so
+        return Hold(reply.hold_id, reply.amount_nanousd, price_value(reply.price), granted)
 
     async def turns(self, session_id: str, limit: int) -> tuple[Turn, ...]:
         request = ledger_pb.ListTurnsRequest(session_id=session_id, limit=limit)

@@ -43,6 +43,8 @@ class OrchestratorSettings(ServiceSettings):
     """Tier of a question that names neither tier nor model."""
     output_tokens_default: int = Field(1024, ge=1, le=64_000, validation_alias="TAILRACE_ORCHESTRATOR_OUTPUT_TOKENS_DEFAULT")
     """Most tokens of an answer to a question that sets no bound."""
+    output_tokens_min: int = Field(256, ge=0, le=64_000, validation_alias="TAILRACE_ORCHESTRATOR_OUTPUT_TOKENS_MIN")
+    """An answer that a budget cannot pay in full is made shorter, but not below this; then it is refused. 0 = never shorter."""
     prompt_tokens_max: int = Field(65_536, ge=4_096, le=1_000_000, validation_alias="TAILRACE_ORCHESTRATOR_PROMPT_TOKENS_MAX")
     """Bound of a prompt, counted as bytes (see compose.tokens_max), so about a quarter of it in real tokens."""
     passages_max: int = Field(8, ge=1, le=32, validation_alias="TAILRACE_ORCHESTRATOR_PASSAGES_MAX")

@@ -159,11 +159,12 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """Money set aside for one provider call, and the price it will be settled with."""
+    """Money set aside for one provider call, the price it will be settled with, and how many tokens may be generated for it."""
 
     hold_id: str
     amount_nanousd: int
     price: Price
+    output_tokens_max: int
 
 
 @dataclass(slots=True)

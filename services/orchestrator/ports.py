@@ -64,9 +64,19 @@ class Ledger(Protocol):
     """Money and conversations. Raises Unavailable(dependency="ledger") while it is away."""
 
     async def reserve(
-        self, operation_id: str, attempt: int, candidate: Candidate, input_tokens_max: int, output_tokens_max: int, ttl_ms: int
+        self,
+        operation_id: str,
+        attempt: int,
+        candidate: Candidate,
+        input_tokens_max: int,
+        output_tokens_max: int,
+        output_tokens_min: int,
+        ttl_ms: int,
     ) -> Hold:
-        """Set the worst case aside. Raises BudgetExhausted, PriceUnknown."""
+        """Set the worst case aside; if money is short, that of fewer output tokens, down to `output_tokens_min`, unless that is 0.
+
+        Raises BudgetExhausted, PriceUnknown.
+        """
         ...
 
     async def turns(self, session_id: str, limit: int) -> tuple[Turn, ...]:

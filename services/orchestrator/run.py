@@ -44,6 +44,7 @@ class Limits:
     passages_max: int
     history_turns_max: int
     cache_per_user: bool
+    output_tokens_min: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,6 +113,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             passages_max=settings.passages_max,
             history_turns_max=settings.history_turns_max,
             cache_per_user=settings.cache_scope == "user",
+            output_tokens_min=settings.output_tokens_min,
         )
         kit = Toolkit(memory, ledger, exact, books, models, after, clock, read_template(), limits)
         publisher = Publisher(logs, replica, event_bytes, kept_s=settings.logs_kept_s, bytes_max=settings.logs_bytes_max)

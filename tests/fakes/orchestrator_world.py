@@ -124,6 +124,8 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
     records: int = 0
     turns: dict[str, list[ledger_pb.Turn]] = field(default_factory=dict)
     broke: bool = False
+    affordable: int = 1_000_000
+    """Most output tokens that the budget can pay for."""
     away: bool = False
     reject: str = ""
     recording: bool = True
@@ -132,7 +134,8 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
     async def Reserve(self, request: ledger_pb.ReserveRequest, context: grpc.aio.ServicerContext) -> ledger_pb.ReserveResponse:
         if self.away:
             raise Unavailable("postgres is away", dependency="postgres")
-        if self.broke:
+        granted = min(request.output_tokens_max, self.affordable)
+        if self.broke or granted < (request.output_tokens_min or request.output_tokens_max):
             raise BudgetExhausted("nothing is left", needed_nanousd=1, left_nanousd=0, scope="tenant")
         price = PRICES.get(request.model)
         if price is None:
@@ -140,9 +143,8 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
         hold_id = f"hold-{request.operation_id}-{request.attempt}"
         self.holds[hold_id] = request
         self.open_holds.add(hold_id)
-        reply = ledger_pb.ReserveResponse(
-            hold_id=hold_id, amount_nanousd=price.worst_case_nanousd(request.input_tokens_max, request.output_tokens_max)
-        )
+        amount = price.worst_case_nanousd(request.input_tokens_max, granted)
+        reply = ledger_pb.ReserveResponse(hold_id=hold_id, amount_nanousd=amount, output_tokens_max=granted)
         message = ledger_pb.ReserveResponse().expires_at
         message.GetCurrentTime()
         reply.price.CopyFrom(price_message(price, message.ToDatetime()))

@@ -16,6 +16,7 @@ from bench.ground import Ground, ground, seed_of_run
 from bench.reader import fetch, read_answer, request
 from bench.script import Behaviour
 from tests.e2e.test_page_in_browser import browser
+from tests.integration.ledger.ledger_kit import audit
 
 pytestmark = pytest.mark.slow
 __all__ = ["browser"]  # the fixture
@@ -39,6 +40,7 @@ LOOP_WOULD_SHOW_S = 2.5
 async def made() -> AsyncIterator[Ground]:
     async with ground(seed_of_run()) as made:
         yield made
+        assert await audit(made.suite.postgres.url) == {}
 
 
 async def test_an_event_source_that_is_cut_gets_every_event_once_and_stops_at_the_end(browser: Browser, made: Ground) -> None:

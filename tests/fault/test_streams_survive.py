@@ -9,15 +9,17 @@ import pytest
 
 from bench.ground import Ground, Outcome, ground, seed_of_run
 from bench.streams import cancel_storm, cancels, cut_and_resume, disconnects, kills, limits, rolling_restarts
+from tests.integration.ledger.ledger_kit import audit
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 async def made() -> AsyncIterator[Ground]:
-    """One suite for all scenarios: each waits until the one before has left nothing open."""
+    """One suite for all scenarios: each waits until the one before has left nothing open. The books are whole after all."""
     async with ground(seed_of_run()) as made:
         yield made
+        assert await audit(made.suite.postgres.url) == {}
 
 
 @pytest.fixture(autouse=True)

@@ -31,6 +31,7 @@ class MoneyRpcs:
             checks.between(request.input_tokens_max, "input_tokens_max", 1, 10_000_000),
             checks.between(request.output_tokens_max, "output_tokens_max", 1, 1_000_000),
             checks.between(request.ttl_ms, "ttl_ms", 1_000, 3_600_000),
+            checks.between(request.output_tokens_min, "output_tokens_min", 0, request.output_tokens_max),
         )
         with span("ledger.reserve"):
             reserved = await self._holds.reserve(principal, wanted)
@@ -39,6 +40,7 @@ class MoneyRpcs:
             amount_nanousd=reserved.amount_nanousd,
             price=messages.listed_price_message(reserved.price),
             expires_at=timestamp(reserved.expires_at),
+            output_tokens_max=reserved.output_tokens_max,
         )
 
     async def Settle(self, request: pb.SettleRequest, _: object) -> pb.SettleResponse:

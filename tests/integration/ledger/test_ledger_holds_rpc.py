@@ -94,16 +94,71 @@ async def test_a_voided_hold_gives_everything_back_and_cannot_be_settled(ledger:
             await ledger.ask(method, request, ann)
 
 
-async def test_more_than_was_held_is_booked_in_full(ledger: Ledger, ann: Principal, boss: Principal) -> None:
-    """A provider that breaks its bound is paid all the same, and the overage is named."""
+async def test_little_money_buys_fewer_tokens(ledger: Ledger, ann: Principal, boss: Principal) -> None:
+    """What a prompt and 300 of 1000 tokens may cost is left: 300 are granted, all that is left is held, and asked again it is the same."""
+    left = 1000 * 2000 + 300 * 5000 + 4999
+    await set_budget(ledger, boss, "user", "ann", left)
+    operation_id = str(uuid.uuid4())
+    lowered = [await ledger.reserve(ann, operation_id, output_tokens_min=300) for _ in range(2)]
+
+    assert [(hold.output_tokens_max, hold.amount_nanousd) for hold in lowered] == [(300, left - 4999)] * 2
+    assert lowered[0].hold_id == lowered[1].hold_id
+    assert await spent_and_held(ledger, boss, "user", "ann") == [(0, left - 4999)]
+    with pytest.raises(IdempotencyConflict):
+        await ledger.reserve(ann, operation_id, output_tokens_max=300)
+    usage = common_pb2.Usage(cache_write_tokens=1000, cache_write_1h_tokens=1000, output_tokens=300)
+    settled = await ledger.ask("Settle", pb.SettleRequest(hold_id=lowered[0].hold_id, usage=usage), ann)
+    assert (settled.cost_nanousd, settled.overage_nanousd) == (left - 4999, 0)
+
+
+@pytest.mark.parametrize("left", [1000 * 2000 + 300 * 5000 - 1, 1000 * 2000, 1, 0])
+async def test_too_little_money_for_the_least_is_refused_with_what_is_left(
+    ledger: Ledger, ann: Principal, boss: Principal, left: int
+) -> None:
+    """One nano-USD below the least output, the prompt alone, next to nothing and nothing: refused, and nothing is held."""
+    await set_budget(ledger, boss, "user", "ann", left)
+    with pytest.raises(BudgetExhausted) as refused:
+        await ledger.reserve(ann, output_tokens_min=300)
+
+    told = refused.value.metadata
+    assert (told["left_nanousd"], told["needed_nanousd"]) == (str(left), str(1000 * 2000 + 300 * 5000))
+    assert told["resets_at"].endswith("T00:00:00+00:00")
+    assert await spent_and_held(ledger, boss, "user", "ann") == [(0, 0)]
+
+
+async def test_a_bound_is_lowered_by_the_tightest_of_all_budgets(ledger: Ledger, ann: Principal, boss: Principal) -> None:
+    """Day and month, user and tenant: each must be able to pay for what is granted."""
+    prompt = 1000 * 2000
+    for scope, subject, period, tokens in (("user", "ann", "day", 800), ("user", "ann", "month", 600), ("tenant", "", "month", 700)):
+        await set_budget(ledger, boss, scope, subject, prompt + tokens * 5000, period)
+
+    assert (await ledger.reserve(ann, output_tokens_min=1)).output_tokens_max == 600
+
+
+async def test_enough_money_buys_all_tokens(ledger: Ledger, ann: Principal, boss: Principal) -> None:
+    """With exactly the worst case left, nothing is lowered; with one nano-USD less, one token is."""
+    await set_budget(ledger, boss, "user", "ann", 2 * AMOUNT - 1)
+    granted = [(await ledger.reserve(ann, output_tokens_min=1)).output_tokens_max for _ in range(2)]
+
+    assert granted == [1000, 999]
+
+
+async def test_a_provider_that_breaks_its_bound_is_booked_in_full_and_marked(ledger: Ledger, ann: Principal, boss: Principal) -> None:
+    """The money is gone: it is booked, the hold says how much of it was above what was held, and the budget is overdrawn by it."""
     await set_budget(ledger, boss, "user", "ann", AMOUNT)
     held = await ledger.reserve(ann)
-    usage = common_pb2.Usage(input_tokens=1000, output_tokens=2000)
+    usage = common_pb2.Usage(input_tokens=1000, output_tokens=3000)
     settled = await ledger.ask("Settle", pb.SettleRequest(hold_id=held.hold_id, usage=usage), ann)
+    connection = await asyncpg.connect(ledger.url)
+    try:
+        marked = await connection.fetchval("SELECT overage_nanousd FROM holds WHERE hold_id = $1", uuid.UUID(held.hold_id))
+    finally:
+        await connection.close()
 
-    assert settled.cost_nanousd == 11_000_000
-    assert settled.overage_nanousd == 11_000_000 - AMOUNT
-    assert await spent_and_held(ledger, boss, "user", "ann") == [(11_000_000, 0)]
+    assert (settled.cost_nanousd, settled.overage_nanousd, marked) == (16_000_000, 9_000_000, 9_000_000)
+    with pytest.raises(BudgetExhausted) as refused:
+        await ledger.reserve(ann, output_tokens_min=1)
+    assert refused.value.metadata["left_nanousd"] == str(-9_000_000)
 
 
 async def test_an_explicit_zero_is_booked_as_zero(ledger: Ledger, ann: Principal) -> None:
@@ -213,6 +268,8 @@ async def test_two_tenants_may_use_the_same_operation_id(ledger: Ledger, ann: Pr
         ("input_tokens_max", 10_000_001),
         ("output_tokens_max", 0),
         ("output_tokens_max", 2**62),
+        ("output_tokens_min", -1),
+        ("output_tokens_min", 1001),
         ("ttl_ms", 999),
     ],
 )

@@ -29,7 +29,7 @@ from services.ledger.postgres_schema import Migration, MigrationChanged
 from services.ledger.prices import listed_prices
 from services.local.stores import Postgres, free_port
 from tailrace.ledger.v1 import ledger_service_pb2 as pb
-from tests.integration.ledger.ledger_kit import HAIKU, Ledger, attempt, audit, fresh_database, operation, running, until
+from tests.integration.ledger.ledger_kit import HAIKU, Ledger, SetClock, attempt, audit, fresh_database, operation, running, until
 
 ROOT = Path(__file__).resolve().parents[3]
 AMOUNT = 7_000_000
@@ -76,19 +76,6 @@ class KeptPostgres:
             os.kill(self._pid, signal.SIGKILL)
         await self._keeper.communicate(b"")  # closes its input, which tells it to stop
         self._keeper = None
-
-
-class SetClock:
-    """A clock that shows what it is set to."""
-
-    def __init__(self, moment: datetime) -> None:
-        self.moment = moment
-
-    def now(self) -> datetime:
-        return self.moment
-
-    def monotonic(self) -> float:
-        return self.moment.timestamp()
 
 
 async def value(url: str, query: str, *arguments: object) -> object:

@@ -284,6 +284,31 @@ async def test_budget_that_cannot_pay_stops_before_the_provider(claude: World) -
     assert (operation.status, operation.error_reason, len(operation.attempts)) == ("failed", "BUDGET_EXHAUSTED", 0)
 
 
+async def test_answer_is_made_as_short_as_the_budget_can_pay(claude: World) -> None:
+    """The provider is given the bound that was granted, the step `hold` says so, and the answer costs no more than was held."""
+    claude.ledger.affordable = 300
+    claude.behave(tokens=2000)
+    reply = await claude.ask("Which port does the gateway listen on?", max_output_tokens=4000, cache=pb.CACHE_MODE_OFF)
+    (record,) = await claude.records()
+    held = next(event.step.facts for event in reply.events if event.step.name == "hold" and event.step.status == "done")
+
+    assert (record.max_tokens, record.output_tokens) == (300, 300)
+    assert (held["output_tokens_max"], held["output_tokens_wanted"]) == ("300", "4000")
+    assert reply.done.finish_reason == "max_tokens"
+    assert reply.done.cost_nanousd <= int(held["held_nanousd"])
+
+
+@pytest.mark.parametrize(("affordable", "wanted"), [(255, 4000), (99, 100), (0, 4000)])
+async def test_answer_that_would_be_too_short_is_refused(claude: World, affordable: int, wanted: int) -> None:
+    """Below the least length, or below what a short question asked for, nothing is sent to the provider."""
+    claude.ledger.affordable = affordable
+    with pytest.raises(BudgetExhausted):
+        await claude.ask("Which port does the gateway listen on?", max_output_tokens=wanted, cache=pb.CACHE_MODE_OFF)
+
+    assert not claude.provider.records
+    assert not claude.ledger.holds
+
+
 async def test_ledger_away_refuses_and_says_so(claude: World) -> None:
     """The ledger fails closed: no hold, no answer."""
     claude.ledger.away = True

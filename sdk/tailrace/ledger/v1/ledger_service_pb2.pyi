@@ -31,6 +31,7 @@ class ReserveRequest(_message.Message):
     INPUT_TOKENS_MAX_FIELD_NUMBER: _builtins.int
     OUTPUT_TOKENS_MAX_FIELD_NUMBER: _builtins.int
     TTL_MS_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_MIN_FIELD_NUMBER: _builtins.int
     operation_id: _builtins.str
     """Operation the call is for: UUID. Also the answer's id."""
     attempt: _builtins.int
@@ -45,6 +46,10 @@ class ReserveRequest(_message.Message):
     """Most tokens it can generate. 1-1000000."""
     ttl_ms: _builtins.int
     """How long the hold lives, milliseconds, 1000-3600000. After it the sweeper books the hold in full."""
+    output_tokens_min: _builtins.int
+    """Fewest tokens that are worth generating if the budget cannot pay for all: the bound is lowered to what can be paid, but not below
+    this. 0-output_tokens_max; 0 = all or nothing.
+    """
     def __init__(
         self,
         *,
@@ -55,10 +60,11 @@ class ReserveRequest(_message.Message):
         input_tokens_max: _builtins.int = ...,
         output_tokens_max: _builtins.int = ...,
         ttl_ms: _builtins.int = ...,
+        output_tokens_min: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "input_tokens_max", b"input_tokens_max", "model", b"model", "operation_id", b"operation_id", "output_tokens_max", b"output_tokens_max", "provider", b"provider", "ttl_ms", b"ttl_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "input_tokens_max", b"input_tokens_max", "model", b"model", "operation_id", b"operation_id", "output_tokens_max", b"output_tokens_max", "output_tokens_min", b"output_tokens_min", "provider", b"provider", "ttl_ms", b"ttl_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -72,10 +78,13 @@ class ReserveResponse(_message.Message):
     AMOUNT_NANOUSD_FIELD_NUMBER: _builtins.int
     PRICE_FIELD_NUMBER: _builtins.int
     EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_MAX_FIELD_NUMBER: _builtins.int
     hold_id: _builtins.str
     """The hold."""
     amount_nanousd: _builtins.int
     """What was set aside, nano-USD."""
+    output_tokens_max: _builtins.int
+    """Most tokens that the call may generate: what was asked for, or fewer if that is all that can be paid."""
     @_builtins.property
     def price(self) -> _common_pb2.Price:
         """The price it was counted with and will be settled with."""
@@ -91,10 +100,11 @@ class ReserveResponse(_message.Message):
         amount_nanousd: _builtins.int = ...,
         price: _common_pb2.Price | None = ...,
         expires_at: _timestamp_pb2.Timestamp | None = ...,
+        output_tokens_max: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "price", b"price"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_nanousd", b"amount_nanousd", "expires_at", b"expires_at", "hold_id", b"hold_id", "price", b"price"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_nanousd", b"amount_nanousd", "expires_at", b"expires_at", "hold_id", b"hold_id", "output_tokens_max", b"output_tokens_max", "price", b"price"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

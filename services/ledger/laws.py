@@ -1,0 +1,173 @@
+"""The laws of the books, as queries: how many rows each is about, and which rows break it. How they are asked is in `verify`."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Law:
+    """What must hold for all rows of a kind."""
+
+    text: str
+    counted: str
+    """A query for how many rows the law is about."""
+    broken: str
+    """A query for the rows that break it, in a lasting order: `at`, the table and key, and `wrong`, what is wrong there."""
+
+
+LAWS = (
+    Law(
+        "every posting sums to zero",
+        "SELECT count(DISTINCT posting_id) FROM entries",
+        """
+        SELECT 'entries posting_id=' || posting_id AS at, 'sums to ' || sum(amount_nanousd) AS wrong
+        FROM entries GROUP BY posting_id HAVING sum(amount_nanousd) <> 0 ORDER BY posting_id
+        """,
+    ),
+    Law(
+        "the entries of every operation sum to zero",
+        "SELECT count(*) FROM (SELECT DISTINCT tenant, operation_id FROM entries) o",
+        """
+        SELECT format('entries tenant=%s operation_id=%s', tenant, operation_id) AS at, 'sum to ' || sum(amount_nanousd) AS wrong
+        FROM entries GROUP BY tenant, operation_id HAVING sum(amount_nanousd) <> 0 ORDER BY tenant, operation_id
+        """,
+    ),
+    Law(
+        "every entry is of its hold's tenant and operation",
+        "SELECT count(*) FROM entries",
+        """
+        SELECT format('entries posting_id=%s account=%s', e.posting_id, e.account) AS at,
+               format('is of tenant %s, operation %s, and its hold of tenant %s, operation %s',
+                      e.tenant, e.operation_id, coalesce(h.tenant, '(gone)'), h.operation_id) AS wrong
+        FROM entries e LEFT JOIN holds h USING (hold_id)
+        WHERE (h.tenant, h.operation_id) IS DISTINCT FROM (e.tenant, e.operation_id)
+        ORDER BY e.posting_id, e.account
+        """,
+    ),
+    Law(
+        "every posting has one place in its tenant's chain, and every place a posting",
+        "SELECT count(*) FROM chain_links",
+        """
+        SELECT CASE WHEN p.posting_id IS NULL THEN format('chain_links tenant=%s commit_number=%s', l.tenant, l.commit_number)
+                    ELSE 'entries posting_id=' || p.posting_id END AS at,
+               CASE WHEN p.posting_id IS NULL THEN format('the entries of posting %s are gone', l.posting_id)
+                    WHEN l.posting_id IS NULL THEN 'is not in the chain'
+                    ELSE format('is of tenant %s and in the chain of tenant %s', p.tenant, l.tenant) END AS wrong
+        FROM chain_links l FULL JOIN (SELECT DISTINCT posting_id, tenant FROM entries) p USING (posting_id)
+        WHERE l.tenant IS DISTINCT FROM p.tenant
+        ORDER BY posting_id
+        """,
+    ),
+    Law(
+        "commit numbers have no gaps and end where the head says",
+        "SELECT count(*) FROM chain_heads",
+        """
+        SELECT at, wrong FROM (
+            SELECT tenant, commit_number, format('chain_links tenant=%s commit_number=%s', tenant, commit_number) AS at,
+                   format('follows number %s', coalesce(lag(commit_number) OVER w, 0)) AS wrong,
+                   commit_number = coalesce(lag(commit_number) OVER w, 0) + 1 AS good
+            FROM chain_links WINDOW w AS (PARTITION BY tenant ORDER BY commit_number)
+            UNION ALL
+            SELECT tenant, coalesce(h.commit_number, l.last), 'chain_heads tenant=' || tenant,
+                   format('says that the last number is %s, and it is %s', coalesce(h.commit_number, 0), coalesce(l.last, 0)),
+                   h.commit_number = l.last
+            FROM chain_heads h FULL JOIN (SELECT tenant, max(commit_number) AS last FROM chain_links GROUP BY tenant) l USING (tenant)
+        ) c
+        WHERE good IS NOT TRUE
+        ORDER BY tenant, commit_number
+        """,
+    ),
+    Law(
+        "every posting hashes to what the chain says, up to the head",
+        "SELECT count(*) FROM chain_links",
+        """
+        SELECT at, wrong FROM (
+            SELECT l.tenant, l.commit_number,
+                   format('chain_links tenant=%s commit_number=%s posting_id=%s', l.tenant, l.commit_number, l.posting_id) AS at,
+                   'the hash is not that of the link before and the entries of the posting' AS wrong,
+                   l.hash = posting_hash(
+                       coalesce(lag(l.hash) OVER (PARTITION BY l.tenant ORDER BY l.commit_number), decode(repeat('00', 32), 'hex')),
+                       p.tenant, l.commit_number, p.posting_id, p.hold_id, p.operation_id, p.kind, p.booked_at, p.amounts) AS good
+            FROM chain_links l JOIN postings_booked p USING (posting_id)
+            UNION ALL
+            SELECT h.tenant, h.commit_number + 1, 'chain_heads tenant=' || h.tenant,
+                   'the hash is not that of the last link', h.hash = l.hash
+            FROM chain_heads h JOIN chain_links l USING (tenant, commit_number)
+        ) c
+        WHERE NOT good
+        ORDER BY tenant, commit_number
+        """,
+    ),
+    Law(
+        "every hold's entries are exactly those of its state, amount and cost",
+        "SELECT count(*) FROM holds",
+        """
+        WITH due AS (
+            SELECT h.hold_id, string_agg(m.kind || ' ' || m.amounts, ', ' ORDER BY m.place) AS moves
+            FROM holds h CROSS JOIN LATERAL (
+                SELECT p.place, p.kind, string_agg(a.account || '=' || a.amount, ' ' ORDER BY a.account COLLATE "C") AS amounts
+                FROM (VALUES
+                    (1, 'reserve', h.amount_nanousd, 0, true),
+                    (2, 'settle', -h.amount_nanousd, h.cost_nanousd, h.state = 'settled'),
+                    (2, 'void', -h.amount_nanousd, 0, h.state = 'voided'),
+                    (2, 'expire', -h.amount_nanousd, h.amount_nanousd, h.state IN ('expired', 'reconciled')),
+                    (3, 'correct', 0, h.cost_nanousd - h.amount_nanousd, h.state = 'reconciled')
+                ) AS p (place, kind, held, spent, made)
+                CROSS JOIN LATERAL (VALUES ('available', -p.held - p.spent), ('held', p.held), ('spent', p.spent)) AS a (account, amount)
+                WHERE p.made AND a.amount <> 0
+                GROUP BY p.place, p.kind
+            ) m
+            GROUP BY h.hold_id
+        ), booked AS (
+            SELECT hold_id, string_agg(kind || ' ' || amounts, ', ' ORDER BY posting_id) AS moves FROM postings_booked GROUP BY hold_id
+        )
+        SELECT 'holds hold_id=' || hold_id AS at,
+               format('is %s at %s of %s, should have booked [%s] and has booked [%s]',
+                      h.state, h.cost_nanousd, h.amount_nanousd, due.moves, booked.moves) AS wrong
+        FROM holds h LEFT JOIN due USING (hold_id) LEFT JOIN booked USING (hold_id)
+        WHERE due.moves IS DISTINCT FROM booked.moves
+           OR h.state IN ('reserved', 'voided') AND h.cost_nanousd <> 0
+           OR h.state = 'expired' AND h.cost_nanousd <> h.amount_nanousd
+        ORDER BY h.created_at, hold_id
+        """,
+    ),
+    Law(
+        "every attempt costs what its hold does, which is resolved",
+        "SELECT count(*) FROM attempts",
+        """
+        SELECT format('attempts tenant=%s operation_id=%s attempt=%s', a.tenant, a.operation_id, a.attempt) AS at,
+               format('costs %s, and hold %s of operation %s (%s) cost %s',
+                      a.cost_nanousd, a.hold_id, h.operation_id, coalesce(h.state, 'gone'), h.cost_nanousd) AS wrong
+        FROM attempts a LEFT JOIN holds h USING (hold_id)
+        WHERE (a.tenant, a.operation_id, a.attempt, a.cost_nanousd) IS DISTINCT FROM (h.tenant, h.operation_id, h.attempt, h.cost_nanousd)
+           OR h.state NOT IN ('settled', 'voided', 'reconciled')
+        ORDER BY a.tenant, a.operation_id, a.attempt
+        """,
+    ),
+    Law(
+        "every operation costs what its attempts do",
+        "SELECT count(*) FROM operations",
+        """
+        SELECT format('operations tenant=%s operation_id=%s', o.tenant, o.operation_id) AS at,
+               format('costs %s, and its attempts %s', o.cost_nanousd, coalesce(a.cost, 0)) AS wrong
+        FROM operations o
+        LEFT JOIN (SELECT tenant, operation_id, sum(cost_nanousd) AS cost FROM attempts GROUP BY tenant, operation_id) a
+            USING (tenant, operation_id)
+        WHERE o.cost_nanousd <> coalesce(a.cost, 0)
+        ORDER BY o.tenant, o.operation_id
+        """,
+    ),
+    Law(
+        "every counter is the replay of its account's entries, and none is negative",
+        "SELECT count(*) FROM spending",
+        """
+        SELECT format('spending tenant=%s scope=%s subject=%s period=%s period_start=%s',
+                      tenant, scope, subject, period, period_start) AS at,
+               format('says %s spent and %s held, and the entries %s and %s', coalesce(s.spent_nanousd, 0), coalesce(s.held_nanousd, 0),
+                      coalesce(b.spent_nanousd, 0), coalesce(b.held_nanousd, 0)) AS wrong
+        FROM spending s FULL JOIN balances b USING (tenant, scope, subject, period, period_start)
+        WHERE (coalesce(s.spent_nanousd, 0), coalesce(s.held_nanousd, 0)) <> (coalesce(b.spent_nanousd, 0), coalesce(b.held_nanousd, 0))
+           OR least(s.spent_nanousd, s.held_nanousd) < 0
+        ORDER BY tenant, scope, subject, period, period_start
+        """,
+    ),
+)

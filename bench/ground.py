@@ -115,7 +115,7 @@ class Ground:
         """Holds that are still open after `within_s`, or 0 as soon as there are none."""
 
         async def open_holds() -> int:
-            return int((await self.suite.rows("SELECT count(*) AS n FROM holds WHERE state = 'reserved'"))[0]["n"])
+            return int((await self.suite.rows("SELECT count(*) AS n FROM holds WHERE state = 'reserved' AND price_id IS NOT NULL"))[0]["n"])
 
         async def none() -> bool:
             return await open_holds() == 0

@@ -11,10 +11,10 @@ from opentelemetry.trace import SpanKind
 
 from services.chassis import telemetry
 from services.chassis.deadline import current_deadline
-from services.chassis.errors import AnswerInterrupted, BudgetExhausted, DomainError, PriceUnknown
+from services.chassis.errors import AnswerInterrupted, BudgetExhausted, DeadlineTooShort, DomainError, PriceUnknown, Unavailable
 from services.chassis.money import Usage
 from services.chassis.telemetry import StepRecord, span
-from services.orchestrator.domain import Attempt, Candidate, Draft, Hold, Prompt
+from services.orchestrator.domain import Attempt, Candidate, Draft, Hold, OperationRecord, Prompt
 from services.orchestrator.router import next_try
 from services.orchestrator.run import Run
 
@@ -73,26 +73,60 @@ async def _hold(run: Run, call: _Call, step: StepRecord) -> None:
     """Set the worst case of the call aside. Without that no byte is sent."""
     deadline = current_deadline.get()
     ttl_ms = int(((deadline.remaining_s if deadline else run.kit.limits.deadline_s) + HOLD_MARGIN_S) * 1000)
-    reserving = asyncio.create_task(
-        run.kit.ledger.reserve(
-            run.question.answer_id, call.number, call.candidate, call.prompt.input_tokens_max, call.output_tokens_max, ttl_ms
-        ),
-        name="reserve",
-    )
+    reserving = asyncio.create_task(_reserve(run, call, ttl_ms), name="reserve")
     asyncio.get_running_loop().call_soon(_mark, run, call)  # while the hold is on its way, so that nothing waits for it
     try:
         call.hold = await asyncio.shield(reserving)
     except asyncio.CancelledError as error:
         with contextlib.suppress(DomainError):
             call.hold = await reserving  # the money may be set aside already: only the reply says which hold to give back
-        run.attempts.append(_account(call, error))
+        _close(run, call, error)
         raise
     except (BudgetExhausted, PriceUnknown):
         raise
     except DomainError as error:
-        run.attempts.append(_account(call, error))  # nobody knows whether the hold exists: the record says that nothing was sent
+        _close(run, call, error)  # nobody knows whether the hold exists: the record says that nothing was sent
         raise
     step.note(attempt=call.number, held_nanousd=call.hold.amount_nanousd, price_version=call.hold.price.version)
+    if call.hold.lease_id:
+        step.note(leased=True)
+
+
+async def _reserve(run: Run, call: _Call, ttl_ms: int) -> Hold:
+    """Ask the ledger; while it is out of reach, and only then, draw on what it has lent, with the intent on disk before the call begins.
+
+    A budget that is exhausted but for our own lease gets it back and is asked once more.
+    """
+    credit, asked, began = run.kit.credit, run.question, time.monotonic()
+    patient = not credit.covers(asked.principal)
+    bounds = (call.candidate, call.prompt.input_tokens_max, call.output_tokens_max)
+    try:
+        try:
+            hold = await run.kit.ledger.reserve(asked.answer_id, call.number, *bounds, ttl_ms, patient=patient)
+        except BudgetExhausted:
+            if not await credit.surrender(asked.principal, began):
+                raise
+            hold = await run.kit.ledger.reserve(asked.answer_id, call.number, *bounds, ttl_ms)
+    except DomainError as error:
+        drawn = credit.draw(asked.principal, asked.answer_id, call.number, *bounds) if _out_of_reach(error) else None
+        if drawn is None:
+            raise
+        call.hold = drawn
+        try:
+            await run.kit.books.intend(_intent(run, call))
+        except DomainError:
+            call.hold = None
+            credit.ended(asked.answer_id, replace(_account(call, error), lease_id=drawn.lease_id))
+            raise
+        return drawn
+    credit.noted(asked.principal)
+    return hold
+
+
+def _out_of_reach(error: DomainError) -> bool:
+    """Whether the ledger, or the store behind it, gave no answer. A refusal is an answer."""
+    cut = not error.reason and error.code == "CANCELLED"  # what a server that ends does to its calls
+    return isinstance(error, (Unavailable, DeadlineTooShort)) or cut
 
 
 async def _generate(run: Run, call: _Call, step: StepRecord) -> None:
@@ -126,8 +160,7 @@ async def _generate(run: Run, call: _Call, step: StepRecord) -> None:
             failure = error
             raise
         finally:
-            attempt = _account(call, failure)
-            run.attempts.append(attempt)
+            attempt = _close(run, call, failure)
             run.model = attempt.model
             step.note(attempt=call.number, provider=candidate.provider, model=attempt.model)
             step.note(input_tokens=attempt.usage.prompt_tokens, output_tokens=attempt.usage.output_tokens)
@@ -143,11 +176,25 @@ async def _generate(run: Run, call: _Call, step: StepRecord) -> None:
 
 def _mark(run: Run, call: _Call) -> None:
     """Leave word on disk what to book if this process dies in the middle of the call. Nothing waits for it."""
+    run.kit.books.mark(_intent(run, call))
+
+
+def _intent(run: Run, call: _Call) -> OperationRecord:
+    """What to book if this process dies now."""
     died = AnswerInterrupted("", answer_id=run.question.answer_id)
     attempt = _account(call, died)
     if attempt.not_sent:  # it may be sent before the next mark; a crash must not make tokens free
         attempt = replace(attempt, usage=Usage(call.prompt.input_tokens_estimate), estimated=True, not_sent=False)
-    run.kit.books.mark(run.record(died, attempt))
+    return run.record(died, attempt)
+
+
+def _close(run: Run, call: _Call, failure: BaseException | None) -> Attempt:
+    """Take the call into account, and let what was drawn for it and not used be drawn again."""
+    attempt = _account(call, failure)
+    run.attempts.append(attempt)
+    if attempt.lease_id:
+        run.kit.credit.ended(run.question.answer_id, attempt)
+    return attempt
 
 
 def _account(call: _Call, failure: BaseException | None) -> Attempt:
@@ -169,4 +216,6 @@ def _account(call: _Call, failure: BaseException | None) -> Attempt:
         estimated=estimated,
         price_version=price.version if price is not None else 0,
         not_sent=not call.draft.sent,
+        lease_id=call.hold.lease_id if call.hold is not None else "",
+        drawn_nanousd=call.hold.amount_nanousd if call.hold is not None and call.hold.lease_id else 0,
     )

@@ -85,6 +85,10 @@ class Ground:
         """HTTP ports of all gateways."""
         return [self.suite.port_of(gateway) for gateway in self.suite.gateways]
 
+    def turned(self, number: int) -> list[int]:
+        """The gateways' ports, beginning with another one for the next number."""
+        return [self.ports[(number + turn) % len(self.ports)] for turn in range(len(self.ports))]
+
     def token(self, tenant: str = TENANTS[0]) -> str:
         return self._tokens.setdefault(tenant, self.suite.token(USER, tenant, lifetime_s=86_400))
 

@@ -11,6 +11,7 @@ import pytest
 from services.chassis.errors import BudgetExhausted, DomainError, Unavailable
 from services.chassis.money import Usage
 from services.local.stores import Valkey
+from tailrace.ledger.v1 import ledger_service_pb2 as ledger_pb
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as pb
 from tests.fakes.orchestrator_world import BOB, PRICES, Reply, World, replica, until, world
 
@@ -131,8 +132,6 @@ async def test_the_intent_is_on_disk_before_the_provider_is_asked(claude: World,
         copy.with_name(copy.name + suffix).write_bytes(claude.spool_path.with_name(claude.spool_path.name + suffix).read_bytes())
     with contextlib.closing(sqlite3.connect(copy)) as database:
         kept = database.execute("SELECT payload FROM running WHERE operation_id = ?", (reply.answer_id,)).fetchone()
-    from tailrace.ledger.v1 import ledger_service_pb2 as ledger_pb  # noqa: PLC0415 - only here are stored records looked into
-
     (attempt,) = ledger_pb.Operation.FromString(kept[0]).attempts
     await claude.cancel(reply.answer_id)
     with pytest.raises(DomainError):

@@ -40,7 +40,10 @@ bench: setup ## print what Tailrace adds, as ratios to calling the provider dire
 	$(BIN)/python -m bench
 
 bench-streams: setup ## show what streams survive, with bars; SEED=… replays, ARGS="cut --n 100" picks and shortens
-	$(BIN)/python -m bench.streams_command $(ARGS)
+	$(BIN)/python -m bench.scenarios_command $(ARGS)
+
+bench-money: setup ## show that no token is lost whatever dies; SEED=… replays, ARGS="away --n 60" picks and shortens
+	$(BIN)/python -m bench.scenarios_command money $(ARGS)
 
 soak: setup ## mixed load for ten minutes, MINUTES=480 for a night; print what grew
 	$(BIN)/python -m bench.soak --minutes $(or $(MINUTES),10)
@@ -48,4 +51,4 @@ soak: setup ## mixed load for ten minutes, MINUTES=480 for a night; print what g
 clean: ## remove .venv and caches, but not the data in .tailrace
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-.PHONY: help setup run test check fmt proto bench bench-streams soak clean
+.PHONY: help setup run test check fmt proto bench bench-streams bench-money soak clean

@@ -85,6 +85,10 @@ class Ground:
         """HTTP ports of all gateways."""
         return [self.suite.port_of(gateway) for gateway in self.suite.gateways]
 
+    def turned(self, number: int) -> list[int]:
+        """The gateways' ports, beginning with another one for the next number."""
+        return [self.ports[(number + turn) % len(self.ports)] for turn in range(len(self.ports))]
+
     def token(self, tenant: str = TENANTS[0]) -> str:
         return self._tokens.setdefault(tenant, self.suite.token(USER, tenant, lifetime_s=86_400))
 
@@ -115,7 +119,7 @@ class Ground:
         """Holds that are still open after `within_s`, or 0 as soon as there are none."""
 
         async def open_holds() -> int:
-            return int((await self.suite.rows("SELECT count(*) AS n FROM holds WHERE state = 'reserved'"))[0]["n"])
+            return int((await self.suite.rows("SELECT count(*) AS n FROM holds WHERE state = 'reserved' AND price_id IS NOT NULL"))[0]["n"])
 
         async def none() -> bool:
             return await open_holds() == 0

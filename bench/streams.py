@@ -132,7 +132,7 @@ async def cancels(ground: Ground, n: int) -> Outcome:
             if not accepted.done():
                 accepted.set_result(reply.blocks[0].data["answer_id"])
 
-        ports = _turned(ground, number)
+        ports = ground.turned(number)
         task = asyncio.create_task(read_answer(ports, ground.token(), body, key=mark, on_blocks=look))
         try:
             async with asyncio.timeout(30):
@@ -193,7 +193,7 @@ async def disconnects(ground: Ground, n: int, pace: float = 50.0) -> Outcome:
         whole, after_bytes, after_s = leaves[number]
         mark, body = ground.question()
         message = request("POST", "/v1/answers", ground.token(), {**body, "stream": not whole})
-        port = _turned(ground, number)[0]
+        port = ground.turned(number)[0]
         with contextlib.suppress(TimeoutError):
             if whole:
                 await fetch(port, message, timeout_s=after_s)
@@ -253,7 +253,7 @@ async def kills(ground: Ground, n: int) -> Outcome:
 
         async def one(number: int, turn: int = turn) -> Read:
             mark, body = ground.question()
-            return await read_answer(_turned(ground, number), ground.token(), body, key=f"{mark}-{turn}")
+            return await read_answer(ground.turned(number), ground.token(), body, key=f"{mark}-{turn}")
 
         streams = asyncio.create_task(side_by_side(STREAMS_AT_A_KILL, STREAMS_AT_A_KILL, one))
         try:
@@ -294,7 +294,7 @@ async def rolling_restarts(ground: Ground, n: int, names: Sequence[str] = ()) ->
         while not ending.is_set():
             mark, body = ground.question()
             during = stopping
-            reads.append(await read_answer(_turned(ground, number), ground.token(), body, key=mark))
+            reads.append(await read_answer(ground.turned(number), ground.token(), body, key=mark))
             if reads[-1].answer_id and reads[-1].end != "done":
                 blamed[f"{during} or {stopping}"] += 1
             if not reads[-1].answer_id:
@@ -344,7 +344,7 @@ async def slow_readers(ground: Ground, n: int) -> Outcome:
         async def one(number: int) -> list[float]:
             await asyncio.sleep(number / BEGUN_PER_S)
             mark, body = ground.question()
-            read = await read_answer(_turned(ground, number), ground.token(), body, key=mark)
+            read = await read_answer(ground.turned(number), ground.token(), body, key=mark)
             assert read.end == "done", read.blocks[-1:]
             at = [block.at for block in read.blocks if block.name == "delta"]
             return [(later - earlier) * 1000 for earlier, later in itertools.pairwise(at)]
@@ -365,7 +365,7 @@ async def slow_readers(ground: Ground, n: int) -> Outcome:
     async def sluggish(number: int) -> None:
         await asyncio.sleep(number / BEGUN_PER_S)
         _, body = ground.question(words="Tell the sluggish story of")
-        await _one_byte_a_second(_turned(ground, number)[0], request("POST", "/v1/answers", ground.token(), body))
+        await _one_byte_a_second(ground.turned(number)[0], request("POST", "/v1/answers", ground.token(), body))
 
     tasks = [asyncio.create_task(sluggish(number)) for number in range(n)] + [asyncio.create_task(watch())]
     try:
@@ -410,7 +410,7 @@ async def cancel_storm(ground: Ground, n: int) -> Outcome:
             text = "".join(block.data["text"] for block in reply.blocks if block.name == "delta")
             foreign += any(word.startswith("mark-") and word != mark for word in text.split())
 
-        task = asyncio.create_task(fetch(_turned(ground, number)[0], message, on_blocks=look))
+        task = asyncio.create_task(fetch(ground.turned(number)[0], message, on_blocks=look))
         if (after := drops[number]) is not None:
             await asyncio.wait([task], timeout=after)
             task.cancel()
@@ -420,7 +420,7 @@ async def cancel_storm(ground: Ground, n: int) -> Outcome:
         while reply.status == 503:  # too much at once is said, and heals
             turned_away += 1
             await asyncio.sleep(TURNED_AWAY_PAUSE_S)
-            reply = await fetch(_turned(ground, number)[0], message, on_blocks=look)
+            reply = await fetch(ground.turned(number)[0], message, on_blocks=look)
         whole += bool(reply.blocks) and reply.blocks[-1].name == "done"
 
     await side_by_side(n, 32, one)
@@ -461,7 +461,7 @@ async def overload(ground: Ground, n: int) -> Outcome:
         _, body = ground.question()
         began = time.monotonic()
         try:
-            reply = await fetch(_turned(ground, number)[0], request("POST", "/v1/answers", ground.token(), body), timeout_s=30)
+            reply = await fetch(ground.turned(number)[0], request("POST", "/v1/answers", ground.token(), body), timeout_s=30)
         except (OSError, TimeoutError):
             broken += 1
             return
@@ -525,7 +525,7 @@ async def limits(ground: Ground, n: int, seconds: float = 2 * LIMIT_WINDOW_S + L
     async def one(number: int) -> None:
         while True:
             sent = time.monotonic()
-            reply = await fetch(_turned(ground, number)[0], message)
+            reply = await fetch(ground.turned(number)[0], message)
             statuses[reply.status] += 1
             if reply.status == 200:
                 admitted.append((sent, time.monotonic()))
@@ -566,13 +566,6 @@ SCENARIOS: dict[str, tuple[Callable[[Ground, int], Any], int]] = {
 """By the name they are asked for, with the full n."""
 
 
-def _turned(ground: Ground, number: int) -> list[int]:
-    """The gateways' ports, beginning with another one for the next number."""
-    ports = ground.ports
-    at = number % len(ports)
-    return ports[at:] + ports[:at]
-
-
 def _events(ground: Ground, answer_id: str) -> bytes:
     return request("GET", f"/v1/answers/{answer_id}/events?after=0", ground.token())
 
@@ -588,7 +581,7 @@ async def _count(ground: Ground, table: str) -> int:
 
 async def _plain(ground: Ground, number: int) -> Read:
     mark, body = ground.question()
-    return await read_answer(_turned(ground, number), ground.token(), body, key=mark)
+    return await read_answer(ground.turned(number), ground.token(), body, key=mark)
 
 
 async def _rate(ground: Ground, width: int, seconds: float) -> float:
@@ -600,7 +593,7 @@ async def _rate(ground: Ground, width: int, seconds: float) -> float:
         nonlocal done
         while time.monotonic() < until:
             _, body = ground.question()
-            reply = await fetch(_turned(ground, number)[0], request("POST", "/v1/answers", ground.token(), body))
+            reply = await fetch(ground.turned(number)[0], request("POST", "/v1/answers", ground.token(), body))
             done += bool(reply.blocks) and reply.blocks[-1].name == "done"
 
     await asyncio.gather(*(user(number) for number in range(width)))

@@ -1,5 +1,6 @@
 """What the ledger is told by its environment. Nothing here opens anything."""
 
+from decimal import Decimal
 from typing import ClassVar
 
 from pydantic import Field, SecretStr
@@ -25,4 +26,14 @@ class Settings(ServiceSettings):
     sweep_interval_ms: int = Field(5_000, ge=100, le=600_000, validation_alias="TAILRACE_LEDGER_SWEEP_INTERVAL_MS")
     """How often expired holds are looked for."""
     sweep_grace_ms: int = Field(60_000, ge=0, le=3_600_000, validation_alias="TAILRACE_LEDGER_SWEEP_GRACE_MS")
-    """How long after its expiry a hold waits for the true figures, which may still be in a spool. The money stays set aside meanwhile."""
+    """How long after its expiry a hold waits for the true figures, which may still be in a spool. The money stays set aside meanwhile.
+
+    A lease waits as long, and not less than that after the database was away: whoever drew on it must come first."""
+    lease_life_ms: int = Field(120_000, ge=5_000, le=3_600_000, validation_alias="TAILRACE_LEDGER_LEASE_LIFE_MS")
+    """How long an orchestrator may draw on a lent slice of a budget after it last heard from the ledger."""
+    lease_percent: int = Field(1, ge=1, le=10, validation_alias="TAILRACE_LEDGER_LEASE_PERCENT")
+    """The slice, as a share of the least that any budget of the user has left."""
+    lease_least_usd: Decimal = Field(Decimal("0.25"), ge=0, le=1000, decimal_places=9, validation_alias="TAILRACE_LEDGER_LEASE_LEAST_USD")
+    """Least slice, in USD: a few calls of a small budget. Never more than a tenth of what is left."""
+    lease_most_usd: Decimal = Field(Decimal(10), gt=0, le=100_000, decimal_places=9, validation_alias="TAILRACE_LEDGER_LEASE_MOST_USD")
+    """Largest slice, in USD, and that of a user without any budget."""

@@ -36,6 +36,30 @@ class Reserved:
 
 
 @dataclass(frozen=True, slots=True)
+class Lease:
+    """A slice of the budgets, set aside for calls that begin while we cannot be reached. `api_key` is empty for a token."""
+
+    lease_id: UUID
+    tenant: str
+    user: str
+    api_key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A provider call that was begun on a lease."""
+
+    operation_id: UUID
+    attempt: int
+    provider: str
+    model: str
+    price_version: int
+    input_tokens_max: int
+    output_tokens_max: int
+    amount_nanousd: int
+
+
+@dataclass(frozen=True, slots=True)
 class Recorded:
     """What became of a record."""
 
@@ -190,6 +214,8 @@ class Attempt:
     estimated: bool = False
     price_version: int = 0
     not_sent: bool = False
+    lease_id: str = ""
+    drawn_nanousd: int = 0
 
 
 @dataclass(frozen=True, slots=True)

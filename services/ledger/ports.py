@@ -8,7 +8,21 @@ from uuid import UUID
 
 from services.chassis.money import Price, Usage
 from services.chassis.principal import Principal
-from services.ledger.domain import ApiKey, Budget, Member, Operation, Plan, Recorded, Reservation, Reserved, Session, Turn, UsageRow
+from services.ledger.domain import (
+    ApiKey,
+    Budget,
+    Draw,
+    Lease,
+    Member,
+    Operation,
+    Plan,
+    Recorded,
+    Reservation,
+    Reserved,
+    Session,
+    Turn,
+    UsageRow,
+)
 from services.ledger.holds import Hold
 from services.ledger.paging import Page
 from services.ledger.prices import ListedPrice
@@ -40,6 +54,28 @@ class HoldBook(Protocol):
 
         Holds that somebody else is resolving now are passed over.
         """
+        ...
+
+
+class CreditLines(Protocol):
+    """Slices of budgets, lent in advance."""
+
+    async def lend(self, lease: Lease) -> int:
+        """Lend a slice of what is left and return it, in nano-USD; or prolong it, as it is.
+
+        Raises BudgetExhausted if nothing can be spared, HoldAlreadyExpired if the lease has ended: another one is needed then.
+        """
+        ...
+
+    async def take_back(self, lease_id: UUID, tenant: str, user: str, draws: Sequence[Draw]) -> int:
+        """End a lease. Draws that are not known yet become holds; what was lent is returned, 0 if it had ended before.
+
+        Raises NotFound, and PriceUnknown for a draw at a price that never was.
+        """
+        ...
+
+    async def expire_one(self, grace_ms: int) -> str | None:
+        """Give back one lease that expired more than `grace_ms` ago; return its id, or None if there is none left."""
         ...
 
 

@@ -119,7 +119,8 @@ class PostgresHolds:
 
     async def _locked(self, connection: Connection, principal: Principal, hold_id: UUID) -> Hold:
         row = await connection.fetchrow(
-            f"SELECT {HOLD_COLUMNS} FROM holds WHERE tenant = $1 AND hold_id = $2 AND (user_id = $3 OR $4) FOR UPDATE",
+            f"SELECT {HOLD_COLUMNS} FROM holds WHERE tenant = $1 AND hold_id = $2 AND (user_id = $3 OR $4)"
+            " AND price_id IS NOT NULL FOR UPDATE",  # a lease is no call's
             *(principal.tenant, hold_id, principal.user, "admin" in principal.roles),
         )
         if row is None:

@@ -12,11 +12,12 @@ from services.chassis.errors import IdempotencyConflict, NotFound, RequestInvali
 from services.chassis.money import Usage
 from services.chassis.principal import Principal
 from services.ledger import holds
-from services.ledger.domain import Attempt, CacheFacts, Operation, Recorded, Step
+from services.ledger.domain import Attempt, CacheFacts, Draw, Operation, Recorded, Step
 from services.ledger.holds import Hold, Move
 from services.ledger.paging import Page
 from services.ledger.postgres_database import Connection, Database
 from services.ledger.postgres_holds import HOLD_COLUMNS, PostgresHolds, encoded, usage_columns, usage_of
+from services.ledger.postgres_leases import draw
 from services.ledger.postgres_prices import PostgresPrices
 
 FUTURE_MAX = timedelta(hours=1)
@@ -100,23 +101,40 @@ class PostgresOperations:
         return {row["attempt"]: await self._held.hold_of(row, connection) for row in rows}
 
     async def _open_late(self, connection: Connection, operation: Operation, attempts: list[Attempt]) -> None:
-        """Make holds of nothing for calls that had none, so that late money takes the same way through the books as any other."""
+        """Make holds for calls that had none, so that late money takes the same way through the books as any other.
+
+        A hold is as large as what was drawn on a lease that is open still, else of nothing: then all it costs is above it.
+        """
         await connection.execute("SELECT ensure_user($1, $2)", operation.tenant, operation.user)
         # Counters before new holds, as reserve_hold does: it may be at the very same attempt.
         owner = (operation.tenant, operation.user, operation.api_key_id, operation.created_at)
         await connection.execute("SELECT lock_counters($1, $2, $3, $4)", *owner)
         for attempt in attempts:
-            listed = await self._prices.in_force(operation.tenant, attempt.provider, attempt.model, operation.created_at, connection)
+            listed = await self._prices.told(
+                operation.tenant, attempt.provider, attempt.model, attempt.price_version, operation.created_at, connection
+            )
+            if attempt.lease_id and await self._draw(connection, operation, attempt, listed.price_id):
+                continue
             opened = await connection.fetchval(
-                "INSERT INTO holds (tenant, user_id, api_key_id, operation_id, attempt, provider, model, price_id,"
+                "INSERT INTO holds (tenant, user_id, api_key_id, operation_id, attempt, provider, model, price_id, lease_id,"
                 " input_tokens_max, output_tokens_max, amount_nanousd, created_at, expires_at)"
-                " VALUES ($1, $2, $3, $4, $5, $6, $7, $8, 0, 0, 0, $9, $9)"
+                " SELECT $1, $2, $3, $4, $5, $6, $7, $8, (SELECT lease_id FROM leases WHERE lease_id = $10), 0, 0, 0, $9, $9"
                 " ON CONFLICT (tenant, operation_id, attempt) DO UPDATE SET hold_id = holds.hold_id RETURNING user_id",
                 *(operation.tenant, operation.user, operation.api_key_id, UUID(operation.operation_id), attempt.attempt),
                 *(attempt.provider, attempt.model, listed.price_id, operation.created_at),
+                UUID(attempt.lease_id) if attempt.lease_id else None,
             )
             if opened != operation.user:
                 raise IdempotencyConflict("the operation belongs to another user", key=operation.operation_id)
+
+    async def _draw(self, connection: Connection, operation: Operation, attempt: Attempt, price_id: int) -> bool:
+        """Make the hold of a call out of its lease; return whether that was open."""
+        usage = attempt.usage
+        drawn = Draw(
+            *(UUID(operation.operation_id), attempt.attempt, attempt.provider, attempt.model, attempt.price_version),
+            *(usage.prompt_tokens, usage.output_tokens, attempt.drawn_nanousd),
+        )
+        return await draw(connection, UUID(attempt.lease_id), operation.tenant, operation.user, [(drawn, price_id)])
 
     async def get(self, principal: Principal, operation_id: UUID) -> Operation:
         row = await self._database.row(

@@ -52,6 +52,13 @@ class PostgresPrices:
             book = await self._read_on(connection) if connection else await self.reload(book)
             return book.in_force(tenant, provider, model, at)
 
+    async def told(self, tenant: str, provider: str, model: str, version: int, at: datetime, connection: Connection) -> ListedPrice:
+        """The version that a caller was told when it counted; the price at `at` if it names none we know. Raises PriceUnknown."""
+        found = self._book.numbered(tenant, provider, model, version)
+        if found is None and version:
+            found = (await self._read_on(connection)).numbered(tenant, provider, model, version)
+        return found or await self.in_force(tenant, provider, model, at, connection)
+
     async def version(self, price_id: int, connection: Connection) -> ListedPrice:
         """A stored version."""
         found = self._book.version(price_id) or (await self._read_on(connection)).version(price_id)

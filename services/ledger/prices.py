@@ -59,6 +59,14 @@ class PriceBook:
                 return max(candidates, key=lambda listed: (listed.tenant != ALL_TENANTS, listed.valid_from, listed.price.version))
         raise PriceUnknown(f"the model {model[:128]} of {provider[:64]} has no price", provider=provider[:64], model=model[:128])
 
+    def numbered(self, tenant: str, provider: str, model: str, number: int) -> ListedPrice | None:
+        """Version `number` of the price of `model`, if it is one that `tenant` may have been told."""
+        for name in (model, _DATED.sub("", model)):
+            for listed in self._by_model.get((provider, name), ()):
+                if listed.price.version == number and listed.tenant in (ALL_TENANTS, tenant):
+                    return listed
+        return None
+
     def versions(self) -> Iterable[ListedPrice]:
         """Every version, in no order."""
         return self._by_id.values()

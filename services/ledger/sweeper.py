@@ -1,12 +1,13 @@
-"""Books holds that nobody resolved in time. What that books is decided in `holds`; where it is written, in the store."""
+"""Books holds that nobody resolved in time, and takes leases back. What that books and where it is written is decided elsewhere."""
 
 import asyncio
+import time
 
 import structlog
 
 from services.chassis.errors import DomainError
 from services.chassis.telemetry import span
-from services.ledger.ports import HoldBook
+from services.ledger.ports import CreditLines, HoldBook
 
 log = structlog.get_logger(__name__)
 
@@ -23,13 +24,29 @@ async def sweep(holds: HoldBook, grace_ms: int) -> int:
     return booked
 
 
-async def sweep_forever(holds: HoldBook, *, interval_ms: int, grace_ms: int) -> None:
-    """Sweep every `interval_ms`. A failure is logged and the next round tries again: money waits, it is not lost."""
+async def sweep_leases(credit: CreditLines, grace_ms: int) -> int:
+    """Take back what has expired; return how many leases. Whoever held one is gone or cut off."""
+    ended = 0
+    while ended < SWEEP_MAX and (lease_id := await credit.expire_one(grace_ms)) is not None:
+        log.warning("lease_expired", lease_id=lease_id)
+        ended += 1
+    return ended
+
+
+async def sweep_forever(holds: HoldBook, credit: CreditLines, *, interval_ms: int, grace_ms: int) -> None:
+    """Sweep every `interval_ms`. A failure is logged and the next round tries again: money waits, it is not lost.
+
+    Leases are left alone for `grace_ms` after the store was away: those who drew on them meanwhile may tell of it first.
+    """
+    well_since = time.monotonic()
     while True:
         try:
             with span("ledger.sweep"):
                 await sweep(holds, grace_ms)
+                if time.monotonic() - well_since >= grace_ms / 1000:
+                    await sweep_leases(credit, grace_ms)
         except DomainError as error:
+            well_since = time.monotonic()
             log.warning("sweep_put_off", reason=error.reason)
         except Exception as error:
             log.exception("sweep_failed", error=type(error).__name__)

@@ -16,10 +16,12 @@ from services.ledger.postgres_database import opened
 from services.ledger.postgres_feed import PostgresFeed
 from services.ledger.postgres_holds import PostgresHolds
 from services.ledger.postgres_keys import PostgresKeys
+from services.ledger.postgres_leases import PostgresLeases, Terms
 from services.ledger.postgres_operations import PostgresOperations
 from services.ledger.postgres_people import PostgresPeople
 from services.ledger.postgres_prices import PostgresPrices
 from services.ledger.postgres_usage import PostgresUsage
+from services.ledger.prices import nanousd
 from services.ledger.rpc import SERVICE_NAME, LedgerServicer, register
 from services.ledger.sweeper import sweep_forever
 
@@ -35,10 +37,19 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         prices = PostgresPrices(database, clock)
         await prices.reload()
         holds = PostgresHolds(database, prices)
+        terms = Terms(
+            settings.lease_percent,
+            nanousd(str(settings.lease_least_usd)),
+            nanousd(str(settings.lease_most_usd)),
+            settings.lease_life_ms,
+        )
+        credit = PostgresLeases(database, prices, terms)
         operations = PostgresOperations(database, holds, prices, clock)
         feed = PostgresFeed(url, database)
         servicer = LedgerServicer(
             holds=holds,
+            credit=credit,
+            lease_life_ms=terms.life_ms,
             operations=operations,
             usage=PostgresUsage(database),
             feed=feed,
@@ -54,7 +65,7 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         server = Server(passport_identity(Passport(key)), reflect=settings.environment == "development", tls=settings.mutual_tls())
         server.add(register, servicer, SERVICE_NAME)
 
-        sweeping = sweep_forever(holds, interval_ms=settings.sweep_interval_ms, grace_ms=settings.sweep_grace_ms)
+        sweeping = sweep_forever(holds, credit, interval_ms=settings.sweep_interval_ms, grace_ms=settings.sweep_grace_ms)
         background = [asyncio.create_task(sweeping, name="sweeper"), asyncio.create_task(feed.run(), name="feed")]
         try:
             yield Service(server, settings.port, probes={"postgres": database.probe}, stopping=servicer.end_streams)

@@ -231,6 +231,7 @@ async def remember(run: Run, step: StepRecord) -> None:
 async def record(run: Run, failure: DomainError | None, step: StepRecord) -> None:
     """Make the record durable; then give the ledger a moment to book it and to keep the turn. Raises Unavailable if the disk fails."""
     booked = await run.kit.books.record(run.record(failure))
+    run.kit.credit.recorded(run.question.answer_id, run.attempts, booked)
     works = [_keep_turn(run, complete=failure is None and run.verdict == "passed")] if run.pieces else []
     await _briefly(run.kit, BOOKED_WAIT_S, *works, also=booked)
     step.note(booked=booked.done(), cost_nanousd=run.cost_nanousd)

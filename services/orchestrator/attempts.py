@@ -11,7 +11,7 @@ from opentelemetry.trace import SpanKind
 
 from services.chassis import telemetry
 from services.chassis.deadline import current_deadline
-from services.chassis.errors import AnswerInterrupted, BudgetExhausted, DomainError, PriceUnknown
+from services.chassis.errors import AnswerInterrupted, BudgetExhausted, DeadlineTooShort, DomainError, PriceUnknown, Unavailable
 from services.chassis.money import Usage
 from services.chassis.telemetry import StepRecord, span
 from services.orchestrator.domain import Attempt, Candidate, Draft, Hold, OperationRecord, Prompt
@@ -74,27 +74,65 @@ async def _hold(run: Run, call: _Call, step: StepRecord) -> None:
     deadline = current_deadline.get()
     ttl_ms = int(((deadline.remaining_s if deadline else run.kit.limits.deadline_s) + HOLD_MARGIN_S) * 1000)
     wanted = call.output_tokens_max
-    bounds = (call.prompt.input_tokens_max, wanted, min(run.kit.limits.output_tokens_min, wanted))
     run.kit.books.intend(_unfinished(run, call))  # or a crash in these milliseconds would leave a hold of which nobody knows
-    reserving = asyncio.create_task(
-        run.kit.ledger.reserve(run.question.answer_id, call.number, call.candidate, *bounds, ttl_ms), name="reserve"
-    )
+    reserving = asyncio.create_task(_reserve(run, call, ttl_ms), name="reserve")
     try:
         call.hold = await asyncio.shield(reserving)
     except asyncio.CancelledError as error:
         with contextlib.suppress(DomainError):
             call.hold = await reserving  # the money may be set aside already: only the reply says which hold to give back
-        run.attempts.append(_account(call, error))
+        _close(run, call, error)
         raise
     except (BudgetExhausted, PriceUnknown):
         raise
     except DomainError as error:
-        run.attempts.append(_account(call, error))  # nobody knows whether the hold exists: the record says that nothing was sent
+        _close(run, call, error)  # nobody knows whether the hold exists: the record says that nothing was sent
         raise
     call.output_tokens_max = call.hold.output_tokens_max
     step.note(attempt=call.number, held_nanousd=call.hold.amount_nanousd, price_version=call.hold.price.version)
     if call.output_tokens_max < wanted:
         step.note(output_tokens_max=call.output_tokens_max, output_tokens_wanted=wanted)
+    if call.hold.lease_id:
+        step.note(leased=True)
+
+
+async def _reserve(run: Run, call: _Call, ttl_ms: int) -> Hold:
+    """Ask the ledger; while it is out of reach, and only then, draw on what it has lent, with the intent on disk before the call begins.
+
+    A budget that is exhausted but for our own lease gets it back and is asked once more.
+    """
+    credit, asked, began = run.kit.credit, run.question, time.monotonic()
+    covered = credit.covers(asked.principal)
+    bounds = (call.candidate, call.prompt.input_tokens_max, call.output_tokens_max)
+    least = min(run.kit.limits.output_tokens_min, call.output_tokens_max)
+    try:
+        try:
+            # Nothing is shortened for want of money that we hold ourselves.
+            hold = await run.kit.ledger.reserve(asked.answer_id, call.number, *bounds, 0 if covered else least, ttl_ms, patient=not covered)
+        except BudgetExhausted:
+            if not await credit.surrender(asked.principal, began) and not covered:
+                raise
+            hold = await run.kit.ledger.reserve(asked.answer_id, call.number, *bounds, least, ttl_ms)
+    except DomainError as error:
+        drawn = credit.draw(asked.principal, asked.answer_id, call.number, *bounds) if _out_of_reach(error) else None
+        if drawn is None:
+            raise
+        call.hold = drawn
+        try:
+            await run.kit.books.keep(_unfinished(run, call))
+        except DomainError:
+            call.hold = None
+            credit.ended(asked.answer_id, replace(_account(call, error), lease_id=drawn.lease_id))
+            raise
+        return drawn
+    credit.noted(asked.principal)
+    return hold
+
+
+def _out_of_reach(error: DomainError) -> bool:
+    """Whether the ledger, or the store behind it, gave no answer. A refusal is an answer."""
+    cut = not error.reason and error.code == "CANCELLED"  # what a server that ends does to its calls
+    return isinstance(error, (Unavailable, DeadlineTooShort)) or cut
 
 
 async def _generate(run: Run, call: _Call, step: StepRecord) -> None:
@@ -128,8 +166,7 @@ async def _generate(run: Run, call: _Call, step: StepRecord) -> None:
             failure = error
             raise
         finally:
-            attempt = _account(call, failure)
-            run.attempts.append(attempt)
+            attempt = _close(run, call, failure)
             run.model = attempt.model
             step.note(attempt=call.number, provider=candidate.provider, model=attempt.model)
             step.note(input_tokens=attempt.usage.prompt_tokens, output_tokens=attempt.usage.output_tokens)
@@ -152,6 +189,15 @@ def _unfinished(run: Run, call: _Call) -> OperationRecord:
     return run.record(died, attempt)
 
 
+def _close(run: Run, call: _Call, failure: BaseException | None) -> Attempt:
+    """Take the call into account, and let what was drawn for it and not used be drawn again."""
+    attempt = _account(call, failure)
+    run.attempts.append(attempt)
+    if attempt.lease_id:
+        run.kit.credit.ended(run.question.answer_id, attempt)
+    return attempt
+
+
 def _account(call: _Call, failure: BaseException | None) -> Attempt:
     usage, estimated = call.draft.usage(call.prompt)
     price = call.hold.price if call.hold is not None else None
@@ -171,4 +217,6 @@ def _account(call: _Call, failure: BaseException | None) -> Attempt:
         estimated=estimated,
         price_version=price.version if price is not None else 0,
         not_sent=not call.draft.sent,
+        lease_id=call.hold.lease_id if call.hold is not None else "",
+        drawn_nanousd=call.hold.amount_nanousd if call.hold is not None and call.hold.lease_id else 0,
     )

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 from typing import Any
@@ -19,9 +19,12 @@ from services.orchestrator.domain import (
     CachedAnswer,
     CacheReceipt,
     Candidate,
+    Draw,
     Hold,
+    LentCredit,
     OperationRecord,
     Passage,
+    Payer,
     RecallVerdict,
     StepChange,
     Turn,
@@ -38,6 +41,8 @@ SERVICE = Principal("tailrace", "orchestrator", frozenset({"service"}))
 RECALL_TIMEOUT_S = 15.0
 RECORD_STREAM_S = 3600.0
 ACK_TIMEOUT_S = 30.0
+RESERVE_TIMEOUT_S, RESERVE_HURRIED_S = 5.0, 2.0
+"""How long a reservation may take; less for who can pay otherwise."""
 
 
 @contextlib.contextmanager
@@ -171,6 +176,21 @@ def _attempt_message(attempt: Attempt) -> ledger_pb.Attempt:
         estimated=attempt.estimated,
         price_version=attempt.price_version,
         not_sent=attempt.not_sent,
+        lease_id=attempt.lease_id,
+        drawn_nanousd=attempt.drawn_nanousd,
+    )
+
+
+def _draw_message(draw: Draw) -> ledger_pb.LeaseDraw:
+    return ledger_pb.LeaseDraw(
+        operation_id=draw.operation_id,
+        attempt=draw.attempt,
+        provider=draw.provider,
+        model=draw.model,
+        price_version=draw.price_version,
+        input_tokens_max=draw.input_tokens_max,
+        output_tokens_max=draw.output_tokens_max,
+        amount_nanousd=draw.amount_nanousd,
     )
 
 
@@ -300,6 +320,8 @@ class RemoteLedger:
         output_tokens_max: int,
         output_tokens_min: int,
         ttl_ms: int,
+        *,
+        patient: bool = True,
     ) -> Hold:
         request = ledger_pb.ReserveRequest(
             operation_id=operation_id,
@@ -311,16 +333,31 @@ class RemoteLedger:
             output_tokens_min=output_tokens_min,
             ttl_ms=ttl_ms,
         )
-        patience = Patience(self._patience_s)
+        patience = Patience(self._patience_s if patient else 0)
+        timeout_s = RESERVE_TIMEOUT_S if patient else RESERVE_HURRIED_S
         while True:  # the same attempt of the same operation is one hold, however often it is asked for
             try:
                 with _named("ledger"):
-                    reply = await self._caller.unary(self._stub.Reserve, request, timeout_s=5)
+                    reply = await self._caller.unary(self._stub.Reserve, request, timeout_s=timeout_s)
                 break
             except DomainError as error:
                 await patience.wait(error, "ledger")
         granted = reply.output_tokens_max or output_tokens_max  # a ledger of the former version grants all, and does not say so
         return Hold(reply.hold_id, reply.amount_nanousd, price_value(reply.price), granted)
+
+    async def lend(self, lease_id: str, payer: Payer) -> LentCredit:
+        request = ledger_pb.LendCreditRequest(lease_id=lease_id, tenant=payer.tenant, user=payer.user, api_key_id=payer.api_key_id)
+        with _named("ledger"):
+            reply = await self._caller.unary(self._stub.LendCredit, request, timeout_s=5, principal=SERVICE)
+        prices = {(price.provider, price.model): price_value(price) for price in reply.prices}
+        return LentCredit(reply.amount_nanousd, reply.life_ms / 1000, prices)
+
+    async def take_back(self, lease_id: str, payer: Payer, draws: Sequence[Draw]) -> None:
+        request = ledger_pb.ReturnCreditRequest(
+            lease_id=lease_id, tenant=payer.tenant, user=payer.user, draws=[_draw_message(draw) for draw in draws]
+        )
+        with _named("ledger"):
+            await self._caller.unary(self._stub.ReturnCredit, request, timeout_s=10, principal=SERVICE)
 
     async def turns(self, session_id: str, limit: int) -> tuple[Turn, ...]:
         request = ledger_pb.ListTurnsRequest(session_id=session_id, limit=limit)
@@ -382,6 +419,9 @@ class SpooledBooks:
 
     def mark(self, record: OperationRecord) -> None:
         self._spool.mark(record.question.answer_id, self._replica, operation_message(record).SerializeToString())
+
+    async def keep(self, record: OperationRecord) -> None:
+        await self._spool.keep(record.question.answer_id, self._replica, operation_message(record).SerializeToString())
 
     @property
     def has_room(self) -> bool:

@@ -80,5 +80,8 @@ class OrchestratorSettings(ServiceSettings):
     cache_timeout_s: float = Field(0.25, gt=0, le=5, validation_alias="TAILRACE_ORCHESTRATOR_CACHE_TIMEOUT_S")
     """Longest wait for the exact cache, seconds. A slow cache is worse than none."""
 
+    credit_leases_max: int = Field(500, ge=0, le=10_000, validation_alias="TAILRACE_ORCHESTRATOR_CREDIT_LEASES_MAX")
+    """Users and keys for whom a slice of budget is held ready, so that they are answered while the ledger is out of reach; 0 = none."""
+
     spool_records_max: int = Field(100_000, ge=1, le=10_000_000, validation_alias="TAILRACE_ORCHESTRATOR_SPOOL_RECORDS_MAX")
     """Records that may wait for the ledger; above it new answers are refused, and nothing is dropped."""

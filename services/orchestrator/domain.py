@@ -3,10 +3,10 @@
 Nothing here does anything that could fail or wait; no wire format and no vendor is known.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Literal
+from typing import Literal, Self
 
 from services.chassis.errors import DomainError
 from services.chassis.money import Price, Usage
@@ -162,9 +162,47 @@ class Hold:
     """Money set aside for one provider call, the price it will be settled with, and how many tokens may be generated for it."""
 
     hold_id: str
+    """Empty if the money was drawn from a lease: the ledger makes the hold when it hears of the call."""
     amount_nanousd: int
     price: Price
     output_tokens_max: int
+    lease_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Payer:
+    """Whose budgets a call is paid from. `api_key_id` is empty for a token."""
+
+    tenant: str
+    user: str
+    api_key_id: str
+
+    @classmethod
+    def of(cls, principal: Principal) -> Self:
+        return cls(principal.tenant, principal.user, principal.api_key_id)
+
+
+@dataclass(frozen=True, slots=True)
+class LentCredit:
+    """A slice of a payer's budgets, and what models cost them, by provider and model."""
+
+    amount_nanousd: int
+    life_s: float
+    prices: Mapping[tuple[str, str], Price]
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A provider call that was begun on a lease; see tailrace.ledger.v1.LeaseDraw for each field."""
+
+    operation_id: str
+    attempt: int
+    provider: str
+    model: str
+    price_version: int
+    input_tokens_max: int
+    output_tokens_max: int
+    amount_nanousd: int
 
 
 @dataclass(slots=True)
@@ -244,6 +282,8 @@ class Attempt:
     estimated: bool
     price_version: int
     not_sent: bool
+    lease_id: str = ""
+    drawn_nanousd: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,23 +1,27 @@
 """What an answer needs from the world, as protocols. Each has one adapter that speaks to something real; none is named here."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from services.chassis.errors import DomainError
 from services.chassis.principal import Principal
 from services.orchestrator.domain import (
+    Attempt,
     CachedAnswer,
     Candidate,
     Claim,
     Draft,
+    Draw,
     HeldAnswer,
     Hold,
+    LentCredit,
     LogPart,
     LogReply,
     OperationRecord,
     Passage,
+    Payer,
     Prompt,
     Question,
     RecallVerdict,
@@ -72,9 +76,12 @@ class Ledger(Protocol):
         output_tokens_max: int,
         output_tokens_min: int,
         ttl_ms: int,
+        *,
+        patient: bool = True,
     ) -> Hold:
         """Set the worst case aside; if money is short, that of fewer output tokens, down to `output_tokens_min`, unless that is 0.
 
+        Who is not `patient` has another way to pay, and hears at once that the ledger is out of reach.
         Raises BudgetExhausted, PriceUnknown.
         """
         ...
@@ -89,6 +96,48 @@ class Ledger(Protocol):
 
     async def append_turn(self, session_id: str, turn: Turn, principal: Principal) -> None:
         """Keep a turn. The same answer again changes nothing."""
+        ...
+
+
+class CreditLine(Protocol):
+    """Where credit is lent. Raises Unavailable(dependency="ledger") while it is away."""
+
+    async def lend(self, lease_id: str, payer: Payer) -> LentCredit:
+        """Lend a slice of the payer's budgets, or prolong it. Raises BudgetExhausted, HoldAlreadyExpired for a lease that has ended."""
+        ...
+
+    async def take_back(self, lease_id: str, payer: Payer, draws: Sequence[Draw]) -> None:
+        """End a lease. `draws` become holds unless they are booked already. Raises NotFound."""
+        ...
+
+
+class Credit(Protocol):
+    """What an answer can be paid with while the ledger is out of reach."""
+
+    def noted(self, principal: Principal) -> None:
+        """The ledger has set money aside for `principal` just now."""
+        ...
+
+    def covers(self, principal: Principal) -> bool:
+        """Whether anything is lent to `principal`."""
+        ...
+
+    def draw(
+        self, principal: Principal, operation_id: str, attempt: int, candidate: Candidate, input_tokens_max: int, output_tokens_max: int
+    ) -> Hold | None:
+        """Set the worst case aside from what is lent; None if that cannot pay it or the model's price is not known."""
+        ...
+
+    def ended(self, operation_id: str, attempt: Attempt) -> None:
+        """A call is over."""
+        ...
+
+    def recorded(self, operation_id: str, attempts: Iterable[Attempt], booked: asyncio.Future[None]) -> None:
+        """The record of calls is on its way to the ledger, which has it once `booked` is done."""
+        ...
+
+    async def surrender(self, principal: Principal, since: float) -> bool:
+        """Give back what is lent to `principal`; return whether the ledger has got any back since the monotonic time `since`."""
         ...
 
 
@@ -113,6 +162,10 @@ class Books(Protocol):
 
     def mark(self, record: OperationRecord) -> None:
         """Keep `record` as what shall be booked if this process ends before `record` is called. Waits for nothing; the latest counts."""
+        ...
+
+    async def keep(self, record: OperationRecord) -> None:
+        """As `mark`, and return once it is durable. Raises Unavailable if the disk fails: then nothing may begin."""
         ...
 
     async def record(self, record: OperationRecord) -> asyncio.Future[None]:

@@ -28,7 +28,7 @@ from services.orchestrator.domain import (
     Turn,
 )
 from services.orchestrator.log import EventLog
-from services.orchestrator.ports import Books, ExactCache, Ledger, Memory, Model
+from services.orchestrator.ports import Books, Credit, ExactCache, Ledger, Memory, Model
 from services.orchestrator.standalone import language
 from services.orchestrator.validate import CitationReader
 
@@ -61,6 +61,7 @@ class Toolkit:
     clock: Clock
     template: Template
     limits: Limits
+    credit: Credit
 
 
 class Run:

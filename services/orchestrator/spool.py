@@ -6,14 +6,19 @@ stands in for it, which the process may die over but not the machine: it is writ
 
 One thread owns the database and commits together what waits together, so that a hundred answers that end at once cost one sync.
 Nothing is ever dropped: what the ledger can never book is put aside in a table of its own.
+
+Two failures of the disk are told apart. A full one has written nothing: the write waits until there is room, and meanwhile no new work is
+admitted. After any other failure nobody knows what is on disk, so nothing is tried again until a new process has looked.
 """
 
 import asyncio
 import contextlib
+import os
 import queue
 import random
 import sqlite3
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -27,11 +32,19 @@ from services.chassis.errors import DomainError, Unavailable
 log = structlog.get_logger(__name__)
 
 BATCH_MAX = 64
+"""Writes in one commit."""
+SENT_MAX = 256
+"""Records on their way to the ledger at the same time."""
+FULL_PAUSE_S = 0.5
+"""How soon a full disk is tried again."""
+FREE_BYTES_MIN = 16 * 1024 * 1024
+"""With less free than this no new work is admitted, so that what has begun finds room for its records."""
 BACKOFF_MIN_S, BACKOFF_MAX_S = 0.1, 30.0
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS outbox (
     record_id INTEGER PRIMARY KEY AUTOINCREMENT, -- never used twice, so an old acknowledgement cannot hit a new record
-    payload BLOB NOT NULL
+    payload BLOB NOT NULL,
+    written_at REAL NOT NULL DEFAULT 0 -- seconds since 1970
 );
 CREATE TABLE IF NOT EXISTS running (
     operation_id TEXT PRIMARY KEY,
@@ -45,6 +58,7 @@ CREATE TABLE IF NOT EXISTS dead_letter (
     detail TEXT NOT NULL,
     rejected_at TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))
 );
+CREATE TABLE IF NOT EXISTS room (room_id INTEGER PRIMARY KEY, filler BLOB NOT NULL); -- what a disk that was full is tried with
 """
 
 
@@ -78,11 +92,27 @@ OpenLink = Callable[[], AbstractAsyncContextManager[Link]]
 _Job = tuple[Callable[[sqlite3.Connection], Any], "asyncio.Future[Any]"]
 
 
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """How the spool is doing."""
+
+    depth: int
+    """Records that wait."""
+    oldest_s: float
+    """How long the oldest of them has waited; 0 without any."""
+    size_bytes: int
+    """What its files take on disk."""
+    dead_letters: int
+    """Records put aside."""
+    full: bool
+    broken: bool
+
+
 class Spool:
     """The outbox. Open it with `opened`; `drain_forever` sends what is in it."""
 
-    def __init__(self, path: Path, records_max: int) -> None:
-        self._records_max = records_max
+    def __init__(self, path: Path, records_max: int, free_bytes_min: int = FREE_BYTES_MIN) -> None:
+        self._path, self._records_max, self._free_bytes_min = path, records_max, free_bytes_min
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
@@ -93,6 +123,8 @@ class Spool:
         self.dead_letters = 0
         """Records put aside."""
         self._broken = False
+        self._full = False
+        self._trying: asyncio.Task[None] | None = None
         self._database = _open(path)
         self._intents = _open_intents(path.with_suffix(".intents.db"))
         self.interrupted = _take_over(self._database, self._intents)
@@ -108,8 +140,25 @@ class Spool:
 
     @property
     def has_room(self) -> bool:
-        """False while too many records wait, or since the disk failed: then no new work may begin."""
-        return not self._broken and self.depth < self._records_max
+        """False while too many records wait or the disk is full, and since it failed: then no new work may begin."""
+        return not self._broken and not self._full and self.depth < self._records_max and self._free_bytes() >= self._free_bytes_min
+
+    def _free_bytes(self) -> int:
+        disk = os.statvfs(self._path.parent)
+        return disk.f_bavail * disk.f_frsize
+
+    async def figures(self) -> Figures:
+        """Measured now. Raises Unavailable if the disk fails."""
+        oldest = await self._written(lambda db: db.execute("SELECT written_at FROM outbox ORDER BY record_id LIMIT 1").fetchone())
+        files = (self._path, self._path.with_name(self._path.name + "-wal"))
+        size = sum(file.stat().st_size for file in files if file.exists())
+        age_s = max(0.0, time.time() - oldest[0]) if oldest else 0.0
+        return Figures(self.depth, age_s, size, self.dead_letters, self._full, self._broken)
+
+    async def probe(self) -> None:
+        """Raise Unavailable once the disk has failed: only a new process can tell what is on it."""
+        if self._broken:
+            raise Unavailable("the spool cannot be written", dependency="spool")
 
     def intend(self, operation_id: str, replica: str, payload: bytes) -> None:
         """As `mark`, and once it returns the end of this process cannot undo it. Blocks for a write to memory, some 50 us."""
@@ -135,25 +184,67 @@ class Spool:
         self._jobs.put((lambda db: db.execute(statement, (operation_id, replica, payload)), written))
         return written
 
+    async def keep(self, operation_id: str, replica: str, payload: bytes) -> None:
+        """As `mark`, and return once it is on disk. Raises Unavailable if the disk fails or is full."""
+        statement = "INSERT OR REPLACE INTO running (operation_id, replica, payload) VALUES (?, ?, ?)"
+        await self._written(lambda db: db.execute(statement, (operation_id, replica, payload)))
+
     async def append(self, operation_id: str, payload: bytes) -> asyncio.Future[None]:
         """Return once `payload` is on disk, in place of the marks; the future is done once it was acknowledged.
 
-        Raises Unavailable if the disk fails. Cancellation: the record may be written all the same.
+        Waits while the disk is full. Raises Unavailable if it fails. Cancellation: the record may be written all the same.
         """
-        if self._broken:
-            raise Unavailable("the spool cannot be written", dependency="spool")
         self.depth += 1
         self._empty.clear()
-        try:
-            record_id = await self._do(lambda db: _finish(db, operation_id, payload))
-        except sqlite3.Error as error:
-            # After a failed sync nobody knows what is on disk; trying again would only hide it (fsyncgate).
-            self._broken = True
-            log.error("spool_failed", error=type(error).__name__)
-            raise Unavailable("the spool cannot be written", dependency="spool") from error
+        record_id = await self._written_at_last(lambda db: _finish(db, operation_id, payload))
         booked = self._booked[record_id] = self._loop.create_future()
         self._news.set()
         return booked
+
+    async def _written_at_last(self, job: Callable[[sqlite3.Connection], Any]) -> Any:
+        """As `_written`, but a full disk is waited for: what was begun must not be lost for want of room."""
+        while True:
+            try:
+                return await self._written(job)
+            except Unavailable:
+                if self._broken:
+                    raise
+            await asyncio.sleep(FULL_PAUSE_S)
+
+    async def _written(self, job: Callable[[sqlite3.Connection], Any]) -> Any:
+        """Run `job` in a commit and return what it gave. Raises Unavailable if nothing was written, or nobody knows what."""
+        if self._broken:
+            raise Unavailable("the spool cannot be written", dependency="spool")
+        try:
+            return await self._do(job)
+        except sqlite3.Error as error:
+            self._failed(error)
+            raise Unavailable("the spool cannot be written", dependency="spool") from error
+
+    def _failed(self, error: sqlite3.Error) -> None:
+        if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+            if not self._full:
+                log.error("spool_full", depth=self.depth)
+            self._full = True
+            if self._trying is None or self._trying.done():
+                self._trying = self._loop.create_task(self._until_room(), name="spool has room")
+            return
+        # After a failed sync nobody knows what is on disk; trying again would only hide it (fsyncgate).
+        self._broken = True
+        log.error("spool_failed", error=error.sqlite_errorname)
+
+    async def _until_room(self) -> None:
+        """Admit new work again once something of the size of many records can be written."""
+        while self._full and not self._broken:
+            await asyncio.sleep(FULL_PAUSE_S)
+            try:
+                await self._do(lambda db: db.execute("INSERT OR REPLACE INTO room (room_id, filler) VALUES (1, zeroblob(65536))"))
+            except sqlite3.Error as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
+                    self._failed(error)
+            else:
+                self._full = False
+                log.warning("spool_has_room", depth=self.depth)
 
     async def drain_forever(self, open_link: OpenLink) -> None:
         """Send what is in the outbox, at least once, oldest first, for ever. Whatever fails is tried again; the wait grows to 30 s."""
@@ -163,7 +254,7 @@ class Spool:
                 async with open_link() as link:
                     while True:
                         await self._news.wait()
-                        if await self._send_batch(link) < BATCH_MAX and not self.depth:
+                        if await self._send_batch(link) < SENT_MAX and not self.depth:
                             self._news.clear()
                         failures = 0
             except (DomainError, OSError, StopAsyncIteration) as error:
@@ -174,8 +265,8 @@ class Spool:
                 await asyncio.sleep(random.uniform(BACKOFF_MIN_S / 2, ceiling_s))  # noqa: S311 - jitter, not a secret
 
     async def _send_batch(self, link: Link) -> int:
-        rows = await self._do(
-            lambda db: db.execute("SELECT record_id, payload FROM outbox ORDER BY record_id LIMIT ?", (BATCH_MAX,)).fetchall()
+        rows = await self._written(
+            lambda db: db.execute("SELECT record_id, payload FROM outbox ORDER BY record_id LIMIT ?", (SENT_MAX,)).fetchall()
         )
         for record_id, payload in rows:
             await link.send(record_id, payload)
@@ -202,7 +293,7 @@ class Spool:
             db.executemany("INSERT OR REPLACE INTO dead_letter (record_id, payload, reason, detail) VALUES (?, ?, ?, ?)", rejected)
             db.executemany("DELETE FROM outbox WHERE record_id = ?", [(ack.record_id,) for ack, _ in acked])
 
-        await self._do(settle)
+        await self._written_at_last(settle)
         for record_id, _, reason, _ in rejected:
             self.dead_letters += 1
             log.error("record_rejected", record_id=record_id, reason=reason, dead_letters=self.dead_letters)
@@ -219,6 +310,9 @@ class Spool:
 
     async def close(self) -> None:
         """End the thread after what it was given, and close the database."""
+        if self._trying is not None:
+            self._trying.cancel()
+            await asyncio.gather(self._trying, return_exceptions=True)
         self._jobs.put(None)
         await asyncio.to_thread(self._thread.join)
         self._database.close()
@@ -268,7 +362,7 @@ def _looked_at(written: "asyncio.Future[Any]") -> None:
 
 def _finish(database: sqlite3.Connection, operation_id: str, payload: bytes) -> int:
     database.execute("DELETE FROM running WHERE operation_id = ?", (operation_id,))
-    return int(database.execute("INSERT INTO outbox (payload) VALUES (?)", (payload,)).lastrowid or 0)
+    return int(database.execute("INSERT INTO outbox (payload, written_at) VALUES (?, ?)", (payload, time.time())).lastrowid or 0)
 
 
 def _take_over(database: sqlite3.Connection, intents: sqlite3.Connection) -> list[tuple[str, str]]:
@@ -277,7 +371,7 @@ def _take_over(database: sqlite3.Connection, intents: sqlite3.Connection) -> lis
     database.execute("BEGIN IMMEDIATE")
     database.executemany("INSERT OR REPLACE INTO running (operation_id, replica, payload) VALUES (?, ?, ?)", intended)
     left = database.execute("SELECT operation_id, replica FROM running ORDER BY operation_id").fetchall()
-    database.execute("INSERT INTO outbox (payload) SELECT payload FROM running ORDER BY operation_id")
+    database.execute("INSERT INTO outbox (payload, written_at) SELECT payload, ? FROM running ORDER BY operation_id", (time.time(),))
     database.execute("DELETE FROM running")
     database.execute("COMMIT")
     intents.execute("DELETE FROM intents")
@@ -302,6 +396,8 @@ def _open(path: Path) -> sqlite3.Connection:
     database.execute("PRAGMA journal_mode = WAL")
     database.execute("PRAGMA synchronous = FULL")
     database.executescript(_SCHEMA)
+    if "written_at" not in {row[1] for row in database.execute("PRAGMA table_info(outbox)")}:
+        database.execute("ALTER TABLE outbox ADD COLUMN written_at REAL NOT NULL DEFAULT 0")
     return database
 
 

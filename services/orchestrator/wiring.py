@@ -23,6 +23,7 @@ from services.orchestrator.clients import RemoteLedger, RemoteMemory, SpooledBoo
 from services.orchestrator.compose import read_template
 from services.orchestrator.config import OrchestratorSettings
 from services.orchestrator.extractive_model import ExtractiveModel
+from services.orchestrator.leases import Leases
 from services.orchestrator.mirrors import Mirrors, interrupted
 from services.orchestrator.ports import Model, SharedLogs
 from services.orchestrator.publisher import Publisher
@@ -39,6 +40,8 @@ WORKS_PER_ANSWER_MAX = 5
 REDIS_CONNECTIONS_MAX = 200
 RUNNING_MARGIN_S = 120.0
 """A log that nobody ends goes this long after its answer's deadline."""
+LEASES_RETURN_S = 2.0
+"""How long a drain waits at least for the ledger to take leases back; what it does not take expires by itself."""
 STREAMS_SHARE = 0.8
 """Of the drain's grace, how much belongs to answers that go on; the rest is for telling and booking that they do not."""
 
@@ -59,6 +62,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
 
         ledger_channel = await stack.enter_async_context(open_channel(settings.ledger_target, tls))
         ledger = RemoteLedger(ledger_channel, Caller(settings.ledger_target, passport), settings.restart_patience_s)
+        leases = Leases(ledger, settings.credit_leases_max)
         retrieval_channel = await stack.enter_async_context(open_channel(settings.retrieval_target, tls))
         memory = RemoteMemory(retrieval_channel, Caller(settings.retrieval_target, passport), settings.restart_patience_s)
 
@@ -115,7 +119,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             cache_per_user=settings.cache_scope == "user",
             output_tokens_min=settings.output_tokens_min,
         )
-        kit = Toolkit(memory, ledger, exact, books, models, after, clock, read_template(), limits)
+        kit = Toolkit(memory, ledger, exact, books, models, after, clock, read_template(), limits, leases)
         publisher = Publisher(logs, replica, event_bytes, kept_s=settings.logs_kept_s, bytes_max=settings.logs_bytes_max)
         registry = Registry(
             lambda question, events: produce(question, kit, events),
@@ -135,6 +139,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
         works = {
             "publisher": publisher.run_forever(),
             "lease": registry.live_forever(),
+            "credit leases": leases.live_forever(),
             "cancels": registry.listen_forever(),
             "interrupted answers": tell_interrupted(logs, outbox.interrupted),
         }
@@ -164,6 +169,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             abandoned = await after.drain(max(0.5, ends_at - loop.time() - 0.5))
             await publisher.flushed(max(0.5, ends_at - loop.time()))
             await outbox.flush(max(0.5, ends_at - loop.time()))
+            await leases.give_back(max(LEASES_RETURN_S, ends_at - loop.time()))
             return abandoned
 
         async def redis_answers() -> None:
@@ -176,6 +182,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
                 "ledger": lambda: ping(ledger_channel, "ledger"),
                 "retrieval": lambda: ping(retrieval_channel, "retrieval"),
                 "redis": redis_answers,
+                "spool": outbox.probe,
             },
             drain=drain,
             stopping=stopping,

@@ -45,6 +45,8 @@ RULES = {
         "Settle": MEMBER,
         "Void": MEMBER,
         "RecordOperations": SERVICE,
+        "LendCredit": SERVICE,
+        "ReturnCredit": SERVICE,
         "GetOperation": MEMBER,
         "ListOperations": MEMBER,
         "WatchOperations": MEMBER,

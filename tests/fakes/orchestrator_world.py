@@ -126,6 +126,11 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
     broke: bool = False
     affordable: int = 1_000_000
     """Most output tokens that the budget can pay for."""
+    credit_nanousd: int = 10_000_000_000
+    """What each lease lends; 0 = none is lent."""
+    leases: dict[str, ledger_pb.LendCreditRequest] = field(default_factory=dict)
+    """Open leases."""
+    returned: list[ledger_pb.ReturnCreditRequest] = field(default_factory=list)
     away: bool = False
     reject: str = ""
     recording: bool = True
@@ -149,6 +154,27 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
         message.GetCurrentTime()
         reply.price.CopyFrom(price_message(price, message.ToDatetime()))
         return reply
+
+    async def LendCredit(self, request: ledger_pb.LendCreditRequest, context: grpc.aio.ServicerContext) -> ledger_pb.LendCreditResponse:
+        if self.away:
+            raise Unavailable("postgres is away", dependency="postgres")
+        if not self.credit_nanousd:
+            raise BudgetExhausted("nothing can be lent", needed_nanousd=0, left_nanousd=0, scope="user")
+        self.leases[request.lease_id] = request
+        now = ledger_pb.ReserveResponse().expires_at
+        now.GetCurrentTime()
+        prices = [price_message(price, now.ToDatetime()) for price in PRICES.values()]
+        return ledger_pb.LendCreditResponse(amount_nanousd=self.credit_nanousd, life_ms=120_000, prices=prices)
+
+    async def ReturnCredit(
+        self, request: ledger_pb.ReturnCreditRequest, context: grpc.aio.ServicerContext
+    ) -> ledger_pb.ReturnCreditResponse:
+        if self.away:
+            raise Unavailable("postgres is away", dependency="postgres")
+        if self.leases.pop(request.lease_id, None) is None:
+            raise NotFound("no such lease", kind="lease")
+        self.returned.append(request)
+        return ledger_pb.ReturnCreditResponse(returned_nanousd=self.credit_nanousd)
 
     async def RecordOperations(self, requests: AsyncIterator[ledger_pb.RecordOperationsRequest], context: grpc.aio.ServicerContext) -> None:
         if "service" not in current_principal().roles:

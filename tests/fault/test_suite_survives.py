@@ -205,6 +205,6 @@ async def test_an_orchestrator_that_must_stop_tells_its_readers_and_exits_in_ord
         assert [row["status"] for row in rows] == [status]
 
     async def none_held() -> bool:
-        return await suite.rows("SELECT 1 FROM holds WHERE state = 'reserved'") == []
+        return await suite.rows("SELECT 1 FROM holds WHERE state = 'reserved' AND price_id IS NOT NULL") == []
 
     await until(none_held)

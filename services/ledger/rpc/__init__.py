@@ -1,8 +1,20 @@
 """The contract's side of the ledger: every RPC validates, calls and translates. No SQL, no arithmetic; only here are messages known."""
 
 from services.chassis.clock import Clock
-from services.ledger.ports import Budgets, Conversations, HoldBook, Keys, OperationBook, OperationFeed, People, Prices, UsageReports
+from services.ledger.ports import (
+    Budgets,
+    Conversations,
+    CreditLines,
+    HoldBook,
+    Keys,
+    OperationBook,
+    OperationFeed,
+    People,
+    Prices,
+    UsageReports,
+)
 from services.ledger.rpc.conversations import ConversationRpcs
+from services.ledger.rpc.credit import CreditRpcs
 from services.ledger.rpc.money import MoneyRpcs
 from services.ledger.rpc.people import PeopleRpcs
 from services.ledger.rpc.records import RecordRpcs
@@ -12,13 +24,15 @@ SERVICE_NAME = ledger_service_pb2.DESCRIPTOR.services_by_name["LedgerService"].f
 register = ledger_service_pb2_grpc.add_LedgerServiceServicer_to_server
 
 
-class LedgerServicer(MoneyRpcs, RecordRpcs, PeopleRpcs, ConversationRpcs):
+class LedgerServicer(MoneyRpcs, CreditRpcs, RecordRpcs, PeopleRpcs, ConversationRpcs):
     """LedgerService, one file a family of RPCs."""
 
     def __init__(
         self,
         *,
         holds: HoldBook,
+        credit: CreditLines,
+        lease_life_ms: int,
         operations: OperationBook,
         usage: UsageReports,
         feed: OperationFeed,
@@ -30,5 +44,6 @@ class LedgerServicer(MoneyRpcs, RecordRpcs, PeopleRpcs, ConversationRpcs):
         clock: Clock,
     ) -> None:
         self._holds, self._operations, self._usage, self._feed = holds, operations, usage, feed
+        self._credit, self._lease_life_ms = credit, lease_life_ms
         self._people, self._budgets, self._keys, self._conversations = people, budgets, keys, conversations
         self._prices, self._clock, self._reading = prices, clock, set()

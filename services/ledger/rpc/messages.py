@@ -345,7 +345,10 @@ def _attempt_value(message: pb.Attempt) -> Attempt:
         first_token_ms=checks.milliseconds(message.first_token_ms, f"{field}.first_token_ms"),
         duration_ms=checks.milliseconds(message.duration_ms, f"{field}.duration_ms"),
         estimated=message.estimated,
+        price_version=checks.between(message.price_version, f"{field}.price_version", 0, 2**31 - 1),
         not_sent=message.not_sent,
+        lease_id=str(checks.uuid(message.lease_id, f"{field}.lease_id")) if message.lease_id else "",
+        drawn_nanousd=checks.between(message.drawn_nanousd, f"{field}.drawn_nanousd", 0, checks.MONEY_MAX),
     )
 
 

@@ -205,6 +205,172 @@ class VoidResponse(_message.Message):
 Global___VoidResponse: _TypeAlias = VoidResponse  # noqa: Y015
 
 @_typing.final
+class LendCreditRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    USER_FIELD_NUMBER: _builtins.int
+    API_KEY_ID_FIELD_NUMBER: _builtins.int
+    lease_id: _builtins.str
+    """UUID that the caller chose for the lease. The same again prolongs it."""
+    tenant: _builtins.str
+    """Whose budgets pay. The recorder's word; only services may call this."""
+    user: _builtins.str
+    """User."""
+    api_key_id: _builtins.str
+    """API key whose budgets pay, too. Empty for a token."""
+    def __init__(
+        self,
+        *,
+        lease_id: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        user: _builtins.str = ...,
+        api_key_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key_id", b"api_key_id", "lease_id", b"lease_id", "tenant", b"tenant", "user", b"user"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LendCreditRequest: _TypeAlias = LendCreditRequest  # noqa: Y015
+
+@_typing.final
+class LendCreditResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AMOUNT_NANOUSD_FIELD_NUMBER: _builtins.int
+    LIFE_MS_FIELD_NUMBER: _builtins.int
+    PRICES_FIELD_NUMBER: _builtins.int
+    amount_nanousd: _builtins.int
+    """What may be drawn, nano-USD. It counts as held until the lease ends."""
+    life_ms: _builtins.int
+    """For how long from now, milliseconds."""
+    @_builtins.property
+    def prices(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Price]:
+        """What models cost the tenant now; calls are drawn with these prices."""
+
+    def __init__(
+        self,
+        *,
+        amount_nanousd: _builtins.int = ...,
+        life_ms: _builtins.int = ...,
+        prices: _abc.Iterable[_common_pb2.Price] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_nanousd", b"amount_nanousd", "life_ms", b"life_ms", "prices", b"prices"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LendCreditResponse: _TypeAlias = LendCreditResponse  # noqa: Y015
+
+@_typing.final
+class LeaseDraw(_message.Message):
+    """A provider call that was begun on a lease."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPERATION_ID_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    PROVIDER_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    PRICE_VERSION_FIELD_NUMBER: _builtins.int
+    INPUT_TOKENS_MAX_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_MAX_FIELD_NUMBER: _builtins.int
+    AMOUNT_NANOUSD_FIELD_NUMBER: _builtins.int
+    operation_id: _builtins.str
+    """Operation: UUID."""
+    attempt: _builtins.int
+    """Number of the call within it, from 1."""
+    provider: _builtins.str
+    """Provider."""
+    model: _builtins.str
+    """Model."""
+    price_version: _builtins.int
+    """Version of the price that the amount was counted with."""
+    input_tokens_max: _builtins.int
+    """Most prompt tokens it can have."""
+    output_tokens_max: _builtins.int
+    """Most tokens it can generate."""
+    amount_nanousd: _builtins.int
+    """What was drawn for it, nano-USD."""
+    def __init__(
+        self,
+        *,
+        operation_id: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        provider: _builtins.str = ...,
+        model: _builtins.str = ...,
+        price_version: _builtins.int = ...,
+        input_tokens_max: _builtins.int = ...,
+        output_tokens_max: _builtins.int = ...,
+        amount_nanousd: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_nanousd", b"amount_nanousd", "attempt", b"attempt", "input_tokens_max", b"input_tokens_max", "model", b"model", "operation_id", b"operation_id", "output_tokens_max", b"output_tokens_max", "price_version", b"price_version", "provider", b"provider"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeaseDraw: _TypeAlias = LeaseDraw  # noqa: Y015
+
+@_typing.final
+class ReturnCreditRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    USER_FIELD_NUMBER: _builtins.int
+    DRAWS_FIELD_NUMBER: _builtins.int
+    lease_id: _builtins.str
+    """The lease."""
+    tenant: _builtins.str
+    """Whose it is."""
+    user: _builtins.str
+    """User."""
+    @_builtins.property
+    def draws(self) -> _containers.RepeatedCompositeFieldContainer[Global___LeaseDraw]:
+        """Calls that were drawn on it and not acknowledged as recorded. At most 10000."""
+
+    def __init__(
+        self,
+        *,
+        lease_id: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        user: _builtins.str = ...,
+        draws: _abc.Iterable[Global___LeaseDraw] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draws", b"draws", "lease_id", b"lease_id", "tenant", b"tenant", "user", b"user"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReturnCreditRequest: _TypeAlias = ReturnCreditRequest  # noqa: Y015
+
+@_typing.final
+class ReturnCreditResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RETURNED_NANOUSD_FIELD_NUMBER: _builtins.int
+    returned_nanousd: _builtins.int
+    """What was given back, nano-USD; 0 if the lease had ended before."""
+    def __init__(
+        self,
+        *,
+        returned_nanousd: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["returned_nanousd", b"returned_nanousd"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReturnCreditResponse: _TypeAlias = ReturnCreditResponse  # noqa: Y015
+
+@_typing.final
 class Attempt(_message.Message):
     """One provider call within an operation."""
 
@@ -224,6 +390,8 @@ class Attempt(_message.Message):
     ESTIMATED_FIELD_NUMBER: _builtins.int
     PRICE_VERSION_FIELD_NUMBER: _builtins.int
     NOT_SENT_FIELD_NUMBER: _builtins.int
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    DRAWN_NANOUSD_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     """From 1."""
     hold_id: _builtins.str
@@ -250,6 +418,10 @@ class Attempt(_message.Message):
     """Version of the price it was booked with."""
     not_sent: _builtins.bool
     """Whether no byte reached the provider, so the hold is given back."""
+    lease_id: _builtins.str
+    """Lease it was drawn on, if the ledger could not be reached when it began."""
+    drawn_nanousd: _builtins.int
+    """What was drawn for it, nano-USD."""
     @_builtins.property
     def usage(self) -> _common_pb2.Usage:
         """What it used."""
@@ -271,10 +443,12 @@ class Attempt(_message.Message):
         estimated: _builtins.bool = ...,
         price_version: _builtins.int = ...,
         not_sent: _builtins.bool = ...,
+        lease_id: _builtins.str = ...,
+        drawn_nanousd: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cost_nanousd", b"cost_nanousd", "duration_ms", b"duration_ms", "error_reason", b"error_reason", "estimated", b"estimated", "finish_reason", b"finish_reason", "first_token_ms", b"first_token_ms", "hold_id", b"hold_id", "model", b"model", "not_sent", b"not_sent", "price_version", b"price_version", "provider", b"provider", "provider_request_id", b"provider_request_id", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cost_nanousd", b"cost_nanousd", "drawn_nanousd", b"drawn_nanousd", "duration_ms", b"duration_ms", "error_reason", b"error_reason", "estimated", b"estimated", "finish_reason", b"finish_reason", "first_token_ms", b"first_token_ms", "hold_id", b"hold_id", "lease_id", b"lease_id", "model", b"model", "not_sent", b"not_sent", "price_version", b"price_version", "provider", b"provider", "provider_request_id", b"provider_request_id", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

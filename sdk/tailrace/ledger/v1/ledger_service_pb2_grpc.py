@@ -56,6 +56,16 @@ class LedgerServiceStub:
                 request_serializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.RecordOperationsRequest.SerializeToString,
                 response_deserializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.RecordOperationsResponse.FromString,
                 _registered_method=True)
+        self.LendCredit = channel.unary_unary(
+                '/tailrace.ledger.v1.LedgerService/LendCredit',
+                request_serializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.LendCreditRequest.SerializeToString,
+                response_deserializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.LendCreditResponse.FromString,
+                _registered_method=True)
+        self.ReturnCredit = channel.unary_unary(
+                '/tailrace.ledger.v1.LedgerService/ReturnCredit',
+                request_serializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.ReturnCreditRequest.SerializeToString,
+                response_deserializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.ReturnCreditResponse.FromString,
+                _registered_method=True)
         self.GetOperation = channel.unary_unary(
                 '/tailrace.ledger.v1.LedgerService/GetOperation',
                 request_serializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.GetOperationRequest.SerializeToString,
@@ -212,6 +222,21 @@ class LedgerServiceServicer:
     def RecordOperations(self, request_iterator, context):
         """Service. Records operations with attempts and steps and settles their holds, each in one transaction, at least once
         sent, exactly once booked. One ack per record, in order.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LendCredit(self, request, context):
+        """Service. Lends a slice of what a user's budgets have left, to be drawn on while the ledger cannot be reached; or prolongs it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReturnCredit(self, request, context):
+        """Service. Ends a lease: what was drawn on it and is not recorded yet becomes holds, the rest is given back. The same again
+        changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -414,6 +439,16 @@ def add_LedgerServiceServicer_to_server(servicer, server):
                     servicer.RecordOperations,
                     request_deserializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.RecordOperationsRequest.FromString,
                     response_serializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.RecordOperationsResponse.SerializeToString,
+            ),
+            'LendCredit': grpc.unary_unary_rpc_method_handler(
+                    servicer.LendCredit,
+                    request_deserializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.LendCreditRequest.FromString,
+                    response_serializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.LendCreditResponse.SerializeToString,
+            ),
+            'ReturnCredit': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReturnCredit,
+                    request_deserializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.ReturnCreditRequest.FromString,
+                    response_serializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.ReturnCreditResponse.SerializeToString,
             ),
             'GetOperation': grpc.unary_unary_rpc_method_handler(
                     servicer.GetOperation,
@@ -651,6 +686,60 @@ class LedgerService:
             '/tailrace.ledger.v1.LedgerService/RecordOperations',
             tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.RecordOperationsRequest.SerializeToString,
             tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.RecordOperationsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LendCredit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tailrace.ledger.v1.LedgerService/LendCredit',
+            tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.LendCreditRequest.SerializeToString,
+            tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.LendCreditResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReturnCredit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tailrace.ledger.v1.LedgerService/ReturnCredit',
+            tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.ReturnCreditRequest.SerializeToString,
+            tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.ReturnCreditResponse.FromString,
             options,
             channel_credentials,
             insecure,

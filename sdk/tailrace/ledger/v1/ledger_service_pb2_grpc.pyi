@@ -45,6 +45,12 @@ class LedgerServiceStub:
     """Service. Records operations with attempts and steps and settles their holds, each in one transaction, at least once
     sent, exactly once booked. One ack per record, in order.
     """
+    LendCredit: _grpc.UnaryUnaryMultiCallable[_ledger_service_pb2.LendCreditRequest, _ledger_service_pb2.LendCreditResponse]
+    """Service. Lends a slice of what a user's budgets have left, to be drawn on while the ledger cannot be reached; or prolongs it."""
+    ReturnCredit: _grpc.UnaryUnaryMultiCallable[_ledger_service_pb2.ReturnCreditRequest, _ledger_service_pb2.ReturnCreditResponse]
+    """Service. Ends a lease: what was drawn on it and is not recorded yet becomes holds, the rest is given back. The same again
+    changes nothing.
+    """
     GetOperation: _grpc.UnaryUnaryMultiCallable[_ledger_service_pb2.GetOperationRequest, _ledger_service_pb2.GetOperationResponse]
     """One operation; of the asking user, or of the tenant for an admin."""
     ListOperations: _grpc.UnaryStreamMultiCallable[_ledger_service_pb2.ListOperationsRequest, _ledger_service_pb2.ListOperationsResponse]
@@ -112,6 +118,12 @@ class LedgerServiceAsyncStub(LedgerServiceStub):
     RecordOperations: _aio.StreamStreamMultiCallable[_ledger_service_pb2.RecordOperationsRequest, _ledger_service_pb2.RecordOperationsResponse]  # type: ignore[assignment]
     """Service. Records operations with attempts and steps and settles their holds, each in one transaction, at least once
     sent, exactly once booked. One ack per record, in order.
+    """
+    LendCredit: _aio.UnaryUnaryMultiCallable[_ledger_service_pb2.LendCreditRequest, _ledger_service_pb2.LendCreditResponse]  # type: ignore[assignment]
+    """Service. Lends a slice of what a user's budgets have left, to be drawn on while the ledger cannot be reached; or prolongs it."""
+    ReturnCredit: _aio.UnaryUnaryMultiCallable[_ledger_service_pb2.ReturnCreditRequest, _ledger_service_pb2.ReturnCreditResponse]  # type: ignore[assignment]
+    """Service. Ends a lease: what was drawn on it and is not recorded yet becomes holds, the rest is given back. The same again
+    changes nothing.
     """
     GetOperation: _aio.UnaryUnaryMultiCallable[_ledger_service_pb2.GetOperationRequest, _ledger_service_pb2.GetOperationResponse]  # type: ignore[assignment]
     """One operation; of the asking user, or of the tenant for an admin."""
@@ -201,6 +213,24 @@ class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_ledger_service_pb2.RecordOperationsResponse], _abc.AsyncIterator[_ledger_service_pb2.RecordOperationsResponse]]:
         """Service. Records operations with attempts and steps and settles their holds, each in one transaction, at least once
         sent, exactly once booked. One ack per record, in order.
+        """
+
+    @_abc_1.abstractmethod
+    def LendCredit(
+        self,
+        request: _ledger_service_pb2.LendCreditRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ledger_service_pb2.LendCreditResponse, _abc.Awaitable[_ledger_service_pb2.LendCreditResponse]]:
+        """Service. Lends a slice of what a user's budgets have left, to be drawn on while the ledger cannot be reached; or prolongs it."""
+
+    @_abc_1.abstractmethod
+    def ReturnCredit(
+        self,
+        request: _ledger_service_pb2.ReturnCreditRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ledger_service_pb2.ReturnCreditResponse, _abc.Awaitable[_ledger_service_pb2.ReturnCreditResponse]]:
+        """Service. Ends a lease: what was drawn on it and is not recorded yet becomes holds, the rest is given back. The same again
+        changes nothing.
         """
 
     @_abc_1.abstractmethod

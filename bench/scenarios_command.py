@@ -1,5 +1,5 @@
-"""`make bench-streams`: runs the stream scenarios in full and prints every figure beside its bar. What a scenario does lives in
-`bench.streams`.
+"""`make bench-streams` and `make bench-money`: run scenarios in full and print every figure beside its bar. What a scenario does lives in
+`bench.streams` and `bench.money`.
 
 It runs a suite of its own on free ports in a temporary folder, so that nothing that runs or is stored is touched.
 """
@@ -9,9 +9,13 @@ import asyncio
 import os
 import sys
 import time
+from collections.abc import Awaitable, Callable, Mapping
 
-from bench.ground import Outcome, ground, seed_of_run
-from bench.streams import SCENARIOS
+from bench import money, streams
+from bench.ground import Ground, Outcome, ground, seed_of_run
+
+Scenarios = Mapping[str, tuple[Callable[[Ground, int], Awaitable[Outcome]], int]]
+"""Scenarios by the name they are asked for, with the full n."""
 
 
 def rows(outcome: Outcome, took_s: float) -> list[str]:
@@ -24,13 +28,13 @@ def rows(outcome: Outcome, took_s: float) -> list[str]:
     return lines
 
 
-async def run(names: list[str], n: int | None, seed: str, replicas: int) -> bool:
+async def run(command: str, scenarios: Scenarios, names: list[str], n: int | None, seed: str, replicas: int) -> bool:
     """Run scenarios one after the other, each on a suite of its own, and print them. Return whether every bar was reached."""
     good = True
     machine = f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}"
-    _say(f"seed {seed} (replay: make bench-streams SEED={seed}), {replicas} gateways, orchestrators and ledgers, {machine}")
+    _say(f"seed {seed} (replay: {command} SEED={seed}), {replicas} gateways, orchestrators and ledgers, {machine}")
     for name in names:
-        scenario, full = SCENARIOS[name]
+        scenario, full = scenarios[name]
         async with ground(seed, replicas=replicas) as made:
             began = time.monotonic()
             outcome = await scenario(made, n or full)
@@ -45,16 +49,18 @@ def _say(*lines: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="make bench-streams", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=f"which ones; without any, all of: {', '.join(SCENARIOS)}")
+    kind = sys.argv[1] if sys.argv[1:2] == ["money"] else "streams"
+    command, scenarios = f"make bench-{kind}", money.SCENARIOS if kind == "money" else streams.SCENARIOS
+    parser = argparse.ArgumentParser(prog=command, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=f"which ones; without any, all of: {', '.join(scenarios)}")
     parser.add_argument("--n", type=int, help="how many instead of the full number")
     parser.add_argument("--replicas", type=int, default=2, help="gateways, orchestrators and ledgers each (2)")
-    options = parser.parse_args()
-    if unknown := set(options.scenarios) - set(SCENARIOS):
-        parser.error(f"there is no scenario {', '.join(sorted(unknown))}; there are {', '.join(SCENARIOS)}")
+    options = parser.parse_args(sys.argv[2:] if kind == "money" else None)
+    if unknown := set(options.scenarios) - set(scenarios):
+        parser.error(f"there is no scenario {', '.join(sorted(unknown))}; there are {', '.join(scenarios)}")
     if (options.n is not None and options.n < 1) or options.replicas < 1:
         parser.error("--n and --replicas are at least 1")
-    good = asyncio.run(run(options.scenarios or list(SCENARIOS), options.n, seed_of_run(), options.replicas))
+    good = asyncio.run(run(command, scenarios, options.scenarios or list(scenarios), options.n, seed_of_run(), options.replicas))
     sys.exit(not good)
 
 

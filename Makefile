@@ -45,10 +45,13 @@ bench-streams: setup ## show what streams survive, with bars; SEED=… replays, 
 bench-money: setup ## show that no token is lost whatever dies; SEED=… replays, ARGS="away --n 60" picks and shortens
 	$(BIN)/python -m bench.scenarios_command money $(ARGS)
 
+bench-ledger: setup ## measure reserve and settle, and how fast a spool drains
+	$(BIN)/python -m bench.ledger $(ARGS)
+
 soak: setup ## mixed load for ten minutes, MINUTES=480 for a night; print what grew
 	$(BIN)/python -m bench.soak --minutes $(or $(MINUTES),10)
 
 clean: ## remove .venv and caches, but not the data in .tailrace
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-.PHONY: help setup run test check fmt proto bench bench-streams bench-money soak clean
+.PHONY: help setup run test check fmt proto bench bench-streams bench-money bench-ledger soak clean

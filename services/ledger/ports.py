@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Protocol
 from uuid import UUID
 
+from services.chassis.errors import DomainError
 from services.chassis.money import Price, Usage
 from services.chassis.principal import Principal
 from services.ledger.domain import (
@@ -89,6 +90,10 @@ class OperationBook(Protocol):
         there was none, RequestInvalid for a record that contradicts itself, IdempotencyConflict if the id is another user's,
         and what holds.settle raises.
         """
+        ...
+
+    async def record_all(self, operations: Sequence[Operation]) -> Sequence[Recorded | DomainError]:
+        """As `record`, of many at once: what became of each, in order. Raises only what may pass by itself; then none was recorded."""
         ...
 
     async def get(self, principal: Principal, operation_id: UUID) -> Operation:

@@ -51,9 +51,9 @@ class PostgresLeases:
 
         async def work(connection: Connection) -> int | None:
             async with connection.transaction():
-                priced = [(draw, await self._price_of(draw, tenant, connection)) for draw in draws]
+                calls = [await self._call(draw, lease_id, tenant, user, connection) for draw in draws]
                 returned: int | None = await connection.fetchval(
-                    "SELECT return_credit($1, $2, $3, $4, $5)", lease_id, tenant, user, _encoded(priced), self._now()
+                    "SELECT return_credit($1, $2, $3, $4, $5)", lease_id, tenant, user, orjson.dumps(calls).decode(), self._now()
                 )
                 return returned
 
@@ -62,9 +62,25 @@ class PostgresLeases:
             raise NotFound("no such lease", kind="lease")
         return returned
 
-    async def _price_of(self, draw: Draw, tenant: str, connection: Connection) -> int:
+    async def _call(self, draw: Draw, lease_id: UUID, tenant: str, user: str, connection: Connection) -> dict[str, Any]:
+        """A draw as open_late reads it."""
         now = self._now() or datetime.now(UTC)
-        return (await self._prices.told(tenant, draw.provider, draw.model, draw.price_version, now, connection)).price_id
+        listed = await self._prices.told(tenant, draw.provider, draw.model, draw.price_version, now, connection)
+        return {
+            "tenant": tenant,
+            "user_id": user,
+            "api_key_id": "",
+            "operation_id": draw.operation_id,
+            "attempt": draw.attempt,
+            "provider": draw.provider,
+            "model": draw.model,
+            "price_id": listed.price_id,
+            "lease_id": lease_id,
+            "input_tokens_max": draw.input_tokens_max,
+            "output_tokens_max": draw.output_tokens_max,
+            "amount_nanousd": draw.amount_nanousd,
+            "created_at": now,
+        }
 
     async def expire_one(self, grace_ms: int) -> str | None:
 
@@ -82,26 +98,3 @@ class PostgresLeases:
                 return str(row["lease_id"])
 
         return await self._database.run(work)
-
-
-async def draw(connection: Connection, lease_id: UUID, tenant: str, user: str, draws: Sequence[tuple[Draw, int]]) -> bool:
-    """Make holds of draws, each with the id of its price; return whether the lease was open. If not, nothing was done."""
-    return bool(await connection.fetchval("SELECT draw_on_lease($1, $2, $3, $4, NULL)", lease_id, tenant, user, _encoded(draws)))
-
-
-def _encoded(draws: Sequence[tuple[Draw, int]]) -> str:
-    """Draws as draw_on_lease reads them."""
-    rows: list[dict[str, Any]] = [
-        {
-            "operation_id": draw.operation_id,
-            "attempt": draw.attempt,
-            "provider": draw.provider,
-            "model": draw.model,
-            "price_id": price_id,
-            "input_tokens_max": draw.input_tokens_max,
-            "output_tokens_max": draw.output_tokens_max,
-            "amount_nanousd": draw.amount_nanousd,
-        }
-        for draw, price_id in draws
-    ]
-    return orjson.dumps(rows).decode()

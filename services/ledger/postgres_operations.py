@@ -1,5 +1,6 @@
 """Operations in PostgreSQL: booking what happened, once, and showing it again. Aggregates are in `postgres_usage`."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -8,16 +9,15 @@ from uuid import UUID
 import orjson
 
 from services.chassis.clock import Clock
-from services.chassis.errors import IdempotencyConflict, NotFound, RequestInvalid
+from services.chassis.errors import DomainError, IdempotencyConflict, NotFound, RequestInvalid
 from services.chassis.money import Usage
 from services.chassis.principal import Principal
 from services.ledger import holds
-from services.ledger.domain import Attempt, CacheFacts, Draw, Operation, Recorded, Step
+from services.ledger.domain import Attempt, CacheFacts, Operation, Recorded, Step
 from services.ledger.holds import Hold, Move
 from services.ledger.paging import Page
 from services.ledger.postgres_database import Connection, Database
 from services.ledger.postgres_holds import HOLD_COLUMNS, PostgresHolds, encoded, usage_columns, usage_of
-from services.ledger.postgres_leases import draw
 from services.ledger.postgres_prices import PostgresPrices
 
 FUTURE_MAX = timedelta(hours=1)
@@ -42,99 +42,118 @@ class PostgresOperations:
         self._database, self._held, self._prices, self._clock = database, held, prices, clock
 
     async def record(self, operation: Operation) -> Recorded:
+        self._check(operation)
+        return (await self._database.run(lambda connection: self._record(connection, [operation])))[0]
+
+    async def record_all(self, operations: Sequence[Operation]) -> list[Recorded | DomainError]:
+        try:
+            for operation in operations:
+                self._check(operation)
+            together = await self._database.run(lambda connection: self._record(connection, operations))
+            return list(together)
+        except DomainError as error:
+            if error.retryable:
+                raise
+        return [await self._alone(operation) for operation in operations]  # one of them is wrong, or was recorded before
+
+    async def _alone(self, operation: Operation) -> Recorded | DomainError:
+        try:
+            return await self.record(operation)
+        except DomainError as error:
+            if error.retryable:
+                raise
+            return error
+
+    def _check(self, operation: Operation) -> None:
         if operation.created_at > self._clock.now() + FUTURE_MAX:
             raise RequestInvalid("the operation lies in the future", field="operation.created_at")
-        return await self._database.run(lambda connection: self._record(connection, operation))
 
-    async def _record(self, connection: Connection, operation: Operation) -> Recorded:
+    async def _record(self, connection: Connection, operations: Sequence[Operation]) -> list[Recorded]:
+        """Book operations in one transaction. Of many, none may be known: that is told by IdempotencyConflict and undoes all of them."""
         async with connection.transaction():
-            attempts, moves = await self._booked(connection, operation)
-            booked = replace(
-                operation,
-                attempts=attempts,
-                usage=sum((attempt.usage for attempt in attempts), Usage()),
-                cost_nanousd=sum(attempt.cost_nanousd for attempt in attempts),
-                estimated=operation.estimated or any(attempt.estimated for attempt in attempts),
-            )
-            fresh = await connection.fetchval("SELECT record_operation($1, $2, $3, $4)", *_columns(booked), encoded(moves))
-            if fresh:
-                return Recorded(booked.cost_nanousd, duplicate=False)
-            if moves:  # the very same record would have found all its holds resolved; the error undoes what was done here
-                raise IdempotencyConflict("the operation was recorded with other attempts", key=operation.operation_id)
-            row = await connection.fetchrow(
-                "SELECT user_id, cost_nanousd FROM operations WHERE tenant = $1 AND operation_id = $2",
-                *(operation.tenant, UUID(operation.operation_id)),
-            )
-            if row["user_id"] != operation.user:
-                raise IdempotencyConflict("the operation was recorded for another user", key=operation.operation_id)
-            return Recorded(row["cost_nanousd"], duplicate=True)
+            known = await self._known_holds(connection, operations)
+            booked, moves = list[Operation](), list[Move]()
+            for operation in operations:
+                attempts, own = _resolved(operation, known.get((operation.tenant, operation.operation_id), {}))
+                moves += own
+                booked.append(
+                    replace(
+                        operation,
+                        attempts=attempts,
+                        usage=sum((attempt.usage for attempt in attempts), Usage()),
+                        cost_nanousd=sum(attempt.cost_nanousd for attempt in attempts),
+                        estimated=operation.estimated or any(attempt.estimated for attempt in attempts),
+                    )
+                )
+            records = f"[{','.join(_columns(operation) for operation in booked)}]"
+            fresh = await connection.fetchval("SELECT record_operations($1, $2)", records, encoded(moves))
+            if all(fresh):
+                return [Recorded(operation.cost_nanousd, duplicate=False) for operation in booked]
+            if moves or len(booked) > 1:
+                # The very same record would have found all its holds resolved; the error undoes what was done here.
+                raise IdempotencyConflict("the operation was recorded with other attempts", key=booked[0].operation_id)
+            return [await self._duplicate(connection, booked[0])]
 
-    async def _booked(self, connection: Connection, operation: Operation) -> tuple[tuple[Attempt, ...], list[Move]]:
-        """The attempts with what they cost, and the moves that book it."""
-        if not operation.attempts:
-            return (), []
-        known = await self._holds(connection, operation)
-        missing = [attempt for attempt in operation.attempts if attempt.attempt not in known]
+    async def _duplicate(self, connection: Connection, operation: Operation) -> Recorded:
+        row = await connection.fetchrow(
+            "SELECT user_id, cost_nanousd FROM operations WHERE tenant = $1 AND operation_id = $2",
+            *(operation.tenant, UUID(operation.operation_id)),
+        )
+        if row["user_id"] != operation.user:
+            raise IdempotencyConflict("the operation was recorded for another user", key=operation.operation_id)
+        return Recorded(row["cost_nanousd"], duplicate=True)
+
+    async def _known_holds(self, connection: Connection, operations: Sequence[Operation]) -> dict[tuple[str, str], dict[int, Hold]]:
+        """The holds of every operation that has attempts, by attempt; those that are missing are made first."""
+        calling = [operation for operation in operations if operation.attempts]
+        if not calling:
+            return {}
+        known = await self._holds(connection, calling)
+        missing = [
+            (operation, attempt)
+            for operation in calling
+            for attempt in operation.attempts
+            if attempt.attempt not in known.get((operation.tenant, operation.operation_id), {})
+        ]
         if missing:
-            await self._open_late(connection, operation, missing)
-            known = await self._holds(connection, operation)
-        attempts, moves = [], []
-        for attempt in operation.attempts:
-            hold = known[attempt.attempt]
-            if attempt.hold_id and attempt.hold_id != hold.hold_id:
-                raise RequestInvalid(f"attempt {attempt.attempt} names a hold that is not its own", field="attempts.hold_id")
-            if attempt.not_sent and attempt.usage != Usage():
-                raise RequestInvalid(f"attempt {attempt.attempt} was not sent and yet used tokens", field="attempts.not_sent")
-            move = holds.not_sent(hold) if attempt.not_sent else holds.settle(hold, attempt.usage, estimated=attempt.estimated)
-            if move is not None:
-                moves.append(move)
-                hold = move.hold
-            attempts.append(replace(attempt, hold_id=hold.hold_id, cost_nanousd=hold.cost_nanousd, price_version=hold.price.version))
-        return tuple(attempts), moves
+            calls = [await self._late(connection, operation, attempt) for operation, attempt in missing]
+            await connection.execute("SELECT open_late($1, NULL)", orjson.dumps(calls).decode())
+            known = await self._holds(connection, calling)
+        return known
 
-    async def _holds(self, connection: Connection, operation: Operation) -> dict[int, Hold]:
-        """The operation's holds by attempt, locked."""
+    async def _holds(self, connection: Connection, operations: Sequence[Operation]) -> dict[tuple[str, str], dict[int, Hold]]:
+        """Holds by operation and attempt, locked."""
         rows = await connection.fetch(
-            f"SELECT {HOLD_COLUMNS} FROM holds WHERE tenant = $1 AND operation_id = $2 AND user_id = $3 ORDER BY attempt FOR UPDATE",
-            *(operation.tenant, UUID(operation.operation_id), operation.user),
+            f"SELECT {HOLD_COLUMNS}, tenant, operation_id FROM holds WHERE (tenant, operation_id, user_id) IN"
+            " (SELECT * FROM unnest($1::text[], $2::uuid[], $3::text[])) ORDER BY tenant, operation_id, attempt FOR UPDATE",
+            [operation.tenant for operation in operations],
+            [UUID(operation.operation_id) for operation in operations],
+            [operation.user for operation in operations],
         )
-        return {row["attempt"]: await self._held.hold_of(row, connection) for row in rows}
+        found: dict[tuple[str, str], dict[int, Hold]] = {}
+        for row in rows:
+            found.setdefault((row["tenant"], str(row["operation_id"])), {})[row["attempt"]] = await self._held.hold_of(row, connection)
+        return found
 
-    async def _open_late(self, connection: Connection, operation: Operation, attempts: list[Attempt]) -> None:
-        """Make holds for calls that had none, so that late money takes the same way through the books as any other.
-
-        A hold is as large as what was drawn on a lease that is open still, else of nothing: then all it costs is above it.
-        """
-        await connection.execute("SELECT ensure_user($1, $2)", operation.tenant, operation.user)
-        # Counters before new holds, as reserve_hold does: it may be at the very same attempt.
-        owner = (operation.tenant, operation.user, operation.api_key_id, operation.created_at)
-        await connection.execute("SELECT lock_counters($1, $2, $3, $4)", *owner)
-        for attempt in attempts:
-            listed = await self._prices.told(
-                operation.tenant, attempt.provider, attempt.model, attempt.price_version, operation.created_at, connection
-            )
-            if attempt.lease_id and await self._draw(connection, operation, attempt, listed.price_id):
-                continue
-            opened = await connection.fetchval(
-                "INSERT INTO holds (tenant, user_id, api_key_id, operation_id, attempt, provider, model, price_id, lease_id,"
-                " input_tokens_max, output_tokens_max, amount_nanousd, created_at, expires_at)"
-                " SELECT $1, $2, $3, $4, $5, $6, $7, $8, (SELECT lease_id FROM leases WHERE lease_id = $10), 0, 0, 0, $9, $9"
-                " ON CONFLICT (tenant, operation_id, attempt) DO UPDATE SET hold_id = holds.hold_id RETURNING user_id",
-                *(operation.tenant, operation.user, operation.api_key_id, UUID(operation.operation_id), attempt.attempt),
-                *(attempt.provider, attempt.model, listed.price_id, operation.created_at),
-                UUID(attempt.lease_id) if attempt.lease_id else None,
-            )
-            if opened != operation.user:
-                raise IdempotencyConflict("the operation belongs to another user", key=operation.operation_id)
-
-    async def _draw(self, connection: Connection, operation: Operation, attempt: Attempt, price_id: int) -> bool:
-        """Make the hold of a call out of its lease; return whether that was open."""
-        usage = attempt.usage
-        drawn = Draw(
-            *(UUID(operation.operation_id), attempt.attempt, attempt.provider, attempt.model, attempt.price_version),
-            *(usage.prompt_tokens, usage.output_tokens, attempt.drawn_nanousd),
-        )
-        return await draw(connection, UUID(attempt.lease_id), operation.tenant, operation.user, [(drawn, price_id)])
+    async def _late(self, connection: Connection, operation: Operation, attempt: Attempt) -> dict[str, Any]:
+        """A call that has no hold as open_late reads it, so that late money takes the same way through the books as any other."""
+        named = (operation.tenant, attempt.provider, attempt.model, attempt.price_version)
+        listed = await self._prices.told(*named, operation.created_at, connection)
+        return {
+            "tenant": operation.tenant,
+            "user_id": operation.user,
+            "api_key_id": operation.api_key_id,
+            "operation_id": operation.operation_id,
+            "attempt": attempt.attempt,
+            "provider": attempt.provider,
+            "model": attempt.model,
+            "price_id": listed.price_id,
+            "lease_id": attempt.lease_id or None,
+            "input_tokens_max": attempt.usage.prompt_tokens,
+            "output_tokens_max": attempt.usage.output_tokens,
+            "amount_nanousd": attempt.drawn_nanousd,
+            "created_at": operation.created_at,
+        }
 
     async def get(self, principal: Principal, operation_id: UUID) -> Operation:
         row = await self._database.row(
@@ -184,8 +203,27 @@ async def recorded(connection: Connection, tenant: str, operation_id: UUID) -> t
     return (operation_of(row), row["recorded_at"]) if row else None
 
 
-def _columns(operation: Operation) -> tuple[str, str, str]:
-    """An operation, its attempts and its steps as record_operation reads them."""
+def _resolved(operation: Operation, known: dict[int, Hold]) -> tuple[tuple[Attempt, ...], list[Move]]:
+    """The attempts with what they cost, and the moves that book it."""
+    attempts, moves = [], []
+    for attempt in operation.attempts:
+        hold = known.get(attempt.attempt)
+        if hold is None:
+            raise IdempotencyConflict("the operation belongs to another user", key=operation.operation_id)
+        if attempt.hold_id and attempt.hold_id != hold.hold_id:
+            raise RequestInvalid(f"attempt {attempt.attempt} names a hold that is not its own", field="attempts.hold_id")
+        if attempt.not_sent and attempt.usage != Usage():
+            raise RequestInvalid(f"attempt {attempt.attempt} was not sent and yet used tokens", field="attempts.not_sent")
+        move = holds.not_sent(hold) if attempt.not_sent else holds.settle(hold, attempt.usage, estimated=attempt.estimated)
+        if move is not None:
+            moves.append(move)
+            hold = move.hold
+        attempts.append(replace(attempt, hold_id=hold.hold_id, cost_nanousd=hold.cost_nanousd, price_version=hold.price.version))
+    return tuple(attempts), moves
+
+
+def _columns(operation: Operation) -> str:
+    """An operation, its attempts and its steps as record_operations reads them."""
     key = {"tenant": operation.tenant, "operation_id": operation.operation_id}
     row = {
         **key,
@@ -245,7 +283,7 @@ def _columns(operation: Operation) -> tuple[str, str, str]:
         }
         for ordinal, step in enumerate(operation.steps, 1)
     ]
-    return orjson.dumps(row).decode(), orjson.dumps(attempts).decode(), orjson.dumps(steps).decode()
+    return orjson.dumps({"operation": row, "attempts": attempts, "steps": steps}).decode()
 
 
 def operation_of(row: Any) -> Operation:

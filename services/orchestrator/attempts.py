@@ -20,8 +20,8 @@ from services.orchestrator.run import Run
 
 GENERATE_LEAST_S = 0.1
 """With less time than this left no provider answers, so none is asked."""
-MARK_DELTAS, MARK_S = 64, 1.0
-"""How much text, or time with text, may pass between two marks of what to book should we die."""
+MARK_DELTAS_MIN, MARK_DELTAS_MAX, MARK_S = 8, 64, 1.0
+"""How much text, or time with text, may pass between two marks of what to book should we die: as much as there is, within these bounds."""
 HOLD_MARGIN_S = 60.0
 """A hold outlives the deadline by this, so that the sweeper never books what is about to be recorded."""
 
@@ -145,7 +145,7 @@ async def _generate(run: Run, call: _Call, step: StepRecord) -> None:
         if not call.first_text_at:
             call.first_text_at = now
         run.write(text)
-        if draft.deltas - call.marked_deltas >= MARK_DELTAS or now - call.marked_at >= MARK_S:
+        if draft.deltas - call.marked_deltas >= _until_mark(call.marked_deltas) or now - call.marked_at >= MARK_S:
             call.marked_at, call.marked_deltas = now, draft.deltas
             run.kit.books.mark(_unfinished(run, call))
 
@@ -186,7 +186,22 @@ def _unfinished(run: Run, call: _Call) -> OperationRecord:
     attempt = _account(call, died)
     if attempt.not_sent:  # it may be sent before the next mark; a crash must not make tokens free
         attempt = replace(attempt, usage=Usage(call.prompt.input_tokens_estimate), estimated=True, not_sent=False)
+    elif attempt.estimated and call.draft.deltas:  # we die halfway to the next mark, in the mean
+        attempt = replace(attempt, usage=attempt.usage + Usage(output_tokens=_until_death(call)))
     return run.record(died, attempt)
+
+
+def _until_mark(deltas: int) -> int:
+    """How many deltas pass from a mark at `deltas` to the next, if they come fast."""
+    return min(MARK_DELTAS_MAX, max(MARK_DELTAS_MIN, deltas))
+
+
+def _until_death(call: _Call) -> int:
+    """Tokens that are expected after this mark and before the next one, should it never come to that: half of what fits in between."""
+    fast, elapsed_s = _until_mark(call.draft.deltas), time.perf_counter() - call.first_text_at
+    paced = MARK_S * call.draft.deltas / elapsed_s if elapsed_s > 0 else fast
+    left = max(0, call.output_tokens_max - call.draft.deltas)
+    return min(int(min(fast, paced) / 2), left)
 
 
 def _close(run: Run, call: _Call, failure: BaseException | None) -> Attempt:

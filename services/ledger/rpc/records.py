@@ -2,17 +2,17 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, timedelta
-from typing import TypeVar
 
 import structlog
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.chassis.clock import Clock
-from services.chassis.errors import DomainError, RequestInvalid
+from services.chassis.errors import DomainError, Internal, RequestInvalid
 from services.chassis.principal import current_principal
 from services.chassis.telemetry import span
+from services.ledger.domain import Operation, Recorded
 from services.ledger.paging import moment_and_uuid, token_of
 from services.ledger.ports import Conversations, OperationBook, OperationFeed, UsageReports
 from services.ledger.rpc import checks, messages
@@ -21,10 +21,8 @@ from tailrace.ledger.v1 import ledger_service_pb2 as pb
 
 log = structlog.get_logger(__name__)
 
-T = TypeVar("T")
-
-RECORDING_MAX = 4
-"""Records of one stream that are booked side by side. More than this mostly wait for each other's rows."""
+RECORDS_MAX = 256
+"""Most records that are booked in one transaction: the commit is shared by all, and their rows are locked by it until then."""
 HEARTBEAT_S = 15.0
 GROUPINGS = ("day", "hour", "user", "session", "model", "tier", "step", "cache")
 GROUPINGS_MAX = 4
@@ -49,62 +47,52 @@ class RecordRpcs:
             reading.cancel()
 
     async def RecordOperations(self, requests: AsyncIterator[pb.RecordOperationsRequest], context: Writer) -> None:
-        """Records are booked side by side and acknowledged in order.
+        """Records that came together are booked together, one batch after the other, and acknowledged in order.
 
         What is being booked when the caller leaves is kept whole or not at all; it comes again.
         """
         service()
-        begun: asyncio.Queue[asyncio.Task[pb.RecordOperationsResponse] | None] = asyncio.Queue()
-        free = asyncio.Semaphore(RECORDING_MAX)
-        tasks: set[asyncio.Task[object]] = set()
-
-        def start(work: Coroutine[object, object, T]) -> asyncio.Task[T]:
-            task = asyncio.create_task(work)
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
-            return task
+        come: asyncio.Queue[pb.RecordOperationsRequest | None] = asyncio.Queue()
+        room = asyncio.Semaphore(2 * RECORDS_MAX)
 
         async def read() -> None:
             try:
                 async for request in requests:
-                    await free.acquire()
-                    begun.put_nowait(start(self._record(request)))
+                    await room.acquire()
+                    come.put_nowait(request)
             finally:
-                begun.put_nowait(None)
+                come.put_nowait(None)
 
-        reading = start(read())
+        reading = asyncio.create_task(read())
         self._reading.add(reading)
         try:
-            while (task := await begun.get()) is not None:
-                await context.write(await task)
-                free.release()
+            while batch := await _next_batch(come):
+                for reply in await self._record(batch):
+                    await context.write(reply)
+                    room.release()
             await asyncio.wait([reading])
             if not reading.cancelled():
                 reading.result()
         finally:
             self._reading.discard(reading)
-            left = list(tasks)
-            for unfinished in left:
-                unfinished.cancel()
-            await asyncio.gather(*left, return_exceptions=True)
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
 
-    async def _record(self, request: pb.RecordOperationsRequest) -> pb.RecordOperationsResponse:
-        """Book one record. Raises only what may pass by itself; what never can be booked is answered so, and the stream goes on."""
+    async def _record(self, batch: Sequence[pb.RecordOperationsRequest]) -> list[pb.RecordOperationsResponse]:
+        """Book records. Raises only what may pass by itself; what never can be booked is answered so, and the stream goes on."""
+        read = [_operation_or_error(request.operation) for request in batch]
         try:
-            operation = messages.operation_value(request.operation)
             with span("ledger.record"):
-                recorded = await self._operations.record(operation)
-        except DomainError as error:
-            if error.retryable:
-                raise
-            log.error("record_rejected", reason=error.reason, detail=error.detail)
-            return pb.RecordOperationsResponse(record_id=request.record_id, rejected_reason=error.reason, rejected_detail=error.detail)
+                recorded = iter(await self._operations.record_all([operation for operation in read if isinstance(operation, Operation)]))
+        except DomainError:
+            raise
         except Exception as error:
-            log.exception("record_failed_unexpectedly", error=type(error).__name__)
-            return pb.RecordOperationsResponse(
-                record_id=request.record_id, rejected_reason="INTERNAL", rejected_detail=type(error).__name__
-            )
-        return pb.RecordOperationsResponse(record_id=request.record_id, duplicate=recorded.duplicate, cost_nanousd=recorded.cost_nanousd)
+            log.exception("record_failed_unexpectedly", error=type(error).__name__, records=len(batch))
+            if len(batch) > 1:  # which of them it is has to be found out
+                return [reply for request in batch for reply in await self._record([request])]
+            recorded = iter([Internal(type(error).__name__)])
+        outcomes = [next(recorded) if isinstance(operation, Operation) else operation for operation in read]
+        return [_reply(request.record_id, outcome) for request, outcome in zip(batch, outcomes, strict=True)]
 
     async def GetOperation(self, request: pb.GetOperationRequest, _: object) -> pb.GetOperationResponse:
         operation_id = checks.known_uuid(request.operation_id, "operation")
@@ -160,3 +148,30 @@ class RecordRpcs:
             rows = await self._usage.query(current_principal(), group_by, start, end)
         for row in rows:
             await context.write(messages.usage_row_message(row))
+
+
+async def _next_batch(come: "asyncio.Queue[pb.RecordOperationsRequest | None]") -> list[pb.RecordOperationsRequest]:
+    """What has come by now, but at least one, and at most RECORDS_MAX. Nothing once None was put: nothing comes any more."""
+    request = await come.get()
+    batch = []
+    while request is not None:
+        batch.append(request)
+        if len(batch) == RECORDS_MAX or come.empty():
+            return batch
+        request = come.get_nowait()
+    come.put_nowait(None)
+    return batch
+
+
+def _operation_or_error(message: pb.Operation) -> Operation | DomainError:
+    try:
+        return messages.operation_value(message)
+    except DomainError as error:
+        return error
+
+
+def _reply(record_id: int, outcome: Recorded | DomainError) -> pb.RecordOperationsResponse:
+    if isinstance(outcome, Recorded):
+        return pb.RecordOperationsResponse(record_id=record_id, duplicate=outcome.duplicate, cost_nanousd=outcome.cost_nanousd)
+    log.error("record_rejected", reason=outcome.reason, detail=outcome.detail)
+    return pb.RecordOperationsResponse(record_id=record_id, rejected_reason=outcome.reason, rejected_detail=outcome.detail)

@@ -60,13 +60,13 @@ class PostgresOperations:
                 return Recorded(booked.cost_nanousd, duplicate=False)
             if moves:  # the very same record would have found all its holds resolved; the error undoes what was done here
                 raise IdempotencyConflict("the operation was recorded with other attempts", key=operation.operation_id)
-            row = await connection.fetchrow(
-                "SELECT user_id, cost_nanousd FROM operations WHERE tenant = $1 AND operation_id = $2",
-                *(operation.tenant, UUID(operation.operation_id)),
-            )
-            if row["user_id"] != operation.user:
+            known = await recorded(connection, operation.tenant, UUID(operation.operation_id))
+            assert known is not None, "operations are not deleted"
+            if known[0].user != operation.user:
                 raise IdempotencyConflict("the operation was recorded for another user", key=operation.operation_id)
-            return Recorded(row["cost_nanousd"], duplicate=True)
+            if known[0] != booked:
+                raise IdempotencyConflict("the operation was recorded with another content", key=operation.operation_id)
+            return Recorded(booked.cost_nanousd, duplicate=True)
 
     async def _booked(self, connection: Connection, operation: Operation) -> tuple[tuple[Attempt, ...], list[Move]]:
         """The attempts with what they cost, and the moves that book it."""
@@ -78,7 +78,7 @@ class PostgresOperations:
             await self._open_late(connection, operation, missing)
             known = await self._holds(connection, operation)
         attempts, moves = [], []
-        for attempt in operation.attempts:
+        for attempt in sorted(operation.attempts, key=lambda attempt: attempt.attempt):
             hold = known[attempt.attempt]
             if attempt.hold_id and attempt.hold_id != hold.hold_id:
                 raise RequestInvalid(f"attempt {attempt.attempt} names a hold that is not its own", field="attempts.hold_id")

@@ -43,7 +43,7 @@ class PostgresOperations:
     async def record(self, operation: Operation) -> Recorded:
         if operation.created_at > self._clock.now() + FUTURE_MAX:
             raise RequestInvalid("the operation lies in the future", field="operation.created_at")
-        return await self._database.run(lambda connection: self._record(connection, operation))
+        return await self._database.of(operation.tenant).run(lambda connection: self._record(connection, operation))
 
     async def _record(self, connection: Connection, operation: Operation) -> Recorded:
         async with connection.transaction():
@@ -119,7 +119,7 @@ class PostgresOperations:
                 raise IdempotencyConflict("the operation belongs to another user", key=operation.operation_id)
 
     async def get(self, principal: Principal, operation_id: UUID) -> Operation:
-        row = await self._database.row(
+        row = await self._database.of(principal.tenant).row(
             f"SELECT {_OPERATION} FROM operations o WHERE o.tenant = $1 AND o.operation_id = $2 AND (o.user_id = $3 OR $4)",
             *(principal.tenant, operation_id, principal.user, "admin" in principal.roles),
         )
@@ -141,7 +141,7 @@ class PostgresOperations:
         if after is not None:
             arguments += after
             conditions.append(f"(o.created_at, o.operation_id) < (${len(arguments) - 1}, ${len(arguments)})")
-        rows = await self._database.fetch(
+        rows = await self._database.of(principal.tenant).fetch(
             f"SELECT {_OPERATION} FROM operations o WHERE {' AND '.join(conditions)}"
             " ORDER BY o.created_at DESC, o.operation_id DESC LIMIT $2",
             *arguments,

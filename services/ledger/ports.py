@@ -87,8 +87,8 @@ class OperationBook(Protocol):
         """Book an operation with its attempts and steps and resolve its holds, all or nothing. The same again changes nothing.
 
         A call without a hold is booked late, at the price that was valid when the operation was accepted. Raises PriceUnknown if
-        there was none, RequestInvalid for a record that contradicts itself, IdempotencyConflict if the id is another user's,
-        and what holds.settle raises.
+        there was none, RequestInvalid for a record that contradicts itself, IdempotencyConflict if another user's or another
+        record has the id, and what holds.settle raises.
         """
         ...
 

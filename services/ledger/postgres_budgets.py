@@ -26,7 +26,7 @@ class PostgresBudgets:
         self._database, self._clock = database, clock
 
     async def of(self, tenant: str, scope: str, subject: str) -> Sequence[Budget]:
-        rows = await self._database.fetch(_BUDGETS, tenant, scope, subject, self._clock.now().astimezone(UTC))
+        rows = await self._database.of(tenant).fetch(_BUDGETS, tenant, scope, subject, self._clock.now().astimezone(UTC))
         return [_budget_of(row) for row in rows]
 
     async def put(self, tenant: str, scope: str, subject: str, period: str, limit_nanousd: int) -> Budget:
@@ -46,10 +46,10 @@ class PostgresBudgets:
                 )
                 return await connection.fetch(_BUDGETS, tenant, scope, subject, moment)
 
-        return next(_budget_of(row) for row in await self._database.run(work) if row["period"] == period)
+        return next(_budget_of(row) for row in await self._database.of(tenant).run(work) if row["period"] == period)
 
     async def delete(self, tenant: str, scope: str, subject: str, period: str) -> None:
-        deleted = await self._database.fetch(
+        deleted = await self._database.of(tenant).fetch(
             "DELETE FROM budgets WHERE tenant = $1 AND scope = $2 AND subject = $3 AND ($4 = '' OR period = $4) RETURNING period",
             *(tenant, scope, subject, period),
         )

@@ -25,7 +25,7 @@ class PostgresConversations:
         self._database = database
 
     async def append(self, principal: Principal, session_id: str, turn: Turn) -> int:
-        place, kept_in = await self._database.row(
+        place, kept_in = await self._database.of(principal.tenant).row(
             "SELECT * FROM append_turn($1, $2, $3, $4, $5, $6, $7, $8, $9)",
             *(principal.tenant, principal.user, session_id, UUID(turn.answer_id), turn.question, turn.text),
             *(orjson.dumps([asdict(citation) for citation in turn.citations]).decode(), turn.complete, turn.created_at),
@@ -38,20 +38,18 @@ class PostgresConversations:
         return await self._turns(principal.tenant, principal.user, session_id, limit)
 
     async def _turns(self, tenant: str, user: str, session_id: str, limit: int) -> Sequence[Turn]:
-        rows = await self._database.fetch(
-            f"SELECT {_TURN} FROM turns WHERE tenant = $1 AND user_id = $2 AND session_id = $3 ORDER BY ordinal DESC LIMIT $4",
-            *(tenant, user, session_id, limit),
-        )
+        query = f"SELECT {_TURN} FROM latest_turns($1, $2, $3, $4)"
+        rows = await self._database.self_scoped().fetch(query, tenant, user, session_id, limit)
         return [_turn_of(row) for row in reversed(rows)]
 
     async def turn(self, tenant: str, user: str, answer_id: UUID) -> Turn | None:
-        row = await self._database.row(
+        row = await self._database.of(tenant).row(
             f"SELECT {_TURN} FROM turns WHERE tenant = $1 AND user_id = $2 AND answer_id = $3", tenant, user, answer_id
         )
         return _turn_of(row) if row else None
 
     async def session(self, principal: Principal, session_id: str, turns_max: int) -> tuple[Session, Sequence[Turn]]:
-        row = await self._database.row(
+        row = await self._database.of(principal.tenant).row(
             f"SELECT user_id, {_SESSION} FROM sessions WHERE tenant = $1 AND session_id = $2 AND (user_id = $3 OR $4)"
             " ORDER BY user_id = $3 DESC, updated_at DESC LIMIT 1",
             *(principal.tenant, session_id, principal.user, "admin" in principal.roles),
@@ -65,7 +63,7 @@ class PostgresConversations:
         if after is not None:
             condition = " AND (updated_at, session_id) < ($4, $5)"
             arguments += after
-        rows = await self._database.fetch(
+        rows = await self._database.of(principal.tenant).fetch(
             f"SELECT {_SESSION} FROM sessions WHERE tenant = $1 AND user_id = $2{condition}"
             " ORDER BY updated_at DESC, session_id DESC LIMIT $3",
             *arguments,

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import asyncpg
 import structlog
@@ -22,6 +22,8 @@ Connection = Any
 """An asyncpg connection or its pooled proxy; asyncpg has no types of its own."""
 Work = Callable[[Connection], Awaitable[T]]
 
+ALL = ""
+"""No single tenant: all of them, and no tenant has this name."""
 ACQUIRE_TIMEOUT_S = 3.0
 CONNECT_TIMEOUT_S = 3.0
 COMMAND_TIMEOUT_S = 10.0
@@ -35,26 +37,30 @@ _SHUTTING = (asyncpg.CannotConnectNowError, asyncpg.AdminShutdownError, asyncpg.
 _CLASHED = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
 
 
-class Database:
-    """A pool of connections."""
+class ScopedConnection(asyncpg.Connection):  # type: ignore[misc]
+    """A connection that knows for whom it works: a tenant, or "" for all, as the owner of the tables. It begins as the owner."""
 
-    def __init__(self, pool: Any) -> None:
-        self._pool = pool
+    __slots__ = ("_scope",)
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._scope: str | None = ALL
+
+    async def enter(self, scope: str) -> None:
+        """Work for `scope` from now on. Costs a round trip if it worked for another before."""
+        if scope == self._scope:
+            return
+        self._scope = None  # until the server has said so
+        await (self.execute("SELECT enter_tenant($1, false)", scope) if scope else self.execute("SELECT leave_tenant()"))
+        self._scope = scope
+
+
+class Queries(Protocol):
+    """What can be asked, for whomever it is."""
 
     async def run(self, work: Work[T]) -> T:
         """Do `work` on a connection. Raises Unavailable or Overloaded; whatever DomainError `work` raises passes."""
-        for attempt in range(1, TRIES_MAX + 1):
-            try:
-                async with self._connection() as connection:
-                    return await work(connection)
-            except _Clash:
-                if attempt == TRIES_MAX:
-                    raise Overloaded("too many changes to the same rows at once", retry_after_ms=200) from None
-            except Unavailable:
-                if attempt >= 2:
-                    raise
-            await asyncio.sleep(random.uniform(0, RETRY_PAUSE_S))  # noqa: S311 - jitter
-        raise AssertionError("unreachable")
+        ...
 
     async def fetch(self, query: str, *arguments: object) -> list[Any]:
         return await self.run(lambda connection: connection.fetch(query, *arguments))
@@ -66,6 +72,41 @@ class Database:
     async def value(self, query: str, *arguments: object) -> Any:
         """The first column of the first row, or None."""
         return await self.run(lambda connection: connection.fetchval(query, *arguments))
+
+
+class Database(Queries):
+    """A pool of connections. What it is asked itself goes across tenants; work for one tenant goes through `of`."""
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+
+    def of(self, tenant: str) -> Queries:
+        """The same, but row security hides what is not the tenant's."""
+        return _Scoped(self, tenant)
+
+    def self_scoped(self) -> Queries:
+        """For functions that enter the tenant they are given by themselves, or need none: no round trip goes into saying it before."""
+        return _Scoped(self, None)
+
+    async def run(self, work: Work[T]) -> T:
+        return await self.run_for(ALL, work)
+
+    async def run_for(self, scope: str | None, work: Work[T]) -> T:
+        """Do `work` for a tenant, for ALL, or, if None, for whomever the connection worked for last."""
+        for attempt in range(1, TRIES_MAX + 1):
+            try:
+                async with self._connection() as connection:
+                    if scope is not None:
+                        await connection.enter(scope)
+                    return await work(connection)
+            except _Clash:
+                if attempt == TRIES_MAX:
+                    raise Overloaded("too many changes to the same rows at once", retry_after_ms=200) from None
+            except Unavailable:
+                if attempt >= 2:
+                    raise
+            await asyncio.sleep(random.uniform(0, RETRY_PAUSE_S))  # noqa: S311 - jitter
+        raise AssertionError("unreachable")
 
     async def probe(self) -> None:
         """Raise unless the database answers."""
@@ -100,6 +141,14 @@ class Database:
             await self._pool.release(connection)
 
 
+class _Scoped(Queries):
+    def __init__(self, database: Database, scope: str | None) -> None:
+        self._database, self._scope = database, scope
+
+    async def run(self, work: Work[T]) -> T:
+        return await self._database.run_for(self._scope, work)
+
+
 class _Clash(Exception):
     """Two transactions stood in each other's way, and this one was undone."""
 
@@ -129,7 +178,7 @@ def _away(error: Exception) -> Unavailable:
 
 
 async def _leave_clean(connection: Connection) -> None:
-    """Replaces the pool's own reset, one more round trip for each call: we set nothing on a session, so there is nothing to undo."""
+    """Replaces the pool's own reset, one more round trip for each call: a session keeps for whom it works, and nothing else."""
     assert not connection.is_in_transaction()
 
 
@@ -153,6 +202,7 @@ async def _first_answer(url: str, connections_max: int, wait_s: float) -> Any:
         try:
             return await asyncpg.create_pool(
                 url,
+                connection_class=ScopedConnection,
                 init_size=min(OPEN_AT_START, connections_max),
                 min_size=0,
                 max_size=connections_max,

@@ -119,7 +119,7 @@ class PostgresFeed:
         while (payload := await notices.get()) is not None:
             tenant, user, operation_id = orjson.loads(payload)
             if any(watcher.may_see(tenant, user) for watcher in self._watchers):
-                found = await self._database.run(lambda pooled, t=tenant, o=operation_id: recorded(pooled, t, UUID(o)))  # type: ignore[misc]
+                found = await self._database.of(tenant).run(lambda pooled, t=tenant, o=operation_id: recorded(pooled, t, UUID(o)))  # type: ignore[misc]
                 if found is not None:
                     self._hand_out(*found)
 

@@ -41,7 +41,7 @@ class PostgresHolds:
         for _ in range(PRICE_TRIES_MAX):
             book = self._prices.book
             listed = await self._prices.in_force(principal.tenant, wanted.provider, wanted.model, self._now() or datetime.now(UTC))
-            row = await self._database.row(
+            row = await self._database.self_scoped().row(
                 "SELECT * FROM reserve_hold($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)",
                 *(principal.tenant, principal.user, principal.api_key_id, wanted.operation_id, wanted.attempt),
                 *(wanted.provider, wanted.model, listed.price_id, *listed.price.worst_case_parts(wanted.input_tokens_max)),
@@ -86,7 +86,7 @@ class PostgresHolds:
                 await resolve(connection, [move], self._now())
                 return move.hold
 
-        return await self._database.run(work)
+        return await self._database.of(principal.tenant).run(work)
 
     async def void(self, principal: Principal, hold_id: UUID) -> int:
 
@@ -96,7 +96,7 @@ class PostgresHolds:
                 await resolve(connection, [move], self._now())
                 return move.hold.amount_nanousd
 
-        return await self._database.run(work)
+        return await self._database.of(principal.tenant).run(work)
 
     async def expire_one(self, grace_ms: int) -> str | None:
 

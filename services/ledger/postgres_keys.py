@@ -43,14 +43,16 @@ class PostgresKeys:
                     *(key_id, tenant, user, name, list(roles), list(scopes), _digest(secret), self._clock.now(), expires_at),
                 )
 
-        return _key_of(await self._database.run(work)), secret
+        return _key_of(await self._database.of(tenant).run(work)), secret
 
     async def list(self, tenant: str) -> Sequence[ApiKey]:
-        rows = await self._database.fetch(f"SELECT {_COLUMNS} FROM api_keys WHERE tenant = $1 ORDER BY created_at, key_id", tenant)
+        rows = await self._database.of(tenant).fetch(
+            f"SELECT {_COLUMNS} FROM api_keys WHERE tenant = $1 ORDER BY created_at, key_id", tenant
+        )
         return [_key_of(row) for row in rows]
 
     async def revoke(self, tenant: str, key_id: str) -> None:
-        revoked = await self._database.value(
+        revoked = await self._database.of(tenant).value(
             "UPDATE api_keys SET revoked_at = coalesce(revoked_at, now()) WHERE tenant = $1 AND key_id = $2 RETURNING true", tenant, key_id
         )
         if not revoked:
@@ -58,7 +60,7 @@ class PostgresKeys:
 
     async def resolve(self, secret: str) -> Principal:
         match = SECRET_PATTERN.fullmatch(secret)
-        row = match and await self._database.row(f"SELECT {_COLUMNS}, secret_sha256 FROM api_keys WHERE key_id = $1", match[1])
+        row = match and await self._database.self_scoped().row(f"SELECT {_COLUMNS}, secret_sha256 FROM find_key($1)", match[1])
         kept = row["secret_sha256"] if row else bytes(32)
         if not hmac.compare_digest(_digest(secret), kept) or not row:
             raise NotAuthenticated("the API key is not known", cause="unknown")

@@ -36,7 +36,7 @@ class PostgresLeases:
 
     async def lend(self, lease: Lease) -> int:
         terms = self._terms
-        row = await self._database.row(
+        row = await self._database.of(lease.tenant).row(
             "SELECT * FROM lend_credit($1, $2, $3, $4, $5, $6, $7, $8, $9)",
             *(lease.lease_id, lease.tenant, lease.user, lease.api_key, terms.percent, terms.least_nanousd, terms.most_nanousd),
             *(timedelta(milliseconds=terms.life_ms), self._now()),
@@ -57,7 +57,7 @@ class PostgresLeases:
                 )
                 return returned
 
-        returned = await self._database.run(work)
+        returned = await self._database.of(tenant).run(work)
         if returned is None:
             raise NotFound("no such lease", kind="lease")
         return returned

@@ -1,5 +1,6 @@
 """Operations in PostgreSQL: booking what happened, once, and showing it again. Aggregates are in `postgres_usage`."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -43,18 +44,29 @@ class PostgresOperations:
 
     async def record(self, operation: Operation) -> Recorded:
         self._check(operation)
-        return (await self._database.run(lambda connection: self._record(connection, [operation])))[0]
+        return (await self._database.of(operation.tenant).run(lambda connection: self._record(connection, [operation])))[0]
 
     async def record_all(self, operations: Sequence[Operation]) -> list[Recorded | DomainError]:
+        places: defaultdict[str, list[int]] = defaultdict(list)
+        for place, operation in enumerate(operations):
+            places[operation.tenant].append(place)
+        outcomes: dict[int, Recorded | DomainError] = {}
+        for own in places.values():
+            outcomes |= zip(own, await self._record_together([operations[place] for place in own]), strict=True)
+        return [outcomes[place] for place in range(len(operations))]
+
+    async def _record_together(self, operations: Sequence[Operation]) -> Sequence[Recorded | DomainError]:
+        """Book operations of one tenant in one transaction, or, if one is wrong or came before, each in its own."""
+        if len({operation.operation_id for operation in operations}) < len(operations):
+            return [await self._alone(operation) for operation in operations]
         try:
             for operation in operations:
                 self._check(operation)
-            together = await self._database.run(lambda connection: self._record(connection, operations))
-            return list(together)
+            return await self._database.of(operations[0].tenant).run(lambda connection: self._record(connection, operations))
         except DomainError as error:
             if error.retryable:
                 raise
-        return [await self._alone(operation) for operation in operations]  # one of them is wrong, or was recorded before
+        return [await self._alone(operation) for operation in operations]
 
     async def _alone(self, operation: Operation) -> Recorded | DomainError:
         try:
@@ -94,14 +106,15 @@ class PostgresOperations:
                 raise IdempotencyConflict("the operation was recorded with other attempts", key=booked[0].operation_id)
             return [await self._duplicate(connection, booked[0])]
 
-    async def _duplicate(self, connection: Connection, operation: Operation) -> Recorded:
-        row = await connection.fetchrow(
-            "SELECT user_id, cost_nanousd FROM operations WHERE tenant = $1 AND operation_id = $2",
-            *(operation.tenant, UUID(operation.operation_id)),
-        )
-        if row["user_id"] != operation.user:
-            raise IdempotencyConflict("the operation was recorded for another user", key=operation.operation_id)
-        return Recorded(row["cost_nanousd"], duplicate=True)
+    async def _duplicate(self, connection: Connection, booked: Operation) -> Recorded:
+        """What stands for a record that came before. Raises IdempotencyConflict unless that said the same."""
+        known = await recorded(connection, booked.tenant, UUID(booked.operation_id))
+        assert known is not None, "operations of a recorder that still sends them are not deleted"
+        if known[0].user != booked.user:
+            raise IdempotencyConflict("the operation was recorded for another user", key=booked.operation_id)
+        if known[0] != booked:
+            raise IdempotencyConflict("the operation was recorded with another content", key=booked.operation_id)
+        return Recorded(booked.cost_nanousd, duplicate=True)
 
     async def _known_holds(self, connection: Connection, operations: Sequence[Operation]) -> dict[tuple[str, str], dict[int, Hold]]:
         """The holds of every operation that has attempts, by attempt; those that are missing are made first."""
@@ -156,7 +169,7 @@ class PostgresOperations:
         }
 
     async def get(self, principal: Principal, operation_id: UUID) -> Operation:
-        row = await self._database.row(
+        row = await self._database.of(principal.tenant).row(
             f"SELECT {_OPERATION} FROM operations o WHERE o.tenant = $1 AND o.operation_id = $2 AND (o.user_id = $3 OR $4)",
             *(principal.tenant, operation_id, principal.user, "admin" in principal.roles),
         )
@@ -178,7 +191,7 @@ class PostgresOperations:
         if after is not None:
             arguments += after
             conditions.append(f"(o.created_at, o.operation_id) < (${len(arguments) - 1}, ${len(arguments)})")
-        rows = await self._database.fetch(
+        rows = await self._database.of(principal.tenant).fetch(
             f"SELECT {_OPERATION} FROM operations o WHERE {' AND '.join(conditions)}"
             " ORDER BY o.created_at DESC, o.operation_id DESC LIMIT $2",
             *arguments,
@@ -206,7 +219,7 @@ async def recorded(connection: Connection, tenant: str, operation_id: UUID) -> t
 def _resolved(operation: Operation, known: dict[int, Hold]) -> tuple[tuple[Attempt, ...], list[Move]]:
     """The attempts with what they cost, and the moves that book it."""
     attempts, moves = [], []
-    for attempt in operation.attempts:
+    for attempt in sorted(operation.attempts, key=lambda attempt: attempt.attempt):
         hold = known.get(attempt.attempt)
         if hold is None:
             raise IdempotencyConflict("the operation belongs to another user", key=operation.operation_id)
@@ -218,6 +231,8 @@ def _resolved(operation: Operation, known: dict[int, Hold]) -> tuple[tuple[Attem
         if move is not None:
             moves.append(move)
             hold = move.hold
+        # What its lease was is the hold's to know.
+        attempt = replace(attempt, lease_id="", drawn_nanousd=0)
         attempts.append(replace(attempt, hold_id=hold.hold_id, cost_nanousd=hold.cost_nanousd, price_version=hold.price.version))
     return tuple(attempts), moves
 

@@ -32,7 +32,7 @@ class PostgresPeople:
     async def member(self, tenant: str, user: str) -> Member:
         known = await self._member(tenant, user)
         if known is None:
-            await self._database.value("SELECT ensure_user($1, $2)", tenant, user)
+            await self._database.of(tenant).value("SELECT ensure_user($1, $2)", tenant, user)
             known = await self._member(tenant, user)
         assert known is not None
         return known
@@ -44,11 +44,11 @@ class PostgresPeople:
         return known
 
     async def _member(self, tenant: str, user: str) -> Member | None:
-        row = await self._database.row(f"SELECT {_MEMBER} FROM members WHERE tenant = $1 AND user_id = $2", tenant, user)
+        row = await self._database.of(tenant).row(f"SELECT {_MEMBER} FROM members WHERE tenant = $1 AND user_id = $2", tenant, user)
         return _member_of(row) if row else None
 
     async def page(self, tenant: str, *, size: int, after: str) -> Page[Member]:
-        rows = await self._database.fetch(
+        rows = await self._database.of(tenant).fetch(
             f"SELECT {_MEMBER} FROM members WHERE tenant = $1 AND user_id > $2 ORDER BY user_id LIMIT $3", tenant, after, size + 1
         )
         last = (rows[size - 1]["user_id"],) if len(rows) > size else None
@@ -63,17 +63,17 @@ class PostgresPeople:
                     "UPDATE users SET display_name = $3 WHERE tenant = $1 AND user_id = $2", tenant, user, display_name
                 )
 
-        await self._database.run(work)
+        await self._database.of(tenant).run(work)
         return await self.member(tenant, user)
 
     async def plans(self, tenant: str) -> Sequence[Plan]:
-        rows = await self._database.fetch(
+        rows = await self._database.of(tenant).fetch(
             f"SELECT DISTINCT ON (name) name AS plan, {_PLAN} FROM plans WHERE tenant IN ('', $1) ORDER BY name, tenant <> '' DESC", tenant
         )
         return [_plan_of(row) for row in rows]
 
     async def put_plan(self, tenant: str, plan: Plan) -> None:
-        await self._database.value(PUT_PLAN, *plan_row(tenant, plan))
+        await self._database.of(tenant).value(PUT_PLAN, *plan_row(tenant, plan))
 
     async def subscribe(self, tenant: str, user: str, plan: str) -> Member:
 
@@ -90,12 +90,12 @@ class PostgresPeople:
                 await connection.execute(f"UPDATE subscriptions SET ended_at = greatest(started_at, now()) WHERE {running}", tenant, user)
                 await connection.execute("INSERT INTO subscriptions (tenant, user_id, plan) VALUES ($1, $2, $3)", tenant, user, plan)
 
-        await self._database.run(work)
+        await self._database.of(tenant).run(work)
         return await self.member(tenant, user)
 
     async def unsubscribe(self, tenant: str, user: str) -> None:
         await self.known_member(tenant, user)
-        await self._database.value(
+        await self._database.of(tenant).value(
             "UPDATE subscriptions SET ended_at = greatest(started_at, now()) WHERE tenant = $1 AND user_id = $2 AND ended_at IS NULL",
             *(tenant, user),
         )

@@ -66,7 +66,9 @@ class PostgresPrices:
         return found
 
     async def _read_on(self, connection: Connection) -> PriceBook:
-        self._book = await read_book(connection)
+        """The book with what `connection` sees of it, which may be one tenant's part only."""
+        seen = await read_book(connection)
+        self._book = PriceBook([*self._book.versions(), *seen.versions()])
         return self._book
 
     async def list_in_force(self, tenant: str) -> list[ListedPrice]:

@@ -59,6 +59,7 @@ async def prepare(database: Database) -> None:
         async with connection.transaction():
             await connection.execute("SELECT pg_advisory_xact_lock($1)", LOCK_KEY)
             applied = await apply(connection, migrations())
+            await connection.execute("SELECT secure_tenants()")
             await load_plans(connection)
             await load_prices(connection, listed_prices())
             return applied

@@ -74,7 +74,7 @@ class PostgresUsage:
             + (f" GROUP BY {places} ORDER BY {places}" if group_by else "")
             + f" LIMIT {ROWS_MAX}"
         )
-        rows = await self._database.fetch(query, *arguments)
+        rows = await self._database.of(principal.tenant).fetch(query, *arguments)
         return [_usage_row(row, group_by) for row in rows]
 
 

@@ -63,6 +63,7 @@ DECLARE
     known holds;
     posting bigint;
 BEGIN
+    PERFORM enter_tenant(p_tenant, true);
     SELECT price_in_force(p_tenant, asked.provider, asked.model, moment) INTO price_id FROM prices asked WHERE asked.price_id = p_price_id;
     IF price_id IS DISTINCT FROM p_price_id THEN
         outcome := 'price_changed';

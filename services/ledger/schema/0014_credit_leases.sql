@@ -8,6 +8,7 @@ ALTER TABLE holds ADD COLUMN lease_id uuid REFERENCES holds;
 
 CREATE TABLE leases (
     lease_id   uuid PRIMARY KEY REFERENCES holds,
+    tenant     text NOT NULL,
     expires_at timestamptz NOT NULL,
     ended_at   timestamptz
 );
@@ -75,8 +76,13 @@ BEGIN
 
     INSERT INTO holds (hold_id, tenant, user_id, api_key_id, operation_id, attempt, provider, model, price_id,
                        input_tokens_max, output_tokens_max, amount_nanousd, created_at, expires_at)
-    VALUES (p_lease, p_tenant, p_user, p_key, p_lease, 1, '', '', NULL, 0, 0, amount_nanousd, moment, 'infinity');
-    INSERT INTO leases (lease_id, expires_at) VALUES (p_lease, moment + p_life);
+    VALUES (p_lease, p_tenant, p_user, p_key, p_lease, 1, '', '', NULL, 0, 0, amount_nanousd, moment, 'infinity')
+    ON CONFLICT DO NOTHING;
+    IF NOT FOUND THEN -- it is another tenant's, whose rows are not seen here
+        outcome := 'ended';
+        RETURN;
+    END IF;
+    INSERT INTO leases (lease_id, tenant, expires_at) VALUES (p_lease, p_tenant, moment + p_life);
     UPDATE spending s SET held_nanousd = s.held_nanousd + lend_credit.amount_nanousd
     FROM counters_of(p_tenant, p_user, p_key, moment) c
     WHERE s.tenant = p_tenant AND (s.scope, s.subject, s.period, s.period_start) = (c.scope, c.subject, c.period, c.period_start);

@@ -166,6 +166,15 @@ class SetClock:
         return self.moment.timestamp()
 
 
+async def value(url: str, query: str, *arguments: object) -> object:
+    """What one query says, on a connection of its own."""
+    connection = await asyncpg.connect(url)
+    try:
+        return await connection.fetchval(query, *arguments)
+    finally:
+        await connection.close()
+
+
 async def audit(url: str) -> dict[str, str]:
     """The laws that the books break, each with its first bad row and what is wrong there."""
     return {finding.law: f"{finding.at}: {finding.wrong}" for finding in await verify(url) if finding.broken}

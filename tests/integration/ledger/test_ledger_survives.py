@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import random
 import secrets
 import signal
 import sys
@@ -29,7 +28,7 @@ from services.ledger.postgres_schema import Migration, MigrationChanged
 from services.ledger.prices import listed_prices
 from services.local.stores import Postgres, free_port
 from tailrace.ledger.v1 import ledger_service_pb2 as pb
-from tests.integration.ledger.ledger_kit import HAIKU, Ledger, SetClock, attempt, audit, fresh_database, operation, running, until
+from tests.integration.ledger.ledger_kit import HAIKU, Ledger, SetClock, attempt, audit, fresh_database, operation, running, until, value
 
 ROOT = Path(__file__).resolve().parents[3]
 AMOUNT = 7_000_000
@@ -76,14 +75,6 @@ class KeptPostgres:
             os.kill(self._pid, signal.SIGKILL)
         await self._keeper.communicate(b"")  # closes its input, which tells it to stop
         self._keeper = None
-
-
-async def value(url: str, query: str, *arguments: object) -> object:
-    connection = await asyncpg.connect(url)
-    try:
-        return await connection.fetchval(query, *arguments)
-    finally:
-        await connection.close()
 
 
 async def expire(ledger: Ledger, operation_id: str) -> None:
@@ -241,37 +232,6 @@ async def test_the_database_may_go_and_come_back(state_dir: Path, ann: Principal
             assert await audit(ledger.url) == {}
     finally:
         await server.stop()
-
-
-async def test_cancelled_calls_leave_clean_connections_and_whole_books(ledger: Ledger, ann: Principal, bob: Principal) -> None:
-    """Hundreds of calls cancelled at any moment: nobody gets another's answer, and no transaction stays open."""
-    chance = random.Random(7)
-
-    async def call(principal: Principal) -> None:
-        held = await ledger.reserve(principal)
-        await ledger.ask("Settle", pb.SettleRequest(hold_id=held.hold_id), principal)
-        seen = await ledger.ask("GetSubscription", pb.GetSubscriptionRequest(), principal)
-        assert seen.subscription.user == principal.user
-
-    async def maybe_cut(principal: Principal) -> bool:
-        task = asyncio.create_task(call(principal))
-        if chance.random() < 0.5:
-            await asyncio.wait([task], timeout=chance.uniform(0, 0.05))
-            task.cancel()
-        [outcome] = await asyncio.gather(task, return_exceptions=True)
-        if outcome is not None and not isinstance(outcome, asyncio.CancelledError):
-            raise outcome
-        return outcome is None
-
-    finished = await asyncio.gather(*(maybe_cut(chance.choice((ann, bob))) for _ in range(200)))
-    assert 0 < sum(finished) < 200
-
-    async def idle() -> bool:
-        query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state LIKE 'idle in transaction%'"
-        return await value(ledger.url, query) == 0
-
-    await until(idle)
-    await call(ann)
 
 
 async def test_a_stopping_ledger_lets_its_endless_calls_go(postgres: Postgres, ann: Principal) -> None:

@@ -42,10 +42,13 @@ bench: setup ## print what Tailrace adds, as ratios to calling the provider dire
 bench-streams: setup ## show what streams survive, with bars; SEED=… replays, ARGS="cut --n 100" picks and shortens
 	$(BIN)/python -m bench.streams_command $(ARGS)
 
+bench-usage: setup ## usage questions over 5 million operations, with bars; ARGS="--operations 100000" shortens
+	$(BIN)/python -m bench.usage $(ARGS)
+
 soak: setup ## mixed load for ten minutes, MINUTES=480 for a night; print what grew
 	$(BIN)/python -m bench.soak --minutes $(or $(MINUTES),10)
 
 clean: ## remove .venv and caches, but not the data in .tailrace
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-.PHONY: help setup run test check fmt proto bench bench-streams soak clean
+.PHONY: help setup run test check fmt proto bench bench-streams bench-usage soak clean

@@ -13,7 +13,7 @@ from services.gateway.queries import moment, page
 from tailrace.ledger.v1 import ledger_service_pb2 as ledger
 
 WATCH_TIMEOUT_S = 86_400.0
-GROUPS = ("day", "hour", "user", "session", "model", "tier", "step", "cache")
+GROUPS = ("day", "hour", "tenant", "user", "key", "session", "model", "tier", "step", "cache")
 USAGE_TOKENS = ("input_tokens", "output_tokens", "cache_read_tokens", "cache_write_tokens", "cache_write_1h_tokens")
 USAGE_COLUMNS = ("operations", "failed", "cache_hits", *USAGE_TOKENS, "cost_usd", "saved_usd")
 USAGE_TIMES = ("duration_ms_p50", "duration_ms_p90", "duration_ms_p99", "first_token_ms_p50", "first_token_ms_p99")

@@ -26,3 +26,11 @@ class Settings(ServiceSettings):
     """How often expired holds are looked for."""
     sweep_grace_ms: int = Field(60_000, ge=0, le=3_600_000, validation_alias="TAILRACE_LEDGER_SWEEP_GRACE_MS")
     """How long after its expiry a hold waits for the true figures, which may still be in a spool. The money stays set aside meanwhile."""
+    roll_interval_ms: int = Field(1_000, ge=100, le=600_000, validation_alias="TAILRACE_LEDGER_ROLL_INTERVAL_MS")
+    """How often recorded operations are added to the sums of usage. What is not added yet is read singly, so answers are never behind."""
+    retention_days: int = Field(0, ge=0, le=36_500, validation_alias="TAILRACE_LEDGER_RETENTION_DAYS")
+    """How many days operations, attempts and steps are kept; 0 = for ever. Books and sums of usage stay."""
+    baseline_model: str = Field(
+        "anthropic/claude-opus-5-5", pattern=r"^(|[^/]{1,64}/[^/]{1,128})$", validation_alias="TAILRACE_LEDGER_BASELINE_MODEL"
+    )
+    """`provider/model` that the cost of tiers is compared with, to say what they saved. Empty = not counted."""

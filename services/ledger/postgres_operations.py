@@ -1,5 +1,6 @@
 """Operations in PostgreSQL: booking what happened, once, and showing it again. Aggregates are in `postgres_usage`."""
 
+import contextlib
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -8,16 +9,17 @@ from uuid import UUID
 import orjson
 
 from services.chassis.clock import Clock
-from services.chassis.errors import IdempotencyConflict, NotFound, RequestInvalid
-from services.chassis.money import Usage
+from services.chassis.errors import IdempotencyConflict, NotFound, PriceUnknown, RequestInvalid
+from services.chassis.money import Price, Usage
 from services.chassis.principal import Principal
-from services.ledger import holds
+from services.ledger import holds, savings
 from services.ledger.domain import Attempt, CacheFacts, Operation, Recorded, Step
 from services.ledger.holds import Hold, Move
 from services.ledger.paging import Page
 from services.ledger.postgres_database import Connection, Database
 from services.ledger.postgres_holds import HOLD_COLUMNS, PostgresHolds, encoded, usage_columns, usage_of
 from services.ledger.postgres_prices import PostgresPrices
+from services.ledger.roller import kept_since
 
 FUTURE_MAX = timedelta(hours=1)
 """A recorder's clock may be so far ahead of ours; more is a mistake that would hide the row at the top of every list."""
@@ -34,11 +36,25 @@ _OPERATION = (
 )
 
 
+Baseline = tuple[str, str]
+"""Provider and model that tiers are compared with."""
+
+
 class PostgresOperations:
     """Records and shows operations."""
 
-    def __init__(self, database: Database, held: PostgresHolds, prices: PostgresPrices, clock: Clock) -> None:
+    def __init__(
+        self,
+        database: Database,
+        held: PostgresHolds,
+        prices: PostgresPrices,
+        clock: Clock,
+        *,
+        baseline: Baseline | None = None,
+        retention_days: int = 0,
+    ) -> None:
         self._database, self._held, self._prices, self._clock = database, held, prices, clock
+        self._baseline, self._retention_days = baseline, retention_days
 
     async def record(self, operation: Operation) -> Recorded:
         if operation.created_at > self._clock.now() + FUTURE_MAX:
@@ -55,6 +71,8 @@ class PostgresOperations:
                 cost_nanousd=sum(attempt.cost_nanousd for attempt in attempts),
                 estimated=operation.estimated or any(attempt.estimated for attempt in attempts),
             )
+            if not moves and self._purged(booked):
+                return Recorded(booked.cost_nanousd, duplicate=True)
             fresh = await connection.fetchval("SELECT record_operation($1, $2, $3, $4)", *_columns(booked), encoded(moves))
             if fresh:
                 return Recorded(booked.cost_nanousd, duplicate=False)
@@ -67,6 +85,10 @@ class PostgresOperations:
             if row["user_id"] != operation.user:
                 raise IdempotencyConflict("the operation was recorded for another user", key=operation.operation_id)
             return Recorded(row["cost_nanousd"], duplicate=True)
+
+    def _purged(self, operation: Operation) -> bool:
+        """Whether the operation is so old that its row is removed. Then only its holds still know that it was recorded before."""
+        return bool(self._retention_days) and operation.created_at < kept_since(self._clock.now(), self._retention_days)
 
     async def _booked(self, connection: Connection, operation: Operation) -> tuple[tuple[Attempt, ...], list[Move]]:
         """The attempts with what they cost, and the moves that book it."""
@@ -89,7 +111,18 @@ class PostgresOperations:
                 moves.append(move)
                 hold = move.hold
             attempts.append(replace(attempt, hold_id=hold.hold_id, cost_nanousd=hold.cost_nanousd, price_version=hold.price.version))
+            attempts[-1] = await self._with_savings(attempts[-1], hold.price, operation, connection)
         return tuple(attempts), moves
+
+    async def _with_savings(self, attempt: Attempt, price: Price, operation: Operation, connection: Connection) -> Attempt:
+        """The attempt with what prompt caching and the tier saved; 0 against a baseline that had no price then."""
+        tiering = 0
+        if self._baseline and operation.tier:
+            with contextlib.suppress(PriceUnknown):
+                listed = await self._prices.in_force(operation.tenant, *self._baseline, operation.created_at, connection)
+                tiering = savings.tiering_saved_nanousd(price, listed.price, attempt.usage)
+        prompt_cache = savings.prompt_cache_saved_nanousd(price, attempt.usage)
+        return replace(attempt, prompt_cache_saved_nanousd=prompt_cache, tiering_saved_nanousd=tiering)
 
     async def _holds(self, connection: Connection, operation: Operation) -> dict[int, Hold]:
         """The operation's holds by attempt, locked."""
@@ -191,6 +224,9 @@ def _columns(operation: Operation) -> tuple[str, str, str]:
         "created_at": operation.created_at,
         "first_token_ms": operation.first_token_ms,
         "duration_ms": operation.duration_ms,
+        "calls_sent": sum(not attempt.not_sent for attempt in operation.attempts),
+        "prompt_cache_saved_nanousd": sum(attempt.prompt_cache_saved_nanousd for attempt in operation.attempts),
+        "tiering_saved_nanousd": sum(attempt.tiering_saved_nanousd for attempt in operation.attempts),
     }
     attempts = [
         {

@@ -211,13 +211,22 @@ class UsageRow:
     group: Mapping[str, str]
     operations: int
     failed: int
+    cancelled: int
+    estimated: int
     cache_hits: int
+    coalesced: int
+    attempts: int
     usage: Usage
     cost_nanousd: int
     saved_nanousd: int
+    prompt_cache_saved_nanousd: int
+    tiering_saved_nanousd: int
     duration_ms_p50: float
+    duration_ms_p90: float
     duration_ms_p99: float
     first_token_ms_p50: float
+    first_token_ms_p90: float
+    first_token_ms_p99: float
 
 
 def event(message: orchestrator.AnswerEvent) -> Event | None:
@@ -354,11 +363,20 @@ def usage_row(message: ledger.QueryUsageResponse) -> UsageRow:
         group=dict(message.group),
         operations=message.operations,
         failed=message.failed,
+        cancelled=message.cancelled,
+        estimated=message.estimated,
         cache_hits=message.cache_hits,
+        coalesced=message.coalesced,
+        attempts=message.attempts,
         usage=usage(message.usage),
         cost_nanousd=message.cost_nanousd,
         saved_nanousd=message.saved_nanousd,
+        prompt_cache_saved_nanousd=message.prompt_cache_saved_nanousd,
+        tiering_saved_nanousd=message.tiering_saved_nanousd,
         duration_ms_p50=message.duration_ms_p50,
+        duration_ms_p90=message.duration_ms_p90,
         duration_ms_p99=message.duration_ms_p99,
         first_token_ms_p50=message.first_token_ms_p50,
+        first_token_ms_p90=message.first_token_ms_p90,
+        first_token_ms_p99=message.first_token_ms_p99,
     )

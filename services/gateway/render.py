@@ -1,5 +1,6 @@
 """Messages of the contract as the JSON that HTTP clients read: proto3 JSON with our field names, money also in dollars. Pure."""
 
+import re
 from typing import Any
 
 import orjson
@@ -66,7 +67,13 @@ def answer_record(reply: ledger.GetOperationResponse) -> dict[str, Any]:
 
 def usage_row(row: ledger.QueryUsageResponse) -> dict[str, Any]:
     """One row of usage."""
-    return {**plain(row), "cost_usd": usd.render(row.cost_nanousd), "saved_usd": usd.render(row.saved_nanousd)}
+    return {
+        **plain(row),
+        "cost_usd": usd.render(row.cost_nanousd),
+        "saved_usd": usd.render(row.saved_nanousd),
+        "prompt_cache_saved_usd": usd.render(row.prompt_cache_saved_nanousd),
+        "tiering_saved_usd": usd.render(row.tiering_saved_nanousd),
+    }
 
 
 def hit(passage: common.CitedPassage) -> dict[str, Any]:
@@ -137,11 +144,14 @@ def progress(message: retrieval.IngestDocumentsResponse) -> bytes:
     return sse.block(orjson.dumps(plain(message)), event=b"progress")
 
 
+NUMBER = re.compile(r"-?\d+(\.\d+)?", re.ASCII)
+
+
 def csv(rows: list[dict[str, str]], columns: list[str]) -> bytes:
-    """Rows as CSV (RFC 4180). A cell that a spreadsheet would run as a formula is made text by an apostrophe."""
+    """Rows as CSV (RFC 4180). A cell that a spreadsheet would run as a formula is made text by an apostrophe; a number stays one."""
 
     def cell(value: str) -> str:
-        if value[:1] in ("=", "+", "-", "@", "\t", "\r"):
+        if value[:1] in ("=", "+", "-", "@", "\t", "\r") and not NUMBER.fullmatch(value):
             value = f"'{value}"
         return '"' + value.replace('"', '""') + '"' if any(mark in value for mark in ',"\r\n') else value
 

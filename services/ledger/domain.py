@@ -198,7 +198,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One provider call. Cost and price version are the ledger's own and 0 until it has booked the call."""
+    """One provider call. Cost, savings and price version are the ledger's own and 0 until it has booked the call."""
 
     attempt: int
     hold_id: str
@@ -216,6 +216,8 @@ class Attempt:
     not_sent: bool = False
     lease_id: str = ""
     drawn_nanousd: int = 0
+    prompt_cache_saved_nanousd: int = 0
+    tiering_saved_nanousd: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,17 +250,24 @@ class Operation:
 
 @dataclass(frozen=True, slots=True)
 class UsageRow:
-    """One group of a usage query. Times in milliseconds."""
+    """One group of a usage query. Times in milliseconds, 0 if there was none."""
 
     group: dict[str, str]
     operations: int
     failed: int
+    cancelled: int
+    estimated: int
     cache_hits: int
+    coalesced: int
+    attempts: int
     usage: Usage
     cost_nanousd: int
-    saved_nanousd: int
+    cache_saved_nanousd: int
+    prompt_cache_saved_nanousd: int
+    tiering_saved_nanousd: int
     duration_ms_p50: float
     duration_ms_p90: float
     duration_ms_p99: float
     first_token_ms_p50: float
+    first_token_ms_p90: float
     first_token_ms_p99: float

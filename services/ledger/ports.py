@@ -114,8 +114,21 @@ class UsageReports(Protocol):
         """Usage of what the principal may see, accepted in [start, end), one row a group.
 
         By step, the times are the step's, and tokens, cost and savings are shown where they arise, once for each operation: at
-        its first `generate`, or `recall` on a hit. So the rows add up to the same totals as without steps.
+        its first `generate`, or `recall` on a hit. So the rows add up to the same totals as without steps. Raises RequestInvalid
+        for too many groups, and where single operations are needed that are not kept any more.
         """
+        ...
+
+
+class UsageSums(Protocol):
+    """Sums kept ahead of the questions, and the operations behind them."""
+
+    async def roll(self, limit: int) -> int:
+        """Add at most `limit` recorded operations to the sums, each once; return how many. 0 also if another replica is at it."""
+        ...
+
+    async def purge(self, before: datetime, limit: int) -> int:
+        """Remove at most `limit` operations accepted before `before` that are in the sums; return how many. The books stay."""
         ...
 
 

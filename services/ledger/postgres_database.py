@@ -210,7 +210,8 @@ async def _first_answer(url: str, connections_max: int, wait_s: float) -> Any:
                 command_timeout=COMMAND_TIMEOUT_S,
                 reset=_leave_clean,
                 max_inactive_connection_lifetime=0,
-                server_settings={"application_name": "tailrace-ledger", "timezone": "UTC"},
+                # Compiling a plan takes longer than any of our queries.
+                server_settings={"application_name": "tailrace-ledger", "timezone": "UTC", "jit": "off"},
             )
         except (*_AWAY, *_SHUTTING) as error:
             if asyncio.get_running_loop().time() > ends_at:

@@ -1,5 +1,6 @@
 """Operations in PostgreSQL: booking what happened, once, and showing it again. Aggregates are in `postgres_usage`."""
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,16 +11,17 @@ from uuid import UUID
 import orjson
 
 from services.chassis.clock import Clock
-from services.chassis.errors import DomainError, IdempotencyConflict, NotFound, RequestInvalid
-from services.chassis.money import Usage
+from services.chassis.errors import DomainError, IdempotencyConflict, NotFound, PriceUnknown, RequestInvalid
+from services.chassis.money import Price, Usage
 from services.chassis.principal import Principal
-from services.ledger import holds
+from services.ledger import holds, savings
 from services.ledger.domain import Attempt, CacheFacts, Operation, Recorded, Step
 from services.ledger.holds import Hold, Move
 from services.ledger.paging import Page
 from services.ledger.postgres_database import Connection, Database
 from services.ledger.postgres_holds import HOLD_COLUMNS, PostgresHolds, encoded, usage_columns, usage_of
 from services.ledger.postgres_prices import PostgresPrices
+from services.ledger.roller import kept_since
 
 FUTURE_MAX = timedelta(hours=1)
 """A recorder's clock may be so far ahead of ours; more is a mistake that would hide the row at the top of every list."""
@@ -36,11 +38,25 @@ _OPERATION = (
 )
 
 
+Baseline = tuple[str, str]
+"""Provider and model that tiers are compared with."""
+
+
 class PostgresOperations:
     """Records and shows operations."""
 
-    def __init__(self, database: Database, held: PostgresHolds, prices: PostgresPrices, clock: Clock) -> None:
+    def __init__(
+        self,
+        database: Database,
+        held: PostgresHolds,
+        prices: PostgresPrices,
+        clock: Clock,
+        *,
+        baseline: Baseline | None = None,
+        retention_days: int = 0,
+    ) -> None:
         self._database, self._held, self._prices, self._clock = database, held, prices, clock
+        self._baseline, self._retention_days = baseline, retention_days
 
     async def record(self, operation: Operation) -> Recorded:
         self._check(operation)
@@ -86,7 +102,8 @@ class PostgresOperations:
             known = await self._known_holds(connection, operations)
             booked, moves = list[Operation](), list[Move]()
             for operation in operations:
-                attempts, own = _resolved(operation, known.get((operation.tenant, operation.operation_id), {}))
+                baseline = await self._baseline_price(operation, connection)
+                attempts, own = _resolved(operation, known.get((operation.tenant, operation.operation_id), {}), baseline)
                 moves += own
                 booked.append(
                     replace(
@@ -97,6 +114,10 @@ class PostgresOperations:
                         estimated=operation.estimated or any(attempt.estimated for attempt in attempts),
                     )
                 )
+                if not own and self._purged(operation):
+                    if len(operations) > 1:
+                        raise IdempotencyConflict("the operation was recorded before", key=operation.operation_id)
+                    return [Recorded(booked[-1].cost_nanousd, duplicate=True)]
             records = f"[{','.join(_columns(operation) for operation in booked)}]"
             fresh = await connection.fetchval("SELECT record_operations($1, $2)", records, encoded(moves))
             if all(fresh):
@@ -106,13 +127,25 @@ class PostgresOperations:
                 raise IdempotencyConflict("the operation was recorded with other attempts", key=booked[0].operation_id)
             return [await self._duplicate(connection, booked[0])]
 
+    def _purged(self, operation: Operation) -> bool:
+        """Whether the operation is so old that its row is removed. Then only its holds still know that it was recorded before."""
+        return bool(self._retention_days) and operation.created_at < kept_since(self._clock.now(), self._retention_days)
+
+    async def _baseline_price(self, operation: Operation, connection: Connection) -> Price | None:
+        """What the operation's tier is compared with; None without a tier, or a price at that time."""
+        if self._baseline and operation.tier and operation.attempts:
+            with contextlib.suppress(PriceUnknown):
+                return (await self._prices.in_force(operation.tenant, *self._baseline, operation.created_at, connection)).price
+        return None
+
     async def _duplicate(self, connection: Connection, booked: Operation) -> Recorded:
         """What stands for a record that came before. Raises IdempotencyConflict unless that said the same."""
         known = await recorded(connection, booked.tenant, UUID(booked.operation_id))
         assert known is not None, "operations of a recorder that still sends them are not deleted"
         if known[0].user != booked.user:
             raise IdempotencyConflict("the operation was recorded for another user", key=booked.operation_id)
-        if known[0] != booked:
+        told = tuple(replace(attempt, prompt_cache_saved_nanousd=0, tiering_saved_nanousd=0) for attempt in booked.attempts)
+        if known[0] != replace(booked, attempts=told):
             raise IdempotencyConflict("the operation was recorded with another content", key=booked.operation_id)
         return Recorded(booked.cost_nanousd, duplicate=True)
 
@@ -216,8 +249,8 @@ async def recorded(connection: Connection, tenant: str, operation_id: UUID) -> t
     return (operation_of(row), row["recorded_at"]) if row else None
 
 
-def _resolved(operation: Operation, known: dict[int, Hold]) -> tuple[tuple[Attempt, ...], list[Move]]:
-    """The attempts with what they cost, and the moves that book it."""
+def _resolved(operation: Operation, known: dict[int, Hold], baseline: Price | None) -> tuple[tuple[Attempt, ...], list[Move]]:
+    """The attempts with what they cost and saved, and the moves that book it."""
     attempts, moves = [], []
     for attempt in sorted(operation.attempts, key=lambda attempt: attempt.attempt):
         hold = known.get(attempt.attempt)
@@ -232,8 +265,11 @@ def _resolved(operation: Operation, known: dict[int, Hold]) -> tuple[tuple[Attem
             moves.append(move)
             hold = move.hold
         # What its lease was is the hold's to know.
-        attempt = replace(attempt, lease_id="", drawn_nanousd=0)
-        attempts.append(replace(attempt, hold_id=hold.hold_id, cost_nanousd=hold.cost_nanousd, price_version=hold.price.version))
+        attempt = replace(attempt, lease_id="", drawn_nanousd=0, hold_id=hold.hold_id)
+        attempt = replace(attempt, cost_nanousd=hold.cost_nanousd, price_version=hold.price.version)
+        tiering = savings.tiering_saved_nanousd(hold.price, baseline, attempt.usage) if baseline else 0
+        prompt_cache = savings.prompt_cache_saved_nanousd(hold.price, attempt.usage)
+        attempts.append(replace(attempt, prompt_cache_saved_nanousd=prompt_cache, tiering_saved_nanousd=tiering))
     return tuple(attempts), moves
 
 
@@ -265,6 +301,9 @@ def _columns(operation: Operation) -> str:
         "created_at": operation.created_at,
         "first_token_ms": operation.first_token_ms,
         "duration_ms": operation.duration_ms,
+        "calls_sent": sum(not attempt.not_sent for attempt in operation.attempts),
+        "prompt_cache_saved_nanousd": sum(attempt.prompt_cache_saved_nanousd for attempt in operation.attempts),
+        "tiering_saved_nanousd": sum(attempt.tiering_saved_nanousd for attempt in operation.attempts),
     }
     attempts = [
         {

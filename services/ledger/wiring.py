@@ -20,8 +20,10 @@ from services.ledger.postgres_leases import PostgresLeases, Terms
 from services.ledger.postgres_operations import PostgresOperations
 from services.ledger.postgres_people import PostgresPeople
 from services.ledger.postgres_prices import PostgresPrices
+from services.ledger.postgres_sums import PostgresSums
 from services.ledger.postgres_usage import PostgresUsage
 from services.ledger.prices import nanousd
+from services.ledger.roller import roll_forever
 from services.ledger.rpc import SERVICE_NAME, LedgerServicer, register
 from services.ledger.sweeper import sweep_forever
 
@@ -44,7 +46,9 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
             settings.lease_life_ms,
         )
         credit = PostgresLeases(database, prices, terms)
-        operations = PostgresOperations(database, holds, prices, clock)
+        provider, _, model = settings.baseline_model.partition("/")
+        baseline = (provider, model) if model else None
+        operations = PostgresOperations(database, holds, prices, clock, baseline=baseline, retention_days=settings.retention_days)
         feed = PostgresFeed(url, database)
         servicer = LedgerServicer(
             holds=holds,
@@ -66,7 +70,12 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         server.add(register, servicer, SERVICE_NAME)
 
         sweeping = sweep_forever(holds, credit, interval_ms=settings.sweep_interval_ms, grace_ms=settings.sweep_grace_ms)
-        background = [asyncio.create_task(sweeping, name="sweeper"), asyncio.create_task(feed.run(), name="feed")]
+        rolling = roll_forever(PostgresSums(database), clock, interval_ms=settings.roll_interval_ms, retention_days=settings.retention_days)
+        background = [
+            asyncio.create_task(sweeping, name="sweeper"),
+            asyncio.create_task(feed.run(), name="feed"),
+            asyncio.create_task(rolling, name="roller"),
+        ]
         try:
             yield Service(server, settings.port, probes={"postgres": database.probe}, stopping=servicer.end_streams)
         finally:

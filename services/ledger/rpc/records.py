@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
-from datetime import UTC, timedelta
+from datetime import UTC, datetime, timedelta
 
 import structlog
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -17,6 +17,7 @@ from services.ledger.paging import moment_and_uuid, token_of
 from services.ledger.ports import Conversations, OperationBook, OperationFeed, UsageReports
 from services.ledger.rpc import checks, messages
 from services.ledger.rpc.callers import Writer, service
+from services.ledger.spans import needs_rows
 from tailrace.ledger.v1 import ledger_service_pb2 as pb
 
 log = structlog.get_logger(__name__)
@@ -24,10 +25,12 @@ log = structlog.get_logger(__name__)
 RECORDS_MAX = 256
 """Most records that are booked in one transaction: the commit is shared by all, and their rows are locked by it until then."""
 HEARTBEAT_S = 15.0
-GROUPINGS = ("day", "hour", "user", "session", "model", "tier", "step", "cache")
+GROUPINGS = ("day", "hour", "tenant", "user", "key", "session", "model", "tier", "step", "cache")
 GROUPINGS_MAX = 4
 USAGE_DEFAULT = timedelta(days=30)
 USAGE_MAX = timedelta(days=400)
+USAGE_OF_ROWS_MAX = timedelta(days=31)
+"""The same where no sums are kept and single operations are read."""
 
 
 class RecordRpcs:
@@ -141,13 +144,19 @@ class RecordRpcs:
         checks.between(len(group_by), "group_by", 0, GROUPINGS_MAX)
         end = checks.moment(request.to, "to") if request.HasField("to") else self._clock.now().astimezone(UTC)
         since: Timestamp = getattr(request, "from")
-        start = checks.moment(since, "from") if request.HasField("from") else end - USAGE_DEFAULT
-        if not start <= end <= start + USAGE_MAX:
-            raise RequestInvalid(f"from must be before to, and at most {USAGE_MAX.days} days", field="from", bound=f"{USAGE_MAX.days} days")
+        start = checks.moment(since, "from") if request.HasField("from") else default_start(end)
+        longest = USAGE_OF_ROWS_MAX if needs_rows(group_by) else USAGE_MAX
+        if not start <= end <= start + longest:
+            raise RequestInvalid(f"from must be before to, by at most {longest.days} days", field="from", bound=f"{longest.days} days")
         with span("ledger.usage"):
             rows = await self._usage.query(current_principal(), group_by, start, end)
         for row in rows:
             await context.write(messages.usage_row_message(row))
+
+
+def default_start(end: datetime) -> datetime:
+    """The start of the day, in UTC, 30 days before `end`: whole days are what sums are kept of."""
+    return (end - USAGE_DEFAULT).replace(hour=0, minute=0, second=0, microsecond=0)
 
 
 async def _next_batch(come: "asyncio.Queue[pb.RecordOperationsRequest | None]") -> list[pb.RecordOperationsRequest]:

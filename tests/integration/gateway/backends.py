@@ -191,6 +191,7 @@ class FakeLedger(LedgerServiceServicer):
         """What the plan gives besides requests."""
         self.keys: dict[str, Principal] = {}
         self.watched: Script = []
+        self.operations = [ledger.ListOperationsResponse(operation=ledger.Operation(operation_id=ANSWER))]
         self.usage: list[Any] = []
         self.budget = ledger.Budget(scope="user", subject="ada", period="day", limit_nanousd=1_500_000_000, spent_nanousd=1)
 
@@ -226,7 +227,8 @@ class FakeLedger(LedgerServiceServicer):
 
     async def ListOperations(self, request: Any, context: Any) -> None:
         self.seen.note("ListOperations", request)
-        await context.write(ledger.ListOperationsResponse(operation=ledger.Operation(operation_id=ANSWER)))
+        for row in self.operations:
+            await context.write(row)
 
     async def WatchOperations(self, request: Any, context: Any) -> None:
         self.seen.note("WatchOperations", request)

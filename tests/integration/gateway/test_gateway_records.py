@@ -1,6 +1,8 @@
 """Operations, usage, conversations, administration and the map of the suite, over HTTP."""
 
 import asyncio
+import csv
+import io
 from typing import Any
 
 import httpx
@@ -57,8 +59,34 @@ async def test_usage_is_json_or_csv_without_formulas(front: Front, client: httpx
     assert request.to.ToJsonString() == "2026-01-31T23:00:00Z"
     assert as_csv.headers["content-type"].startswith("text/csv")
     lines = as_csv.text.split("\r\n")
-    assert lines[0].startswith("user,model,operations,failed,cache_hits,input_tokens")
+    assert lines[0].startswith("user,model,operations,failed,cancelled,estimated,cache_hits,coalesced,attempts,input_tokens")
     assert lines[1].startswith('"\'=HYPERLINK(""http://x"",""y"")",\'@m,3,')
+    assert (await client.get("/v1/usage?group_by=user&format=csv")).headers["content-type"].startswith("text/csv")
+    assert (await client.get("/v1/usage?format=json", headers={"accept": "text/csv"})).json()["group_by"] == []
+
+
+async def test_what_was_saved_may_be_negative_and_stays_a_number(front: Front, client: httpx.AsyncClient) -> None:
+    """A minus sign makes no formula of a number."""
+    front.behind.ledger.usage = [ledger.QueryUsageResponse(prompt_cache_saved_nanousd=-1_500_000_000, first_token_ms_p90=7.5)]
+    [row] = csv.DictReader(io.StringIO((await client.get("/v1/usage?format=csv")).text))
+
+    assert (row["prompt_cache_saved_usd"], row["first_token_ms_p90"]) == ("-1.50", "7.5")
+
+
+async def test_operations_are_exported_as_csv_page_by_page(front: Front, client: httpx.AsyncClient) -> None:
+    """Names that a spreadsheet would run are text, quotes and line breaks survive, and a header leads to the next page."""
+    hostile = {"user": "=1+1", "session_id": '+"a",b', "collection": "@x\r\ny", "model": "-2+3", "error_reason": "\tcmd", "tier": "\rx"}
+    made = ledger.Operation(operation_id=ANSWER, cost_nanousd=7_500_000, attempts=[ledger.Attempt(), ledger.Attempt()], **hostile)
+    made.cache.verdict, made.cache.saved_nanousd = "exact", 2_000_000_000
+    front.behind.ledger.operations = [ledger.ListOperationsResponse(operation=made, next_page_token="more")]
+    reply = await client.get("/v1/operations", params={"format": "csv", "page_size": 5})
+    [row] = csv.DictReader(io.StringIO(reply.text, newline=""))
+
+    assert reply.headers["x-next-page-token"] == "more"
+    assert reply.headers["content-type"].startswith("text/csv")
+    assert {name: row[name] for name in hostile} == {name: f"'{value}" for name, value in hostile.items()}
+    assert (row["operation_id"], row["cost_usd"], row["attempts"], row["saved_usd"]) == (ANSWER, "0.0075", "2", "2.00")
+    assert problem_of(await client.get("/v1/operations?format=xml"), 400, "REQUEST_INVALID")["field"] == "format"
 
 
 @pytest.mark.parametrize(

@@ -788,11 +788,15 @@ class QueryUsageRequest(_message.Message):
     TO_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def group_by(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Any of `day`, `hour`, `user`, `session`, `model`, `tier`, `step`, `cache`. At most 4. Empty = one total row."""
+        """Any of `day`, `hour`, `tenant`, `user`, `key`, `session`, `model`, `tier`, `step`, `cache`. At most 4. Empty = one total row.
+        Days and hours are in UTC. More than 10000 groups are refused.
+        """
 
     @_builtins.property
     def to(self) -> _timestamp_pb2.Timestamp:
-        """To when, exclusive. Unset = now."""
+        """To when, exclusive. Unset = now. At most 400 days after `from`; 31 if grouped by `session` or `step`, or by `hour` with `user` or
+        `key`, as these are read from single operations.
+        """
 
     def __init__(
         self,
@@ -810,6 +814,8 @@ Global___QueryUsageRequest: _TypeAlias = QueryUsageRequest  # noqa: Y015
 
 @_typing.final
 class QueryUsageResponse(_message.Message):
+    """Sums over the operations of one group. Percentiles are read from histograms, each within 4.8 % of the true one."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -844,16 +850,23 @@ class QueryUsageResponse(_message.Message):
     DURATION_MS_P99_FIELD_NUMBER: _builtins.int
     FIRST_TOKEN_MS_P50_FIELD_NUMBER: _builtins.int
     FIRST_TOKEN_MS_P99_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_MS_P90_FIELD_NUMBER: _builtins.int
+    CANCELLED_FIELD_NUMBER: _builtins.int
+    ESTIMATED_FIELD_NUMBER: _builtins.int
+    COALESCED_FIELD_NUMBER: _builtins.int
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
+    PROMPT_CACHE_SAVED_NANOUSD_FIELD_NUMBER: _builtins.int
+    TIERING_SAVED_NANOUSD_FIELD_NUMBER: _builtins.int
     operations: _builtins.int
     """Operations."""
     failed: _builtins.int
     """Those that failed."""
     cache_hits: _builtins.int
-    """Those answered from the cache."""
+    """Those answered from the cache: verdict `exact` or `semantic`."""
     cost_nanousd: _builtins.int
     """Cost, nano-USD."""
     saved_nanousd: _builtins.int
-    """Saved by the cache, nano-USD."""
+    """Saved by the answer cache, nano-USD: what the answers that were served again had cost."""
     duration_ms_p50: _builtins.float
     """Median of the duration, milliseconds (of the step, when grouped by step)."""
     duration_ms_p90: _builtins.float
@@ -861,9 +874,27 @@ class QueryUsageResponse(_message.Message):
     duration_ms_p99: _builtins.float
     """99th percentile."""
     first_token_ms_p50: _builtins.float
-    """Median time to the first text, milliseconds."""
+    """Median time to the first text, milliseconds. Operations without text are left out."""
     first_token_ms_p99: _builtins.float
     """99th percentile of it."""
+    first_token_ms_p90: _builtins.float
+    """90th percentile of it."""
+    cancelled: _builtins.int
+    """Operations that were cancelled."""
+    estimated: _builtins.int
+    """Operations whose tokens are, in part, counted by us instead of told by the provider."""
+    coalesced: _builtins.int
+    """Operations that were given the answer another one was waiting for: verdict `coalesced`."""
+    attempts: _builtins.int
+    """Provider calls that were sent."""
+    prompt_cache_saved_nanousd: _builtins.int
+    """Saved by the provider's prompt cache, nano-USD: cost had every prompt token been plain input, minus cost. Below 0 if writing to it
+    cost more than reading from it saved.
+    """
+    tiering_saved_nanousd: _builtins.int
+    """Saved by tiers, nano-USD: cost of the same tokens at the ledger's baseline model, minus cost, over the calls of that model's provider
+    in operations that asked for a tier. Below 0 if dearer models were called.
+    """
     @_builtins.property
     def group(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Value of each grouping column."""
@@ -887,10 +918,17 @@ class QueryUsageResponse(_message.Message):
         duration_ms_p99: _builtins.float = ...,
         first_token_ms_p50: _builtins.float = ...,
         first_token_ms_p99: _builtins.float = ...,
+        first_token_ms_p90: _builtins.float = ...,
+        cancelled: _builtins.int = ...,
+        estimated: _builtins.int = ...,
+        coalesced: _builtins.int = ...,
+        attempts: _builtins.int = ...,
+        prompt_cache_saved_nanousd: _builtins.int = ...,
+        tiering_saved_nanousd: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_hits", b"cache_hits", "cost_nanousd", b"cost_nanousd", "duration_ms_p50", b"duration_ms_p50", "duration_ms_p90", b"duration_ms_p90", "duration_ms_p99", b"duration_ms_p99", "failed", b"failed", "first_token_ms_p50", b"first_token_ms_p50", "first_token_ms_p99", b"first_token_ms_p99", "group", b"group", "operations", b"operations", "saved_nanousd", b"saved_nanousd", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "cache_hits", b"cache_hits", "cancelled", b"cancelled", "coalesced", b"coalesced", "cost_nanousd", b"cost_nanousd", "duration_ms_p50", b"duration_ms_p50", "duration_ms_p90", b"duration_ms_p90", "duration_ms_p99", b"duration_ms_p99", "estimated", b"estimated", "failed", b"failed", "first_token_ms_p50", b"first_token_ms_p50", "first_token_ms_p90", b"first_token_ms_p90", "first_token_ms_p99", b"first_token_ms_p99", "group", b"group", "operations", b"operations", "prompt_cache_saved_nanousd", b"prompt_cache_saved_nanousd", "saved_nanousd", b"saved_nanousd", "tiering_saved_nanousd", b"tiering_saved_nanousd", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -46,9 +46,12 @@ class PostgresOperations:
         return (await self._database.run(lambda connection: self._record(connection, [operation])))[0]
 
     async def record_all(self, operations: Sequence[Operation]) -> list[Recorded | DomainError]:
+        named = {(operation.tenant, operation.operation_id) for operation in operations}
         try:
             for operation in operations:
                 self._check(operation)
+            if len(named) < len(operations):
+                raise IdempotencyConflict("the same operation twice", key="")
             together = await self._database.run(lambda connection: self._record(connection, operations))
             return list(together)
         except DomainError as error:
@@ -89,9 +92,7 @@ class PostgresOperations:
             fresh = await connection.fetchval("SELECT record_operations($1, $2)", records, encoded(moves))
             if all(fresh):
                 return [Recorded(operation.cost_nanousd, duplicate=False) for operation in booked]
-            if (
-                moves or len(booked) > 1
-            ):  # the very same record would have found all its holds resolved; the error undoes what was done here
+            if moves or len(booked) > 1:  # the very same record alone would have found all its holds resolved
                 raise IdempotencyConflict("the operation was recorded with other attempts", key=booked[0].operation_id)
             return [await self._duplicate(connection, booked[0])]
 

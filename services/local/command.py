@@ -27,6 +27,8 @@ WIDTH_OF_A_PIPE = 200
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Tailrace: answers that are streamed, cited and priced."
 )
+ledger = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look after the books.")
+app.add_typer(ledger, name="ledger")
 
 
 ledger = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The books.")
@@ -132,6 +134,26 @@ def token(
     folder = state_dir(os.environ)
     make_state_dir(folder)
     typer.echo(Issuer(folder).mint(user, tenant, roles, days * 24 * 3600))
+
+
+@ledger.command("dead-letters")
+def dead_letters(
+    retry: Annotated[bool, typer.Option("--retry", help="Put them back into the outbox; they are sent at the next start.")] = False,
+) -> None:
+    """Show the records of this machine's orchestrator that the ledger could never book. The orchestrator must not run."""
+    from services.orchestrator import spool
+    from tailrace.ledger.v1 import ledger_service_pb2
+
+    path = state_dir(os.environ) / "orchestrator" / "spool.db"
+    try:
+        if retry:
+            typer.echo(f"{spool.retry_dead_letters(path)} put back into the outbox")
+            return
+        for letter in spool.dead_letters(path):
+            record = ledger_service_pb2.Operation.FromString(letter.payload)
+            typer.echo(f"{letter.rejected_at}  {record.tenant}/{record.user}  {record.operation_id}  {letter.reason}: {letter.detail}")
+    except OSError as error:
+        sys.exit(f"tailrace: {error}")
 
 
 @app.command()

@@ -19,7 +19,7 @@ import random
 import sqlite3
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -388,9 +388,9 @@ def _answer(results: list[tuple[asyncio.Future[Any], Any, Exception | None]]) ->
             future.set_result(value)
 
 
-def _open(path: Path) -> sqlite3.Connection:
+def _open(path: Path, wait_s: float = 5) -> sqlite3.Connection:
     path.parent.mkdir(parents=True, exist_ok=True)
-    database = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
+    database = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=wait_s)
     # One process, one spool: a second one would send the same records and delete under the first one's feet.
     database.execute("PRAGMA locking_mode = EXCLUSIVE")
     database.execute("PRAGMA journal_mode = WAL")
@@ -423,11 +423,55 @@ def _intents_at(path: Path) -> sqlite3.Connection:
     return intents
 
 
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A record that the ledger can never book as it is."""
+
+    record_id: int
+    reason: str
+    detail: str
+    rejected_at: str
+    payload: bytes
+
+
+def dead_letters(path: Path) -> list[DeadLetter]:
+    """What was put aside, oldest first. Raises OSError while a process has the spool."""
+    with _visited(path) as database:
+        rows = database.execute("SELECT record_id, reason, detail, rejected_at, payload FROM dead_letter ORDER BY record_id")
+        return [DeadLetter(*row) for row in rows]
+
+
+def retry_dead_letters(path: Path) -> int:
+    """Put everything that was put aside back into the outbox, for the next start; return how many. Raises OSError as `dead_letters`."""
+    with _visited(path) as database:
+        database.execute("BEGIN IMMEDIATE")
+        moved = database.execute(
+            "INSERT INTO outbox (payload, written_at) SELECT payload, ? FROM dead_letter ORDER BY record_id", (time.time(),)
+        ).rowcount
+        database.execute("DELETE FROM dead_letter")
+        database.execute("COMMIT")
+        return moved
+
+
+@contextlib.contextmanager
+def _visited(path: Path) -> Iterator[sqlite3.Connection]:
+    if not path.exists():
+        raise OSError(f"there is no spool {path}")
+    try:
+        database = _open(path, wait_s=0)
+    except sqlite3.OperationalError as error:
+        raise OSError(f"the spool {path} is in use: stop the orchestrator first") from error
+    try:
+        yield database
+    finally:
+        database.close()
+
+
 @contextlib.asynccontextmanager
-async def opened(path: Path, records_max: int) -> AsyncIterator[Spool]:
+async def opened(path: Path, records_max: int, free_bytes_min: int = FREE_BYTES_MIN) -> AsyncIterator[Spool]:
     """Open the spool at `path`, made if it is not there. Raises OSError if another process has it."""
     try:
-        spool = Spool(path, records_max)
+        spool = Spool(path, records_max, free_bytes_min)
     except sqlite3.OperationalError as error:
         raise OSError(f"the spool {path} cannot be opened: {error}") from error
     try:

@@ -5,14 +5,15 @@ import contextlib
 import os
 import signal
 import sqlite3
+import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
 from services.chassis.errors import Unavailable
-from services.orchestrator.spool import Ack, Link, Spool, opened
+from services.orchestrator.spool import Ack, Link, Spool, dead_letters, opened, retry_dead_letters
 from tests.fakes.orchestrator_world import until
 
 
@@ -228,3 +229,106 @@ async def test_marks_that_a_dead_process_left_are_records(tmp_path: Path) -> Non
         assert (spool.interrupted, spool.depth) == ([], 0)
 
     assert list(books.booked.values()) == [b"whole", b"more"]
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    """A file system of four mebibytes. Skips where we may not make one."""
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True, check=False)
+    if made.returncode:
+        pytest.skip("a file system of its own size cannot be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+async def test_full_disk_admits_nothing_drops_nothing_and_is_over_when_there_is_room(tmp_path: Path) -> None:
+    """What has begun waits for room, whatever cannot wait is refused, and all of it is booked once something was deleted."""
+    books = Books()
+    with small_disk(tmp_path / "disk") as disk:
+        async with opened(disk / "spool.db", 10_000, free_bytes_min=0) as spool:
+            assert spool.has_room
+            ballast = disk / "ballast"
+            with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+                while file.write(b"\0" * 4096) == 4096:
+                    pass
+            waiting = [asyncio.create_task(spool.append(str(n), bytes([n]) * 16_384)) for n in range(40)]
+            await until(lambda: not spool.has_room)
+            with pytest.raises(Unavailable):
+                await spool.keep("new", "r1", b"intent")
+            async with draining(spool, books):
+                await asyncio.sleep(0)
+                assert not all(task.done() for task in waiting)
+                ballast.unlink()
+                async with asyncio.timeout(20):
+                    await asyncio.gather(*waiting)
+                    await until(lambda: spool.has_room)
+                assert await spool.flush(20) == 0
+
+    assert sorted(books.booked.values()) == [bytes([n]) * 16_384 for n in range(40)]
+
+
+async def test_little_room_left_admits_nothing_new(tmp_path: Path) -> None:
+    """So that what has begun still finds some."""
+    with small_disk(tmp_path / "disk") as disk:
+        async with opened(disk / "spool.db", 10, free_bytes_min=8 * 1024 * 1024) as spool:
+            assert not spool.has_room
+            await spool.append("o", b"1")
+
+
+async def test_disk_that_failed_is_not_tried_again(tmp_path: Path) -> None:
+    """Nobody knows what is on it: nothing is said to be written any more, and the process is not well."""
+    async with opened(tmp_path / "spool.db", 10) as spool:
+        await spool.probe()
+        spool._failed(sqlite3_error(sqlite3.SQLITE_IOERR))
+        assert not spool.has_room
+        with pytest.raises(Unavailable):
+            await spool.append("o", b"1")
+        with pytest.raises(Unavailable):
+            await spool.probe()
+
+
+def sqlite3_error(code: int) -> sqlite3.Error:
+    """An error as the library would raise it."""
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorcode, error.sqlite_errorname = code, "SQLITE_IOERR_FSYNC"
+    return error
+
+
+async def test_figures_tell_how_much_waits_and_for_how_long(tmp_path: Path) -> None:
+    async with opened(tmp_path / "spool.db", 10) as spool:
+        assert (await spool.figures()).oldest_s == 0
+        await spool.append("o", b"1")
+        await asyncio.sleep(0.05)
+        await spool.append("p", b"2")
+        figures = await spool.figures()
+
+    assert (figures.depth, figures.dead_letters, figures.full, figures.broken) == (2, 0, False, False)
+    assert figures.oldest_s >= 0.05
+    assert figures.size_bytes > 4096
+
+
+async def test_dead_letters_are_shown_and_sent_again(tmp_path: Path) -> None:
+    """What was put aside goes back into the outbox, and is booked at the next start."""
+    books, path = Books(), tmp_path / "spool.db"
+    books.reject.add(b"bad")
+    async with opened(path, 10) as spool, draining(spool, books):
+        await spool.append("o", b"bad")
+        assert await spool.flush(5) == 0
+    (letter,) = dead_letters(path)
+    assert (letter.reason, letter.detail, letter.payload) == ("REQUEST_INVALID", "never", b"bad")
+    assert retry_dead_letters(path) == 1
+    assert dead_letters(path) == []
+    books.reject.clear()
+    async with opened(path, 10) as spool, draining(spool, books):
+        assert await spool.flush(5) == 0
+
+    assert list(books.booked.values()) == [b"bad"]
+
+
+async def test_dead_letters_of_a_running_process_are_left_alone(tmp_path: Path) -> None:
+    async with opened(tmp_path / "spool.db", 10):
+        with pytest.raises(OSError, match="in use"):
+            retry_dead_letters(tmp_path / "spool.db")

@@ -1,5 +1,6 @@
 """The command's own decisions: what a path means, how money and a refusal look."""
 
+import contextlib
 import stat
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from services.local.command import app, found, passed_over, usd
+from services.orchestrator import spool
+from tailrace.ledger.v1 import ledger_service_pb2
 
 
 @pytest.mark.parametrize(
@@ -95,3 +98,19 @@ def test_doctor_says_that_a_key_is_there_and_not_what_it_is(tmp_path: Path) -> N
 
     assert "ANTHROPIC_API_KEY set" in result.output
     assert secret not in result.output
+
+
+def test_dead_letters_are_shown_and_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line each, with whose it is and why it was refused; then none is left."""
+    (tmp_path / "orchestrator").mkdir()
+    payload = ledger_service_pb2.Operation(operation_id="o-1", tenant="acme", user="ada").SerializeToString()
+    with contextlib.closing(spool._open(tmp_path / "orchestrator" / "spool.db")) as database:
+        database.execute(
+            "INSERT INTO dead_letter (record_id, payload, reason, detail) VALUES (1, ?, 'PRICE_UNKNOWN', 'no price')", (payload,)
+        )
+    monkeypatch.setenv("TAILRACE_STATE_DIR", str(tmp_path))
+    shown, moved, after = (CliRunner().invoke(app, ["ledger", "dead-letters", *more]).output for more in ([], ["--retry"], []))
+
+    assert shown.split()[1:] == ["acme/ada", "o-1", "PRICE_UNKNOWN:", "no", "price"]
+    assert moved == "1 put back into the outbox\n"
+    assert after == ""

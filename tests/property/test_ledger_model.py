@@ -181,7 +181,7 @@ def amount_of(output_tokens: int) -> int:
 
 actions = ["reserve", "reserve", "reserve_less", "settle", "settle", "void", "unsent", "wait", "expire"]
 steps = st.lists(
-    st.tuples(st.sampled_from(actions), st.integers(0, 4), st.integers(0, 12)), min_size=STEPS if RUNS >= 2000 else 1, max_size=STEPS
+    st.tuples(st.sampled_from(actions), st.integers(0, 4), st.integers(0, 12)), min_size=STEPS if RUNS > 40 else 1, max_size=STEPS
 )
 places = st.lists(st.tuples(st.sampled_from(["tenant", "user", "key"]), st.sampled_from(["day", "month"])), min_size=1, unique=True)
 """Which budgets there are; the first is the tightest."""

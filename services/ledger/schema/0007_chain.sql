@@ -122,13 +122,18 @@ $$;
 CREATE OR REPLACE FUNCTION resolve_holds(p_moves jsonb, p_at timestamptz) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     moment timestamptz := coalesce(p_at, clock_timestamp());
+    moved integer;
 BEGIN
     UPDATE holds h
     SET state = m.state, resolved_at = moment, cost_nanousd = m.cost_nanousd, estimated = m.estimated,
         input_tokens = m.input_tokens, output_tokens = m.output_tokens, cache_read_tokens = m.cache_read_tokens,
         cache_write_tokens = m.cache_write_tokens, cache_write_1h_tokens = m.cache_write_1h_tokens
     FROM jsonb_populate_recordset(NULL::holds, p_moves) m
-    WHERE h.hold_id = m.hold_id;
+    WHERE h.hold_id = m.hold_id AND h.tenant = coalesce(nullif(current_setting('tailrace.tenant', true), ''), h.tenant);
+    GET DIAGNOSTICS moved = ROW_COUNT;
+    IF moved < jsonb_array_length(p_moves) THEN
+        RAISE EXCEPTION 'a hold is of another tenant than is worked for, or gone' USING ERRCODE = 'insufficient_privilege';
+    END IF;
 
     INSERT INTO spending (tenant, scope, subject, period, period_start)
     SELECT h.tenant, c.scope, c.subject, c.period, c.period_start

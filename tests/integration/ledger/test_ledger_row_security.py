@@ -6,8 +6,12 @@ from collections.abc import AsyncIterator
 import asyncpg
 import pytest
 
+from services.chassis.money import Price
 from services.chassis.principal import Principal
+from services.ledger import holds
+from services.ledger.holds import Hold
 from services.ledger.postgres_database import Connection, Database, opened
+from services.ledger.postgres_holds import resolve
 from tailrace.common.v1 import common_pb2
 from tailrace.ledger.v1 import ledger_service_pb2 as pb
 from tests.integration.ledger.ledger_kit import HAIKU, Ledger, attempt, operation
@@ -80,6 +84,22 @@ async def test_without_a_filter_nothing_foreign_is_touched(database: Database, a
     ):
         with pytest.raises(asyncpg.InsufficientPrivilegeError):
             await mine.run(lambda connection, statement=statement: connection.execute(statement))
+
+
+async def test_foreign_holds_are_not_resolved(database: Database, ledger: Ledger, ann: Principal, stranger: Principal) -> None:
+    """resolve_holds runs in the owner's name, and still moves a tenant's own holds only; the chain cannot be touched at all."""
+    held = await ledger.reserve(stranger)
+    hold = Hold(held.hold_id, held.amount_nanousd, Price(*HAIKU))
+    for tenant, refused in ((ann.tenant, True), (stranger.tenant, False)):
+        work = database.of(tenant).run(lambda connection: resolve(connection, [holds.void(hold)], None))
+        if refused:
+            with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                await work
+        else:
+            await work
+    for table in ("chain_links", "chain_heads"):
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await database.of(ann.tenant).fetch(f"INSERT INTO {table} SELECT * FROM {table}")
 
 
 async def test_a_connection_that_entered_no_tenant_sees_nothing(database: Database) -> None:

@@ -50,7 +50,7 @@ async def put_subscription(exchange: Exchange, kit: Kit) -> None:
     exchange.query(())
     user = _subject(exchange, "user")
     body = bodies.parse(await exchange.json(), bodies.SubscriptionBody)
-    request = ledger.PutSubscriptionRequest(user=user, plan=body.plan)
+    request = ledger.PutSubscriptionRequest(user=user, plan=body.plan, when=body.when)
     reply = await kit.backends.ledger.unary(kit.backends.ledger.stub.PutSubscription, request)
     _forget(kit, user)
     await exchange.respond_json(render.plain(reply.subscription))
@@ -58,9 +58,10 @@ async def put_subscription(exchange: Exchange, kit: Kit) -> None:
 
 async def delete_subscription(exchange: Exchange, kit: Kit) -> None:
     """DELETE /v1/admin/subscriptions/{user}"""
-    exchange.query(())
+    when = exchange.query({"when"}).get("when", "")
     user = _subject(exchange, "user")
-    await kit.backends.ledger.unary(kit.backends.ledger.stub.DeleteSubscription, ledger.DeleteSubscriptionRequest(user=user))
+    request = ledger.DeleteSubscriptionRequest(user=user, when=when)
+    await kit.backends.ledger.unary(kit.backends.ledger.stub.DeleteSubscription, request)
     _forget(kit, user)
     await exchange.respond(204, b"", b"")
 

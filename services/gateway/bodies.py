@@ -212,9 +212,10 @@ class NamedPlanBody(PlanBody, frozen=True, kw_only=True):
 
 
 class SubscriptionBody(Body, frozen=True, kw_only=True):
-    """Which plan a user is on."""
+    """Which plan a user is on, from when."""
 
     plan: PlanName
+    when: Literal["now", "period_end"] = "now"
 
 
 class BudgetBody(Body, frozen=True, kw_only=True):

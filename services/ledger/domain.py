@@ -96,13 +96,18 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A user of a tenant with the plan in force. `subscribed_at` is None on the free plan that everybody starts with."""
+    """A user of a tenant with the plan in force. `subscribed_at` is None on the free plan that everybody starts with.
+
+    `next_plan` follows at `changes_at`; empty and None if nothing changes.
+    """
 
     user: str
     plan: Plan
     display_name: str
     created_at: datetime
     subscribed_at: datetime | None
+    next_plan: str = ""
+    changes_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -179,12 +179,12 @@ class People(Protocol):
         """Add a plan to a tenant or change it; one with a common plan's name replaces that for this tenant alone."""
         ...
 
-    async def subscribe(self, tenant: str, user: str, plan: str) -> Member:
-        """Put a user on a plan at once; the former subscription ends. Raises NotFound for an unknown plan."""
+    async def subscribe(self, tenant: str, user: str, plan: str, *, at_period_end: bool) -> Member:
+        """Put a user on a plan, at once or with the next period; the former subscription ends. Raises NotFound for an unknown plan."""
         ...
 
-    async def unsubscribe(self, tenant: str, user: str) -> None:
-        """End a subscription. Raises NotFound for an unknown user; one without a subscription stays as they are."""
+    async def unsubscribe(self, tenant: str, user: str, *, at_period_end: bool) -> None:
+        """End a subscription, at once or with its period; without one nothing changes. Raises NotFound for an unknown user."""
         ...
 
 

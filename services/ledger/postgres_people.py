@@ -20,7 +20,7 @@ PUT_PLAN = (
     f" ON CONFLICT (tenant, name) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in PLAN_COLUMNS)}, updated_at = now()"
 )
 """Takes what `plan_row` makes."""
-_MEMBER = f"user_id, display_name, created_at, subscribed_at, plan, {_PLAN}"
+_MEMBER = f"user_id, display_name, created_at, subscribed_at, next_plan, changes_at, plan, {_PLAN}"
 
 
 class PostgresPeople:
@@ -75,30 +75,21 @@ class PostgresPeople:
     async def put_plan(self, tenant: str, plan: Plan) -> None:
         await self._database.of(tenant).value(PUT_PLAN, *plan_row(tenant, plan))
 
-    async def subscribe(self, tenant: str, user: str, plan: str) -> Member:
+    async def subscribe(self, tenant: str, user: str, plan: str, *, at_period_end: bool) -> Member:
 
         async def work(connection: Connection) -> None:
             async with connection.transaction():
                 if not await connection.fetchval("SELECT true FROM plans WHERE tenant IN ('', $1) AND name = $2 LIMIT 1", tenant, plan):
                     raise NotFound("no such plan", kind="plan")
                 await connection.execute("SELECT ensure_user($1, $2)", tenant, user)
-                # The user's row is the lock: two changes at once follow one another.
-                await connection.execute("SELECT 1 FROM users WHERE tenant = $1 AND user_id = $2 FOR NO KEY UPDATE", tenant, user)
-                running = "tenant = $1 AND user_id = $2 AND ended_at IS NULL"
-                if await connection.fetchval(f"SELECT plan FROM subscriptions WHERE {running}", tenant, user) == plan:
-                    return
-                await connection.execute(f"UPDATE subscriptions SET ended_at = greatest(started_at, now()) WHERE {running}", tenant, user)
-                await connection.execute("INSERT INTO subscriptions (tenant, user_id, plan) VALUES ($1, $2, $3)", tenant, user, plan)
+                await connection.execute("SELECT change_subscription($1, $2, $3, $4)", tenant, user, plan, at_period_end)
 
         await self._database.of(tenant).run(work)
         return await self.member(tenant, user)
 
-    async def unsubscribe(self, tenant: str, user: str) -> None:
+    async def unsubscribe(self, tenant: str, user: str, *, at_period_end: bool) -> None:
         await self.known_member(tenant, user)
-        await self._database.of(tenant).value(
-            "UPDATE subscriptions SET ended_at = greatest(started_at, now()) WHERE tenant = $1 AND user_id = $2 AND ended_at IS NULL",
-            *(tenant, user),
-        )
+        await self._database.of(tenant).value("SELECT change_subscription($1, $2, NULL, $3)", tenant, user, at_period_end)
 
 
 def plan_row(tenant: str, plan: Plan) -> tuple[Any, ...]:
@@ -129,4 +120,12 @@ def _plan_of(row: Any) -> Plan:
 
 
 def _member_of(row: Any) -> Member:
-    return Member(row["user_id"], _plan_of(row), row["display_name"], row["created_at"], row["subscribed_at"])
+    return Member(
+        row["user_id"],
+        _plan_of(row),
+        row["display_name"],
+        row["created_at"],
+        row["subscribed_at"],
+        row["next_plan"] or "",
+        row["changes_at"],
+    )

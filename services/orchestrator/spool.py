@@ -39,7 +39,7 @@ FULL_PAUSE_S = 0.5
 """How soon a full disk is tried again."""
 FREE_BYTES_MIN = 16 * 1024 * 1024
 """With less free than this no new work is admitted, so that what has begun finds room for its records."""
-BACKOFF_MIN_S, BACKOFF_MAX_S = 0.1, 30.0
+BACKOFF_MIN_S, BACKOFF_MAX_S = 0.1, 5.0
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS outbox (
     record_id INTEGER PRIMARY KEY AUTOINCREMENT, -- never used twice, so an old acknowledgement cannot hit a new record
@@ -247,7 +247,7 @@ class Spool:
                 log.warning("spool_has_room", depth=self.depth)
 
     async def drain_forever(self, open_link: OpenLink) -> None:
-        """Send what is in the outbox, at least once, oldest first, for ever. Whatever fails is tried again; the wait grows to 30 s."""
+        """Send what is in the outbox, at least once, oldest first, for ever. Whatever fails is tried again; the wait grows to 5 s."""
         failures = 0
         while True:
             try:

@@ -3,11 +3,14 @@
 `make bench-money` runs the same ones in full. A run prints its seed; SEED=… replays it.
 """
 
+import asyncio
+import time
 from collections.abc import AsyncIterator
 
+import httpx
 import pytest
 
-from bench.ground import Ground, Outcome, ground, seed_of_run
+from bench.ground import PLAN, TENANTS, Ground, Outcome, ground, seed_of_run
 from bench.money import away, ledgers, orchestrators, postgres
 
 pytestmark = pytest.mark.slow
@@ -53,3 +56,31 @@ async def test_a_killed_database_leaves_true_books(made: Ground) -> None:
     outcome = await postgres(made, 2)
     holds(outcome)
     assert outcome.notes["exact"] >= 20
+
+
+async def test_a_changed_plan_is_seen_at_every_gateway_within_five_seconds(made: Ground) -> None:
+    """Whoever was told the former plan a moment ago goes by the new one."""
+    tenant = TENANTS[0]
+
+    async def limit(gateway: str) -> int:
+        headers = {"authorization": f"Bearer {made.suite.token('mover', tenant)}"}
+        async with httpx.AsyncClient(base_url=made.suite.url_of(gateway), headers=headers, timeout=30, trust_env=False) as http:
+            reply = await http.post("/v1/answers", json={"question": "What moves?", "stream": False})
+        return int(reply.headers["x-ratelimit-limit-requests"])
+
+    async with made.suite.client("admin", tenant, ("user", "admin")) as admin:
+        (await admin.put("/v1/admin/plans/odd", json={**PLAN, "requests_per_minute": 777})).raise_for_status()
+        assert {await limit(gateway) for gateway in made.suite.gateways} == {600}
+        put = await admin.put("/v1/admin/subscriptions/mover", json={"plan": "odd", "when": "now"})
+        began = time.monotonic()
+        assert put.json()["plan"] == "odd"
+        for gateway in made.suite.gateways:
+            while await limit(gateway) != 777:
+                assert time.monotonic() - began < 6  # five seconds, and the request itself
+                await asyncio.sleep(0.2)
+        cancelled = await admin.delete("/v1/admin/subscriptions/mover", params={"when": "period_end"})
+        pending = (await admin.get("/v1/admin/subscriptions/mover")).json()
+
+    assert cancelled.status_code == 204
+    assert (pending["plan"], pending["next_plan"]) == ("odd", "free")
+    assert pending["changes_at"]

@@ -1,4 +1,8 @@
-"""What goes wrong around an answer, and how it ends each time: one typed end, true books, a closed socket, no hold left open."""
+"""What goes wrong around an answer, and how it ends each time: one typed end, true books, a closed socket, no hold left open.
+
+Tests that are named after a failure, as `upstream_not_closed`, show that it does not happen here; more of them are in
+tests/integration/orchestrator/test_orchestrator_regressions.py.
+"""
 
 import asyncio
 import sqlite3
@@ -109,9 +113,7 @@ async def test_retry_after_is_obeyed(claude: World) -> None:
         ({"fault": "error_in_200"}, ModelOverloaded),
     ],
 )
-async def test_failure_after_text_ends_in_one_typed_error_and_is_booked(
-    claude: World, behaviour: dict[str, object], failure: type[DomainError]
-) -> None:
+async def test_upstream_failure_mid_stream_not_logged(claude: World, behaviour: dict[str, object], failure: type[DomainError]) -> None:
     """What was shown cannot be unsaid: no second try, no `done`; what was used is booked as an estimate that covers it."""
     claude.behave(fault_at=7, tokens=20, **behaviour)
     reply = Reply()
@@ -138,7 +140,7 @@ async def test_cut_answer_is_not_remembered(claude: World) -> None:
     assert reply.done.cache.verdict == "miss"
 
 
-async def test_usage_that_never_came_is_estimated_and_a_zero_is_a_zero(claude: World) -> None:
+async def test_explicit_zero_becomes_guess(claude: World) -> None:
     """An absent count is estimated and said to be; an explicit 0 is believed."""
     claude.behave(fault="late_usage_missing")
     absent = await claude.ask(QUESTION, cache=pb.CACHE_MODE_OFF)
@@ -161,7 +163,7 @@ async def test_events_cut_at_any_byte_are_read_whole(claude: World) -> None:
     assert dripped.text == whole.text
 
 
-async def test_cancel_closes_the_provider_and_books_what_was_used(claude: World) -> None:
+async def test_upstream_not_closed(claude: World) -> None:
     """CancelAnswer: the socket is closed within a second, the reader gets ANSWER_CANCELLED, the tokens sent are booked."""
     claude.behave(tokens=1000, tokens_per_s=100)
     reply = Reply()
@@ -220,8 +222,8 @@ async def test_answer_nobody_comes_back_to_is_stopped_after_the_grace(claude: Wo
     assert record.ended_s >= 0.25
 
 
-async def test_disconnect_of_a_caller_that_cannot_come_back_is_a_cancel(claude: World) -> None:
-    """`cancel_on_disconnect` knows no grace."""
+async def test_usage_lost_on_disconnect(claude: World) -> None:
+    """`cancel_on_disconnect` knows no grace; what was made until then is booked."""
     claude.behave(tokens=1000, tokens_per_s=50)
     left = await _ask_and_leave(claude, cancel_on_disconnect=True)
     operation = await claude.booked(left.answer_id)
@@ -230,6 +232,8 @@ async def test_disconnect_of_a_caller_that_cannot_come_back_is_a_cancel(claude: 
     assert operation.status == "cancelled"
     assert record.ended_s is not None
     assert record.ended_s < 0.3
+    assert operation.usage.input_tokens == record.input_tokens
+    assert abs(operation.usage.output_tokens - record.output_tokens) <= 2
 
 
 async def test_silence_is_filled_with_heartbeats_that_take_no_number(claude: World) -> None:

@@ -97,7 +97,13 @@ def user_message(member: Member) -> pb.User:
 
 def subscription_message(member: Member) -> pb.Subscription:
     started_at = member.subscribed_at or member.created_at
-    return pb.Subscription(user=member.user, plan=member.plan.name, started_at=timestamp(started_at))
+    return pb.Subscription(
+        user=member.user,
+        plan=member.plan.name,
+        started_at=timestamp(started_at),
+        next_plan=member.next_plan,
+        changes_at=timestamp(member.changes_at) if member.changes_at is not None else None,
+    )
 
 
 def budget_message(budget: Budget) -> pb.Budget:

@@ -11,6 +11,8 @@ from services.ledger.rpc.callers import Writer, admin, service
 from tailrace.common.v1 import common_pb2
 from tailrace.ledger.v1 import ledger_service_pb2 as pb
 
+MOMENTS = ("", "now", "period_end")
+
 
 class PeopleRpcs:
     """Who there is, what they may do, and the keys they come with."""
@@ -64,14 +66,16 @@ class PeopleRpcs:
     async def PutSubscription(self, request: pb.PutSubscriptionRequest, _: object) -> pb.PutSubscriptionResponse:
         principal, user = admin(), checks.text(request.user, "user", 256, empty=False)
         plan = checks.matching(request.plan, "plan", messages.PLAN_NAME, "1-64 of [a-z0-9_-]")
+        at_period_end = checks.one_of(request.when, "when", MOMENTS) == "period_end"
         with span("ledger.put_subscription"):
-            member = await self._people.subscribe(principal.tenant, user, plan)
+            member = await self._people.subscribe(principal.tenant, user, plan, at_period_end=at_period_end)
         return pb.PutSubscriptionResponse(subscription=messages.subscription_message(member))
 
     async def DeleteSubscription(self, request: pb.DeleteSubscriptionRequest, _: object) -> pb.DeleteSubscriptionResponse:
         principal, user = admin(), checks.text(request.user, "user", 256, empty=False)
+        at_period_end = checks.one_of(request.when, "when", MOMENTS) == "period_end"
         with span("ledger.delete_subscription"):
-            await self._people.unsubscribe(principal.tenant, user)
+            await self._people.unsubscribe(principal.tenant, user, at_period_end=at_period_end)
         return pb.DeleteSubscriptionResponse()
 
     async def CreateApiKey(self, request: pb.CreateApiKeyRequest, _: object) -> pb.CreateApiKeyResponse:

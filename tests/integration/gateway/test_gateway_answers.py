@@ -186,7 +186,7 @@ async def test_a_whole_answer_is_one_json_document(front: Front, client: httpx.A
     assert answer["cost_nanousd"] == "1500000000"
 
 
-async def test_leaving_a_whole_answer_cancels_it(front: Front, client: httpx.AsyncClient) -> None:
+async def test_is_disconnected_never_true_on_non_streaming(front: Front, client: httpx.AsyncClient) -> None:
     """Who waits for one document and goes away wants nothing more."""
     front.behind.orchestrator.script = [accepted(), forever]
 

@@ -1,12 +1,15 @@
 """The price book, and the figures that come with the project."""
 
+import json
 from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
 
 import pytest
 
 from services.chassis.errors import PriceUnknown
-from services.chassis.money import Price, Usage
-from services.ledger.prices import ListedPrice, PriceBook, listed_prices, nanousd, parse_prices
+from services.chassis.money import MTOK, Price, Usage
+from services.ledger.prices import NANOUSD, ListedPrice, PriceBook, listed_prices, nanousd, parse_prices
 
 JULY, AUGUST, SEPTEMBER = (datetime(2026, month, 1, tzinfo=UTC) for month in (7, 8, 9))
 NOW = datetime(2026, 11, 1, tzinfo=UTC)
@@ -88,11 +91,48 @@ def test_cache_prices_are_the_stated_multiples_of_the_input_price() -> None:
     """Writes 1.25 and 2 times, reads 0.05 times on Opus 5.5 and Sonnet 5.5 (from 7 October on) and 0.10 times elsewhere."""
     for known in PriceBook(NUMBERED).all_in_force("t", NOW):
         price = known.price
+        if price.provider == "openai":
+            continue
         share = 20 if price.model in ("claude-opus-5-5", "claude-sonnet-5-5") else 10
 
         assert (price.cache_write_5m * 4, price.cache_write_1h) == (price.input * 5, price.input * 2), price.model
         assert price.cache_read * share == price.input, price.model
         assert price.source
+
+
+def test_a_cached_token_of_an_embedding_costs_what_any_does() -> None:
+    """Embeddings have no cache: whoever reports a token there anyway does not get it for nothing."""
+    for model, usd in (("text-embedding-3-small", "0.02"), ("text-embedding-3-large", "0.13")):
+        price = PriceBook(NUMBERED).in_force("t", "openai", model, NOW).price
+
+        for usage in (Usage(1_000_000), Usage(cache_read_tokens=1_000_000), Usage(cache_write_tokens=1_000_000)):
+            assert price.cost_nanousd(usage) == nanousd(usd)
+
+
+NEWER = {"extractive", "claude-fable-5-1", "claude-opus-5-5", "claude-opus-5", "claude-sonnet-5-5", "claude-haiku-5-5", "claude-haiku-4-5"}
+"""What the collected list does not know, because it is of September 2025 or because the model is our own."""
+
+
+def test_prices_are_those_of_a_list_that_others_collected(data_dir: Path) -> None:
+    """Every figure that the list has, for every model it knows; and it knows every model that is not newer than itself."""
+    collected = json.loads((data_dir / "prices" / "litellm_format_model_prices.json").read_text(), parse_float=Decimal)
+    fields = {
+        "input": "input_cost_per_token",
+        "output": "output_cost_per_token",
+        "cache_read": "cache_read_input_token_cost",
+        "cache_write_5m": "cache_creation_input_token_cost",
+    }
+    unknown = set()
+    for listed in listed_prices():
+        price = listed.price
+        row = collected.get(price.model)
+        if row is None or row["litellm_provider"] != price.provider:
+            unknown.add(price.model)
+            continue
+        theirs = {field: row[name] * NANOUSD * MTOK for field, name in fields.items() if name in row}
+        assert {field: getattr(price, field) for field in theirs} == theirs, price.model
+
+    assert unknown == NEWER
 
 
 def test_answering_without_a_provider_is_free_and_listed() -> None:

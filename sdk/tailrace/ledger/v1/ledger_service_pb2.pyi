@@ -1277,13 +1277,21 @@ class Subscription(_message.Message):
     USER_FIELD_NUMBER: _builtins.int
     PLAN_FIELD_NUMBER: _builtins.int
     STARTED_AT_FIELD_NUMBER: _builtins.int
+    NEXT_PLAN_FIELD_NUMBER: _builtins.int
+    CHANGES_AT_FIELD_NUMBER: _builtins.int
     user: _builtins.str
     """Which user."""
     plan: _builtins.str
     """Plan."""
+    next_plan: _builtins.str
+    """Plan that follows. Empty = nothing changes."""
     @_builtins.property
     def started_at(self) -> _timestamp_pb2.Timestamp:
         """Since when."""
+
+    @_builtins.property
+    def changes_at(self) -> _timestamp_pb2.Timestamp:
+        """When it follows. Unset = nothing changes."""
 
     def __init__(
         self,
@@ -1291,10 +1299,12 @@ class Subscription(_message.Message):
         user: _builtins.str = ...,
         plan: _builtins.str = ...,
         started_at: _timestamp_pb2.Timestamp | None = ...,
+        next_plan: _builtins.str = ...,
+        changes_at: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["started_at", b"started_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["changes_at", b"changes_at", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "started_at", b"started_at", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changes_at", b"changes_at", "next_plan", b"next_plan", "plan", b"plan", "started_at", b"started_at", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1348,19 +1358,23 @@ class PutSubscriptionRequest(_message.Message):
 
     USER_FIELD_NUMBER: _builtins.int
     PLAN_FIELD_NUMBER: _builtins.int
+    WHEN_FIELD_NUMBER: _builtins.int
     user: _builtins.str
     """Which user."""
     plan: _builtins.str
     """Name of the plan."""
+    when: _builtins.str
+    """`now`, or `period_end`: with the next calendar month, UTC. Empty = `now`."""
     def __init__(
         self,
         *,
         user: _builtins.str = ...,
         plan: _builtins.str = ...,
+        when: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "user", b"user", "when", b"when"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1393,16 +1407,20 @@ class DeleteSubscriptionRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     USER_FIELD_NUMBER: _builtins.int
+    WHEN_FIELD_NUMBER: _builtins.int
     user: _builtins.str
     """Which user."""
+    when: _builtins.str
+    """As in PutSubscriptionRequest."""
     def __init__(
         self,
         *,
         user: _builtins.str = ...,
+        when: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["user", b"user", "when", b"when"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -313,14 +313,14 @@ class LedgerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PutSubscription(self, request, context):
-        """Admin. Puts a user on a plan, at once.
+        """Admin. Puts a user on a plan, at once or with the next period. A change that was to come before is forgotten.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteSubscription(self, request, context):
-        """Admin. Ends a subscription: the user is on the free plan again.
+        """Admin. Ends a subscription, at once or with its period: the user is on the free plan again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -72,9 +72,9 @@ class LedgerServiceStub:
     GetSubscription: _grpc.UnaryUnaryMultiCallable[_ledger_service_pb2.GetSubscriptionRequest, _ledger_service_pb2.GetSubscriptionResponse]
     """A user's subscription; another's for an admin."""
     PutSubscription: _grpc.UnaryUnaryMultiCallable[_ledger_service_pb2.PutSubscriptionRequest, _ledger_service_pb2.PutSubscriptionResponse]
-    """Admin. Puts a user on a plan, at once."""
+    """Admin. Puts a user on a plan, at once or with the next period. A change that was to come before is forgotten."""
     DeleteSubscription: _grpc.UnaryUnaryMultiCallable[_ledger_service_pb2.DeleteSubscriptionRequest, _ledger_service_pb2.DeleteSubscriptionResponse]
-    """Admin. Ends a subscription: the user is on the free plan again."""
+    """Admin. Ends a subscription, at once or with its period: the user is on the free plan again."""
     GetBudgets: _grpc.UnaryUnaryMultiCallable[_ledger_service_pb2.GetBudgetsRequest, _ledger_service_pb2.GetBudgetsResponse]
     """Admin. Budgets of one subject with what is spent and held."""
     PutBudget: _grpc.UnaryUnaryMultiCallable[_ledger_service_pb2.PutBudgetRequest, _ledger_service_pb2.PutBudgetResponse]
@@ -146,9 +146,9 @@ class LedgerServiceAsyncStub(LedgerServiceStub):
     GetSubscription: _aio.UnaryUnaryMultiCallable[_ledger_service_pb2.GetSubscriptionRequest, _ledger_service_pb2.GetSubscriptionResponse]  # type: ignore[assignment]
     """A user's subscription; another's for an admin."""
     PutSubscription: _aio.UnaryUnaryMultiCallable[_ledger_service_pb2.PutSubscriptionRequest, _ledger_service_pb2.PutSubscriptionResponse]  # type: ignore[assignment]
-    """Admin. Puts a user on a plan, at once."""
+    """Admin. Puts a user on a plan, at once or with the next period. A change that was to come before is forgotten."""
     DeleteSubscription: _aio.UnaryUnaryMultiCallable[_ledger_service_pb2.DeleteSubscriptionRequest, _ledger_service_pb2.DeleteSubscriptionResponse]  # type: ignore[assignment]
-    """Admin. Ends a subscription: the user is on the free plan again."""
+    """Admin. Ends a subscription, at once or with its period: the user is on the free plan again."""
     GetBudgets: _aio.UnaryUnaryMultiCallable[_ledger_service_pb2.GetBudgetsRequest, _ledger_service_pb2.GetBudgetsResponse]  # type: ignore[assignment]
     """Admin. Budgets of one subject with what is spent and held."""
     PutBudget: _aio.UnaryUnaryMultiCallable[_ledger_service_pb2.PutBudgetRequest, _ledger_service_pb2.PutBudgetResponse]  # type: ignore[assignment]
@@ -319,7 +319,7 @@ class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _ledger_service_pb2.PutSubscriptionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_ledger_service_pb2.PutSubscriptionResponse, _abc.Awaitable[_ledger_service_pb2.PutSubscriptionResponse]]:
-        """Admin. Puts a user on a plan, at once."""
+        """Admin. Puts a user on a plan, at once or with the next period. A change that was to come before is forgotten."""
 
     @_abc_1.abstractmethod
     def DeleteSubscription(
@@ -327,7 +327,7 @@ class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _ledger_service_pb2.DeleteSubscriptionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_ledger_service_pb2.DeleteSubscriptionResponse, _abc.Awaitable[_ledger_service_pb2.DeleteSubscriptionResponse]]:
-        """Admin. Ends a subscription: the user is on the free plan again."""
+        """Admin. Ends a subscription, at once or with its period: the user is on the free plan again."""
 
     @_abc_1.abstractmethod
     def GetBudgets(

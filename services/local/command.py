@@ -142,6 +142,42 @@ def doctor() -> None:
     raise typer.Exit(1 if bad else 0)
 
 
+books = typer.Typer(no_args_is_help=True, help="Look after the books.")
+app.add_typer(books, name="ledger")
+
+
+@books.command()
+def reconcile(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Usage export of Anthropic or OpenAI: .csv, or JSON.")],
+    max_drift: Annotated[str, typer.Option(help="Most that tokens or cost may differ, such as 1% or 0.5%.")] = "1%",
+) -> None:
+    """Compare a provider's usage export with the books, by model and day. Exit code 1 if they differ too much."""
+    from services.chassis.errors import DomainError
+    from services.local.reconciling import compared, percent, table
+
+    bound = percent(max_drift)
+    if bound is None:
+        raise typer.BadParameter("a percentage, such as 1%", param_hint="--max-drift")
+    try:
+        report = finish(compared(file, database_address()))
+    except (DomainError, OSError, UnicodeError) as error:
+        typer.echo(f"tailrace: {file}: {error}", err=True)
+        raise typer.Exit(2) from None
+    typer.echo(table(report))
+    raise typer.Exit(1 if report.worst > bound or report.unknown_requests else 0)
+
+
+def database_address() -> str:
+    """The ledger's database: DATABASE_URL, else the one of this state directory."""
+    if url := os.environ.get("DATABASE_URL"):
+        return url
+    path = state_dir(os.environ) / "database-url"
+    try:
+        return path.read_text().strip()
+    except OSError:
+        sys.exit(f"no database: set DATABASE_URL, or start Tailrace with `tailrace up`, which writes {path}")
+
+
 @app.command()
 def operations(
     limit: Annotated[int, typer.Option(min=1, max=1000, help="How many.")] = 20,

@@ -19,6 +19,7 @@ from services.ledger.postgres_keys import PostgresKeys
 from services.ledger.postgres_operations import PostgresOperations
 from services.ledger.postgres_people import PostgresPeople
 from services.ledger.postgres_prices import PostgresPrices
+from services.ledger.postgres_privacy import PostgresPrivacy
 from services.ledger.postgres_sums import PostgresSums
 from services.ledger.postgres_usage import PostgresUsage
 from services.ledger.roller import roll_forever
@@ -47,6 +48,7 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
             usage=PostgresUsage(database),
             feed=feed,
             people=PostgresPeople(database),
+            privacy=PostgresPrivacy(database),
             budgets=PostgresBudgets(database, clock),
             keys=PostgresKeys(database, clock),
             conversations=PostgresConversations(database),

@@ -1,7 +1,18 @@
 """The contract's side of the ledger: every RPC validates, calls and translates. No SQL, no arithmetic; only here are messages known."""
 
 from services.chassis.clock import Clock
-from services.ledger.ports import Budgets, Conversations, HoldBook, Keys, OperationBook, OperationFeed, People, Prices, UsageReports
+from services.ledger.ports import (
+    Budgets,
+    Conversations,
+    HoldBook,
+    Keys,
+    OperationBook,
+    OperationFeed,
+    People,
+    Prices,
+    Privacy,
+    UsageReports,
+)
 from services.ledger.rpc.conversations import ConversationRpcs
 from services.ledger.rpc.money import MoneyRpcs
 from services.ledger.rpc.people import PeopleRpcs
@@ -23,6 +34,7 @@ class LedgerServicer(MoneyRpcs, RecordRpcs, PeopleRpcs, ConversationRpcs):
         usage: UsageReports,
         feed: OperationFeed,
         people: People,
+        privacy: Privacy,
         budgets: Budgets,
         keys: Keys,
         conversations: Conversations,
@@ -30,5 +42,6 @@ class LedgerServicer(MoneyRpcs, RecordRpcs, PeopleRpcs, ConversationRpcs):
         clock: Clock,
     ) -> None:
         self._holds, self._operations, self._usage, self._feed = holds, operations, usage, feed
+        self._privacy = privacy
         self._people, self._budgets, self._keys, self._conversations = people, budgets, keys, conversations
         self._prices, self._clock, self._reading = prices, clock, set()

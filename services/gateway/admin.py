@@ -12,6 +12,8 @@ from services.gateway.queries import at, page
 from tailrace.ledger.v1 import ledger_service_pb2 as ledger
 
 SCOPES = ("tenant", "user", "key")
+ERASE_TIMEOUT_S = 300.0
+"""A user with a million operations takes a minute."""
 
 
 async def plans(exchange: Exchange, kit: Kit) -> None:
@@ -190,6 +192,15 @@ async def put_user(exchange: Exchange, kit: Kit) -> None:
     request = ledger.PutUserRequest(user=user, display_name=body.display_name)
     reply = await kit.backends.ledger.unary(kit.backends.ledger.stub.PutUser, request)
     await exchange.respond_json(render.plain(reply.user))
+
+
+async def erase_user(exchange: Exchange, kit: Kit) -> None:
+    """DELETE /v1/admin/users/{user}"""
+    exchange.query(())
+    user = _subject(exchange, "user")
+    await kit.backends.ledger.unary(kit.backends.ledger.stub.EraseUser, ledger.EraseUserRequest(user=user), timeout_s=ERASE_TIMEOUT_S)
+    _forget(kit, user)
+    await exchange.respond(204, b"", b"")
 
 
 def _rfc3339(seconds: float) -> str:

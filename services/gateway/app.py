@@ -92,6 +92,7 @@ ROUTES = (
     Route("GET", "/v1/admin/users", admin.users),
     Route("POST", "/v1/admin/users", admin.put_user),
     Route("PUT", "/v1/admin/users/{user}", admin.put_user),
+    Route("DELETE", "/v1/admin/users/{user}", admin.erase_user),
 )
 OPERATIONS = (
     Route("GET", "/healthz", infrastructure.healthz),

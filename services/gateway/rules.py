@@ -90,6 +90,7 @@ ROUTE_RULES = {
     "GET /v1/admin/users": ADMIN,
     "POST /v1/admin/users": ADMIN,
     "PUT /v1/admin/users/{user}": ADMIN,
+    "DELETE /v1/admin/users/{user}": ADMIN,
     "GET /healthz": OPEN,
     "GET /readyz": OPEN,
     "GET /metrics": OPEN,

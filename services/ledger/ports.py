@@ -188,6 +188,17 @@ class People(Protocol):
         ...
 
 
+class Privacy(Protocol):
+    """What a person may ask to be done with what is kept of them."""
+
+    async def erase(self, tenant: str, user: str) -> bool:
+        """Erase a user, all or nothing; False if there is none. Money stays under a random name.
+
+        Raises Overloaded while the user's answers are under way.
+        """
+        ...
+
+
 class Budgets(Protocol):
     """Limits of a tenant, its users and its keys."""
 

@@ -20,6 +20,7 @@ from services.ledger.postgres_leases import PostgresLeases, Terms
 from services.ledger.postgres_operations import PostgresOperations
 from services.ledger.postgres_people import PostgresPeople
 from services.ledger.postgres_prices import PostgresPrices
+from services.ledger.postgres_privacy import PostgresPrivacy
 from services.ledger.postgres_sums import PostgresSums
 from services.ledger.postgres_usage import PostgresUsage
 from services.ledger.prices import nanousd
@@ -58,6 +59,7 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
             usage=PostgresUsage(database),
             feed=feed,
             people=PostgresPeople(database),
+            privacy=PostgresPrivacy(database),
             budgets=PostgresBudgets(database, clock),
             keys=PostgresKeys(database, clock),
             conversations=PostgresConversations(database),

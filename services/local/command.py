@@ -31,10 +31,6 @@ ledger = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look aft
 app.add_typer(ledger, name="ledger")
 
 
-ledger = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The books.")
-app.add_typer(ledger, name="ledger")
-
-
 def main() -> None:
     """Run the command; errors a user can do something about are one line, not a traceback."""
     try:
@@ -166,6 +162,27 @@ def doctor() -> None:
         bad += finding.state == "bad"
         typer.echo(f"{finding.state:<5} {finding.name:<11} {finding.text}")
     raise typer.Exit(1 if bad else 0)
+
+
+@ledger.command()
+def reconcile(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Usage export of Anthropic or OpenAI: .csv, or JSON.")],
+    max_drift: Annotated[str, typer.Option(help="Most that tokens or cost may differ, such as 1% or 0.5%.")] = "1%",
+) -> None:
+    """Compare a provider's usage export with the books, by model and day. Exit code 1 if they differ too much."""
+    from services.chassis.errors import DomainError
+    from services.local.reconciling import compared, percent, table
+
+    bound = percent(max_drift)
+    if bound is None:
+        raise typer.BadParameter("a percentage, such as 1%", param_hint="--max-drift")
+    try:
+        report = finish(compared(file, database_url()))
+    except (DomainError, OSError, UnicodeError) as error:
+        typer.echo(f"tailrace: {file}: {error}", err=True)
+        raise typer.Exit(2) from None
+    typer.echo(table(report))
+    raise typer.Exit(1 if report.worst > bound or report.unknown_requests else 0)
 
 
 @app.command()

@@ -54,6 +54,7 @@ RULES = {
         "GetEntitlements": MEMBER,
         "ListUsers": ADMIN,
         "PutUser": ADMIN,
+        "EraseUser": ADMIN,
         "ListPlans": MEMBER,
         "PutPlan": ADMIN,
         "GetSubscription": MEMBER,

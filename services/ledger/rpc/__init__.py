@@ -11,6 +11,7 @@ from services.ledger.ports import (
     OperationFeed,
     People,
     Prices,
+    Privacy,
     UsageReports,
 )
 from services.ledger.rpc.conversations import ConversationRpcs
@@ -37,6 +38,7 @@ class LedgerServicer(MoneyRpcs, CreditRpcs, RecordRpcs, PeopleRpcs, Conversation
         usage: UsageReports,
         feed: OperationFeed,
         people: People,
+        privacy: Privacy,
         budgets: Budgets,
         keys: Keys,
         conversations: Conversations,
@@ -45,5 +47,6 @@ class LedgerServicer(MoneyRpcs, CreditRpcs, RecordRpcs, PeopleRpcs, Conversation
     ) -> None:
         self._holds, self._operations, self._usage, self._feed = holds, operations, usage, feed
         self._credit, self._lease_life_ms = credit, lease_life_ms
+        self._privacy = privacy
         self._people, self._budgets, self._keys, self._conversations = people, budgets, keys, conversations
         self._prices, self._clock, self._reading = prices, clock, set()

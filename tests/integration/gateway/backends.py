@@ -308,6 +308,10 @@ class FakeLedger(LedgerServiceServicer):
         self.seen.note("PutUser", request)
         return ledger.PutUserResponse(user=ledger.User(user=request.user, display_name=request.display_name))
 
+    async def EraseUser(self, request: Any, context: Any) -> Any:
+        self.seen.note("EraseUser", request)
+        return ledger.EraseUserResponse(erased=True)
+
 
 @dataclass
 class Behind:

@@ -157,8 +157,9 @@ async def test_plans_prices_keys_and_users_are_kept(front: Front, admin: httpx.A
     assert user["display_name"] == "Eve"
     for path in ("plans", "prices", "api-keys", "users", "subscriptions/ada"):
         assert (await admin.get(f"/v1/admin/{path}")).status_code == 200
-    for path in ("api-keys/k-1", "subscriptions/ada"):
+    for path in ("api-keys/k-1", "subscriptions/ada", "users/ada"):
         assert (await admin.delete(f"/v1/admin/{path}")).status_code == 204
+    assert [request.user for name, request, _ in front.behind.seen.calls if name == "EraseUser"] == ["ada"]
 
 
 async def test_readiness_names_what_is_missing_and_recovers(front: Front, client: httpx.AsyncClient) -> None:

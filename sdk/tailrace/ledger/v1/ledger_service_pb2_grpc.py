@@ -101,6 +101,11 @@ class LedgerServiceStub:
                 request_serializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.PutUserRequest.SerializeToString,
                 response_deserializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.PutUserResponse.FromString,
                 _registered_method=True)
+        self.EraseUser = channel.unary_unary(
+                '/tailrace.ledger.v1.LedgerService/EraseUser',
+                request_serializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.EraseUserRequest.SerializeToString,
+                response_deserializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.EraseUserResponse.FromString,
+                _registered_method=True)
         self.ListPlans = channel.unary_stream(
                 '/tailrace.ledger.v1.LedgerService/ListPlans',
                 request_serializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.ListPlansRequest.SerializeToString,
@@ -286,6 +291,14 @@ class LedgerServiceServicer:
 
     def PutUser(self, request, context):
         """Admin. Makes a user known, or changes what is kept of them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EraseUser(self, request, context):
+        """Admin. Erases a user: conversations, keys, budgets and profile go, money and counts stay under a random name. Again changes nothing.
+        Refused as overloaded while answers of the user are under way.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -484,6 +497,11 @@ def add_LedgerServiceServicer_to_server(servicer, server):
                     servicer.PutUser,
                     request_deserializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.PutUserRequest.FromString,
                     response_serializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.PutUserResponse.SerializeToString,
+            ),
+            'EraseUser': grpc.unary_unary_rpc_method_handler(
+                    servicer.EraseUser,
+                    request_deserializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.EraseUserRequest.FromString,
+                    response_serializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.EraseUserResponse.SerializeToString,
             ),
             'ListPlans': grpc.unary_stream_rpc_method_handler(
                     servicer.ListPlans,
@@ -929,6 +947,33 @@ class LedgerService:
             '/tailrace.ledger.v1.LedgerService/PutUser',
             tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.PutUserRequest.SerializeToString,
             tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.PutUserResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EraseUser(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tailrace.ledger.v1.LedgerService/EraseUser',
+            tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.EraseUserRequest.SerializeToString,
+            tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.EraseUserResponse.FromString,
             options,
             channel_credentials,
             insecure,

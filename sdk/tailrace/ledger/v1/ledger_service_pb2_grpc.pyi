@@ -65,6 +65,10 @@ class LedgerServiceStub:
     """Admin. Users of the tenant."""
     PutUser: _grpc.UnaryUnaryMultiCallable[_ledger_service_pb2.PutUserRequest, _ledger_service_pb2.PutUserResponse]
     """Admin. Makes a user known, or changes what is kept of them."""
+    EraseUser: _grpc.UnaryUnaryMultiCallable[_ledger_service_pb2.EraseUserRequest, _ledger_service_pb2.EraseUserResponse]
+    """Admin. Erases a user: conversations, keys, budgets and profile go, money and counts stay under a random name. Again changes nothing.
+    Refused as overloaded while answers of the user are under way.
+    """
     ListPlans: _grpc.UnaryStreamMultiCallable[_ledger_service_pb2.ListPlansRequest, _ledger_service_pb2.ListPlansResponse]
     """Plans, as data."""
     PutPlan: _grpc.UnaryUnaryMultiCallable[_ledger_service_pb2.PutPlanRequest, _ledger_service_pb2.PutPlanResponse]
@@ -139,6 +143,10 @@ class LedgerServiceAsyncStub(LedgerServiceStub):
     """Admin. Users of the tenant."""
     PutUser: _aio.UnaryUnaryMultiCallable[_ledger_service_pb2.PutUserRequest, _ledger_service_pb2.PutUserResponse]  # type: ignore[assignment]
     """Admin. Makes a user known, or changes what is kept of them."""
+    EraseUser: _aio.UnaryUnaryMultiCallable[_ledger_service_pb2.EraseUserRequest, _ledger_service_pb2.EraseUserResponse]  # type: ignore[assignment]
+    """Admin. Erases a user: conversations, keys, budgets and profile go, money and counts stay under a random name. Again changes nothing.
+    Refused as overloaded while answers of the user are under way.
+    """
     ListPlans: _aio.UnaryStreamMultiCallable[_ledger_service_pb2.ListPlansRequest, _ledger_service_pb2.ListPlansResponse]  # type: ignore[assignment]
     """Plans, as data."""
     PutPlan: _aio.UnaryUnaryMultiCallable[_ledger_service_pb2.PutPlanRequest, _ledger_service_pb2.PutPlanResponse]  # type: ignore[assignment]
@@ -288,6 +296,16 @@ class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_ledger_service_pb2.PutUserResponse, _abc.Awaitable[_ledger_service_pb2.PutUserResponse]]:
         """Admin. Makes a user known, or changes what is kept of them."""
+
+    @_abc_1.abstractmethod
+    def EraseUser(
+        self,
+        request: _ledger_service_pb2.EraseUserRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ledger_service_pb2.EraseUserResponse, _abc.Awaitable[_ledger_service_pb2.EraseUserResponse]]:
+        """Admin. Erases a user: conversations, keys, budgets and profile go, money and counts stay under a random name. Again changes nothing.
+        Refused as overloaded while answers of the user are under way.
+        """
 
     @_abc_1.abstractmethod
     def ListPlans(

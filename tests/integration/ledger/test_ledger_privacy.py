@@ -1,0 +1,103 @@
+"""Erasing a user: nothing leads back to them, the money stays, and who comes afterwards is somebody else."""
+
+import secrets
+import uuid
+from typing import Any
+
+import asyncpg
+import pytest
+
+from services.chassis.errors import NotAllowed, Overloaded
+from services.chassis.principal import Principal
+from services.ledger.postgres_database import opened
+from services.ledger.postgres_sums import PostgresSums
+from services.ledger.roller import roll_all
+from tailrace.ledger.v1 import ledger_service_pb2 as pb
+from tests.integration.ledger.ledger_kit import Ledger, attempt, operation
+
+COST = 100 * 1000 + 10 * 5000
+
+
+async def traces(url: str, *texts: str) -> dict[str, int]:
+    """Tables with a row that has any of the texts in any column, and how many rows."""
+    connection = await asyncpg.connect(url)
+    try:
+        names = [row["tablename"] for row in await connection.fetch("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")]
+        query = "SELECT count(*) FROM {} t WHERE EXISTS (SELECT FROM unnest($1::text[]) x WHERE strpos(t::text, x) > 0)"
+        found = {name: await connection.fetchval(query.format(name), list(texts)) for name in names}
+    finally:
+        await connection.close()
+    return {name: count for name, count in found.items() if count}
+
+
+async def rolled(ledger: Ledger) -> None:
+    async with opened(ledger.url, connections_max=2, wait_s=5) as database:
+        await roll_all(PostgresSums(database))
+
+
+async def months(ledger: Ledger, boss: Principal) -> list[Any]:
+    request = pb.PutBudgetRequest(scope="tenant", subject=boss.tenant, period="month", limit_nanousd=10**12)
+    budget = (await ledger.ask("PutBudget", request, boss)).budget
+    return [budget.spent_nanousd, budget.held_nanousd]
+
+
+async def test_content_goes_and_money_stays_without_a_name(ledger: Ledger, boss: Principal, bob: Principal) -> None:
+    """No table has the user's id, session, key or words any more; sums and books are what they were; again changes nothing."""
+    name, session, words = (f"{kind}-{secrets.token_hex(8)}" for kind in ("user", "session", "words"))
+    key = (await ledger.ask("CreateApiKey", pb.CreateApiKeyRequest(name=words, user=name, roles=["user"]), boss)).key
+    ann = Principal(boss.tenant, name, api_key_id=key.key_id)
+    await ledger.ask("PutUser", pb.PutUserRequest(user=name, display_name=words), boss)
+    await ledger.ask("PutSubscription", pb.PutSubscriptionRequest(user=name, plan="pro"), boss)
+    for scope, subject in (("user", name), ("key", key.key_id)):
+        await ledger.ask("PutBudget", pb.PutBudgetRequest(scope=scope, subject=subject, period="day", limit_nanousd=10**12), boss)
+    turn = pb.Turn(answer_id=str(uuid.uuid4()), question=words, text=words, complete=True)
+    await ledger.ask("AppendTurn", pb.AppendTurnRequest(session_id=session, turn=turn), ann)
+    held_for = str(uuid.uuid4())
+    await ledger.reserve(ann, held_for)
+    mine = [operation(ann, session_id=session, api_key_id=key.key_id, attempts=[attempt()]) for _ in range(3)]
+    await ledger.record(operation(ann, held_for, api_key_id=key.key_id, attempts=[attempt()]), *mine, operation(bob, attempts=[attempt()]))
+    await rolled(ledger)
+    await ledger.record(operation(ann, api_key_id=key.key_id, attempts=[attempt()]))  # not in the sums yet
+    before = [await ledger.rows("QueryUsage", pb.QueryUsageRequest(group_by=["day", "model"]), boss), await months(ledger, boss)]
+    seen = await traces(ledger.url, name, session, words, key.key_id)
+    erased = await ledger.ask("EraseUser", pb.EraseUserRequest(user=name), boss)
+    await rolled(ledger)
+    after = [await ledger.rows("QueryUsage", pb.QueryUsageRequest(group_by=["day", "model"]), boss), await months(ledger, boss)]
+
+    assert {"users", "turns", "sessions", "api_keys", "budgets", "spending", "holds", "operations", "usage_user_days"} <= set(seen)
+    assert erased.erased
+    assert await traces(ledger.url, name, session, words, key.key_id) == {}
+    assert after == before
+    assert before[1] == [6 * COST, 0]
+    assert not (await ledger.ask("EraseUser", pb.EraseUserRequest(user=name), boss)).erased
+    by_user = {row.group["user"]: row.operations for row in await ledger.rows("QueryUsage", pb.QueryUsageRequest(group_by=["user"]), boss)}
+    assert sorted(by_user.values()) == [1, 5]
+    pseudonym = max(by_user, key=lambda user: by_user[user])
+    assert pseudonym.startswith("erased-")
+
+    again = Principal(boss.tenant, name)
+    assert await ledger.rows("ListOperations", pb.ListOperationsRequest(), again) == []
+    assert await ledger.rows("ListSessions", pb.ListSessionsRequest(), again) == []
+    assert (await ledger.ask("GetEntitlements", pb.GetEntitlementsRequest(), again)).plan.name == "free"
+    request = pb.PutBudgetRequest(scope="user", subject=name, period="month", limit_nanousd=1)
+    assert (await ledger.ask("PutBudget", request, boss)).budget.spent_nanousd == 0
+
+
+async def test_nobody_is_erased_while_money_is_set_aside(ledger: Ledger, ann: Principal, boss: Principal) -> None:
+    """What the answer will have cost must find its user; nothing is changed meanwhile."""
+    held = await ledger.reserve(ann)
+    with pytest.raises(Overloaded):
+        await ledger.ask("EraseUser", pb.EraseUserRequest(user="ann"), boss)
+    await ledger.ask("Void", pb.VoidRequest(hold_id=held.hold_id), ann)
+
+    assert (await ledger.ask("EraseUser", pb.EraseUserRequest(user="ann"), boss)).erased
+
+
+async def test_only_an_admin_of_the_tenant_erases(ledger: Ledger, ann: Principal, stranger: Principal) -> None:
+    """One's own account neither; and a user of the same id elsewhere is not touched."""
+    await ledger.record(operation(ann))
+    with pytest.raises(NotAllowed):
+        await ledger.ask("EraseUser", pb.EraseUserRequest(user="ann"), ann)
+
+    assert not (await ledger.ask("EraseUser", pb.EraseUserRequest(user="ann"), stranger)).erased
+    assert len(await ledger.rows("ListOperations", pb.ListOperationsRequest(), ann)) == 1

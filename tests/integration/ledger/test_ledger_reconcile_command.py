@@ -1,0 +1,66 @@
+"""`tailrace ledger reconcile` on real books: exit codes, both ways of matching, and nothing written."""
+
+import asyncio
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+from typer.testing import CliRunner
+
+from services.chassis.principal import Principal
+from services.chassis.wire import timestamp
+from services.local.command import app
+from services.local.stores import Postgres
+from tests.integration.ledger.ledger_kit import attempt, fresh_database, operation, running
+
+NOON = datetime(2026, 10, 8, 12, 30, tzinfo=UTC)
+HEADER = (
+    "usage_date_utc,model_version,usage_input_tokens_no_cache,usage_input_tokens_cache_write_5m,usage_input_tokens_cache_write_1h,"
+    "usage_input_tokens_cache_read,usage_output_tokens,request_id\n"
+)
+
+
+async def result(url: str, file: Path, text: str, monkeypatch: pytest.MonkeyPatch, *options: str) -> Any:
+    """How the command ends on `text`. In a thread, because it runs a loop of its own."""
+    file.write_text(text)
+    monkeypatch.setenv("DATABASE_URL", url)
+    return await asyncio.to_thread(CliRunner().invoke, app, ["ledger", "reconcile", str(file), *options])
+
+
+async def written(url: str) -> list[Any]:
+    connection = await asyncpg.connect(url)
+    try:
+        return [
+            await connection.fetchval(f"SELECT count(*) FROM {name}") for name in ("operations", "attempts", "holds", "entries", "prices")
+        ]
+    finally:
+        await connection.close()
+
+
+async def test_an_export_is_compared_with_the_books(postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal: 0. Past the bound: 1. A request that nobody booked: 1. A bad line or a model without a price: 2, named."""
+    url, file = await fresh_database(postgres), tmp_path / "usage.csv"
+    async with running(url) as ledger:
+        calls = [attempt(1, provider_request_id="req_1"), attempt(2, provider_request_id="req_2"), attempt(3, 0, 0, not_sent=True)]
+        await ledger.record(operation(Principal("acme", "ann"), created_at=timestamp(NOON), attempts=calls))
+        await ledger.record(operation(Principal("globex", "eve"), created_at=timestamp(NOON), attempts=[attempt()]))
+    before = await written(url)
+    row = "2026-10-08,claude-haiku-4-5-20251001,{},0,0,0,{},{}\n"
+    equal = await result(url, file, HEADER + row.format(300, 30, ""), monkeypatch)
+    by_hour = await result(url, file, HEADER + row.replace("-08,", "-08T12:00:00Z,", 1).format(300, 30, ""), monkeypatch)
+    drifted = await result(url, file, HEADER + row.format(310, 30, ""), monkeypatch)
+    allowed = await result(url, file, HEADER + row.format(310, 30, ""), monkeypatch, "--max-drift", "5%")
+    by_id = await result(url, file, HEADER + row.format(100, 10, "req_1") + row.format(100, 10, "req_2"), monkeypatch)
+    unknown = await result(url, file, HEADER + row.format(100, 10, "req_1") + row.format(0, 0, "req_9"), monkeypatch)
+    bad = await result(url, file, HEADER + row.format(300, "=1", ""), monkeypatch)
+    unpriced = await result(url, file, HEADER + row.replace("claude-haiku-4-5-20251001", "nobody").format(1, 1, ""), monkeypatch)
+
+    assert [done.exit_code for done in (equal, by_hour, drifted, allowed, by_id, unknown, bad, unpriced)] == [0, 0, 1, 0, 0, 1, 2, 2]
+    assert "2026-10-08  claude-haiku-4-5" in equal.output
+    assert "drift: tokens 2.941 %" in drifted.output
+    assert "1 requests of the provider are not in the books" in unknown.output
+    assert "line 2 has a usage_output_tokens that is no count of tokens" in bad.output
+    assert "line 2: the model nobody of anthropic has no price" in unpriced.output
+    assert await written(url) == before

@@ -16,6 +16,7 @@ from services.ledger.ports import (
 from services.ledger.rpc.conversations import ConversationRpcs
 from services.ledger.rpc.money import MoneyRpcs
 from services.ledger.rpc.people import PeopleRpcs
+from services.ledger.rpc.privacy import PrivacyRpcs
 from services.ledger.rpc.records import RecordRpcs
 from tailrace.ledger.v1 import ledger_service_pb2, ledger_service_pb2_grpc
 
@@ -23,7 +24,7 @@ SERVICE_NAME = ledger_service_pb2.DESCRIPTOR.services_by_name["LedgerService"].f
 register = ledger_service_pb2_grpc.add_LedgerServiceServicer_to_server
 
 
-class LedgerServicer(MoneyRpcs, RecordRpcs, PeopleRpcs, ConversationRpcs):
+class LedgerServicer(MoneyRpcs, RecordRpcs, PeopleRpcs, ConversationRpcs, PrivacyRpcs):
     """LedgerService, one file a family of RPCs."""
 
     def __init__(

@@ -308,6 +308,11 @@ class FakeLedger(LedgerServiceServicer):
         self.seen.note("PutUser", request)
         return ledger.PutUserResponse(user=ledger.User(user=request.user, display_name=request.display_name))
 
+    async def ExportUser(self, request: Any, context: Any) -> None:
+        self.seen.note("ExportUser", request)
+        await context.write(ledger.ExportUserResponse(user=ledger.User(user=request.user)))
+        await context.write(ledger.ExportUserResponse(operation=ledger.Operation(operation_id=ANSWER)))
+
     async def EraseUser(self, request: Any, context: Any) -> Any:
         self.seen.note("EraseUser", request)
         return ledger.EraseUserResponse(erased=True)

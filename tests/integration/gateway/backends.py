@@ -120,6 +120,10 @@ class FakeRetrieval(RetrievalServiceServicer):
         """Streams that ended by a part that is none, so that the document before it was given up."""
         self.hits: Script = []
 
+    async def ForgetAnswers(self, request: Any, context: Any) -> Any:
+        self.seen.note("ForgetAnswers", request)
+        return retrieval.ForgetAnswersResponse(forgotten=1)
+
     async def IngestDocuments(self, request_iterator: Any, context: Any) -> None:
         self.seen.note("IngestDocuments", None)
         whole: list[tuple[Any, bytearray]] = []

@@ -272,7 +272,10 @@ async def test_usage_over_the_wire_is_the_same_before_and_after_rolling(ledger: 
 async def test_operations_of_before_the_sums_are_told_and_old_recorders_go_on(postgres: Postgres) -> None:
     """The schema comes to a database in use: what is there is summed, and a replica that knows no new column still records."""
     told = {
-        "tenant": "acme", "user_id": "ann", "status": "done", "created_at": str(BEGIN + timedelta(hours=2)),
+        "tenant": "acme",
+        "user_id": "ann",
+        "status": "done",
+        "created_at": str(BEGIN + timedelta(hours=2)),
         **dict.fromkeys(("session_id", "api_key_id", "trace_id", "tier", "model", "provider", "collection", "finish_reason"), ""),
         **dict.fromkeys(("error_reason", "cache_verdict", "cache_reason"), ""),
         **dict.fromkeys(("input_tokens", "output_tokens", "cache_read_tokens", "cache_write_tokens", "cache_write_1h_tokens"), 0),

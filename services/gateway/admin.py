@@ -3,6 +3,8 @@
 import re
 from datetime import UTC, datetime
 
+import orjson
+
 from services.chassis.errors import RequestInvalid
 from services.chassis.principal import Principal, current_principal
 from services.gateway import bodies, render, usd
@@ -10,8 +12,10 @@ from services.gateway.exchange import Exchange
 from services.gateway.kit import Kit
 from services.gateway.queries import at, page
 from tailrace.ledger.v1 import ledger_service_pb2 as ledger
+from tailrace.retrieval.v1 import retrieval_service_pb2 as retrieval
 
 SCOPES = ("tenant", "user", "key")
+EXPORT_TIMEOUT_S = 600.0
 ERASE_TIMEOUT_S = 300.0
 """A user with a million operations takes a minute."""
 
@@ -194,10 +198,33 @@ async def put_user(exchange: Exchange, kit: Kit) -> None:
     await exchange.respond_json(render.plain(reply.user))
 
 
+async def export_user(exchange: Exchange, kit: Kit) -> None:
+    """GET /v1/admin/users/{user}/export: a line of JSON for each record, and a last one that says how many there were."""
+    exchange.query(())
+    request = ledger.ExportUserRequest(user=_subject(exchange, "user"))
+    stub, count = kit.backends.ledger.stub, 0
+    headers = [
+        (b"content-type", b"application/x-ndjson"),
+        (b"cache-control", b"no-store"),
+        (b"content-disposition", b'attachment; filename="user.ndjson"'),
+    ]
+    async with kit.backends.ledger.stream(stub.ExportUser, request, timeout_s=EXPORT_TIMEOUT_S) as messages:
+        async for message in messages:
+            if count == 0:  # until then a refusal can still be told as one
+                await exchange.start(200, headers)
+            count += 1
+            await exchange.write(orjson.dumps(render.plain(message)) + b"\n")
+    await exchange.write(orjson.dumps({"complete": True, "records": count}) + b"\n", last=True)
+
+
 async def erase_user(exchange: Exchange, kit: Kit) -> None:
     """DELETE /v1/admin/users/{user}"""
     exchange.query(())
     user = _subject(exchange, "user")
+    # First what can be served again, as the user themselves would have it forgotten; if that fails, the user is still there to try again.
+    forget = retrieval.ForgetAnswersRequest()
+    themselves = Principal(current_principal().tenant, user)
+    await kit.backends.retrieval.unary(kit.backends.retrieval.stub.ForgetAnswers, forget, principal=themselves, timeout_s=30.0)
     await kit.backends.ledger.unary(kit.backends.ledger.stub.EraseUser, ledger.EraseUserRequest(user=user), timeout_s=ERASE_TIMEOUT_S)
     _forget(kit, user)
     await exchange.respond(204, b"", b"")

@@ -93,6 +93,7 @@ ROUTES = (
     Route("POST", "/v1/admin/users", admin.put_user),
     Route("PUT", "/v1/admin/users/{user}", admin.put_user),
     Route("DELETE", "/v1/admin/users/{user}", admin.erase_user),
+    Route("GET", "/v1/admin/users/{user}/export", admin.export_user),
 )
 OPERATIONS = (
     Route("GET", "/healthz", infrastructure.healthz),

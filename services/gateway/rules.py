@@ -91,6 +91,7 @@ ROUTE_RULES = {
     "POST /v1/admin/users": ADMIN,
     "PUT /v1/admin/users/{user}": ADMIN,
     "DELETE /v1/admin/users/{user}": ADMIN,
+    "GET /v1/admin/users/{user}/export": ADMIN,
     "GET /healthz": OPEN,
     "GET /readyz": OPEN,
     "GET /metrics": OPEN,

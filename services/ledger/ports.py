@@ -198,6 +198,14 @@ class Privacy(Protocol):
         """
         ...
 
+    async def subscriptions(self, tenant: str, user: str) -> Sequence[tuple[str, datetime, datetime | None]]:
+        """Plan, start and end of each subscription the user had, oldest first. The running one has no end."""
+        ...
+
+    async def turns(self, tenant: str, user: str, after: tuple[str, int], size: int) -> Sequence[tuple[str, int, Turn]]:
+        """At most `size` turns after (session id, position), in that order, each with its own; ("", 0) = from the start."""
+        ...
+
 
 class Budgets(Protocol):
     """Limits of a tenant, its users and its keys."""

@@ -15,7 +15,7 @@ from services.ledger.paging import Page
 from services.ledger.postgres_database import Database
 
 _SESSION = "session_id, title, created_at, updated_at, turns"
-_TURN = "answer_id, question, answer, citations, complete, created_at"
+TURN = "answer_id, question, answer, citations, complete, created_at"
 
 
 class PostgresConversations:
@@ -38,15 +38,15 @@ class PostgresConversations:
         return await self._turns(principal.tenant, principal.user, session_id, limit)
 
     async def _turns(self, tenant: str, user: str, session_id: str, limit: int) -> Sequence[Turn]:
-        query = f"SELECT {_TURN} FROM latest_turns($1, $2, $3, $4)"
+        query = f"SELECT {TURN} FROM latest_turns($1, $2, $3, $4)"
         rows = await self._database.self_scoped().fetch(query, tenant, user, session_id, limit)
-        return [_turn_of(row) for row in reversed(rows)]
+        return [turn_of(row) for row in reversed(rows)]
 
     async def turn(self, tenant: str, user: str, answer_id: UUID) -> Turn | None:
         row = await self._database.of(tenant).row(
-            f"SELECT {_TURN} FROM turns WHERE tenant = $1 AND user_id = $2 AND answer_id = $3", tenant, user, answer_id
+            f"SELECT {TURN} FROM turns WHERE tenant = $1 AND user_id = $2 AND answer_id = $3", tenant, user, answer_id
         )
-        return _turn_of(row) if row else None
+        return turn_of(row) if row else None
 
     async def session(self, principal: Principal, session_id: str, turns_max: int) -> tuple[Session, Sequence[Turn]]:
         row = await self._database.of(principal.tenant).row(
@@ -76,7 +76,8 @@ def _session_of(row: Any) -> Session:
     return Session(row["session_id"], row["title"], row["created_at"], row["updated_at"], row["turns"])
 
 
-def _turn_of(row: Any) -> Turn:
+def turn_of(row: Any) -> Turn:
+    """A row of TURN."""
     citations = tuple(
         Citation(**{**citation, "heading_path": tuple(citation["heading_path"])}) for citation in orjson.loads(row["citations"])
     )

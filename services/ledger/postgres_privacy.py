@@ -1,6 +1,11 @@
-"""Erases one user in PostgreSQL. What stays, the schema's `erase_user` says."""
+"""Reads and erases what is kept of one user in PostgreSQL. What stays after that, the schema's `erase_user` says."""
+
+from collections.abc import Sequence
+from datetime import datetime
 
 from services.chassis.errors import Overloaded
+from services.ledger.domain import Turn
+from services.ledger.postgres_conversations import TURN, turn_of
 from services.ledger.postgres_database import Connection, Database
 from services.ledger.postgres_sums import LOCK_KEY
 
@@ -26,3 +31,17 @@ class PostgresPrivacy:
         if outcome == "busy":
             raise Overloaded("answers of the user are under way", retry_after_ms=10_000)
         return outcome == "erased"
+
+    async def subscriptions(self, tenant: str, user: str) -> Sequence[tuple[str, datetime, datetime | None]]:
+        rows = await self._database.of(tenant).fetch(
+            "SELECT plan, started_at, ended_at FROM subscriptions WHERE tenant = $1 AND user_id = $2 ORDER BY subscription_id", tenant, user
+        )
+        return [(row["plan"], row["started_at"], row["ended_at"]) for row in rows]
+
+    async def turns(self, tenant: str, user: str, after: tuple[str, int], size: int) -> Sequence[tuple[str, int, Turn]]:
+        rows = await self._database.of(tenant).fetch(
+            f"SELECT session_id, ordinal, {TURN} FROM turns WHERE tenant = $1 AND user_id = $2 AND (session_id, ordinal) > ($3, $4)"
+            " ORDER BY session_id, ordinal LIMIT $5",
+            *(tenant, user, *after, size),
+        )
+        return [(row["session_id"], row["ordinal"], turn_of(row)) for row in rows]

@@ -18,6 +18,7 @@ from services.ledger.rpc.conversations import ConversationRpcs
 from services.ledger.rpc.credit import CreditRpcs
 from services.ledger.rpc.money import MoneyRpcs
 from services.ledger.rpc.people import PeopleRpcs
+from services.ledger.rpc.privacy import PrivacyRpcs
 from services.ledger.rpc.records import RecordRpcs
 from tailrace.ledger.v1 import ledger_service_pb2, ledger_service_pb2_grpc
 
@@ -25,7 +26,7 @@ SERVICE_NAME = ledger_service_pb2.DESCRIPTOR.services_by_name["LedgerService"].f
 register = ledger_service_pb2_grpc.add_LedgerServiceServicer_to_server
 
 
-class LedgerServicer(MoneyRpcs, CreditRpcs, RecordRpcs, PeopleRpcs, ConversationRpcs):
+class LedgerServicer(MoneyRpcs, CreditRpcs, RecordRpcs, PeopleRpcs, ConversationRpcs, PrivacyRpcs):
     """LedgerService, one file a family of RPCs."""
 
     def __init__(

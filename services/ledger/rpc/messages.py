@@ -106,6 +106,13 @@ def subscription_message(member: Member) -> pb.Subscription:
     )
 
 
+def past_subscription_message(user: str, plan: str, started_at: datetime, ended_at: datetime | None) -> pb.PastSubscription:
+    return pb.PastSubscription(
+        subscription=pb.Subscription(user=user, plan=plan, started_at=timestamp(started_at)),
+        ended_at=timestamp(ended_at) if ended_at else None,
+    )
+
+
 def budget_message(budget: Budget) -> pb.Budget:
     return pb.Budget(
         scope=budget.scope,

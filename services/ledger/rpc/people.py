@@ -5,7 +5,7 @@ from services.chassis.errors import NotAllowed, RequestInvalid
 from services.chassis.principal import Principal, current_principal
 from services.chassis.telemetry import span
 from services.ledger.paging import key_of, token_of
-from services.ledger.ports import Keys, People, Privacy
+from services.ledger.ports import Keys, People
 from services.ledger.rpc import checks, messages
 from services.ledger.rpc.callers import Writer, admin, service
 from tailrace.common.v1 import common_pb2
@@ -19,7 +19,6 @@ class PeopleRpcs:
 
     _people: People
     _keys: Keys
-    _privacy: Privacy
     _clock: Clock
 
     async def GetEntitlements(self, _: pb.GetEntitlementsRequest, __: object) -> pb.GetEntitlementsResponse:
@@ -42,11 +41,6 @@ class PeopleRpcs:
         name = checks.text(request.display_name, "display_name", 256)
         with span("ledger.put_user"):
             return pb.PutUserResponse(user=messages.user_message(await self._people.put(principal.tenant, user, name)))
-
-    async def EraseUser(self, request: pb.EraseUserRequest, _: object) -> pb.EraseUserResponse:
-        principal, user = admin(), checks.text(request.user, "user", 256, empty=False)
-        with span("ledger.erase_user"):
-            return pb.EraseUserResponse(erased=await self._privacy.erase(principal.tenant, user))
 
     async def ListPlans(self, _: pb.ListPlansRequest, context: Writer) -> None:
         with span("ledger.plans"):

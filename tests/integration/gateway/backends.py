@@ -120,6 +120,10 @@ class FakeRetrieval(RetrievalServiceServicer):
         """Streams that ended by a part that is none, so that the document before it was given up."""
         self.hits: Script = []
 
+    async def ForgetAnswers(self, request: Any, context: Any) -> Any:
+        self.seen.note("ForgetAnswers", request)
+        return retrieval.ForgetAnswersResponse(forgotten=1)
+
     async def IngestDocuments(self, request_iterator: Any, context: Any) -> None:
         self.seen.note("IngestDocuments", None)
         whole: list[tuple[Any, bytearray]] = []
@@ -307,6 +311,11 @@ class FakeLedger(LedgerServiceServicer):
     async def PutUser(self, request: Any, context: Any) -> Any:
         self.seen.note("PutUser", request)
         return ledger.PutUserResponse(user=ledger.User(user=request.user, display_name=request.display_name))
+
+    async def ExportUser(self, request: Any, context: Any) -> None:
+        self.seen.note("ExportUser", request)
+        await context.write(ledger.ExportUserResponse(user=ledger.User(user=request.user)))
+        await context.write(ledger.ExportUserResponse(operation=ledger.Operation(operation_id=ANSWER)))
 
     async def EraseUser(self, request: Any, context: Any) -> Any:
         self.seen.note("EraseUser", request)

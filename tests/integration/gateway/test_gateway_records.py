@@ -3,6 +3,7 @@
 import asyncio
 import csv
 import io
+import json
 from typing import Any
 
 import httpx
@@ -159,7 +160,19 @@ async def test_plans_prices_keys_and_users_are_kept(front: Front, admin: httpx.A
         assert (await admin.get(f"/v1/admin/{path}")).status_code == 200
     for path in ("api-keys/k-1", "subscriptions/ada", "users/ada"):
         assert (await admin.delete(f"/v1/admin/{path}")).status_code == 204
-    assert [request.user for name, request, _ in front.behind.seen.calls if name == "EraseUser"] == ["ada"]
+    forget, asker = front.behind.seen.last("ForgetAnswers")
+    assert (asker.tenant, asker.user, asker.roles, forget.collection) == ("acme", "ada", frozenset({"user"}), "")
+    assert front.behind.seen.last("EraseUser")[0].user == "ada"
+
+
+async def test_a_user_is_exported_line_by_line_with_a_last_one_that_says_it_is_whole(front: Front, admin: httpx.AsyncClient) -> None:
+    """A file that was cut is not taken for everything."""
+    reply = await admin.get("/v1/admin/users/ada/export")
+    lines = [json.loads(line) for line in reply.text.splitlines()]
+
+    assert reply.headers["content-type"] == "application/x-ndjson"
+    assert [list(line) for line in lines] == [["user"], ["operation"], ["complete", "records"]]
+    assert (lines[0]["user"]["user"], lines[1]["operation"]["operation_id"], lines[2]["records"]) == ("ada", ANSWER, 2)
 
 
 async def test_readiness_names_what_is_missing_and_recovers(front: Front, client: httpx.AsyncClient) -> None:

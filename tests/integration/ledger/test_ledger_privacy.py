@@ -2,16 +2,18 @@
 
 import secrets
 import uuid
+from collections import Counter
 from typing import Any
 
 import asyncpg
 import pytest
 
-from services.chassis.errors import NotAllowed, Overloaded
+from services.chassis.errors import NotAllowed, NotFound, Overloaded
 from services.chassis.principal import Principal
 from services.ledger.postgres_database import opened
 from services.ledger.postgres_sums import PostgresSums
 from services.ledger.roller import roll_all
+from services.ledger.rpc.privacy import PAGE
 from tailrace.ledger.v1 import ledger_service_pb2 as pb
 from tests.integration.ledger.ledger_kit import Ledger, attempt, operation
 
@@ -81,6 +83,34 @@ async def test_content_goes_and_money_stays_without_a_name(ledger: Ledger, boss:
     assert (await ledger.ask("GetEntitlements", pb.GetEntitlementsRequest(), again)).plan.name == "free"
     request = pb.PutBudgetRequest(scope="user", subject=name, period="month", limit_nanousd=1)
     assert (await ledger.ask("PutBudget", request, boss)).budget.spent_nanousd == 0
+
+
+async def test_everything_that_is_kept_is_exported_and_nothing_of_others(
+    ledger: Ledger, ann: Principal, bob: Principal, boss: Principal
+) -> None:
+    """More turns and operations than a page, former subscriptions, and no secret."""
+    for plan in ("pro", "enterprise"):
+        await ledger.ask("PutSubscription", pb.PutSubscriptionRequest(user="ann", plan=plan), boss)
+    made = await ledger.ask("CreateApiKey", pb.CreateApiKeyRequest(name="n", user="ann", roles=["user"]), boss)
+    await ledger.ask("CreateApiKey", pb.CreateApiKeyRequest(name="n", user="bob", roles=["user"]), boss)
+    for number in range(PAGE + 5):
+        turn = pb.Turn(answer_id=str(uuid.uuid4()), question=f"q{number}", text="a", complete=True)
+        await ledger.ask("AppendTurn", pb.AppendTurnRequest(session_id=f"s{number % 2}", turn=turn), ann)
+    await ledger.ask("AppendTurn", pb.AppendTurnRequest(session_id="s0", turn=pb.Turn(answer_id=str(uuid.uuid4()), question="bob's")), bob)
+    await ledger.record(operation(bob), *(operation(ann) for _ in range(PAGE + 5)))
+    records = await ledger.rows("ExportUser", pb.ExportUserRequest(user="ann"), boss)
+    kinds = [record.WhichOneof("record") for record in records]
+
+    assert list(dict.fromkeys(kinds)) == ["user", "subscription", "api_key", "session", "turn", "operation"]
+    assert Counter(kinds) == {"user": 1, "subscription": 2, "api_key": 1, "session": 2, "turn": PAGE + 5, "operation": PAGE + 5}
+    assert {record.turn.turn.question for record in records if record.HasField("turn")} == {f"q{number}" for number in range(PAGE + 5)}
+    assert {record.operation.user for record in records if record.HasField("operation")} == {"ann"}
+    assert [record.subscription.HasField("ended_at") for record in records if record.HasField("subscription")] == [True, False]
+    assert not any(made.secret in str(record) for record in records)
+    with pytest.raises(NotFound):
+        await ledger.rows("ExportUser", pb.ExportUserRequest(user="nobody"), boss)
+    with pytest.raises(NotAllowed):
+        await ledger.rows("ExportUser", pb.ExportUserRequest(user="ann"), ann)
 
 
 async def test_nobody_is_erased_while_money_is_set_aside(ledger: Ledger, ann: Principal, boss: Principal) -> None:

@@ -68,7 +68,9 @@ async def test_without_a_filter_nothing_foreign_is_seen(database: Database, ann:
             assert everyone >= {ann.tenant, stranger.tenant}, name
         for own in (ann.tenant, stranger.tenant):
             seen = {row["tenant"] for row in await database.of(own).fetch(f"SELECT * FROM {name}")}
-            assert seen - {""} == everyone & {own}, name
+            assert seen <= {own, ""}, name
+            if name in TABLES | VIEWS:  # of the others some come and go by themselves
+                assert own in seen, name
 
 
 async def test_without_a_filter_nothing_foreign_is_touched(database: Database, ann: Principal, stranger: Principal) -> None:
@@ -176,4 +178,4 @@ async def test_what_is_asked_for_a_tenant_is_asked_as_that_tenant(
     await ledger.ask("RevokeApiKey", pb.RevokeApiKeyRequest(key_id=made.key.key_id), boss)
 
     assert {scope for scope, _ in scopes} == {ann.tenant, None, ""}
-    assert {work.split(".")[0] for scope, work in scopes if scope == ""} <= {"read_book", "PostgresPrices"}
+    assert {work.split(".")[0] for scope, work in scopes if scope == ""} <= {"read_book", "PostgresPrices", "PostgresSums"}

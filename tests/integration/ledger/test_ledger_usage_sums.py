@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import asyncpg
+import orjson
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -266,6 +267,39 @@ async def test_usage_over_the_wire_is_the_same_before_and_after_rolling(ledger: 
     assert (told.operations, told.attempts, told.cache_hits, told.coalesced, told.estimated, told.cancelled) == (4, 3, 1, 1, 1, 1)
     assert (told.saved_nanousd, told.prompt_cache_saved_nanousd) == (14, 900_000_000)
     assert told.tiering_saved_nanousd > 0
+
+
+async def test_operations_of_before_the_sums_are_told_and_old_recorders_go_on(postgres: Postgres) -> None:
+    """The schema comes to a database in use: what is there is summed, and a replica that knows no new column still records."""
+    told = {
+        "tenant": "acme",
+        "user_id": "ann",
+        "status": "done",
+        "created_at": str(BEGIN + timedelta(hours=2)),
+        **dict.fromkeys(("session_id", "api_key_id", "trace_id", "tier", "model", "provider", "collection", "finish_reason"), ""),
+        **dict.fromkeys(("error_reason", "cache_verdict", "cache_reason"), ""),
+        **dict.fromkeys(("input_tokens", "output_tokens", "cache_read_tokens", "cache_write_tokens", "cache_write_1h_tokens"), 0),
+        **dict.fromkeys(("cost_nanousd", "cache_saved_nanousd", "first_token_ms", "duration_ms"), 0),
+        "estimated": False,
+    }
+
+    async def record(connection: Any) -> None:
+        row = orjson.dumps({**told, "operation_id": str(uuid.uuid4())}).decode()
+        assert await connection.fetchval("SELECT record_operation($1, '[]', '[]', '[]')", row)
+
+    connection = await asyncpg.connect(await fresh_database(postgres), server_settings={"timezone": "UTC"})
+    try:
+        files = postgres_schema.migrations()
+        await postgres_schema.apply(connection, [file for file in files if file.number < 7])
+        for _ in range(3):
+            await record(connection)
+        await postgres_schema.apply(connection, files)
+        await record(connection)
+        pinned: Any = _Pinned(connection)
+        assert await roll_all(PostgresSums(pinned)) == 4
+        assert await connection.fetchrow("SELECT operations, attempts FROM usage_days") == (4, 0)
+    finally:
+        await connection.close()
 
 
 class _Pinned:

@@ -101,6 +101,11 @@ class LedgerServiceStub:
                 request_serializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.PutUserRequest.SerializeToString,
                 response_deserializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.PutUserResponse.FromString,
                 _registered_method=True)
+        self.ExportUser = channel.unary_stream(
+                '/tailrace.ledger.v1.LedgerService/ExportUser',
+                request_serializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.ExportUserRequest.SerializeToString,
+                response_deserializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.ExportUserResponse.FromString,
+                _registered_method=True)
         self.EraseUser = channel.unary_unary(
                 '/tailrace.ledger.v1.LedgerService/EraseUser',
                 request_serializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.EraseUserRequest.SerializeToString,
@@ -291,6 +296,13 @@ class LedgerServiceServicer:
 
     def PutUser(self, request, context):
         """Admin. Makes a user known, or changes what is kept of them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportUser(self, request, context):
+        """Admin. Everything that is kept of a user: profile, subscriptions, keys without secrets, conversations with turns, operations.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -497,6 +509,11 @@ def add_LedgerServiceServicer_to_server(servicer, server):
                     servicer.PutUser,
                     request_deserializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.PutUserRequest.FromString,
                     response_serializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.PutUserResponse.SerializeToString,
+            ),
+            'ExportUser': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportUser,
+                    request_deserializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.ExportUserRequest.FromString,
+                    response_serializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.ExportUserResponse.SerializeToString,
             ),
             'EraseUser': grpc.unary_unary_rpc_method_handler(
                     servicer.EraseUser,
@@ -947,6 +964,33 @@ class LedgerService:
             '/tailrace.ledger.v1.LedgerService/PutUser',
             tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.PutUserRequest.SerializeToString,
             tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.PutUserResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportUser(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tailrace.ledger.v1.LedgerService/ExportUser',
+            tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.ExportUserRequest.SerializeToString,
+            tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.ExportUserResponse.FromString,
             options,
             channel_credentials,
             insecure,

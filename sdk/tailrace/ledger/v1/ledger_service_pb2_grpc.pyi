@@ -65,6 +65,8 @@ class LedgerServiceStub:
     """Admin. Users of the tenant."""
     PutUser: _grpc.UnaryUnaryMultiCallable[_ledger_service_pb2.PutUserRequest, _ledger_service_pb2.PutUserResponse]
     """Admin. Makes a user known, or changes what is kept of them."""
+    ExportUser: _grpc.UnaryStreamMultiCallable[_ledger_service_pb2.ExportUserRequest, _ledger_service_pb2.ExportUserResponse]
+    """Admin. Everything that is kept of a user: profile, subscriptions, keys without secrets, conversations with turns, operations."""
     EraseUser: _grpc.UnaryUnaryMultiCallable[_ledger_service_pb2.EraseUserRequest, _ledger_service_pb2.EraseUserResponse]
     """Admin. Erases a user: conversations, keys, budgets and profile go, money and counts stay under a random name. Again changes nothing.
     Refused as overloaded while answers of the user are under way.
@@ -143,6 +145,8 @@ class LedgerServiceAsyncStub(LedgerServiceStub):
     """Admin. Users of the tenant."""
     PutUser: _aio.UnaryUnaryMultiCallable[_ledger_service_pb2.PutUserRequest, _ledger_service_pb2.PutUserResponse]  # type: ignore[assignment]
     """Admin. Makes a user known, or changes what is kept of them."""
+    ExportUser: _aio.UnaryStreamMultiCallable[_ledger_service_pb2.ExportUserRequest, _ledger_service_pb2.ExportUserResponse]  # type: ignore[assignment]
+    """Admin. Everything that is kept of a user: profile, subscriptions, keys without secrets, conversations with turns, operations."""
     EraseUser: _aio.UnaryUnaryMultiCallable[_ledger_service_pb2.EraseUserRequest, _ledger_service_pb2.EraseUserResponse]  # type: ignore[assignment]
     """Admin. Erases a user: conversations, keys, budgets and profile go, money and counts stay under a random name. Again changes nothing.
     Refused as overloaded while answers of the user are under way.
@@ -296,6 +300,14 @@ class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_ledger_service_pb2.PutUserResponse, _abc.Awaitable[_ledger_service_pb2.PutUserResponse]]:
         """Admin. Makes a user known, or changes what is kept of them."""
+
+    @_abc_1.abstractmethod
+    def ExportUser(
+        self,
+        request: _ledger_service_pb2.ExportUserRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_ledger_service_pb2.ExportUserResponse], _abc.AsyncIterator[_ledger_service_pb2.ExportUserResponse]]:
+        """Admin. Everything that is kept of a user: profile, subscriptions, keys without secrets, conversations with turns, operations."""
 
     @_abc_1.abstractmethod
     def EraseUser(

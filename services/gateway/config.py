@@ -70,7 +70,7 @@ class Settings(ServiceSettings):
     """Answers and resumed streams carried at the same time; above it new answers are turned away, those of priority `batch` at 80 %."""
     preparing_max: int = Field(64, ge=1, le=100_000, validation_alias="TAILRACE_GATEWAY_PREPARING_MAX")
     """Answers in a burst whose model was not asked yet; above it new ones are turned away, those of priority `batch` at 80 %."""
-    preparing_standing_max: int = Field(20, ge=1, le=100_000, validation_alias="TAILRACE_GATEWAY_PREPARING_STANDING_MAX")
+    preparing_standing_max: int = Field(12, ge=1, le=100_000, validation_alias="TAILRACE_GATEWAY_PREPARING_STANDING_MAX")
     """The same bound for a queue that stands: one that was not worked off to half of this within the last second."""
     loop_lag_max_s: float = Field(0.25, gt=0, le=60, validation_alias="TAILRACE_GATEWAY_LOOP_LAG_MAX_S")
     """Lasting delay of the event loop, seconds, above which new answers are turned away, those of priority `batch` at 80 %."""

@@ -14,7 +14,7 @@ from services.chassis.tls import MutualTls
 from services.local.child import Child
 
 PROBE_TIMEOUT_S = 1.0
-NICENESS = 5
+NICENESS = 10
 """Of what works behind the gateway. On a machine they share, whoever is turned away must hear so at once, and what was made must flow,
 while the rest prepares as many answers as the processors can."""
 Probe = Callable[[], Coroutine[Any, Any, bool]]

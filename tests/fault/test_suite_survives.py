@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from bench.script import Behaviour
+from services.orchestrator.attempts import MARK_DELTAS_MAX
 from tests.integration.ledger.ledger_kit import audit
 from tests.suite import SERVICES, Streamed, Suite, ask, events, ingest, running, until
 
@@ -94,7 +95,7 @@ async def test_a_killed_service_loses_nothing(suite: Suite, client: httpx.AsyncC
     again = await ask(client, question, session_id=f"before-{service}")
 
     assert (await client.get("/v1/documents")).json() == documents
-    assert again.done["cache"]["verdict"] == "exact"
+    assert again.done["cache"]["verdict"] in ("exact", "semantic")  # the two are written after `done`, one may not have been
     assert again.text == asked.text
     record = (await client.get(f"/v1/answers/{asked.answer_id}")).raise_for_status().json()
     assert record["text"] == asked.text
@@ -150,7 +151,7 @@ async def test_an_answer_whose_orchestrator_is_killed_is_interrupted_and_paid(su
     (hold,) = await until(probe)
     (operation,) = await suite.rows("SELECT * FROM operations WHERE operation_id = $1::uuid", read.answer_id)
     assert (operation["status"], operation["error_reason"], operation["estimated"]) == ("failed", "ANSWER_INTERRUPTED", True)
-    assert record.output_tokens >= hold["output_tokens"] >= len(read.data("delta")) - 64 - 10
+    assert abs(record.output_tokens - hold["output_tokens"]) <= MARK_DELTAS_MAX + 10  # what no mark has told of is expected at half
     assert hold["input_tokens"] > 0
 
     again = Streamed()

@@ -183,6 +183,14 @@ class _SocketProtocol(WebSocketsSansIOProtocol):
             )  # uvicorn would leave it open and say nothing
             self.transport.close()
 
+    def handle_connect(self, event: Any) -> None:
+        if self.conn.accept(event).status_code == 101:
+            super().handle_connect(event)
+        else:
+            self.handshake_initiated = self.handshake_complete = self.close_sent = True
+            self.transport.write(_refused(RequestInvalid("this is no handshake of a WebSocket")))
+            self.transport.close()
+
     async def send(self, message: Any) -> None:
         if message["type"] == "websocket.close":
             self.writable.set()  # a goodbye does not wait for a peer that takes nothing

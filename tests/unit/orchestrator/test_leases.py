@@ -77,7 +77,7 @@ def over(lease_id: str, cost: int, *, not_sent: bool = False) -> Attempt:
 async def test_draws_stay_within_what_was_lent_and_what_is_not_used_may_be_drawn_again(world: World) -> None:
     lease_id = await world.lent()
     first, second = world.draw("a"), world.draw("b")
-    assert first == second == Hold("", 40, PRICES["p", "m"], lease_id)
+    assert first == second == Hold("", 40, PRICES["p", "m"], 20, lease_id)
     assert world.draw("c") is None
     assert world.draw("a") == first  # the same call is the same draw
     world.leases.ended("a", over(lease_id, 5))

@@ -1,10 +1,12 @@
 """Holds in PostgreSQL: setting money aside in one round trip, and writing down what `holds` decides under a row lock."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
+import asyncpg
 import orjson
 
 from services.chassis.clock import Clock
@@ -23,6 +25,8 @@ HOLD_COLUMNS = (
     " input_tokens, output_tokens, cache_read_tokens, cache_write_tokens, cache_write_1h_tokens"
 )
 PRICE_TRIES_MAX = 3
+MOVE_TRIES_MAX = 3
+"""A hold has at most two moves in its life."""
 
 
 class PostgresHolds:
@@ -76,27 +80,32 @@ class PostgresHolds:
         return Reserved(hold.hold_id, hold.amount_nanousd, listed, row["expires_at"], row["output_tokens_max"])
 
     async def settle(self, principal: Principal, hold_id: UUID, usage: Usage, *, estimated: bool) -> Hold:
-
-        async def work(connection: Connection) -> Hold:
-            async with connection.transaction():
-                hold = await self._locked(connection, principal, hold_id)
-                move = holds.settle(hold, usage, estimated=estimated)
-                if move is None:
-                    return hold
-                await resolve(connection, [move], self._now())
-                return move.hold
-
-        return await self._database.of(principal.tenant).run(work)
+        return await self._moved(principal, hold_id, lambda hold: holds.settle(hold, usage, estimated=estimated))
 
     async def void(self, principal: Principal, hold_id: UUID) -> int:
+        return (await self._moved(principal, hold_id, holds.void)).amount_nanousd
 
-        async def work(connection: Connection) -> int:
-            async with connection.transaction():
-                move = holds.void(await self._locked(connection, principal, hold_id))
-                await resolve(connection, [move], self._now())
-                return move.hold.amount_nanousd
+    async def _moved(self, principal: Principal, hold_id: UUID, decide: Callable[[Hold], Move | None]) -> Hold:
+        """The hold after what `decide` says of it, in two round trips instead of four.
 
-        return await self._database.of(principal.tenant).run(work)
+        It is not locked meanwhile: the database refuses a move from where a hold is not any more, and then it is decided anew.
+        """
+
+        async def work(connection: Connection) -> Hold:
+            for _ in range(MOVE_TRIES_MAX):
+                found = (principal.tenant, principal.user, "admin" in principal.roles, hold_id)
+                row = await connection.fetchrow(f"SELECT {HOLD_COLUMNS} FROM find_hold($1, $2, $3, $4)", *found)
+                if row is None:
+                    raise NotFound("no such hold", kind="hold")
+                hold = await self.hold_of(row, connection)
+                if (move := decide(hold)) is None:
+                    return hold
+                with contextlib.suppress(asyncpg.RestrictViolationError):
+                    await connection.execute("SELECT resolve_holds_of($1, $2, $3)", principal.tenant, encoded([move]), self._now())
+                    return move.hold
+            raise Overloaded("the hold is being moved by others", retry_after_ms=200)
+
+        return await self._database.self_scoped().run(work)
 
     async def expire_one(self, grace_ms: int) -> str | None:
 
@@ -116,16 +125,6 @@ class PostgresHolds:
                 return hold.hold_id
 
         return await self._database.run(work)
-
-    async def _locked(self, connection: Connection, principal: Principal, hold_id: UUID) -> Hold:
-        row = await connection.fetchrow(
-            f"SELECT {HOLD_COLUMNS} FROM holds WHERE tenant = $1 AND hold_id = $2 AND (user_id = $3 OR $4)"
-            " AND price_id IS NOT NULL FOR UPDATE",  # a lease is no call's
-            *(principal.tenant, hold_id, principal.user, "admin" in principal.roles),
-        )
-        if row is None:
-            raise NotFound("no such hold", kind="hold")
-        return await self.hold_of(row, connection)
 
     async def hold_of(self, row: Any, connection: Connection) -> Hold:
         """A row of HOLD_COLUMNS as the state machine's value."""

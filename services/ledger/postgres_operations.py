@@ -68,6 +68,7 @@ class PostgresOperations:
             places[operation.tenant].append(place)
         outcomes: dict[int, Recorded | DomainError] = {}
         for own in places.values():
+            own.sort(key=lambda place: operations[place].operation_id)  # whoever sends the same ones locks them in the same order
             outcomes |= zip(own, await self._record_together([operations[place] for place in own]), strict=True)
         return [outcomes[place] for place in range(len(operations))]
 

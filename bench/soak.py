@@ -134,7 +134,7 @@ async def soak(minutes: float, seed: str) -> bool:
         await asyncio.sleep(QUIET_S)
         samples.take()
     _say(", ".join(f"{name}: {count}" for name, count in happened.items()) + f", holds left open: {left}")
-    _say(f"{'':<18}{'RSS MB':>8}{'slope MB/h':>12}{'descriptors':>20}{'threads':>14}{'connections':>20}")
+    _say(f"{'':<18}{'RSS MB':>8}{'slope MB/h':>12}{'descriptors':>20}{"threads":>16}{'connections':>20}")
     good = left == 0 and happened["failed"] == 0
     for name, taken in samples.of.items():
         warm = [sample for sample in taken[:-1] if sample.at >= began + WARM_UP_SHARE * minutes * 60]
@@ -145,7 +145,7 @@ async def soak(minutes: float, seed: str) -> bool:
             f"{name:<18}{last.rss_mb:>8.0f}{slope:>12.1f}"
             + "".join(
                 f"{f'{value(taken[0])} .. {max(map(value, taken))} .. {value(last)}':>{width}}"
-                for value, width in ((_descriptors, 20), (_threads, 14), (_connections, 20))
+                for value, width in ((_descriptors, 20), (_threads, 16), (_connections, 20))
             )
             + ("   ok" if slope <= RSS_MB_PER_HOUR_MAX else f"   ABOVE (<= {RSS_MB_PER_HOUR_MAX:g} MB/h)")
         )

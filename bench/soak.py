@@ -134,7 +134,7 @@ async def soak(minutes: float, seed: str) -> bool:
         await asyncio.sleep(QUIET_S)
         samples.take()
     _say(", ".join(f"{name}: {count}" for name, count in happened.items()) + f", holds left open: {left}")
-    _say(f"{'':<18}{'RSS MB':>8}{'slope MB/h':>12}{'descriptors':>20}{"threads":>16}{'connections':>20}")
+    _say(f"{'':<18}{'RSS MB':>8}{'slope MB/h':>12}{'descriptors':>20}{'threads':>16}{'connections':>20}")
     good = left == 0 and happened["failed"] == 0
     for name, taken in samples.of.items():
         warm = [sample for sample in taken[:-1] if sample.at >= began + WARM_UP_SHARE * minutes * 60]

@@ -1,5 +1,6 @@
 """Operations in PostgreSQL: booking what happened, once, and showing it again. Aggregates are in `postgres_usage`."""
 
+import asyncio
 import contextlib
 from collections import defaultdict
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from services.ledger.postgres_holds import HOLD_COLUMNS, PostgresHolds, encoded,
 from services.ledger.postgres_prices import PostgresPrices
 from services.ledger.roller import kept_since
 
+RECORDING_MAX = 4
+"""Batches that are booked side by side. The others wait here, where they leave connections to those whose first token waits."""
 FUTURE_MAX = timedelta(hours=1)
 """A recorder's clock may be so far ahead of ours; more is a mistake that would hide the row at the top of every list."""
 
@@ -57,6 +60,7 @@ class PostgresOperations:
     ) -> None:
         self._database, self._held, self._prices, self._clock = database, held, prices, clock
         self._baseline, self._retention_days = baseline, retention_days
+        self._recording = asyncio.Semaphore(RECORDING_MAX)
 
     async def record(self, operation: Operation) -> Recorded:
         self._check(operation)
@@ -69,7 +73,8 @@ class PostgresOperations:
         outcomes: dict[int, Recorded | DomainError] = {}
         for own in places.values():
             own.sort(key=lambda place: operations[place].operation_id)  # whoever sends the same ones locks them in the same order
-            outcomes |= zip(own, await self._record_together([operations[place] for place in own]), strict=True)
+            async with self._recording:
+                outcomes |= zip(own, await self._record_together([operations[place] for place in own]), strict=True)
         return [outcomes[place] for place in range(len(operations))]
 
     async def _record_together(self, operations: Sequence[Operation]) -> Sequence[Recorded | DomainError]:

@@ -151,7 +151,8 @@ async def test_an_answer_whose_orchestrator_is_killed_is_interrupted_and_paid(su
     (hold,) = await until(probe)
     (operation,) = await suite.rows("SELECT * FROM operations WHERE operation_id = $1::uuid", read.answer_id)
     assert (operation["status"], operation["error_reason"], operation["estimated"]) == ("failed", "ANSWER_INTERRUPTED", True)
-    assert abs(record.output_tokens - hold["output_tokens"]) <= MARK_DELTAS_MAX + 10  # what no mark has told of is expected at half
+    over = hold["output_tokens"] - record.output_tokens
+    assert -MARK_DELTAS_MAX - 10 <= over <= MARK_DELTAS_MAX // 2  # what no mark has told of is expected at half
     assert hold["input_tokens"] > 0
 
     again = Streamed()

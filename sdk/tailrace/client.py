@@ -55,7 +55,12 @@ class Upload:
     """A file is read when its turn comes."""
     title: str = ""
     media_type: str = ""
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str | float | bool] = field(default_factory=dict)
+    """At most 32 facts to show and to filter by."""
+    users: Sequence[str] = ()
+    """Users who may read it; with no user and no group named, everybody in the tenant may."""
+    groups: Sequence[str] = ()
+    """Groups whose members may read it."""
 
 
 class Answer:
@@ -220,8 +225,10 @@ class AsyncClient:
                     source_uri=upload.name,
                     collection=collection,
                     media_type=upload.media_type,
-                    metadata=dict(upload.metadata),
+                    access=retrieval.Access(users=upload.users, groups=upload.groups),
                 )
+                for key, fact in upload.metadata.items():
+                    header.metadata[key].CopyFrom(values.fact_message(fact))
                 yield retrieval.IngestDocumentsRequest(header=header)
                 for start in range(0, len(content), CONTENT_BYTES_PER_MESSAGE):
                     yield retrieval.IngestDocumentsRequest(content=content[start : start + CONTENT_BYTES_PER_MESSAGE])

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from google.protobuf import struct_pb2
 from google.protobuf.json_format import MessageToDict
 
 from tailrace.common.v1 import common_pb2
@@ -163,7 +164,7 @@ class Progress:
 
     @property
     def final(self) -> bool:
-        return self.stage in {"indexed", "unchanged", "failed"}
+        return self.stage in {"indexed", "unchanged", "failed", "cancelled"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +179,9 @@ class Document:
     characters: int
     chunks: int
     indexed_at: datetime
-    metadata: Mapping[str, str]
+    metadata: Mapping[str, str | float | bool]
+    pages: int
+    """0 = it has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,8 +335,23 @@ def document(message: retrieval.Document) -> Document:
         characters=message.characters,
         chunks=message.chunks,
         indexed_at=message.indexed_at.ToDatetime(UTC),
-        metadata=dict(message.metadata),
+        metadata={key: _fact(value) for key, value in message.metadata.items()},
+        pages=message.pages,
     )
+
+
+def _fact(message: struct_pb2.Value) -> str | float | bool:
+    kind = message.WhichOneof("kind")
+    if kind == "bool_value":
+        return message.bool_value
+    return message.number_value if kind == "number_value" else message.string_value
+
+
+def fact_message(fact: str | float | bool) -> struct_pb2.Value:
+    """A value of a document's metadata as it crosses the wire."""
+    if isinstance(fact, bool):
+        return struct_pb2.Value(bool_value=fact)
+    return struct_pb2.Value(string_value=fact) if isinstance(fact, str) else struct_pb2.Value(number_value=fact)
 
 
 def operation(message: ledger.Operation) -> Operation:

@@ -30,6 +30,7 @@ class Passport:
             roles=sorted(principal.roles),
             api_key_id=principal.api_key_id,
             scopes=sorted(principal.scopes),
+            groups=sorted(principal.groups),
         )
         message.issued_at.FromMilliseconds(int(time.time() * 1000))
         payload = message.SerializeToString(deterministic=True)
@@ -51,7 +52,14 @@ class Passport:
         message = common_pb2.Principal.FromString(payload)
         if abs(time.time() - message.issued_at.ToMilliseconds() / 1000) > MAX_AGE_S:
             raise NotAuthenticated("the principal is too old", cause="expired")
-        return Principal(message.tenant, message.user, frozenset(message.roles), message.api_key_id, frozenset(message.scopes))
+        return Principal(
+            message.tenant,
+            message.user,
+            frozenset(message.roles),
+            message.api_key_id,
+            frozenset(message.scopes),
+            frozenset(message.groups),
+        )
 
     def _digest(self, payload: bytes) -> bytes:
         return hmac.digest(self._key, payload, "sha256")

@@ -20,6 +20,8 @@ class Principal:
     api_key_id: str = ""
     scopes: frozenset[str] = frozenset()
     """What an API key was narrowed to; empty = everything its roles may do."""
+    groups: frozenset[str] = frozenset()
+    """Groups of the user inside the tenant; documents can be limited to them."""
 
     def require(self, role: str) -> None:
         """Raise NotAllowed unless the principal has `role`."""

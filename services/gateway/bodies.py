@@ -124,7 +124,8 @@ class DocumentBody(Body, frozen=True, kw_only=True):
     title: Annotated[str, msgspec.Meta(max_length=512)] = ""
     source_uri: Annotated[str, msgspec.Meta(max_length=1024)] = ""
     metadata: Annotated[
-        dict[Annotated[str, msgspec.Meta(max_length=256)], Annotated[str, msgspec.Meta(max_length=256)]], msgspec.Meta(max_length=32)
+        dict[Annotated[str, msgspec.Meta(max_length=256)], Annotated[str, msgspec.Meta(max_length=256)] | float | bool],
+        msgspec.Meta(max_length=32),
     ] = {}
     collection: Name = ""
 
@@ -135,9 +136,15 @@ class DocumentBody(Body, frozen=True, kw_only=True):
         for field, value in (("title", self.title), ("source_uri", self.source_uri)):
             if "\0" in value:
                 raise RequestInvalid(f"{field} contains a NUL character", field=field, bound="no NUL")
-        return retrieval.DocumentHeader(
-            title=self.title, source_uri=self.source_uri, collection=self.collection, metadata=dict(self.metadata)
-        )
+        header = retrieval.DocumentHeader(title=self.title, source_uri=self.source_uri, collection=self.collection)
+        for key, fact in self.metadata.items():
+            if isinstance(fact, bool):
+                header.metadata[key].bool_value = fact
+            elif isinstance(fact, str):
+                header.metadata[key].string_value = fact
+            else:
+                header.metadata[key].number_value = fact
+        return header
 
     def content(self) -> bytes:
         """Its text as UTF-8. Raises PayloadTooLarge, RequestInvalid."""

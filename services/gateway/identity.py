@@ -283,6 +283,7 @@ class _Decoder(jwt.PyJWT):
 REFUSED_HEADERS = frozenset({"crit", "b64", "zip", "enc", "cty", "jwk", "jku", "x5u", "x5c", "p2c", "p2s", "epk", "apu", "apv"})
 """What would bring its own key, address, compression or encryption. It is refused and not only left unread: no honest issuer sends it."""
 KID_LENGTH_MAX = 256
+GROUPS_MAX = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -398,9 +399,14 @@ def _principal_of(claims: Mapping[str, Any]) -> Principal:
         raise NotAuthenticated("the claim tenant needs 1-128 printable characters", cause="claim", claim="tenant")
     if not isinstance(roles, list) or len(roles) > 16 or not all(isinstance(role, str) for role in roles):
         raise NotAuthenticated("the claim roles is a list of at most 16 names", cause="claim", claim="roles")
+    groups = claims.get("groups", [])
+    if not isinstance(groups, list) or len(groups) > GROUPS_MAX or not all(_is_name(group, 128) for group in groups):
+        raise NotAuthenticated(
+            f"the claim groups is a list of at most {GROUPS_MAX} names of 1-128 printable characters", cause="claim", claim="groups"
+        )
     assert isinstance(user, str)
     assert isinstance(tenant, str)
-    return Principal(tenant, user, ROLES.intersection(roles))
+    return Principal(tenant, user, ROLES.intersection(roles), groups=frozenset(groups))
 
 
 def _time_in(claims: Mapping[str, Any], name: str) -> float | None:

@@ -117,6 +117,7 @@ def token(
     user: Annotated[str, typer.Option(help="Whom it is for (`sub`).")],
     tenant: Annotated[str, typer.Option(help="Their tenant.")] = "local",
     role: Annotated[list[str] | None, typer.Option(help="user, service or admin; may be given more than once.")] = None,
+    group: Annotated[list[str] | None, typer.Option(help="A group they belong to; may be given more than once.")] = None,
     days: Annotated[int, typer.Option(min=1, max=3650, help="How long it is valid.")] = 30,
 ) -> None:
     """Print a token signed with the development key of the state directory."""
@@ -129,7 +130,7 @@ def token(
         sys.exit("TAILRACE_ENV=production accepts no tokens of the development issuer; ask your own issuer")
     folder = state_dir(os.environ)
     make_state_dir(folder)
-    typer.echo(Issuer(folder).mint(user, tenant, roles, days * 24 * 3600))
+    typer.echo(Issuer(folder).mint(user, tenant, roles, days * 24 * 3600, group or ()))
 
 
 @ledger.command("dead-letters")

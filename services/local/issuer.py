@@ -40,7 +40,7 @@ class Issuer:
         draft.write_text(json.dumps(keys, indent=1))
         draft.rename(jwks_path)
 
-    def mint(self, user: str, tenant: str, roles: Iterable[str], lifetime_s: int = LIFETIME_S) -> str:
+    def mint(self, user: str, tenant: str, roles: Iterable[str], lifetime_s: int = LIFETIME_S, groups: Iterable[str] = ()) -> str:
         """A signed token."""
         now = int(time.time())
         claims = {
@@ -49,6 +49,7 @@ class Issuer:
             "sub": user,
             "tenant": tenant,
             "roles": sorted(set(roles)),
+            "groups": sorted(set(groups)),
             "iat": now,
             "exp": now + lifetime_s,
             "jti": secrets.token_urlsafe(12),

@@ -69,12 +69,17 @@ class AnswerCache:
 def _payload(answer: CachedAnswer) -> dict[str, Any]:
     row = asdict(answer)
     row["created_us"] = int(row.pop("created_at").timestamp() * 1_000_000)
-    row["passages"] = [{**passage, "heading_path": list(passage["heading_path"])} for passage in row["passages"]]
+    row["passages"] = [
+        {**passage, "heading_path": list(passage["heading_path"]), "flags": list(passage["flags"])} for passage in row["passages"]
+    ]
     return row
 
 
 def _answer(payload: Payload) -> CachedAnswer:
-    passages = tuple(replace(Passage(**passage), heading_path=tuple(passage["heading_path"])) for passage in payload["passages"])
+    passages = tuple(
+        replace(Passage(**passage), heading_path=tuple(passage["heading_path"]), flags=tuple(passage.get("flags", ())))
+        for passage in payload["passages"]
+    )
     return CachedAnswer(
         answer_id=payload["answer_id"],
         question=payload["question"],

@@ -5,6 +5,7 @@ and nothing is said twice.
 """
 
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -50,7 +51,14 @@ def chunked(extracted: Extracted, count_tokens: CountTokens) -> list[Chunk]:
     """Cut `extracted` into chunks in reading order."""
     pieces = _packed(extracted.text, _pieces(extracted, count_tokens))
     return [
-        Chunk(ordinal, extracted.text[piece.start : piece.end], piece.start, piece.end, piece.heading_path)
+        Chunk(
+            ordinal,
+            extracted.text[piece.start : piece.end],
+            piece.start,
+            piece.end,
+            piece.heading_path,
+            page=bisect_right(extracted.page_starts, piece.start),
+        )
         for ordinal, piece in enumerate(pieces)
     ]
 

@@ -10,6 +10,9 @@ from services.chassis.money import Usage
 
 DEFAULT_COLLECTION = "default"
 
+Fact = str | float | bool
+"""A value of a document's metadata."""
+
 _NAMESPACE = uuid.UUID("6f0e3c52-6f6b-5f0e-9d39-9b7f3f0d2a11")
 """Root of all ids made from names, so that they are the same in every process and never those of another program."""
 
@@ -53,6 +56,8 @@ class Extracted:
     blocks: tuple[Block, ...]
     media_type: str
     title: str = ""
+    page_starts: tuple[int, ...] = ()
+    """Where in `text` each page begins, first page first. Empty = the document has no pages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,18 @@ class Chunk:
     start: int
     end: int
     heading_path: tuple[str, ...] = ()
+    page: int = 0
+    """Page it begins on, from 1; 0 = the document has no pages."""
+    flags: tuple[str, ...] = ()
+    """What makes it look like an instruction to the model instead of material; empty = nothing was seen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who may read a document besides its uploader, admins and services. Empty = everybody in the tenant."""
+
+    users: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +110,9 @@ class Document:
     """When this version was indexed: microseconds of the wall clock, unique among this process's documents."""
     revision: str
     """Names this version's chunks; the document points at exactly one revision, so a search sees the old or the new."""
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, Fact] = field(default_factory=dict)
+    pages: int = 0
+    """0 = it has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +130,8 @@ class Passage:
     score: float
     heading_path: tuple[str, ...] = ()
     document_version: int = 1
+    page: int = 0
+    flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +194,7 @@ class Upload:
     source_uri: str = ""
     collection: str = DEFAULT_COLLECTION
     media_type: str = ""
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, Fact] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

@@ -6,7 +6,7 @@ leaves nothing half-written.
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import PurePosixPath
@@ -150,6 +150,11 @@ class Job:
         news.set()
 
 
+async def in_a_thread(upload: Upload) -> Extracted:
+    """Parse in a thread of this process."""
+    return await asyncio.to_thread(read, upload)
+
+
 @dataclass(frozen=True, slots=True)
 class Pipeline:
     """What an ingestion works with."""
@@ -157,7 +162,7 @@ class Pipeline:
     embedder: Embedder
     sparse: SparseEncoder
     registry: Registry
-    parse: Callable[[Upload], Extracted] = read
+    parse: Callable[[Upload], Awaitable[Extracted]] = in_a_thread
 
 
 class Ingestion:
@@ -227,7 +232,8 @@ class Ingestion:
     async def _take_in(self, job: Job, upload: Upload, state: Progress, tell: Callable[[Progress], None]) -> None:
         pipeline = self._pipeline
         with span("retrieval.parse"):
-            sha256, extracted = await asyncio.to_thread(lambda: (hashlib.sha256(upload.content).hexdigest(), pipeline.parse(upload)))
+            sha256 = await asyncio.to_thread(lambda: hashlib.sha256(upload.content).hexdigest())
+            extracted = await pipeline.parse(upload)
         source_uri = upload.source_uri or upload.title or extracted.title or sha256
         title = (upload.title or extracted.title or PurePosixPath(source_uri).name)[:TITLE_CHARACTERS_MAX]
         id_ = document_id(job.tenant, upload.collection, source_uri)
@@ -261,6 +267,7 @@ class Ingestion:
             indexed_us=0,
             revision="",
             metadata=dict(upload.metadata),
+            pages=len(extracted.page_starts),
         )
         with span("retrieval.index"):
             # From here on the change is made whole, whoever leaves.

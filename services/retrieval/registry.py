@@ -199,7 +199,8 @@ def _document_payload(document: Document) -> dict[str, Any]:
 
 
 def _document(payload: Payload) -> Document:
-    return Document(**{name: payload[name] for name in Document.__slots__})
+    # What an older release wrote lacks the younger fields; their defaults say what was true then.
+    return Document(**{name: payload[name] for name in Document.__slots__ if name in payload})
 
 
 def _intent(payload: Payload) -> _Intent:
@@ -217,11 +218,21 @@ def _chunk_point(document: Document, chunk: Chunk, dense: Sequence[float], spars
         "start": chunk.start,
         "end": chunk.end,
         "heading_path": list(chunk.heading_path),
+        "page": chunk.page,
+        "flags": list(chunk.flags),
     }
     return Point(stable_id("chunk", document.revision, str(chunk.ordinal)), payload, dense, sparse)
 
 
 def _stored_chunk(record: Record) -> StoredChunk:
     payload = record.payload
-    chunk = Chunk(int(payload["ordinal"]), payload["text"], int(payload["start"]), int(payload["end"]), tuple(payload["heading_path"]))
+    chunk = Chunk(
+        int(payload["ordinal"]),
+        payload["text"],
+        int(payload["start"]),
+        int(payload["end"]),
+        tuple(payload["heading_path"]),
+        int(payload.get("page", 0)),
+        tuple(payload.get("flags", ())),
+    )
     return StoredChunk(record.id, chunk)

@@ -6,18 +6,20 @@ Streaming handlers are coroutines that write, so that spans and cancellation beh
 import asyncio
 import base64
 import binascii
+import math
 import struct
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 
 import grpc
+from google.protobuf import struct_pb2
 
 from services.chassis.errors import RequestInvalid
 from services.chassis.principal import Principal, current_principal
 from services.chassis.server import Server
 from services.chassis.wire import timestamp, usage_message, usage_value
 from services.retrieval.access import collection_name, reach_of, tenant_of
-from services.retrieval.domain import DEFAULT_COLLECTION, CachedAnswer, Document, Passage, Progress, SearchMode, StoredChunk, Upload
+from services.retrieval.domain import DEFAULT_COLLECTION, CachedAnswer, Document, Fact, Passage, Progress, SearchMode, StoredChunk, Upload
 from services.retrieval.ingest import Ingestion, Job
 from services.retrieval.intake import Begin, take_in
 from services.retrieval.recall import Judged, Memory, Part, Question, Started, recall
@@ -128,6 +130,22 @@ class RetrievalServicer(pb_grpc.RetrievalServiceServicer):
         async for event in job.watch():
             await context.write(_progress_message(job, event))
 
+    async def ListIngestionJobs(self, request: pb.ListIngestionJobsRequest, context: grpc.aio.ServicerContext) -> None:  # type: ignore[override]
+        raise NotImplementedError
+
+    async def CancelIngestionJob(
+        self, request: pb.CancelIngestionJobRequest, context: grpc.aio.ServicerContext
+    ) -> pb.CancelIngestionJobResponse:
+        raise NotImplementedError
+
+    async def RetryIngestionJob(
+        self, request: pb.RetryIngestionJobRequest, context: grpc.aio.ServicerContext
+    ) -> pb.RetryIngestionJobResponse:
+        raise NotImplementedError
+
+    async def ListCollections(self, request: pb.ListCollectionsRequest, context: grpc.aio.ServicerContext) -> None:  # type: ignore[override]
+        raise NotImplementedError
+
     async def ListDocuments(self, request: pb.ListDocumentsRequest, context: grpc.aio.ServicerContext) -> None:  # type: ignore[override]
         size = _within(request.page_size, "page_size", 0, PAGE_MAX) or PAGE_DEFAULT
         before_us = _place(request.page_token) if request.page_token else None
@@ -197,17 +215,34 @@ async def _parts(requests: AsyncIterator[pb.IngestDocumentsRequest]) -> AsyncIte
 def _upload(header: pb.DocumentHeader) -> Upload:
     if len(header.metadata) > METADATA_PAIRS_MAX:
         raise RequestInvalid("too much metadata", field="header.metadata", bound=f"at most {METADATA_PAIRS_MAX} pairs")
-    for key, value in header.metadata.items():
+    for key in header.metadata:
         _bounded(key, "header.metadata", 1, METADATA_CHARACTERS_MAX)
-        _bounded(value, f"header.metadata.{key}", 0, METADATA_CHARACTERS_MAX)
     return Upload(
         b"",
         title=_bounded(header.title, "header.title", 0, 512).strip(),
         source_uri=_bounded(header.source_uri, "header.source_uri", 0, 1024).strip(),
         collection=collection_name(header.collection) or DEFAULT_COLLECTION,
         media_type=_bounded(header.media_type, "header.media_type", 0, 256),
-        metadata=dict(header.metadata),
+        metadata={key: _fact(value, f"header.metadata.{key}") for key, value in header.metadata.items()},
     )
+
+
+def _fact(value: struct_pb2.Value, field: str) -> Fact:
+    """A string, a finite number or a boolean."""
+    kind = value.WhichOneof("kind")
+    if kind == "string_value":
+        return _bounded(value.string_value, field, 0, METADATA_CHARACTERS_MAX)
+    if kind == "bool_value":
+        return value.bool_value
+    if kind == "number_value" and math.isfinite(value.number_value):
+        return value.number_value
+    raise RequestInvalid("metadata is strings, finite numbers and booleans", field=field, bound="string, number, boolean")
+
+
+def _value(fact: Fact) -> struct_pb2.Value:
+    if isinstance(fact, bool):
+        return struct_pb2.Value(bool_value=fact)
+    return struct_pb2.Value(string_value=fact) if isinstance(fact, str) else struct_pb2.Value(number_value=fact)
 
 
 def _text(text: str, field: str) -> str:
@@ -333,6 +368,8 @@ def _passage_message(passage: Passage) -> common_pb2.CitedPassage:
         score=passage.score,
         heading_path=passage.heading_path,
         document_version=passage.document_version,
+        page=passage.page,
+        flags=passage.flags,
     )
 
 
@@ -349,6 +386,8 @@ def _passage_value(message: common_pb2.CitedPassage) -> Passage:
         score=message.score,
         heading_path=tuple(message.heading_path),
         document_version=message.document_version,
+        page=message.page,
+        flags=tuple(message.flags),
     )
 
 
@@ -381,12 +420,20 @@ def _document_message(document: Document) -> pb.Document:
         characters=document.characters,
         chunks=document.chunks,
         indexed_at=timestamp(datetime.fromtimestamp(document.indexed_us / 1_000_000, UTC)),
-        metadata=dict(document.metadata),
+        metadata={key: _value(fact) for key, fact in document.metadata.items()},
+        pages=document.pages,
     )
 
 
 def _chunk_message(stored: StoredChunk) -> pb.Chunk:
     chunk = stored.chunk
     return pb.Chunk(
-        chunk_id=stored.chunk_id, ordinal=chunk.ordinal, text=chunk.text, start=chunk.start, end=chunk.end, heading_path=chunk.heading_path
+        chunk_id=stored.chunk_id,
+        ordinal=chunk.ordinal,
+        text=chunk.text,
+        start=chunk.start,
+        end=chunk.end,
+        heading_path=chunk.heading_path,
+        page=chunk.page,
+        flags=chunk.flags,
     )

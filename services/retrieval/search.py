@@ -59,4 +59,6 @@ def _passage(number: int, stored: StoredChunk, document: Document, score: float)
         score=score,
         heading_path=chunk.heading_path,
         document_version=document.version,
+        page=chunk.page,
+        flags=chunk.flags,
     )

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import grpc
 import pytest
+from google.protobuf import struct_pb2
+from google.protobuf.json_format import MessageToDict
 
 from services.chassis.channel import open_channel
 from services.chassis.errors import NotFound, RequestInvalid
@@ -26,7 +28,9 @@ A pool keeps at most one hundred connections.
 
 async def test_a_document_goes_through_all_stages_and_is_found_with_exact_offsets(retrieval: Retrieval, ann: Principal) -> None:
     """The passage that comes back is a stretch of the text that went in, with its headings."""
-    progress = await retrieval.ingest(ann, {"guide.md": GUIDE}, metadata={"team": "core"})
+    progress = await retrieval.ingest(
+        ann, {"guide.md": GUIDE}, metadata={"team": struct_pb2.Value(string_value="core"), "year": struct_pb2.Value(number_value=2026)}
+    )
 
     assert ["received", "parsed", "chunked", "embedded", "indexed"] == stages(progress)
     assert (1, 1, 1) == (progress[-1].version, progress[-1].chunks_total, progress[-1].chunks_done)
@@ -35,7 +39,7 @@ async def test_a_document_goes_through_all_stages_and_is_found_with_exact_offset
     assert hit.text == GUIDE[hit.start : hit.end]
     shown = await retrieval.ask("GetDocument", pb.GetDocumentRequest(document_id=hit.document_id), ann)
     assert [hit.text] == [chunk.text for chunk in shown.chunks]
-    assert {"team": "core"} == dict(shown.document.metadata)
+    assert {"team": "core", "year": 2026.0} == {name: MessageToDict(value) for name, value in shown.document.metadata.items()}
     assert (len(GUIDE.encode()), len(GUIDE)) == (shown.document.bytes, shown.document.characters)
     assert "text/markdown" == shown.document.media_type
 
@@ -296,7 +300,18 @@ async def test_bad_input_names_its_field(retrieval: Retrieval, ann: Principal, m
         ([pb.IngestDocumentsRequest()], "part"),
         ([pb.IngestDocumentsRequest(header=pb.DocumentHeader(collection="../x"))], "collection"),
         ([pb.IngestDocumentsRequest(header=pb.DocumentHeader(title="x" * 513))], "header.title"),
-        ([pb.IngestDocumentsRequest(header=pb.DocumentHeader(metadata={str(key): "x" for key in range(33)}))], "header.metadata"),
+        (
+            [
+                pb.IngestDocumentsRequest(
+                    header=pb.DocumentHeader(metadata={str(key): struct_pb2.Value(bool_value=True) for key in range(33)})
+                )
+            ],
+            "header.metadata",
+        ),
+        (
+            [pb.IngestDocumentsRequest(header=pb.DocumentHeader(metadata={"list": struct_pb2.Value(list_value=struct_pb2.ListValue())}))],
+            "header.metadata.list",
+        ),
     ],
 )
 async def test_a_stream_that_makes_no_sense_is_refused(retrieval: Retrieval, ann: Principal, messages: list[object], field: str) -> None:

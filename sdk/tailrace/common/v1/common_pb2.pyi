@@ -33,6 +33,7 @@ class Principal(_message.Message):
     ISSUED_AT_FIELD_NUMBER: _builtins.int
     API_KEY_ID_FIELD_NUMBER: _builtins.int
     SCOPES_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     """The tenant every query is bound to. 1-128 characters."""
     user: _builtins.str
@@ -53,6 +54,10 @@ class Principal(_message.Message):
         `admin`. Empty = everything its roles may do. At most 16.
         """
 
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Groups the user belongs to (claim `groups` of the token); documents can be limited to them. At most 64 of 1-128 characters."""
+
     def __init__(
         self,
         *,
@@ -62,10 +67,11 @@ class Principal(_message.Message):
         issued_at: _timestamp_pb2.Timestamp | None = ...,
         api_key_id: _builtins.str = ...,
         scopes: _abc.Iterable[_builtins.str] | None = ...,
+        groups: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["issued_at", b"issued_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key_id", b"api_key_id", "issued_at", b"issued_at", "roles", b"roles", "scopes", b"scopes", "tenant", b"tenant", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key_id", b"api_key_id", "groups", b"groups", "issued_at", b"issued_at", "roles", b"roles", "scopes", b"scopes", "tenant", b"tenant", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -322,6 +328,8 @@ class CitedPassage(_message.Message):
     SCORE_FIELD_NUMBER: _builtins.int
     HEADING_PATH_FIELD_NUMBER: _builtins.int
     DOCUMENT_VERSION_FIELD_NUMBER: _builtins.int
+    PAGE_FIELD_NUMBER: _builtins.int
+    FLAGS_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """The number the answer's text uses: `[1]` is 1. >= 1."""
     document_id: _builtins.str
@@ -342,9 +350,17 @@ class CitedPassage(_message.Message):
     """Fused score of the search that found it; comparable within one search only."""
     document_version: _builtins.int
     """Version of the document the passage was taken from. >= 1."""
+    page: _builtins.int
+    """Page the passage begins on, from 1. 0 = the document has no pages."""
     @_builtins.property
     def heading_path(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Headings above the passage, outermost first."""
+
+    @_builtins.property
+    def flags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What makes the passage look like an instruction to the model instead of material, in words such as `override` or `invisible`.
+        Empty = nothing was seen, which proves nothing. A flagged passage is shown as such, and no answer that was given it is cached.
+        """
 
     def __init__(
         self,
@@ -360,10 +376,12 @@ class CitedPassage(_message.Message):
         score: _builtins.float = ...,
         heading_path: _abc.Iterable[_builtins.str] | None = ...,
         document_version: _builtins.int = ...,
+        page: _builtins.int = ...,
+        flags: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_id", b"chunk_id", "document_id", b"document_id", "document_version", b"document_version", "end", b"end", "heading_path", b"heading_path", "number", b"number", "score", b"score", "source_uri", b"source_uri", "start", b"start", "text", b"text", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_id", b"chunk_id", "document_id", b"document_id", "document_version", b"document_version", "end", b"end", "flags", b"flags", "heading_path", b"heading_path", "number", b"number", "page", b"page", "score", b"score", "source_uri", b"source_uri", "start", b"start", "text", b"text", "title", b"title"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

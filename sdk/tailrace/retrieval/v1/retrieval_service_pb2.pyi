@@ -6,6 +6,7 @@ Memory: documents and past answers, found by meaning and by words."""
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -136,16 +137,22 @@ class RecallStarted(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     COLLECTION_EPOCH_FIELD_NUMBER: _builtins.int
+    AUDIENCE_FIELD_NUMBER: _builtins.int
     collection_epoch: _builtins.int
     """Grows with every change of the collection's documents. An answer made under an older epoch is never served."""
+    audience: _builtins.str
+    """Who may share an answer from this collection: empty = the whole tenant; else a digest of what the caller may read, because some of
+    the collection's documents are limited. Part of the scope of every cached answer. At most 64 characters.
+    """
     def __init__(
         self,
         *,
         collection_epoch: _builtins.int = ...,
+        audience: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection_epoch", b"collection_epoch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audience", b"audience", "collection_epoch", b"collection_epoch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -294,6 +301,10 @@ class SearchRequest(_message.Message):
     MODE_FIELD_NUMBER: _builtins.int
     COLLECTION_FIELD_NUMBER: _builtins.int
     DOCUMENT_IDS_FIELD_NUMBER: _builtins.int
+    MORE_COLLECTIONS_FIELD_NUMBER: _builtins.int
+    METADATA_FIELD_NUMBER: _builtins.int
+    NEIGHBOURS_FIELD_NUMBER: _builtins.int
+    EXPLAIN_FIELD_NUMBER: _builtins.int
     query: _builtins.str
     """What to look for. 1-32768 bytes."""
     limit: _builtins.int
@@ -302,9 +313,21 @@ class SearchRequest(_message.Message):
     """How to search."""
     collection: _builtins.str
     """Collection to search. Empty = `default`."""
+    neighbours: _builtins.int
+    """How many chunks before and after each hit to send along, 0-5."""
+    explain: _builtins.bool
+    """Say how each hit came to its place."""
     @_builtins.property
     def document_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Only these documents. Empty = all. At most 100."""
+
+    @_builtins.property
+    def more_collections(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """More collections to search together with `collection`. At most 15. All of them, or none, must be filled by the same embedder."""
+
+    @_builtins.property
+    def metadata(self) -> _containers.RepeatedCompositeFieldContainer[Global___MetadataCondition]:
+        """Conditions on the documents' metadata; all hold together. At most 16."""
 
     def __init__(
         self,
@@ -314,36 +337,185 @@ class SearchRequest(_message.Message):
         mode: Global___SearchMode.ValueType = ...,
         collection: _builtins.str = ...,
         document_ids: _abc.Iterable[_builtins.str] | None = ...,
+        more_collections: _abc.Iterable[_builtins.str] | None = ...,
+        metadata: _abc.Iterable[Global___MetadataCondition] | None = ...,
+        neighbours: _builtins.int = ...,
+        explain: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "document_ids", b"document_ids", "limit", b"limit", "mode", b"mode", "query", b"query"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "document_ids", b"document_ids", "explain", b"explain", "limit", b"limit", "metadata", b"metadata", "mode", b"mode", "more_collections", b"more_collections", "neighbours", b"neighbours", "query", b"query"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SearchRequest: _TypeAlias = SearchRequest  # noqa: Y015
 
 @_typing.final
+class MetadataCondition(_message.Message):
+    """What one field of a document's metadata must be like. A document without the field does not match."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    ANY_OF_FIELD_NUMBER: _builtins.int
+    AT_LEAST_FIELD_NUMBER: _builtins.int
+    BELOW_FIELD_NUMBER: _builtins.int
+    FROM_FIELD_NUMBER: _builtins.int
+    UNTIL_FIELD_NUMBER: _builtins.int
+    NEGATED_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    """Name of the field, 1-256 characters."""
+    at_least: _builtins.float
+    """A number not below this. Finite."""
+    below: _builtins.float
+    """A number below this. Finite."""
+    negated: _builtins.bool
+    """Turns the condition round: documents that do not match it, those without the field included."""
+    @_builtins.property
+    def any_of(self) -> _containers.RepeatedCompositeFieldContainer[_struct_pb2.Value]:
+        """Equal to one of these: strings of at most 256 characters, finite numbers or booleans. At most 64."""
+
+    @_builtins.property
+    def until(self) -> _timestamp_pb2.Timestamp:
+        """A date or moment before this."""
+
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        any_of: _abc.Iterable[_struct_pb2.Value] | None = ...,
+        at_least: _builtins.float | None = ...,
+        below: _builtins.float | None = ...,
+        until: _timestamp_pb2.Timestamp | None = ...,
+        negated: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_at_least", b"_at_least", "_below", b"_below", "at_least", b"at_least", "below", b"below", "from", b"from", "until", b"until"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_at_least", b"_at_least", "_below", b"_below", "any_of", b"any_of", "at_least", b"at_least", "below", b"below", "from", b"from", "key", b"key", "negated", b"negated", "until", b"until"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__at_least: _TypeAlias = _typing.Literal["at_least"]  # noqa: Y015
+    _WhichOneofArgType__at_least: _TypeAlias = _typing.Literal["_at_least", b"_at_least"]  # noqa: Y015
+    _WhichOneofReturnType__below: _TypeAlias = _typing.Literal["below"]  # noqa: Y015
+    _WhichOneofArgType__below: _TypeAlias = _typing.Literal["_below", b"_below"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__at_least) -> _WhichOneofReturnType__at_least | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__below) -> _WhichOneofReturnType__below | None: ...
+
+Global___MetadataCondition: _TypeAlias = MetadataCondition  # noqa: Y015
+
+@_typing.final
 class SearchResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     HIT_FIELD_NUMBER: _builtins.int
+    EXPLANATION_FIELD_NUMBER: _builtins.int
+    BEFORE_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hit(self) -> _common_pb2.CitedPassage:
         """One hit."""
+
+    @_builtins.property
+    def explanation(self) -> Global___HitExplanation:
+        """Set if the request said `explain`."""
+
+    @_builtins.property
+    def before(self) -> _containers.RepeatedCompositeFieldContainer[Global___Chunk]:
+        """Chunks before the hit in reading order, if wanted."""
+
+    @_builtins.property
+    def after(self) -> _containers.RepeatedCompositeFieldContainer[Global___Chunk]:
+        """Chunks after the hit in reading order, if wanted."""
 
     def __init__(
         self,
         *,
         hit: _common_pb2.CitedPassage | None = ...,
+        explanation: Global___HitExplanation | None = ...,
+        before: _abc.Iterable[Global___Chunk] | None = ...,
+        after: _abc.Iterable[Global___Chunk] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["hit", b"hit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["explanation", b"explanation", "hit", b"hit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hit", b"hit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before", b"before", "explanation", b"explanation", "hit", b"hit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SearchResponse: _TypeAlias = SearchResponse  # noqa: Y015
+
+@_typing.final
+class HitExplanation(_message.Message):
+    """How a hit came to its place."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DENSE_RANK_FIELD_NUMBER: _builtins.int
+    DENSE_SCORE_FIELD_NUMBER: _builtins.int
+    SPARSE_RANK_FIELD_NUMBER: _builtins.int
+    SPARSE_SCORE_FIELD_NUMBER: _builtins.int
+    DENSE_WEIGHT_FIELD_NUMBER: _builtins.int
+    FUSED_SCORE_FIELD_NUMBER: _builtins.int
+    RERANK_SCORE_FIELD_NUMBER: _builtins.int
+    LANGUAGE_FIELD_NUMBER: _builtins.int
+    EMBEDDER_ID_FIELD_NUMBER: _builtins.int
+    dense_rank: _builtins.int
+    """Place among the hits by meaning, from 1. Unset = not among them."""
+    dense_score: _builtins.float
+    """Cosine similarity to the query."""
+    sparse_rank: _builtins.int
+    """Place among the hits by words, from 1. Unset = not among them."""
+    sparse_score: _builtins.float
+    """BM25 score."""
+    dense_weight: _builtins.float
+    """Weight the meaning had in the fusion, of 1 in all."""
+    fused_score: _builtins.float
+    """Score of the fusion."""
+    rerank_score: _builtins.float
+    """Score of the reranker. Unset = none ran."""
+    language: _builtins.str
+    """Language the query was taken to be in, ISO 639-1. Empty = not known."""
+    embedder_id: _builtins.str
+    """Embedder that made the vectors."""
+    def __init__(
+        self,
+        *,
+        dense_rank: _builtins.int | None = ...,
+        dense_score: _builtins.float | None = ...,
+        sparse_rank: _builtins.int | None = ...,
+        sparse_score: _builtins.float | None = ...,
+        dense_weight: _builtins.float = ...,
+        fused_score: _builtins.float = ...,
+        rerank_score: _builtins.float | None = ...,
+        language: _builtins.str = ...,
+        embedder_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dense_rank", b"_dense_rank", "_dense_score", b"_dense_score", "_rerank_score", b"_rerank_score", "_sparse_rank", b"_sparse_rank", "_sparse_score", b"_sparse_score", "dense_rank", b"dense_rank", "dense_score", b"dense_score", "rerank_score", b"rerank_score", "sparse_rank", b"sparse_rank", "sparse_score", b"sparse_score"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dense_rank", b"_dense_rank", "_dense_score", b"_dense_score", "_rerank_score", b"_rerank_score", "_sparse_rank", b"_sparse_rank", "_sparse_score", b"_sparse_score", "dense_rank", b"dense_rank", "dense_score", b"dense_score", "dense_weight", b"dense_weight", "embedder_id", b"embedder_id", "fused_score", b"fused_score", "language", b"language", "rerank_score", b"rerank_score", "sparse_rank", b"sparse_rank", "sparse_score", b"sparse_score"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__dense_rank: _TypeAlias = _typing.Literal["dense_rank"]  # noqa: Y015
+    _WhichOneofArgType__dense_rank: _TypeAlias = _typing.Literal["_dense_rank", b"_dense_rank"]  # noqa: Y015
+    _WhichOneofReturnType__dense_score: _TypeAlias = _typing.Literal["dense_score"]  # noqa: Y015
+    _WhichOneofArgType__dense_score: _TypeAlias = _typing.Literal["_dense_score", b"_dense_score"]  # noqa: Y015
+    _WhichOneofReturnType__rerank_score: _TypeAlias = _typing.Literal["rerank_score"]  # noqa: Y015
+    _WhichOneofArgType__rerank_score: _TypeAlias = _typing.Literal["_rerank_score", b"_rerank_score"]  # noqa: Y015
+    _WhichOneofReturnType__sparse_rank: _TypeAlias = _typing.Literal["sparse_rank"]  # noqa: Y015
+    _WhichOneofArgType__sparse_rank: _TypeAlias = _typing.Literal["_sparse_rank", b"_sparse_rank"]  # noqa: Y015
+    _WhichOneofReturnType__sparse_score: _TypeAlias = _typing.Literal["sparse_score"]  # noqa: Y015
+    _WhichOneofArgType__sparse_score: _TypeAlias = _typing.Literal["_sparse_score", b"_sparse_score"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dense_rank) -> _WhichOneofReturnType__dense_rank | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dense_score) -> _WhichOneofReturnType__dense_score | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rerank_score) -> _WhichOneofReturnType__rerank_score | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sparse_rank) -> _WhichOneofReturnType__sparse_rank | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sparse_score) -> _WhichOneofReturnType__sparse_score | None: ...
+
+Global___HitExplanation: _TypeAlias = HitExplanation  # noqa: Y015
 
 @_typing.final
 class EmbedRequest(_message.Message):
@@ -458,14 +630,15 @@ class DocumentHeader(_message.Message):
         KEY_FIELD_NUMBER: _builtins.int
         VALUE_FIELD_NUMBER: _builtins.int
         key: _builtins.str
-        value: _builtins.str
+        @_builtins.property
+        def value(self) -> _struct_pb2.Value: ...
         def __init__(
             self,
             *,
             key: _builtins.str = ...,
-            value: _builtins.str = ...,
+            value: _struct_pb2.Value | None = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
         _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
@@ -475,8 +648,9 @@ class DocumentHeader(_message.Message):
     SOURCE_URI_FIELD_NUMBER: _builtins.int
     COLLECTION_FIELD_NUMBER: _builtins.int
     MEDIA_TYPE_FIELD_NUMBER: _builtins.int
-    METADATA_FIELD_NUMBER: _builtins.int
     DETACH_FIELD_NUMBER: _builtins.int
+    METADATA_FIELD_NUMBER: _builtins.int
+    ACCESS_FIELD_NUMBER: _builtins.int
     title: _builtins.str
     """Title for people. Empty = from the content, else the file name. At most 512 characters."""
     source_uri: _builtins.str
@@ -488,8 +662,14 @@ class DocumentHeader(_message.Message):
     detach: _builtins.bool
     """With the first header only: go on when the caller leaves."""
     @_builtins.property
-    def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Facts for people. At most 32 pairs of 256 characters."""
+    def metadata(self) -> _containers.MessageMap[_builtins.str, _struct_pb2.Value]:
+        """Facts to show and to filter by: strings of at most 256 characters, finite numbers or booleans. At most 32 pairs; keys of 1-256
+        characters.
+        """
+
+    @_builtins.property
+    def access(self) -> Global___Access:
+        """Who may read it. Unset or empty = everybody in the tenant."""
 
     def __init__(
         self,
@@ -498,20 +678,53 @@ class DocumentHeader(_message.Message):
         source_uri: _builtins.str = ...,
         collection: _builtins.str = ...,
         media_type: _builtins.str = ...,
-        metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         detach: _builtins.bool = ...,
+        metadata: _abc.Mapping[_builtins.str, _struct_pb2.Value] | None = ...,
+        access: Global___Access | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["access", b"access"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "detach", b"detach", "media_type", b"media_type", "metadata", b"metadata", "source_uri", b"source_uri", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "collection", b"collection", "detach", b"detach", "media_type", b"media_type", "metadata", b"metadata", "source_uri", b"source_uri", "title", b"title"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DocumentHeader: _TypeAlias = DocumentHeader  # noqa: Y015
 
 @_typing.final
+class Access(_message.Message):
+    """Who may read a document, besides its uploader and the tenant's admins and services. Empty = everybody in the tenant."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USERS_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def users(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Users, as in Principal.user. At most 64."""
+
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Groups, as in Principal.groups. At most 64."""
+
+    def __init__(
+        self,
+        *,
+        users: _abc.Iterable[_builtins.str] | None = ...,
+        groups: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups", "users", b"users"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Access: _TypeAlias = Access  # noqa: Y015
+
+@_typing.final
 class IngestDocumentsResponse(_message.Message):
-    """Progress of one document. `stage` only moves forward; `indexed`, `unchanged` and `failed` are final."""
+    """Progress of one document. `stage` only moves forward; `indexed`, `unchanged`, `failed` and `cancelled` are final, unless the document
+    is retried.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -526,6 +739,7 @@ class IngestDocumentsResponse(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     ERROR_REASON_FIELD_NUMBER: _builtins.int
     ERROR_DETAIL_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The ingestion this belongs to."""
     index: _builtins.int
@@ -535,7 +749,7 @@ class IngestDocumentsResponse(_message.Message):
     document_id: _builtins.str
     """Its id. Empty until it is known."""
     stage: _builtins.str
-    """`received`, `parsed`, `chunked`, `embedded`, `indexed`, `unchanged` or `failed`."""
+    """`received`, `parsed`, `chunked`, `embedded`, `indexed`, `unchanged`, `failed` or `cancelled`."""
     bytes: _builtins.int
     """Bytes received."""
     chunks_total: _builtins.int
@@ -548,6 +762,8 @@ class IngestDocumentsResponse(_message.Message):
     """Set when the stage is `failed`: name of an ErrorReason."""
     error_detail: _builtins.str
     """Set when the stage is `failed`: what is wrong, for people."""
+    attempt: _builtins.int
+    """How often work on it was begun, from 1; more than 1 after a retry or after a worker died. 0 = not begun."""
     def __init__(
         self,
         *,
@@ -562,14 +778,75 @@ class IngestDocumentsResponse(_message.Message):
         version: _builtins.int = ...,
         error_reason: _builtins.str = ...,
         error_detail: _builtins.str = ...,
+        attempt: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "chunks_done", b"chunks_done", "chunks_total", b"chunks_total", "document_id", b"document_id", "error_detail", b"error_detail", "error_reason", b"error_reason", "index", b"index", "job_id", b"job_id", "name", b"name", "stage", b"stage", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bytes", b"bytes", "chunks_done", b"chunks_done", "chunks_total", b"chunks_total", "document_id", b"document_id", "error_detail", b"error_detail", "error_reason", b"error_reason", "index", b"index", "job_id", b"job_id", "name", b"name", "stage", b"stage", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___IngestDocumentsResponse: _TypeAlias = IngestDocumentsResponse  # noqa: Y015
+
+@_typing.final
+class IngestionSummary(_message.Message):
+    """Where an ingestion stands as a whole."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class StagesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    DOCUMENTS_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    CHUNKS_TOTAL_FIELD_NUMBER: _builtins.int
+    CHUNKS_DONE_FIELD_NUMBER: _builtins.int
+    documents: _builtins.int
+    """Documents received so far."""
+    bytes: _builtins.int
+    """Bytes received."""
+    chunks_total: _builtins.int
+    """Chunks of all documents that are cut already."""
+    chunks_done: _builtins.int
+    """Chunks embedded so far."""
+    @_builtins.property
+    def stages(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """How many of them are at each stage, by its name."""
+
+    def __init__(
+        self,
+        *,
+        documents: _builtins.int = ...,
+        stages: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        bytes: _builtins.int = ...,
+        chunks_total: _builtins.int = ...,
+        chunks_done: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "chunks_done", b"chunks_done", "chunks_total", b"chunks_total", "documents", b"documents", "stages", b"stages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IngestionSummary: _TypeAlias = IngestionSummary  # noqa: Y015
 
 @_typing.final
 class GetIngestionJobRequest(_message.Message):
@@ -599,10 +876,11 @@ class GetIngestionJobResponse(_message.Message):
     STATUS_FIELD_NUMBER: _builtins.int
     DOCUMENTS_FIELD_NUMBER: _builtins.int
     CREATED_AT_FIELD_NUMBER: _builtins.int
+    SUMMARY_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """Which ingestion."""
     status: _builtins.str
-    """`running` or `ended`."""
+    """`receiving`, `running` or `ended`."""
     @_builtins.property
     def documents(self) -> _containers.RepeatedCompositeFieldContainer[Global___IngestDocumentsResponse]:
         """Latest progress of each document."""
@@ -611,6 +889,10 @@ class GetIngestionJobResponse(_message.Message):
     def created_at(self) -> _timestamp_pb2.Timestamp:
         """When it began."""
 
+    @_builtins.property
+    def summary(self) -> Global___IngestionSummary:
+        """All documents together."""
+
     def __init__(
         self,
         *,
@@ -618,14 +900,226 @@ class GetIngestionJobResponse(_message.Message):
         status: _builtins.str = ...,
         documents: _abc.Iterable[Global___IngestDocumentsResponse] | None = ...,
         created_at: _timestamp_pb2.Timestamp | None = ...,
+        summary: Global___IngestionSummary | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "documents", b"documents", "job_id", b"job_id", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "documents", b"documents", "job_id", b"job_id", "status", b"status", "summary", b"summary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetIngestionJobResponse: _TypeAlias = GetIngestionJobResponse  # noqa: Y015
+
+@_typing.final
+class ListIngestionJobsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """How many, 1-1000. 0 = 100."""
+    page_token: _builtins.str
+    """Where to go on, from the last row's `next_page_token`. Empty = the start."""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListIngestionJobsRequest: _TypeAlias = ListIngestionJobsRequest  # noqa: Y015
+
+@_typing.final
+class ListIngestionJobsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    CREATED_AT_FIELD_NUMBER: _builtins.int
+    SUMMARY_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """Which ingestion."""
+    status: _builtins.str
+    """`receiving`, `running` or `ended`."""
+    next_page_token: _builtins.str
+    """Set on the last row if there are more."""
+    @_builtins.property
+    def created_at(self) -> _timestamp_pb2.Timestamp:
+        """When it began."""
+
+    @_builtins.property
+    def summary(self) -> Global___IngestionSummary:
+        """All documents together."""
+
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        status: _builtins.str = ...,
+        created_at: _timestamp_pb2.Timestamp | None = ...,
+        summary: Global___IngestionSummary | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "summary", b"summary"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "job_id", b"job_id", "next_page_token", b"next_page_token", "status", b"status", "summary", b"summary"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListIngestionJobsResponse: _TypeAlias = ListIngestionJobsResponse  # noqa: Y015
+
+@_typing.final
+class CancelIngestionJobRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """Which ingestion."""
+    index: _builtins.int
+    """Only this document of it. Unset = all that have not ended."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        index: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_index", b"_index", "index", b"index"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_index", b"_index", "index", b"index", "job_id", b"job_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__index: _TypeAlias = _typing.Literal["index"]  # noqa: Y015
+    _WhichOneofArgType__index: _TypeAlias = _typing.Literal["_index", b"_index"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__index) -> _WhichOneofReturnType__index | None: ...
+
+Global___CancelIngestionJobRequest: _TypeAlias = CancelIngestionJobRequest  # noqa: Y015
+
+@_typing.final
+class CancelIngestionJobResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CANCELLED_FIELD_NUMBER: _builtins.int
+    cancelled: _builtins.int
+    """Documents that were still on their way and will not be indexed."""
+    def __init__(
+        self,
+        *,
+        cancelled: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelIngestionJobResponse: _TypeAlias = CancelIngestionJobResponse  # noqa: Y015
+
+@_typing.final
+class RetryIngestionJobRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """Which ingestion."""
+    index: _builtins.int
+    """Only this document of it. Unset = all that failed or were cancelled."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        index: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_index", b"_index", "index", b"index"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_index", b"_index", "index", b"index", "job_id", b"job_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__index: _TypeAlias = _typing.Literal["index"]  # noqa: Y015
+    _WhichOneofArgType__index: _TypeAlias = _typing.Literal["_index", b"_index"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__index) -> _WhichOneofReturnType__index | None: ...
+
+Global___RetryIngestionJobRequest: _TypeAlias = RetryIngestionJobRequest  # noqa: Y015
+
+@_typing.final
+class RetryIngestionJobResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RETRIED_FIELD_NUMBER: _builtins.int
+    retried: _builtins.int
+    """Documents that are on their way again."""
+    def __init__(
+        self,
+        *,
+        retried: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["retried", b"retried"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetryIngestionJobResponse: _TypeAlias = RetryIngestionJobResponse  # noqa: Y015
+
+@_typing.final
+class ListCollectionsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListCollectionsRequest: _TypeAlias = ListCollectionsRequest  # noqa: Y015
+
+@_typing.final
+class ListCollectionsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLLECTION_FIELD_NUMBER: _builtins.int
+    DOCUMENTS_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    EMBEDDER_ID_FIELD_NUMBER: _builtins.int
+    NEXT_EMBEDDER_ID_FIELD_NUMBER: _builtins.int
+    REEMBEDDED_FIELD_NUMBER: _builtins.int
+    collection: _builtins.str
+    """Its name."""
+    documents: _builtins.int
+    """Documents in it that the caller may read."""
+    epoch: _builtins.int
+    """Grows with every change of its documents."""
+    embedder_id: _builtins.str
+    """Embedder its vectors are from."""
+    next_embedder_id: _builtins.str
+    """Embedder it is being changed to in the background. Empty = none."""
+    reembedded: _builtins.int
+    """Documents that have vectors of the next embedder already."""
+    def __init__(
+        self,
+        *,
+        collection: _builtins.str = ...,
+        documents: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        embedder_id: _builtins.str = ...,
+        next_embedder_id: _builtins.str = ...,
+        reembedded: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "documents", b"documents", "embedder_id", b"embedder_id", "epoch", b"epoch", "next_embedder_id", b"next_embedder_id", "reembedded", b"reembedded"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListCollectionsResponse: _TypeAlias = ListCollectionsResponse  # noqa: Y015
 
 @_typing.final
 class WatchIngestionJobRequest(_message.Message):
@@ -658,14 +1152,15 @@ class Document(_message.Message):
         KEY_FIELD_NUMBER: _builtins.int
         VALUE_FIELD_NUMBER: _builtins.int
         key: _builtins.str
-        value: _builtins.str
+        @_builtins.property
+        def value(self) -> _struct_pb2.Value: ...
         def __init__(
             self,
             *,
             key: _builtins.str = ...,
-            value: _builtins.str = ...,
+            value: _struct_pb2.Value | None = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
         _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
@@ -683,6 +1178,10 @@ class Document(_message.Message):
     CHUNKS_FIELD_NUMBER: _builtins.int
     INDEXED_AT_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
+    ACCESS_FIELD_NUMBER: _builtins.int
+    LANGUAGE_FIELD_NUMBER: _builtins.int
+    PAGES_FIELD_NUMBER: _builtins.int
+    EMBEDDER_ID_FIELD_NUMBER: _builtins.int
     document_id: _builtins.str
     """Made from tenant, collection and source_uri, so the same again is a new version."""
     title: _builtins.str
@@ -703,13 +1202,23 @@ class Document(_message.Message):
     """Characters of extracted text."""
     chunks: _builtins.int
     """Chunks it was cut into."""
+    language: _builtins.str
+    """Language most of it is in, ISO 639-1. Empty = not known."""
+    pages: _builtins.int
+    """Pages. 0 = it has none."""
+    embedder_id: _builtins.str
+    """Embedder its vectors are from."""
     @_builtins.property
     def indexed_at(self) -> _timestamp_pb2.Timestamp:
         """When this version was indexed."""
 
     @_builtins.property
-    def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Facts for people."""
+    def metadata(self) -> _containers.MessageMap[_builtins.str, _struct_pb2.Value]:
+        """Facts to show and to filter by."""
+
+    @_builtins.property
+    def access(self) -> Global___Access:
+        """Who may read it. Unset = everybody in the tenant. Shown to its uploader and to admins."""
 
     def __init__(
         self,
@@ -725,11 +1234,15 @@ class Document(_message.Message):
         characters: _builtins.int = ...,
         chunks: _builtins.int = ...,
         indexed_at: _timestamp_pb2.Timestamp | None = ...,
-        metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        metadata: _abc.Mapping[_builtins.str, _struct_pb2.Value] | None = ...,
+        access: Global___Access | None = ...,
+        language: _builtins.str = ...,
+        pages: _builtins.int = ...,
+        embedder_id: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["indexed_at", b"indexed_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "indexed_at", b"indexed_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "characters", b"characters", "chunks", b"chunks", "collection", b"collection", "content_sha256", b"content_sha256", "document_id", b"document_id", "indexed_at", b"indexed_at", "media_type", b"media_type", "metadata", b"metadata", "source_uri", b"source_uri", "title", b"title", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "bytes", b"bytes", "characters", b"characters", "chunks", b"chunks", "collection", b"collection", "content_sha256", b"content_sha256", "document_id", b"document_id", "embedder_id", b"embedder_id", "indexed_at", b"indexed_at", "language", b"language", "media_type", b"media_type", "metadata", b"metadata", "pages", b"pages", "source_uri", b"source_uri", "title", b"title", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -859,6 +1372,8 @@ class Chunk(_message.Message):
     START_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
     HEADING_PATH_FIELD_NUMBER: _builtins.int
+    PAGE_FIELD_NUMBER: _builtins.int
+    FLAGS_FIELD_NUMBER: _builtins.int
     chunk_id: _builtins.str
     """Its id."""
     ordinal: _builtins.int
@@ -869,9 +1384,15 @@ class Chunk(_message.Message):
     """First character in the extracted text."""
     end: _builtins.int
     """One past its last character."""
+    page: _builtins.int
+    """Page it begins on, from 1. 0 = the document has no pages."""
     @_builtins.property
     def heading_path(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Headings above it, outermost first."""
+
+    @_builtins.property
+    def flags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """See tailrace.common.v1.CitedPassage.flags."""
 
     def __init__(
         self,
@@ -882,10 +1403,12 @@ class Chunk(_message.Message):
         start: _builtins.int = ...,
         end: _builtins.int = ...,
         heading_path: _abc.Iterable[_builtins.str] | None = ...,
+        page: _builtins.int = ...,
+        flags: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_id", b"chunk_id", "end", b"end", "heading_path", b"heading_path", "ordinal", b"ordinal", "start", b"start", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_id", b"chunk_id", "end", b"end", "flags", b"flags", "heading_path", b"heading_path", "ordinal", b"ordinal", "page", b"page", "start", b"start", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -65,6 +65,26 @@ class RetrievalServiceStub:
                 request_serializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.WatchIngestionJobRequest.SerializeToString,
                 response_deserializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.IngestDocumentsResponse.FromString,
                 _registered_method=True)
+        self.ListIngestionJobs = channel.unary_stream(
+                '/tailrace.retrieval.v1.RetrievalService/ListIngestionJobs',
+                request_serializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.ListIngestionJobsRequest.SerializeToString,
+                response_deserializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.ListIngestionJobsResponse.FromString,
+                _registered_method=True)
+        self.CancelIngestionJob = channel.unary_unary(
+                '/tailrace.retrieval.v1.RetrievalService/CancelIngestionJob',
+                request_serializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.CancelIngestionJobRequest.SerializeToString,
+                response_deserializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.CancelIngestionJobResponse.FromString,
+                _registered_method=True)
+        self.RetryIngestionJob = channel.unary_unary(
+                '/tailrace.retrieval.v1.RetrievalService/RetryIngestionJob',
+                request_serializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.RetryIngestionJobRequest.SerializeToString,
+                response_deserializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.RetryIngestionJobResponse.FromString,
+                _registered_method=True)
+        self.ListCollections = channel.unary_stream(
+                '/tailrace.retrieval.v1.RetrievalService/ListCollections',
+                request_serializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.ListCollectionsRequest.SerializeToString,
+                response_deserializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.ListCollectionsResponse.FromString,
+                _registered_method=True)
         self.ListDocuments = channel.unary_stream(
                 '/tailrace.retrieval.v1.RetrievalService/ListDocuments',
                 request_serializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.ListDocumentsRequest.SerializeToString,
@@ -140,8 +160,36 @@ class RetrievalServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListIngestionJobs(self, request, context):
+        """Ingestions of the tenant, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelIngestionJob(self, request, context):
+        """Stops an ingestion, or one document of it. What is indexed already stays; nothing half-written remains.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RetryIngestionJob(self, request, context):
+        """Takes in again what failed or was cancelled, while its content is still kept.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListCollections(self, request, context):
+        """Collections of the tenant, by name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListDocuments(self, request, context):
-        """Documents of the tenant, newest first.
+        """Documents of the tenant that the caller may read, newest first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -207,6 +255,26 @@ def add_RetrievalServiceServicer_to_server(servicer, server):
                     servicer.WatchIngestionJob,
                     request_deserializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.WatchIngestionJobRequest.FromString,
                     response_serializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.IngestDocumentsResponse.SerializeToString,
+            ),
+            'ListIngestionJobs': grpc.unary_stream_rpc_method_handler(
+                    servicer.ListIngestionJobs,
+                    request_deserializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.ListIngestionJobsRequest.FromString,
+                    response_serializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.ListIngestionJobsResponse.SerializeToString,
+            ),
+            'CancelIngestionJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelIngestionJob,
+                    request_deserializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.CancelIngestionJobRequest.FromString,
+                    response_serializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.CancelIngestionJobResponse.SerializeToString,
+            ),
+            'RetryIngestionJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetryIngestionJob,
+                    request_deserializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.RetryIngestionJobRequest.FromString,
+                    response_serializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.RetryIngestionJobResponse.SerializeToString,
+            ),
+            'ListCollections': grpc.unary_stream_rpc_method_handler(
+                    servicer.ListCollections,
+                    request_deserializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.ListCollectionsRequest.FromString,
+                    response_serializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.ListCollectionsResponse.SerializeToString,
             ),
             'ListDocuments': grpc.unary_stream_rpc_method_handler(
                     servicer.ListDocuments,
@@ -397,6 +465,114 @@ class RetrievalService:
             '/tailrace.retrieval.v1.RetrievalService/WatchIngestionJob',
             tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.WatchIngestionJobRequest.SerializeToString,
             tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.IngestDocumentsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListIngestionJobs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tailrace.retrieval.v1.RetrievalService/ListIngestionJobs',
+            tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.ListIngestionJobsRequest.SerializeToString,
+            tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.ListIngestionJobsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelIngestionJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tailrace.retrieval.v1.RetrievalService/CancelIngestionJob',
+            tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.CancelIngestionJobRequest.SerializeToString,
+            tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.CancelIngestionJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetryIngestionJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tailrace.retrieval.v1.RetrievalService/RetryIngestionJob',
+            tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.RetryIngestionJobRequest.SerializeToString,
+            tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.RetryIngestionJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListCollections(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tailrace.retrieval.v1.RetrievalService/ListCollections',
+            tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.ListCollectionsRequest.SerializeToString,
+            tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.ListCollectionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -49,8 +49,16 @@ class RetrievalServiceStub:
     """An ingestion as it stands now."""
     WatchIngestionJob: _grpc.UnaryStreamMultiCallable[_retrieval_service_pb2.WatchIngestionJobRequest, _retrieval_service_pb2.IngestDocumentsResponse]
     """An ingestion's progress so far, then live until it has ended."""
+    ListIngestionJobs: _grpc.UnaryStreamMultiCallable[_retrieval_service_pb2.ListIngestionJobsRequest, _retrieval_service_pb2.ListIngestionJobsResponse]
+    """Ingestions of the tenant, newest first."""
+    CancelIngestionJob: _grpc.UnaryUnaryMultiCallable[_retrieval_service_pb2.CancelIngestionJobRequest, _retrieval_service_pb2.CancelIngestionJobResponse]
+    """Stops an ingestion, or one document of it. What is indexed already stays; nothing half-written remains."""
+    RetryIngestionJob: _grpc.UnaryUnaryMultiCallable[_retrieval_service_pb2.RetryIngestionJobRequest, _retrieval_service_pb2.RetryIngestionJobResponse]
+    """Takes in again what failed or was cancelled, while its content is still kept."""
+    ListCollections: _grpc.UnaryStreamMultiCallable[_retrieval_service_pb2.ListCollectionsRequest, _retrieval_service_pb2.ListCollectionsResponse]
+    """Collections of the tenant, by name."""
     ListDocuments: _grpc.UnaryStreamMultiCallable[_retrieval_service_pb2.ListDocumentsRequest, _retrieval_service_pb2.ListDocumentsResponse]
-    """Documents of the tenant, newest first."""
+    """Documents of the tenant that the caller may read, newest first."""
     GetDocument: _grpc.UnaryUnaryMultiCallable[_retrieval_service_pb2.GetDocumentRequest, _retrieval_service_pb2.GetDocumentResponse]
     """One document with its chunks."""
     DeleteDocument: _grpc.UnaryUnaryMultiCallable[_retrieval_service_pb2.DeleteDocumentRequest, _retrieval_service_pb2.DeleteDocumentResponse]
@@ -81,8 +89,16 @@ class RetrievalServiceAsyncStub(RetrievalServiceStub):
     """An ingestion as it stands now."""
     WatchIngestionJob: _aio.UnaryStreamMultiCallable[_retrieval_service_pb2.WatchIngestionJobRequest, _retrieval_service_pb2.IngestDocumentsResponse]  # type: ignore[assignment]
     """An ingestion's progress so far, then live until it has ended."""
+    ListIngestionJobs: _aio.UnaryStreamMultiCallable[_retrieval_service_pb2.ListIngestionJobsRequest, _retrieval_service_pb2.ListIngestionJobsResponse]  # type: ignore[assignment]
+    """Ingestions of the tenant, newest first."""
+    CancelIngestionJob: _aio.UnaryUnaryMultiCallable[_retrieval_service_pb2.CancelIngestionJobRequest, _retrieval_service_pb2.CancelIngestionJobResponse]  # type: ignore[assignment]
+    """Stops an ingestion, or one document of it. What is indexed already stays; nothing half-written remains."""
+    RetryIngestionJob: _aio.UnaryUnaryMultiCallable[_retrieval_service_pb2.RetryIngestionJobRequest, _retrieval_service_pb2.RetryIngestionJobResponse]  # type: ignore[assignment]
+    """Takes in again what failed or was cancelled, while its content is still kept."""
+    ListCollections: _aio.UnaryStreamMultiCallable[_retrieval_service_pb2.ListCollectionsRequest, _retrieval_service_pb2.ListCollectionsResponse]  # type: ignore[assignment]
+    """Collections of the tenant, by name."""
     ListDocuments: _aio.UnaryStreamMultiCallable[_retrieval_service_pb2.ListDocumentsRequest, _retrieval_service_pb2.ListDocumentsResponse]  # type: ignore[assignment]
-    """Documents of the tenant, newest first."""
+    """Documents of the tenant that the caller may read, newest first."""
     GetDocument: _aio.UnaryUnaryMultiCallable[_retrieval_service_pb2.GetDocumentRequest, _retrieval_service_pb2.GetDocumentResponse]  # type: ignore[assignment]
     """One document with its chunks."""
     DeleteDocument: _aio.UnaryUnaryMultiCallable[_retrieval_service_pb2.DeleteDocumentRequest, _retrieval_service_pb2.DeleteDocumentResponse]  # type: ignore[assignment]
@@ -148,12 +164,44 @@ class RetrievalServiceServicer(metaclass=_abc_1.ABCMeta):
         """An ingestion's progress so far, then live until it has ended."""
 
     @_abc_1.abstractmethod
+    def ListIngestionJobs(
+        self,
+        request: _retrieval_service_pb2.ListIngestionJobsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_retrieval_service_pb2.ListIngestionJobsResponse], _abc.AsyncIterator[_retrieval_service_pb2.ListIngestionJobsResponse]]:
+        """Ingestions of the tenant, newest first."""
+
+    @_abc_1.abstractmethod
+    def CancelIngestionJob(
+        self,
+        request: _retrieval_service_pb2.CancelIngestionJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_retrieval_service_pb2.CancelIngestionJobResponse, _abc.Awaitable[_retrieval_service_pb2.CancelIngestionJobResponse]]:
+        """Stops an ingestion, or one document of it. What is indexed already stays; nothing half-written remains."""
+
+    @_abc_1.abstractmethod
+    def RetryIngestionJob(
+        self,
+        request: _retrieval_service_pb2.RetryIngestionJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_retrieval_service_pb2.RetryIngestionJobResponse, _abc.Awaitable[_retrieval_service_pb2.RetryIngestionJobResponse]]:
+        """Takes in again what failed or was cancelled, while its content is still kept."""
+
+    @_abc_1.abstractmethod
+    def ListCollections(
+        self,
+        request: _retrieval_service_pb2.ListCollectionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_retrieval_service_pb2.ListCollectionsResponse], _abc.AsyncIterator[_retrieval_service_pb2.ListCollectionsResponse]]:
+        """Collections of the tenant, by name."""
+
+    @_abc_1.abstractmethod
     def ListDocuments(
         self,
         request: _retrieval_service_pb2.ListDocumentsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_retrieval_service_pb2.ListDocumentsResponse], _abc.AsyncIterator[_retrieval_service_pb2.ListDocumentsResponse]]:
-        """Documents of the tenant, newest first."""
+        """Documents of the tenant that the caller may read, newest first."""
 
     @_abc_1.abstractmethod
     def GetDocument(

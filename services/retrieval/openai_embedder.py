@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
-from services.retrieval.ports import Vectors
 from services.retrieval.remote_embedding import Answered
 
 
@@ -50,8 +50,8 @@ class OpenAiDialect:
         return Answered(np.stack([_row(row) for row in rows]), None if tokens is None else int(tokens))
 
 
-def _row(row: Any) -> Vectors:
+def _row(row: Any) -> npt.NDArray[Any]:
     """A row of numbers, or its little-endian float32 bytes in base64."""
     if isinstance(row, str):
         return np.frombuffer(base64.b64decode(row, validate=True), "<f4")
-    return np.asarray(row, np.float32)
+    return np.asarray(row, np.float64)

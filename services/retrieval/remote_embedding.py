@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import httpx
 import numpy as np
+import numpy.typing as npt
 import orjson
 
 from services.chassis.deadline import budget_s
@@ -37,7 +38,7 @@ UNIT_TOLERANCE = 1e-6
 class Answered:
     """Vectors as a service sent them, and the tokens it says it read (None = it does not say)."""
 
-    rows: Sequence[Sequence[float]] | Vectors
+    rows: Sequence[Sequence[float]] | npt.NDArray[Any]
     tokens: int | None
 
 
@@ -140,7 +141,7 @@ class RemoteEmbedder:
             raise Unavailable("the embedder did not answer in time", dependency="embedder") from None
         try:
             answered = self._dialect.read(orjson.loads(reply))
-            rows = np.asarray(answered.rows, np.float32)
+            rows = np.asarray(answered.rows, np.float64)
         except (KeyError, TypeError, ValueError, IndexError):
             raise ModelFailed("the embedder's reply cannot be read") from None
         vectors = checked(rows, len(texts), self.dimension)
@@ -196,13 +197,14 @@ def refusal(status: int, retry_after: str) -> DomainError:
     return ModelRefused(f"the embedder refused the texts with status {status}")
 
 
-def checked(rows: Vectors, count: int, dimension: int) -> Vectors:
+def checked(rows: npt.NDArray[Any], count: int, dimension: int) -> Vectors:
     """`rows` with unit length. Raises ModelMisconfigured for another dimension, ModelFailed for what is no vector."""
     if rows.ndim != 2 or len(rows) != count:
         raise ModelFailed(f"the embedder sent {len(rows)} vectors for {count} texts")
     if rows.shape[1] != dimension:
         raise ModelMisconfigured(f"the embedder sends vectors of {rows.shape[1]} numbers, the settings say {dimension}")
-    lengths = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
+    with np.errstate(over="ignore"):  # what is too large is refused in the next line
+        lengths = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
     if not np.all(np.isfinite(lengths)) or np.any(lengths < UNIT_TOLERANCE):
         raise ModelFailed("the embedder sent a vector without a direction")
     unit: Vectors = (rows / lengths).astype(np.float32)

@@ -87,9 +87,11 @@ class RetrievalServicer(pb_grpc.RetrievalServiceServicer):
         if len(request.document_ids) > DOCUMENT_FILTER_MAX:
             raise RequestInvalid("too many documents to search in", field="document_ids", bound=f"at most {DOCUMENT_FILTER_MAX}")
         reach, mode = reach_of(current_principal(), request.collection), _MODES[request.mode]
-        dense = None if mode is SearchMode.SPARSE else (await self._memory.embedder.embed_question(query))[0]
+        encodings = self._memory.encodings
+        encoding = await encodings.answering(reach.tenant, reach.collection)
+        dense = None if mode is SearchMode.SPARSE else await encodings.question(encoding, query, needed=mode is SearchMode.DENSE)
         passages = await self._memory.searcher.passages(
-            reach, query, dense, limit=limit, mode=mode, document_ids=tuple(request.document_ids)
+            reach, query, dense, limit=limit, mode=mode, encoding=encoding, document_ids=tuple(request.document_ids)
         )
         for passage in passages:
             await context.write(pb.SearchResponse(hit=_passage_message(passage)))
@@ -144,7 +146,21 @@ class RetrievalServicer(pb_grpc.RetrievalServiceServicer):
         raise NotImplementedError
 
     async def ListCollections(self, request: pb.ListCollectionsRequest, context: grpc.aio.ServicerContext) -> None:  # type: ignore[override]
-        raise NotImplementedError
+        principal, encodings, registry = current_principal(), self._memory.encodings, self._memory.registry
+        for collection in await registry.collections(tenant_of(principal)):
+            reach = reach_of(principal, collection)
+            documents = await registry.count(reach)
+            standing = await encodings.standing(reach.tenant, collection)
+            moving = bool(standing.next)
+            row = pb.ListCollectionsResponse(
+                collection=collection,
+                documents=documents,
+                epoch=await registry.epoch(reach.tenant, collection),
+                embedder_id=(await encodings.encoding(standing.encoding)).embedder_id,
+                next_embedder_id=(await encodings.encoding(standing.next)).embedder_id if moving else "",
+                reembedded=await encodings.progress(reach.tenant, collection) if moving else 0,
+            )
+            await context.write(row)
 
     async def ListDocuments(self, request: pb.ListDocumentsRequest, context: grpc.aio.ServicerContext) -> None:  # type: ignore[override]
         size = _within(request.page_size, "page_size", 0, PAGE_MAX) or PAGE_DEFAULT
@@ -182,7 +198,8 @@ class RetrievalServicer(pb_grpc.RetrievalServiceServicer):
         # An answer that slips in while the epoch moves on is written under its old epoch, where nobody looks.
         if await self._memory.registry.epoch(reach.tenant, reach.collection) != request.collection_epoch:
             return pb.RememberAnswerResponse(remembered=False, reason="epoch_changed")
-        await self._memory.answers.remember(reach, scope, request.collection_epoch, answer)
+        if not await self._memory.answers.remember(reach, scope, request.collection_epoch, answer):
+            return pb.RememberAnswerResponse(remembered=False, reason="embedder_unavailable")
         return pb.RememberAnswerResponse(remembered=True)
 
     async def ForgetAnswers(self, request: pb.ForgetAnswersRequest, context: grpc.aio.ServicerContext) -> pb.ForgetAnswersResponse:

@@ -141,7 +141,8 @@ class Reencoding:
 
     def _past(self, what: tuple[str, str, str], seconds: float) -> bool:
         """Whether that long has passed since this was first asked."""
-        return self._clock.monotonic() - self._since.setdefault(what, self._clock.monotonic()) >= seconds
+        now = self._clock.monotonic()
+        return now - self._since.setdefault(what, now) >= seconds
 
     async def _clear(self, tenant: str, collection: str, encoding_id: str) -> None:
         encoding = await self._encodings.encoding(encoding_id)

@@ -185,6 +185,20 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
+class Collection:
+    name: str
+    documents: int
+    """That the caller may read."""
+    epoch: int
+    """Grows with every change of its documents."""
+    embedder_id: str
+    next_embedder_id: str
+    """The embedder it is being moved to. Empty = none."""
+    reembedded: int
+    """Documents that have vectors of the next embedder already."""
+
+
+@dataclass(frozen=True, slots=True)
 class Operation:
     """What is kept of one answer, without its text."""
 
@@ -337,6 +351,17 @@ def document(message: retrieval.Document) -> Document:
         indexed_at=message.indexed_at.ToDatetime(UTC),
         metadata={key: _fact(value) for key, value in message.metadata.items()},
         pages=message.pages,
+    )
+
+
+def collection(message: retrieval.ListCollectionsResponse) -> Collection:
+    return Collection(
+        name=message.collection,
+        documents=message.documents,
+        epoch=message.epoch,
+        embedder_id=message.embedder_id,
+        next_embedder_id=message.next_embedder_id,
+        reembedded=message.reembedded,
     )
 
 

@@ -13,7 +13,7 @@ from services.chassis.clock import Clock
 from services.chassis.money import Usage
 from services.retrieval.access import Reach
 from services.retrieval.domain import CachedAnswer, Passage, Verdict, stable_id
-from services.retrieval.encodings import Encodings
+from services.retrieval.encoding_spaces import Encodings
 from services.retrieval.guards import difference, normalised
 from services.retrieval.ports import Filter, Payload, Point, Query, Record, Space, VectorStore
 

@@ -7,7 +7,7 @@ from services.chassis.telemetry import Trail
 from services.retrieval.access import Reach
 from services.retrieval.answer_cache import AnswerCache
 from services.retrieval.domain import Passage, SearchMode, Verdict
-from services.retrieval.encodings import Encodings
+from services.retrieval.encoding_spaces import Encodings
 from services.retrieval.ports import Embedder
 from services.retrieval.registry import Registry
 from services.retrieval.search import Searcher

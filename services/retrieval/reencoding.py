@@ -14,7 +14,7 @@ import structlog
 from services.chassis.clock import Clock
 from services.chassis.errors import DomainError
 from services.retrieval.domain import stable_id
-from services.retrieval.encodings import Encodings, Standing
+from services.retrieval.encoding_spaces import Encodings, Standing
 from services.retrieval.ports import DOCUMENTS, SYSTEM_TENANT, Filter, Point, VectorStore
 from services.retrieval.registry import Registry
 
@@ -42,8 +42,8 @@ class Reencoding:
         owner: str,
         *,
         exclusive: bool,
-        linger_s: float = LINGER_S,
-        announced_s: float = ANNOUNCED_S,
+        linger_s: float | None = None,
+        announced_s: float | None = None,
     ) -> None:
         self._store = store
         self._registry = registry
@@ -51,8 +51,8 @@ class Reencoding:
         self._clock = clock
         self._owner = owner
         self._exclusive = exclusive
-        self._linger_s = linger_s
-        self._announced_s = 0.0 if exclusive else announced_s
+        self._linger_s = LINGER_S if linger_s is None else linger_s
+        self._announced_s = 0.0 if exclusive else ANNOUNCED_S if announced_s is None else announced_s
         self._since: dict[tuple[str, str, str], float] = {}
         self._turn = ""
 

@@ -19,7 +19,7 @@ from services.chassis.errors import NotFound, Unavailable
 from services.retrieval.access import Reach
 from services.retrieval.chunking import in_context
 from services.retrieval.domain import Chunk, Document, StoredChunk, stable_id
-from services.retrieval.encodings import Encoding, Encodings
+from services.retrieval.encoding_spaces import Encoding, Encodings
 from services.retrieval.ports import (
     ANSWERS,
     CHUNKS,

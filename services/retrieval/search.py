@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from services.retrieval.access import Reach
 from services.retrieval.domain import Document, Passage, SearchMode, StoredChunk
-from services.retrieval.encodings import Encoding, Encodings
+from services.retrieval.encoding_spaces import Encoding, Encodings
 from services.retrieval.ports import Fusion, Query, VectorStore
 from services.retrieval.registry import Registry
 

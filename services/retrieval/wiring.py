@@ -16,9 +16,9 @@ from services.retrieval.config import Settings
 from services.retrieval.edge_bm25 import EdgeBm25
 from services.retrieval.edge_store import EdgeStore
 from services.retrieval.embedders import opened
-from services.retrieval.encodings import Encodings
+from services.retrieval.encoding_spaces import Encodings
 from services.retrieval.ingest import Buffer, Ingestion, Pipeline
-from services.retrieval.ports import Fusion, VectorStore
+from services.retrieval.ports import Embedder, Fusion, VectorStore
 from services.retrieval.recall import Memory
 from services.retrieval.reencoding import Reencoding
 from services.retrieval.registry import Registry
@@ -39,8 +39,15 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         store, prepare, flush = await stack.enter_async_context(
             _store(settings, embedder.dimension, f"{embedder.embedder_id} {sparse.encoder_id}")
         )
-        open_embedder = functools.partial(opened, settings=settings)
-        encodings = Encodings(store, embedder, settings.embedder_name, sparse, open_embedder, lambda id_: EdgeBm25.like(id_, sparse), clock)
+        encodings = Encodings(
+            store,
+            embedder,
+            settings.embedder_name,
+            sparse,
+            functools.partial(_reopened, settings),
+            lambda id_: EdgeBm25.like(id_, sparse),
+            clock,
+        )
         stack.push_async_callback(encodings.close)
         registry = Registry(store, clock, encodings)
         answers = AnswerCache(store, encodings, clock, similarity_min=settings.cache_similarity_min, ttl_s=settings.cache_ttl_s)
@@ -68,6 +75,11 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         server = Server(passport_identity(passport), reflect=settings.environment == "development", tls=settings.mutual_tls())
         offer(server, Memory(embedder, encodings, registry, answers, searcher), ingestion)
         yield Service(server, settings.port, probes={"qdrant": upkeep.check}, drain=afterwork.drain)
+
+
+def _reopened(settings: Settings, name: str, dimension: int) -> contextlib.AbstractAsyncContextManager[Embedder]:
+    """An embedder that the settings named once; the length of vectors that they name now is another's."""
+    return opened(name, settings.model_copy(update={"embedder_dimensions": dimension}))
 
 
 Opened = tuple[VectorStore, Callable[[], Awaitable[None]], Callable[[], None]]

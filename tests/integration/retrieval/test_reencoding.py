@@ -21,7 +21,7 @@ from services.retrieval.chunking import in_context
 from services.retrieval.domain import Chunk, Document, SearchMode, document_id
 from services.retrieval.edge_bm25 import EdgeBm25
 from services.retrieval.edge_store import EdgeStore
-from services.retrieval.encodings import Encodings, Standing
+from services.retrieval.encoding_spaces import Encodings, Standing
 from services.retrieval.ports import DOCUMENTS, SYSTEM_TENANT, Embedded, Filter, Fusion, Vectors, VectorStore
 from services.retrieval.qdrant_store import QdrantStore
 from services.retrieval.reencoding import Reencoding
@@ -122,9 +122,10 @@ async def process(
     """A process whose settings say `name`."""
 
     @contextlib.asynccontextmanager
-    async def open_embedder(wanted: str) -> AsyncIterator[Any]:
+    async def open_embedder(wanted: str, dimension: int) -> AsyncIterator[Any]:
         if wanted not in openable:
             raise OSError(f"{wanted} needs a key")
+        assert EMBEDDERS[wanted].dimension == dimension
         yield EMBEDDERS[wanted]
 
     sparse, clock = EdgeBm25(language), SystemClock()

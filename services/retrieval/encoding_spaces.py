@@ -40,7 +40,8 @@ ENCODINGS_MAX = 100
 OPEN_AGAIN_S = 60.0
 """An embedder that could not be opened is left alone for so long: a missing key does not come back by itself."""
 
-OpenEmbedder = Callable[[str], contextlib.AbstractAsyncContextManager[Embedder]]
+OpenEmbedder = Callable[[str, int], contextlib.AbstractAsyncContextManager[Embedder]]
+"""By its name and the length of its vectors."""
 MakeSparse = Callable[[str], SparseEncoder]
 """The word encoder with an id, or the nearest there is: its words are the same, if not always their stems."""
 
@@ -222,7 +223,7 @@ class Encodings:
                 raise _gone(wanted)
             attempt = contextlib.AsyncExitStack()
             try:
-                embedder = await attempt.enter_async_context(self._open(encoding.embedder_name))
+                embedder = await attempt.enter_async_context(self._open(encoding.embedder_name, encoding.dimension))
                 if embedder.embedder_id != wanted:
                     raise _gone(wanted)
             except (OSError, ValueError, DomainError) as error:

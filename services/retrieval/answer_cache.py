@@ -18,6 +18,9 @@ from services.retrieval.ports import ANSWERS, Embedder, Filter, Payload, Point, 
 
 CANDIDATES = 5
 
+Scope = tuple[str, str]
+"""What the caller says an answer depends on, and the audience that may share it."""
+
 
 class AnswerCache:
     """Answers in a VectorStore, one for each question, scope and epoch."""
@@ -29,9 +32,9 @@ class AnswerCache:
         self._similarity_min = similarity_min
         self._ttl = timedelta(seconds=ttl_s)
 
-    async def lookup(self, reach: Reach, cache_scope: str, epoch: int, question: str, dense: Sequence[float]) -> Verdict:
+    async def lookup(self, reach: Reach, scope: Scope, epoch: int, question: str, dense: Sequence[float]) -> Verdict:
         """The nearest answer that may be served for `question`, or why there is none."""
-        where = reach.where(cache_scope=cache_scope, epoch=epoch)
+        where = reach.where(cache_scope=_joined(scope), epoch=epoch)
         records = await self._store.search(ANSWERS, Query(where, CANDIDATES, dense=dense))
         if not records:
             return Verdict(reason="no_candidate")
@@ -50,8 +53,9 @@ class AnswerCache:
             return "expired"
         return difference(question, record.payload["question"])
 
-    async def remember(self, reach: Reach, cache_scope: str, epoch: int, answer: CachedAnswer) -> None:
+    async def remember(self, reach: Reach, scope: Scope, epoch: int, answer: CachedAnswer) -> None:
         """Keep `answer`; the same question again takes its place."""
+        cache_scope = _joined(scope)
         dense = (await self._embedder.embed_question(answer.question))[0]
         payload = {**_payload(answer), "tenant": reach.tenant, "collection": reach.collection, "cache_scope": cache_scope, "epoch": epoch}
         id_ = stable_id("answer", reach.tenant, reach.collection, cache_scope, str(epoch), normalised(answer.question))
@@ -64,6 +68,11 @@ class AnswerCache:
         count = await self._store.count(ANSWERS, where)
         await self._store.delete(ANSWERS, where)
         return count
+
+
+def _joined(scope: Scope) -> str:
+    cache_scope, audience = scope
+    return f"{cache_scope}/{audience}" if audience else cache_scope
 
 
 def _payload(answer: CachedAnswer) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from tailrace.errors import (
 )
 from tailrace.values import (
     Accepted,
+    Access,
     CacheVerdict,
     Citation,
     Collection,
@@ -47,6 +48,7 @@ from tailrace.values import (
 
 __all__ = [
     "Accepted",
+    "Access",
     "Answer",
     "AnswerCancelled",
     "AsyncClient",

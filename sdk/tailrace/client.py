@@ -57,10 +57,8 @@ class Upload:
     media_type: str = ""
     metadata: Mapping[str, str | float | bool] = field(default_factory=dict)
     """At most 32 facts to show and to filter by."""
-    users: Sequence[str] = ()
-    """Users who may read it; with no user and no group named, everybody in the tenant may."""
-    groups: Sequence[str] = ()
-    """Groups whose members may read it."""
+    access: values.Access | None = None
+    """Who may read it. None = as the version before; everybody in the tenant if there was none."""
 
 
 class Answer:
@@ -225,7 +223,7 @@ class AsyncClient:
                     source_uri=upload.name,
                     collection=collection,
                     media_type=upload.media_type,
-                    access=retrieval.Access(users=upload.users, groups=upload.groups),
+                    access=retrieval.Access(users=upload.access.users, groups=upload.access.groups) if upload.access else None,
                 )
                 for key, fact in upload.metadata.items():
                     header.metadata[key].CopyFrom(values.fact_message(fact))

@@ -39,6 +39,10 @@ class Passage:
     end: int
     score: float
     heading_path: tuple[str, ...] = ()
+    page: int = 0
+    """Page it begins on, from 1; 0 = the document has no pages."""
+    flags: tuple[str, ...] = ()
+    """What makes it look like an instruction to the model; empty = nothing was seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +172,14 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Access:
+    """Who may read a document, besides its uploader and the tenant's admins and services. Empty = everybody in the tenant."""
+
+    users: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Document:
     document_id: str
     title: str
@@ -182,6 +194,8 @@ class Document:
     metadata: Mapping[str, str | float | bool]
     pages: int
     """0 = it has none."""
+    access: Access | None
+    """None = everybody in the tenant. A user sees the own names only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,6 +333,8 @@ def passage(message: common_pb2.CitedPassage) -> Passage:
         end=message.end,
         score=message.score,
         heading_path=tuple(message.heading_path),
+        page=message.page,
+        flags=tuple(message.flags),
     )
 
 
@@ -351,6 +367,7 @@ def document(message: retrieval.Document) -> Document:
         indexed_at=message.indexed_at.ToDatetime(UTC),
         metadata={key: _fact(value) for key, value in message.metadata.items()},
         pages=message.pages,
+        access=Access(tuple(message.access.users), tuple(message.access.groups)) if message.HasField("access") else None,
     )
 
 

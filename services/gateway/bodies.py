@@ -117,16 +117,41 @@ class PingFrame(Body, frozen=True, kw_only=True, tag_field="type", tag="ping"):
 Frame = AskFrame | ResumeFrame | CancelFrame | PingFrame
 
 
-class DocumentBody(Body, frozen=True, kw_only=True):
+class AccessBody(Body, frozen=True, kw_only=True):
+    """Who may read a document, besides its uploader, admins and services. Empty = everybody in the tenant."""
+
+    users: Annotated[list[Annotated[str, msgspec.Meta(min_length=1, max_length=256)]], msgspec.Meta(max_length=64)] = []
+    groups: Annotated[list[Annotated[str, msgspec.Meta(min_length=1, max_length=128)]], msgspec.Meta(max_length=64)] = []
+
+
+class FactsBody(Body, frozen=True, kw_only=True):
+    """What is said of a document besides its content; in a form, of the files that follow."""
+
+    metadata: Annotated[
+        dict[Annotated[str, msgspec.Meta(max_length=256)], Annotated[str, msgspec.Meta(max_length=256)] | float | bool],
+        msgspec.Meta(max_length=32),
+    ] = {}
+    access: AccessBody | None = None
+
+    def tell(self, header: retrieval.DocumentHeader) -> None:
+        """Write it into `header`."""
+        if self.access is not None:
+            header.access.CopyFrom(retrieval.Access(users=self.access.users, groups=self.access.groups))
+        for key, fact in self.metadata.items():
+            if isinstance(fact, bool):
+                header.metadata[key].bool_value = fact
+            elif isinstance(fact, str):
+                header.metadata[key].string_value = fact
+            else:
+                header.metadata[key].number_value = fact
+
+
+class DocumentBody(FactsBody, frozen=True, kw_only=True):
     """A document as text."""
 
     text: str
     title: Annotated[str, msgspec.Meta(max_length=512)] = ""
     source_uri: Annotated[str, msgspec.Meta(max_length=1024)] = ""
-    metadata: Annotated[
-        dict[Annotated[str, msgspec.Meta(max_length=256)], Annotated[str, msgspec.Meta(max_length=256)] | float | bool],
-        msgspec.Meta(max_length=32),
-    ] = {}
     collection: Name = ""
 
     def header(self) -> retrieval.DocumentHeader:
@@ -137,13 +162,7 @@ class DocumentBody(Body, frozen=True, kw_only=True):
             if "\0" in value:
                 raise RequestInvalid(f"{field} contains a NUL character", field=field, bound="no NUL")
         header = retrieval.DocumentHeader(title=self.title, source_uri=self.source_uri, collection=self.collection)
-        for key, fact in self.metadata.items():
-            if isinstance(fact, bool):
-                header.metadata[key].bool_value = fact
-            elif isinstance(fact, str):
-                header.metadata[key].string_value = fact
-            else:
-                header.metadata[key].number_value = fact
+        self.tell(header)
         return header
 
     def content(self) -> bytes:

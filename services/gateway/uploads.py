@@ -26,7 +26,8 @@ JSON_DOCUMENT_BYTES_MAX = 32 * 1024 * 1024
 """Text of 20 MiB with room for JSON's escapes."""
 CONTENT_BYTES_MAX = 256 * 1024
 """Content a message: well below the contract's bound of 1 MiB, and small enough to keep other streams moving."""
-FIELD_BYTES_MAX = 256
+FIELD_BYTES_MAX = {"collection": 256, "facts": 64 * 1024}
+"""Bytes of a form field that is no file."""
 
 
 def parts_of(exchange: Exchange) -> AsyncIterator[Part]:
@@ -121,7 +122,10 @@ async def _of_multipart(exchange: Exchange) -> AsyncIterator[Part]:
 
 
 class _Form:
-    """Collects what the parser finds: files become parts, the field `collection` names where the files after it go."""
+    """Collects what the parser finds: files become parts.
+
+    The field `collection` names where the files after it go, the field `facts` (JSON of `metadata` and `access`) what is said of them.
+    """
 
     def __init__(self) -> None:
         self.files = 0
@@ -134,6 +138,7 @@ class _Form:
         self._text = b""
         self._bytes = 0
         self._collection = ""
+        self._facts = bodies.FactsBody()
 
     def callbacks(self) -> dict[str, Any]:
         return {
@@ -168,10 +173,10 @@ class _Form:
     def _open(self) -> None:
         disposition, options = parse_options_header(self._headers.get(b"content-disposition", b""))
         field = _text(options.get(b"name", b""))
-        if disposition != b"form-data" or field not in ("files", "collection"):
-            raise RequestInvalid("the form has an unknown field", field=field[:64] or "body", bound="files, collection")
+        if disposition != b"form-data" or field not in ("files", *FIELD_BYTES_MAX):
+            raise RequestInvalid("the form has an unknown field", field=field[:64] or "body", bound="files, collection, facts")
         self._bytes, self._text = 0, b""
-        if field == "collection":
+        if field != "files":
             self._field = field
             return
         self._field = ""
@@ -183,14 +188,16 @@ class _Form:
             raise RequestInvalid("a file has no usable name", field="files.filename", bound="1-1024 printable characters")
         media_type, _ = parse_options_header(self._headers.get(b"content-type", b""))
         known = media_type.decode("latin-1")[:128] if media_type != b"application/octet-stream" else ""
-        self._ready.append(Part(header=retrieval.DocumentHeader(source_uri=name, collection=self._collection, media_type=known)))
+        header = retrieval.DocumentHeader(source_uri=name, collection=self._collection, media_type=known)
+        self._facts.tell(header)
+        self._ready.append(Part(header=header))
 
     def _data(self, data: bytes, start: int, end: int) -> None:
         self._bytes += end - start
         if self._field:
             self._text += data[start:end]
-            if len(self._text) > FIELD_BYTES_MAX:
-                raise RequestInvalid(f"{self._field} is too long", field=self._field, bound="1-64 of [A-Za-z0-9_-]")
+            if len(self._text) > (bytes_max := FIELD_BYTES_MAX[self._field]):
+                raise RequestInvalid(f"{self._field} is too long", field=self._field, bound=f"at most {bytes_max} bytes")
             return
         if self._bytes > DOCUMENT_BYTES_MAX:
             raise PayloadTooLarge(f"a document has at most {DOCUMENT_BYTES_MAX} bytes", field="files", bound_bytes=DOCUMENT_BYTES_MAX)
@@ -199,6 +206,8 @@ class _Form:
     def _close(self) -> None:
         if self._field == "collection":
             self._collection = bodies.collection(_text(self._text))
+        elif self._field == "facts":
+            self._facts = bodies.parse(self._text, bodies.FactsBody, within="facts")
 
     def _end(self) -> None:
         self.ended = True

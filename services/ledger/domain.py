@@ -153,6 +153,8 @@ class Citation:
     score: float
     heading_path: tuple[str, ...]
     document_version: int
+    page: int = 0
+    flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

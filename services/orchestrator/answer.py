@@ -124,14 +124,14 @@ async def find_exact(run: Run) -> HeldAnswer | None:
 
 
 def begin_recall(run: Run, held: HeldAnswer | None) -> AbstractAsyncContextManager[Recalling]:
-    """Ask the memory once for all: epoch, cached answer, passages. If the answer we hold is still true, the epoch is all it says."""
+    """Ask the memory once for all: edition, cached answer, passages. If the answer we hold is still true, the edition is all it says."""
     return run.kit.memory.recall(
         search_query(run),
         run.question.collection,
         run.scope,
         want_cached=run.cache.reason == "",
         passages_max=run.kit.limits.passages_max,
-        held_epoch=held.epoch if held is not None else None,
+        held=held.edition if held is not None else None,
     )
 
 
@@ -148,14 +148,14 @@ def search_query(run: Run) -> str:
 
 
 async def look_up(run: Run, recalling: Recalling, held: HeldAnswer | None, step: StepRecord) -> CachedAnswer | None:
-    """The answer we hold if the epoch is still its own, else what the semantic tier has."""
-    run.epoch = await recalling.epoch()
-    step.note(epoch=run.epoch)
+    """The answer we hold if the edition is still its own, else what the semantic tier has."""
+    run.edition = await recalling.edition()
+    step.note(epoch=run.edition.epoch)
     if run.cache.reason:
         step.note(cache=run.cache.reason)
         return None
     similarity: float | None = None
-    if held is not None and held.epoch == run.epoch:
+    if held is not None and held.edition == run.edition:
         cached = held.answer
     else:
         verdict = await recalling.verdict()
@@ -213,14 +213,16 @@ async def remember(run: Run, step: StepRecord) -> None:
         return step.skip(run.cache.reason)
     if run.verdict != "passed":
         return step.skip(run.verdict)
+    if any(passage.flags for passage in run.passages):
+        return step.skip("flagged")  # the model may have done as it was told
     kept, asked = run.cacheable(), run.question
 
     async def in_words() -> None:
-        step.note(exact=await run.kit.exact.put(asked, run.scope, HeldAnswer(kept, run.epoch)))
+        step.note(exact=await run.kit.exact.put(asked, run.scope, HeldAnswer(kept, run.edition)))
 
     async def in_meaning() -> None:
         try:
-            step.note(semantic=await run.kit.memory.remember(kept, asked.collection, run.scope, run.epoch) or "kept")
+            step.note(semantic=await run.kit.memory.remember(kept, asked.collection, run.scope, run.edition) or "kept")
         except DomainError as error:
             log.warning("answer_not_remembered", answer_id=asked.answer_id, reason=error.reason)
 

@@ -20,6 +20,7 @@ from services.orchestrator.domain import (
     CacheReceipt,
     Candidate,
     Draw,
+    Edition,
     Hold,
     LentCredit,
     OperationRecord,
@@ -69,6 +70,8 @@ def passage_value(message: common_pb2.CitedPassage) -> Passage:
         score=message.score,
         heading_path=tuple(message.heading_path),
         document_version=message.document_version,
+        page=message.page,
+        flags=tuple(message.flags),
     )
 
 
@@ -85,6 +88,8 @@ def passage_message(passage: Passage) -> common_pb2.CitedPassage:
         score=passage.score,
         heading_path=passage.heading_path,
         document_version=passage.document_version,
+        page=passage.page,
+        flags=passage.flags,
     )
 
 
@@ -233,8 +238,9 @@ class RemoteRecall:
         self._call = contextlib.AsyncExitStack()
         self._parts: Any = None
 
-    async def epoch(self) -> int:
-        return int((await self._part("started")).collection_epoch)
+    async def edition(self) -> Edition:
+        started = await self._part("started")
+        return Edition(started.collection_epoch, started.audience)
 
     async def verdict(self) -> RecallVerdict:
         message = await self._part("verdict")
@@ -279,7 +285,7 @@ class RemoteMemory:
 
     @contextlib.asynccontextmanager
     async def recall(
-        self, query: str, collection: str, scope: str, *, want_cached: bool, passages_max: int, held_epoch: int | None
+        self, query: str, collection: str, scope: str, *, want_cached: bool, passages_max: int, held: Edition | None
     ) -> AsyncIterator[RemoteRecall]:
         request = retrieval_pb.RecallRequest(
             question=query,
@@ -287,7 +293,8 @@ class RemoteMemory:
             cache_scope=scope,
             want_cached=want_cached,
             passages_max=passages_max,
-            held_epoch=held_epoch,
+            held_epoch=held.epoch if held is not None else None,
+            held_audience=held.audience if held is not None else "",
         )
         recall = RemoteRecall(lambda: self._caller.stream(self._stub.Recall, request, timeout_s=RECALL_TIMEOUT_S), self._patience_s)
         try:
@@ -295,9 +302,13 @@ class RemoteMemory:
         finally:
             await recall.aclose()
 
-    async def remember(self, answer: CachedAnswer, collection: str, scope: str, epoch: int) -> str:
+    async def remember(self, answer: CachedAnswer, collection: str, scope: str, edition: Edition) -> str:
         request = retrieval_pb.RememberAnswerRequest(
-            answer=_cached_message(answer), collection=collection, cache_scope=scope, collection_epoch=epoch
+            answer=_cached_message(answer),
+            collection=collection,
+            cache_scope=scope,
+            collection_epoch=edition.epoch,
+            audience=edition.audience,
         )
         with _named("retrieval"):
             reply = await self._caller.unary(self._stub.RememberAnswer, request, timeout_s=10)

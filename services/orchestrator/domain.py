@@ -70,6 +70,8 @@ class Passage:
     score: float
     heading_path: tuple[str, ...] = ()
     document_version: int = 1
+    page: int = 0
+    flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +92,19 @@ class CachedAnswer:
 
 
 @dataclass(frozen=True, slots=True)
+class Edition:
+    """What an answer from a collection is true for: its documents as they are, for those who may read the same of them."""
+
+    epoch: int
+    audience: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class HeldAnswer:
-    """A cached answer to the very same words. It may be served while the collection still has its epoch."""
+    """A cached answer to the very same words. It may be served while the asker's edition of the collection is still its own."""
 
     answer: CachedAnswer
-    epoch: int
+    edition: Edition
 
 
 @dataclass(frozen=True, slots=True)

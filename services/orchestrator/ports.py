@@ -14,6 +14,7 @@ from services.orchestrator.domain import (
     Claim,
     Draft,
     Draw,
+    Edition,
     HeldAnswer,
     Hold,
     LentCredit,
@@ -34,8 +35,8 @@ from services.orchestrator.domain import (
 class Recalling(Protocol):
     """A recall in progress. The three parts arrive in this order and each is asked for at most once."""
 
-    async def epoch(self) -> int:
-        """The collection's epoch; here before anything is embedded."""
+    async def edition(self) -> Edition:
+        """The asker's edition of the collection; here before anything is embedded."""
         ...
 
     async def verdict(self) -> RecallVerdict:
@@ -51,15 +52,15 @@ class Memory(Protocol):
     """Documents and past answers. Raises Unavailable(dependency="retrieval") while it is away."""
 
     def recall(
-        self, query: str, collection: str, scope: str, *, want_cached: bool, passages_max: int, held_epoch: int | None
+        self, query: str, collection: str, scope: str, *, want_cached: bool, passages_max: int, held: Edition | None
     ) -> AbstractAsyncContextManager[Recalling]:
         """Begin a recall. Leaving the block cancels what was not asked for.
 
-        While the collection has `held_epoch`, nothing but the epoch is recalled.
+        While the asker's edition is `held`, nothing but the edition is recalled.
         """
         ...
 
-    async def remember(self, answer: CachedAnswer, collection: str, scope: str, epoch: int) -> str:
+    async def remember(self, answer: CachedAnswer, collection: str, scope: str, edition: Edition) -> str:
         """Offer an answer to the semantic cache; return why it was not kept, or nothing."""
         ...
 

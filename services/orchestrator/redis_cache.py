@@ -15,7 +15,7 @@ import redis.asyncio as redis
 import structlog
 from redis.exceptions import RedisError
 
-from services.orchestrator.domain import CachedAnswer, HeldAnswer, Question
+from services.orchestrator.domain import CachedAnswer, Edition, HeldAnswer, Question
 
 log = structlog.get_logger(__name__)
 
@@ -31,7 +31,7 @@ class _Kept(msgspec.Struct):
     tenant: str
     question: str
     """Normalised."""
-    epoch: int
+    edition: Edition
     answer: CachedAnswer
 
 
@@ -52,9 +52,9 @@ def normalise(question: str) -> str:
 
 
 def cache_key(question: Question, scope: str) -> str:
-    """Everything the answer depends on but the epoch, so that only the very same question in the very same place finds it.
+    """Everything the answer depends on but the edition, so that only the very same question in the very same place finds it.
 
-    The epoch is in the value: one entry a question, which a newer answer replaces.
+    The edition is in the value: one entry a question, which a newer answer replaces.
     """
     parts = (question.principal.tenant, scope, question.collection, normalise(question.text))
     digest = hashlib.sha256()
@@ -62,7 +62,7 @@ def cache_key(question: Question, scope: str) -> str:
         encoded = part.encode()
         digest.update(len(encoded).to_bytes(8, "big"))  # lengths, so that no two lists of parts look alike
         digest.update(encoded)
-    return f"tailrace:exact:{digest.hexdigest()}"
+    return f"tailrace:exact:v2:{digest.hexdigest()}"
 
 
 class RedisCache:
@@ -89,10 +89,10 @@ class RedisCache:
         if kept.tenant != question.principal.tenant or kept.question != normalise(question.text):
             self._failed("get", ValueError("the value is not the one that was asked for"))
             return None
-        return HeldAnswer(kept.answer, kept.epoch)
+        return HeldAnswer(kept.answer, kept.edition)
 
     async def put(self, question: Question, scope: str, held: HeldAnswer) -> bool:
-        value = _encode(_Kept(question.principal.tenant, normalise(question.text), held.epoch, held.answer))
+        value = _encode(_Kept(question.principal.tenant, normalise(question.text), held.edition, held.answer))
         if len(value) > VALUE_BYTES_MAX or time.monotonic() < self._skip_until:
             return False
         try:

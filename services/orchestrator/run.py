@@ -18,6 +18,7 @@ from services.orchestrator.domain import (
     CachedAnswer,
     CacheReceipt,
     Done,
+    Edition,
     Event,
     OperationRecord,
     Passage,
@@ -75,7 +76,7 @@ class Run:
         self.turns: tuple[Turn, ...] = ()
         self.passages: tuple[Passage, ...] = ()
         self.citations = CitationReader(())
-        self.epoch = 0
+        self.edition = Edition(0)
         self.cache = CacheReceipt("off" if question.cache == "off" else "miss", reason="" if question.cache == "use" else "requested")
         self.pieces: list[str] = []
         self.model = self.provider = self.finish_reason = self.verdict = ""

@@ -1,27 +1,36 @@
-"""What a caller may see: the one place where a verified principal becomes the bounds of a query. Nothing else makes a `Reach`."""
+"""What a caller may see: the one place where a verified principal becomes the bounds of a query.
+
+Nothing else makes a `Viewer` or a `Reach`.
+"""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from services.chassis.errors import NotAuthenticated, RequestInvalid
 from services.chassis.principal import Principal
-from services.retrieval.domain import DEFAULT_COLLECTION
+from services.retrieval.domain import DEFAULT_COLLECTION, Access, Viewer
 from services.retrieval.ports import Filter
 
 _COLLECTION = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
+_USER, _GROUP = "user:", "group:"
 
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """One tenant's collection."""
+    """One tenant's collection, as one of its users sees it."""
 
-    tenant: str
+    viewer: Viewer
     collection: str
 
+    @property
+    def tenant(self) -> str:
+        return self.viewer.tenant
+
     def where(self, **equal: str | int) -> Filter:
-        """Points in reach that are also `equal` in these fields. Neither tenant nor collection can be left out or replaced."""
-        assert not {"tenant", "collection"} & equal.keys()
-        return Filter(self.tenant, equal={"collection": self.collection, **equal})
+        """Points in reach that are also `equal` in these fields. Neither tenant, readers nor collection can be left out or replaced."""
+        assert not {"tenant", "collection", "readers"} & equal.keys()
+        return Filter(self.viewer.tenant, equal={"collection": self.collection, **equal}, readers=self.viewer.readers)
 
 
 def tenant_of(principal: Principal) -> str:
@@ -31,9 +40,21 @@ def tenant_of(principal: Principal) -> str:
     return principal.tenant
 
 
+def viewer_of(principal: Principal) -> Viewer:
+    """Admins and services see all documents of their tenant; a user sees those limited to them or to one of their groups, too."""
+    if principal.roles & {"admin", "service"}:
+        return Viewer(tenant_of(principal), None)
+    return Viewer(tenant_of(principal), (_USER + principal.user, *(_GROUP + group for group in sorted(principal.groups))))
+
+
+def everything_of(tenant: str) -> Viewer:
+    """For our own work on a tenant's documents, which nobody's reading limits."""
+    return Viewer(tenant, None)
+
+
 def reach_of(principal: Principal, collection: str) -> Reach:
     """Raises RequestInvalid for a name that is none. Empty = the default collection."""
-    return Reach(tenant_of(principal), collection_name(collection) or DEFAULT_COLLECTION)
+    return Reach(viewer_of(principal), collection_name(collection) or DEFAULT_COLLECTION)
 
 
 def collection_name(collection: str) -> str:
@@ -41,3 +62,20 @@ def collection_name(collection: str) -> str:
     if collection and not _COLLECTION.match(collection):
         raise RequestInvalid("a collection's name is 1-64 of letters, digits, _ and -", field="collection", bound="[A-Za-z0-9_-]{1,64}")
     return collection
+
+
+def readers_of(access: Access, uploader: Viewer) -> tuple[str, ...]:
+    """The names a document limited to `access` is kept under. Its uploader is among them; empty = everybody in the tenant."""
+    if not access.users and not access.groups:
+        return ()
+    own = (uploader.readers or ())[:1]  # who reads everything needs no mention
+    return tuple(sorted({*own, *(_USER + user for user in access.users), *(_GROUP + group for group in access.groups)}))
+
+
+def access_of(readers: Iterable[str]) -> Access:
+    """What `readers_of` made the names from."""
+    names = sorted(readers)
+    return Access(
+        users=tuple(name.removeprefix(_USER) for name in names if name.startswith(_USER)),
+        groups=tuple(name.removeprefix(_GROUP) for name in names if name.startswith(_GROUP)),
+    )

@@ -19,6 +19,9 @@ from services.retrieval.ports import Filter, Payload, Point, Query, Record, Spac
 
 CANDIDATES = 5
 
+Scope = tuple[str, str]
+"""What the caller says an answer depends on, and the audience that may share it."""
+
 
 class AnswerCache:
     """Answers in a VectorStore, one for each question, scope and epoch."""
@@ -30,9 +33,9 @@ class AnswerCache:
         self._similarity_min = similarity_min
         self._ttl = timedelta(seconds=ttl_s)
 
-    async def lookup(self, reach: Reach, cache_scope: str, epoch: int, question: str, dense: Sequence[float], space: Space) -> Verdict:
+    async def lookup(self, reach: Reach, scope: Scope, epoch: int, question: str, dense: Sequence[float], space: Space) -> Verdict:
         """The nearest answer in `space` that may be served for `question`, or why there is none."""
-        where = reach.where(cache_scope=cache_scope, epoch=epoch)
+        where = reach.where(cache_scope=_joined(scope), epoch=epoch)
         records = await self._store.search(space, Query(where, CANDIDATES, dense=dense))
         if not records:
             return Verdict(reason="no_candidate")
@@ -51,12 +54,13 @@ class AnswerCache:
             return "expired"
         return difference(question, record.payload["question"])
 
-    async def remember(self, reach: Reach, cache_scope: str, epoch: int, answer: CachedAnswer) -> bool:
+    async def remember(self, reach: Reach, scope: Scope, epoch: int, answer: CachedAnswer) -> bool:
         """Keep `answer`; the same question again takes its place. Nothing is kept while the collection's embedder cannot be opened."""
         encoding = await self._encodings.answering(reach.tenant, reach.collection)
         dense = await self._encodings.question(encoding, answer.question)
         if dense is None:
             return False
+        cache_scope = _joined(scope)
         payload = {**_payload(answer), "tenant": reach.tenant, "collection": reach.collection, "cache_scope": cache_scope, "epoch": epoch}
         id_ = stable_id("answer", reach.tenant, reach.collection, cache_scope, str(epoch), normalised(answer.question))
         await self._store.upsert(encoding.answers, [Point(id_, payload, dense)])
@@ -77,6 +81,11 @@ class AnswerCache:
         oldest = int((self._clock.now() - self._ttl).timestamp() * 1_000_000)
         for encoding in await self._encodings.all():
             await self._store.expire(encoding.answers, "created_us", oldest)
+
+
+def _joined(scope: Scope) -> str:
+    cache_scope, audience = scope
+    return f"{cache_scope}/{audience}" if audience else cache_scope
 
 
 def _payload(answer: CachedAnswer) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The values retrieval works with: documents, chunks, passages, cached answers, progress. No I/O, no wire, no vendor."""
 
+import hashlib
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -113,6 +114,31 @@ class Document:
     metadata: Mapping[str, Fact] = field(default_factory=dict)
     pages: int = 0
     """0 = it has none."""
+    readers: tuple[str, ...] = ()
+    """Names of those who may read it, as `access.readers_of` makes them; empty = everybody in the tenant."""
+
+
+@dataclass(frozen=True, slots=True)
+class Viewer:
+    """Somebody of a tenant, as a reader of documents. Only `access` makes one."""
+
+    tenant: str
+    readers: tuple[str, ...] | None
+    """The names under which documents may be limited to this one, the user's own first; None = all documents, limited or not."""
+
+    def sees(self, document: Document) -> bool:
+        """Whether the document may be read, listed, replaced and deleted."""
+        return document.tenant == self.tenant and (
+            self.readers is None or not document.readers or not set(self.readers).isdisjoint(document.readers)
+        )
+
+    def audience(self, *, limited: bool) -> str:
+        """Who may share an answer from a collection, some of whose documents are `limited`: empty = the whole tenant."""
+        if not limited:
+            return ""
+        if self.readers is None:
+            return "all"
+        return hashlib.sha256("".join(f"{len(name)}:{name}" for name in self.readers).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +221,10 @@ class Upload:
     collection: str = DEFAULT_COLLECTION
     media_type: str = ""
     metadata: Mapping[str, Fact] = field(default_factory=dict)
+    uploader: Viewer | None = None
+    """Who sent it. None = ourselves."""
+    access: Access | None = None
+    """Who may read it. None = as the version before; everybody in the tenant if there was none."""
 
     @property
     def name(self) -> str:

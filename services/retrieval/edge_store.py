@@ -141,6 +141,9 @@ def translated(where: Filter) -> Any:
     must += [edge.FieldCondition(key=key, match=edge.MatchAny(list(values))) for key, values in where.any_of.items()]
     must += [edge.FieldCondition(key=key, range=edge.RangeFloat(gte=float(value))) for key, value in where.at_least.items()]
     must += [edge.FieldCondition(key=key, range=edge.RangeFloat(lt=float(value))) for key, value in where.below.items()]
+    if where.readers is not None:
+        open_to_all = edge.IsEmptyCondition(key="readers")
+        must.append(edge.Filter(should=[open_to_all, edge.FieldCondition(key="readers", match=edge.MatchAny(list(where.readers)))]))
     return edge.Filter(must=must)
 
 

@@ -16,10 +16,12 @@ import structlog
 
 from services.chassis.afterwork import AfterWork
 from services.chassis.clock import Clock
-from services.chassis.errors import DomainError, Internal, NotFound, Overloaded
+from services.chassis.errors import DomainError, Internal, NotAllowed, NotFound, Overloaded
 from services.chassis.telemetry import span
+from services.retrieval.access import everything_of, readers_of
 from services.retrieval.chunking import chunked, in_context
-from services.retrieval.domain import Document, Extracted, Progress, Stage, Upload, document_id
+from services.retrieval.domain import Chunk, Document, Extracted, Progress, Stage, Upload, Viewer, document_id
+from services.retrieval.injection import flags_of
 from services.retrieval.parsers import read
 from services.retrieval.ports import Embedder, SparseEncoder, Vectors
 from services.retrieval.registry import Registry
@@ -150,6 +152,20 @@ class Job:
         news.set()
 
 
+def flagged(chunks: list[Chunk]) -> list[Chunk]:
+    """The chunks, each with what makes it look like an instruction."""
+    return [replace(chunk, flags=flags_of(chunk.text)) for chunk in chunks]
+
+
+def _readers(upload: Upload, old: Document | None) -> tuple[str, ...]:
+    """Who may read the new version. Raises NotAllowed if there is a version that its uploader may not read."""
+    if old is not None and upload.uploader is not None and not upload.uploader.sees(old):
+        raise NotAllowed("a document of this name is limited to others", needs="access")
+    if upload.access is None:
+        return old.readers if old is not None else ()
+    return readers_of(upload.access, upload.uploader or everything_of(""))
+
+
 async def in_a_thread(upload: Upload) -> Extracted:
     """Parse in a thread of this process."""
     return await asyncio.to_thread(read, upload)
@@ -196,10 +212,10 @@ class Ingestion:
             raise NotFound("there is no such ingestion", kind="job")
         return job
 
-    async def delete(self, tenant: str, document_id: str) -> Document:
+    async def delete(self, viewer: Viewer, document_id: str) -> Document:
         """Remove a document and all that rests on it; once begun it is carried through. Raises NotFound."""
-        await self._pipeline.registry.document(tenant, document_id)
-        return await asyncio.shield(self._afterwork.spawn(self._pipeline.registry.delete(tenant, document_id), "delete document"))
+        await self._pipeline.registry.document(viewer, document_id)
+        return await asyncio.shield(self._afterwork.spawn(self._pipeline.registry.delete(viewer.tenant, document_id), "delete document"))
 
     async def _run(self, job: Job) -> None:
         try:
@@ -239,11 +255,13 @@ class Ingestion:
         id_ = document_id(job.tenant, upload.collection, source_uri)
         state = replace(state, stage=Stage.PARSED, document_id=id_, name=upload.name or source_uri)
         tell(state)
-        if (same := await pipeline.registry.unchanged(job.tenant, id_, sha256)) is not None:
-            tell(replace(state, stage=Stage.UNCHANGED, chunks_total=same.chunks, chunks_done=same.chunks, version=same.version))
+        old = await pipeline.registry.prior(job.tenant, id_)
+        readers = _readers(upload, old)
+        if old is not None and (old.content_sha256, old.readers, old.metadata) == (sha256, readers, upload.metadata):
+            tell(replace(state, stage=Stage.UNCHANGED, chunks_total=old.chunks, chunks_done=old.chunks, version=old.version))
             return
         with span("retrieval.chunk"):
-            chunks = await asyncio.to_thread(chunked, extracted, pipeline.embedder.count_tokens)
+            chunks = await asyncio.to_thread(lambda: flagged(chunked(extracted, pipeline.embedder.count_tokens)))
         state = replace(state, stage=Stage.CHUNKED, chunks_total=len(chunks))
         tell(state)
         texts = [in_context(title, chunk) for chunk in chunks]
@@ -268,6 +286,7 @@ class Ingestion:
             revision="",
             metadata=dict(upload.metadata),
             pages=len(extracted.page_starts),
+            readers=readers,
         )
         with span("retrieval.index"):
             # From here on the change is made whole, whoever leaves.

@@ -34,10 +34,10 @@ class Space:
     """Numbers in a dense vector. 0 = as many as the store's first embedder makes."""
 
 
-CHUNKS = Space("chunks", dense=True, sparse=True, keywords=("collection", "document_id", "revision"), integers=("ordinal",))
+CHUNKS = Space("chunks", dense=True, sparse=True, keywords=("collection", "document_id", "revision", "readers"), integers=("ordinal",))
 ANSWERS = Space("answers", dense=True, keywords=("collection", "cache_scope", "answer_id", "user"), integers=("epoch", "created_us"))
 # The engines want at least one vector; documents are found by their fields alone and leave it empty.
-DOCUMENTS = Space("documents", sparse=True, keywords=("kind", "collection"), integers=("indexed_us",))
+DOCUMENTS = Space("documents", sparse=True, keywords=("kind", "collection", "readers"), integers=("indexed_us",))
 SPACES = (CHUNKS, ANSWERS, DOCUMENTS)
 
 
@@ -50,6 +50,8 @@ class Filter:
     any_of: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     at_least: Mapping[str, int] = field(default_factory=dict)
     below: Mapping[str, int] = field(default_factory=dict)
+    readers: tuple[str, ...] | None = None
+    """Only points without `readers`, or with one of these among them. None = all points, whoever may read them."""
 
 
 @dataclass(frozen=True, slots=True)

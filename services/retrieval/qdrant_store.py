@@ -210,11 +210,15 @@ def translated(where: Filter) -> models.Filter:
 
 
 def _conditions(where: Filter) -> list[Any]:
-    must = [models.FieldCondition(key="tenant", match=models.MatchValue(value=where.tenant))]
+    must: list[Any] = [models.FieldCondition(key="tenant", match=models.MatchValue(value=where.tenant))]
     must += [models.FieldCondition(key=key, match=models.MatchValue(value=value)) for key, value in where.equal.items()]
     must += [models.FieldCondition(key=key, match=models.MatchAny(any=list(values))) for key, values in where.any_of.items()]
     must += [models.FieldCondition(key=key, range=models.Range(gte=value)) for key, value in where.at_least.items()]
     must += [models.FieldCondition(key=key, range=models.Range(lt=value)) for key, value in where.below.items()]
+    if where.readers is not None:
+        open_to_all = models.IsEmptyCondition(is_empty=models.PayloadField(key="readers"))
+        named = models.FieldCondition(key="readers", match=models.MatchAny(any=list(where.readers)))
+        must.append(models.Filter(should=[open_to_all, named]))
     return must
 
 

@@ -23,7 +23,8 @@ class Question:
     want_cached: bool
     passages_max: int
     held_epoch: int | None = None
-    """Epoch of an answer that the asker has already; while it is the collection's, there is nothing to recall."""
+    """Epoch of an answer that the asker has already; while it and the audience are the asker's, there is nothing to recall."""
+    held_audience: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,8 @@ class Started:
     """The epoch everything after it is true for."""
 
     epoch: int
+    audience: str
+    """Who may share an answer; see RecallStarted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +72,10 @@ async def recall(question: Question, memory: Memory, emit: Callable[[Part], Awai
     """Emit the epoch at once, then the verdict, then passages if wanted. Cancelled, it stops where it is and leaves nothing behind."""
     trail = Trail("retrieval")
     reach = question.reach
-    epoch = await memory.registry.epoch(reach.tenant, reach.collection)
-    await emit(Started(epoch))
-    if epoch == question.held_epoch:
+    state = await memory.registry.epoch(reach.tenant, reach.collection)
+    epoch, audience = state.number, reach.viewer.audience(limited=state.limited)
+    await emit(Started(epoch, audience))
+    if epoch == question.held_epoch and audience == question.held_audience:
         return
     if not question.want_cached and not question.passages_max:
         await emit(Judged(Verdict(reason="requested"), 0.0, 0.0))
@@ -83,7 +87,7 @@ async def recall(question: Question, memory: Memory, emit: Callable[[Part], Awai
         if question.want_cached and dense is None:
             verdict = Verdict(reason="embedder_unavailable")
         elif question.want_cached and dense is not None:
-            verdict = await memory.answers.lookup(reach, question.cache_scope, epoch, question.text, dense, encoding.answers)
+            verdict = await memory.answers.lookup(reach, (question.cache_scope, audience), epoch, question.text, dense, encoding.answers)
         else:
             verdict = Verdict(reason="requested")
             looked.skip("requested")

@@ -16,9 +16,9 @@ import structlog
 
 from services.chassis.clock import Clock
 from services.chassis.errors import NotFound, Unavailable
-from services.retrieval.access import Reach
+from services.retrieval.access import Reach, everything_of
 from services.retrieval.chunking import in_context
-from services.retrieval.domain import Chunk, Document, StoredChunk, stable_id
+from services.retrieval.domain import Chunk, Document, StoredChunk, Viewer, stable_id
 from services.retrieval.encoding_spaces import Encoding, Encodings
 from services.retrieval.ports import (
     ANSWERS,
@@ -64,6 +64,15 @@ class _Intent:
         return stable_id("intent", self.document_id, self.revision, self.dropped)
 
 
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """How often a collection's documents changed, in a way: it only grows."""
+
+    number: int
+    limited: bool
+    """Whether a document of it is, or was once, limited to some of the tenant's users."""
+
+
 class Registry:
     """Documents and epochs in a VectorStore. Changes of one document happen one after the other."""
 
@@ -76,30 +85,32 @@ class Registry:
         # A lock lives as long as somebody holds or awaits it.
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
-    async def epoch(self, tenant: str, collection: str) -> int:
+    async def epoch(self, tenant: str, collection: str) -> Epoch:
         """The collection's epoch; 0 if nothing ever changed in it."""
         id_ = _epoch_id(tenant, collection)
         record = (await self._store.get(DOCUMENTS, tenant, [id_])).get(id_)
-        return int(record.payload["epoch"]) if record else 0
+        return Epoch(int(record.payload["epoch"]), bool(record.payload.get("limited", False))) if record else Epoch(0, limited=False)
 
-    async def document(self, tenant: str, document_id: str) -> Document:
-        """Raises NotFound if the tenant has no such document."""
-        found = await self.documents(tenant, [document_id]) if _ID.match(document_id) else {}
+    async def document(self, viewer: Viewer, document_id: str) -> Document:
+        """Raises NotFound if there is no such document for the viewer."""
+        found = await self.documents(viewer, [document_id]) if _ID.match(document_id) else {}
         if document_id not in found:
             raise NotFound("there is no such document", kind="document")
         return found[document_id]
 
-    async def documents(self, tenant: str, ids: Iterable[str]) -> dict[str, Document]:
-        """The tenant's documents among `ids`."""
-        records = await self._store.get(DOCUMENTS, tenant, sorted(set(ids)))
-        return {id_: _document(record.payload) for id_, record in records.items() if record.payload["kind"] == "document"}
+    async def documents(self, viewer: Viewer, ids: Iterable[str]) -> dict[str, Document]:
+        """The documents among `ids` that the viewer sees."""
+        records = await self._store.get(DOCUMENTS, viewer.tenant, sorted(set(ids)))
+        documents = (_document(record.payload) for record in records.values() if record.payload["kind"] == "document")
+        return {document.document_id: document for document in documents if viewer.sees(document)}
 
-    async def page(self, tenant: str, collection: str, limit: int, before_us: int | None) -> list[Document]:
-        """Newest first, those indexed before `before_us` if given. Empty `collection` = all of the tenant."""
+    async def page(self, viewer: Viewer, collection: str, limit: int, before_us: int | None) -> list[Document]:
+        """What the viewer sees, newest first, those indexed before `before_us` if given. Empty `collection` = all of the tenant."""
         where = Filter(
-            tenant,
+            viewer.tenant,
             equal={"kind": "document", **({"collection": collection} if collection else {})},
             below={"indexed_us": before_us} if before_us is not None else {},
+            readers=viewer.readers,
         )
         return [
             _document(record.payload)
@@ -183,16 +194,16 @@ class Registry:
             return written + len(records) < document.chunks
 
     async def _is_current(self, document: Document) -> bool:
-        stored = (await self.documents(document.tenant, [document.document_id])).get(document.document_id)
+        stored = (await self.documents(everything_of(document.tenant), [document.document_id])).get(document.document_id)
         return stored is not None and stored.revision == document.revision
 
     async def outdate(self, tenant: str, collection: str) -> None:
         """Make every answer that was cached until now unreachable."""
         await self._bump(tenant, collection)
 
-    async def current(self, tenant: str, hits: Sequence[Record]) -> list[tuple[StoredChunk, Document, float]]:
-        """The hits that belong to the current version of a document, with it, in the order given."""
-        documents = await self.documents(tenant, {hit.payload["document_id"] for hit in hits})
+    async def current(self, viewer: Viewer, hits: Sequence[Record]) -> list[tuple[StoredChunk, Document, float]]:
+        """The hits that belong to the current version of a document that the viewer sees, with it, in the order given."""
+        documents = await self.documents(viewer, {hit.payload["document_id"] for hit in hits})
         kept = []
         for hit in hits:
             document = documents.get(hit.payload["document_id"])
@@ -200,10 +211,9 @@ class Registry:
                 kept.append((_stored_chunk(hit), document, hit.score))
         return kept
 
-    async def unchanged(self, tenant: str, document_id: str, content_sha256: str) -> Document | None:
-        """The document, if it is stored with just this content."""
-        document = (await self.documents(tenant, [document_id])).get(document_id)
-        return document if document is not None and document.content_sha256 == content_sha256 else None
+    async def prior(self, tenant: str, document_id: str) -> Document | None:
+        """The document as it stands, whoever may read it; for those who are about to change it."""
+        return (await self.documents(everything_of(tenant), [document_id])).get(document_id)
 
     async def replace(self, draft: Document, chunks: Sequence[Chunk], dense: Vectors, sparse: Sequence[Sparse]) -> Document:
         """Make `draft` the current version and bump the collection's epoch; return it with version and revision.
@@ -211,12 +221,17 @@ class Registry:
         Cancellation: shield it. Cut short, it leaves an intent that `recover` undoes or finishes.
         """
         async with self._lock(draft.document_id):
-            old = (await self.documents(draft.tenant, [draft.document_id])).get(draft.document_id)
+            old = await self.prior(draft.tenant, draft.document_id)
             version, indexed_us = (old.version + 1 if old else 1), self._now_us()
             revision = stable_id("revision", draft.document_id, str(version), draft.content_sha256, str(indexed_us))
             new = replace(draft, version=version, indexed_us=indexed_us, revision=revision, chunks=len(chunks))
             intent = _Intent(new.tenant, new.collection, new.document_id, revision, old.revision if old else "", indexed_us)
             await self._begin(intent)
+            if self._encodings is not None and not (await self.epoch(new.tenant, new.collection)).number:
+                await self._encodings.settle_new(new.tenant, new.collection)
+            if new.readers:
+                # Before anybody can rest an answer on it: from now on answers are shared among those who see the same documents only.
+                await self._bump(new.tenant, new.collection, limited=True)
             if self._encodings is None:
                 await self._write_chunks(CHUNKS, new, chunks, dense, sparse)
             else:
@@ -235,8 +250,6 @@ class Registry:
         self, encodings: Encodings, new: Document, chunks: Sequence[Chunk], dense: Vectors, sparse: Sequence[Sparse]
     ) -> None:
         """Write the chunks in every encoding that the collection's documents must have; `dense` and `sparse` are in the one that is set."""
-        if not await self.epoch(new.tenant, new.collection):
-            await encodings.settle_new(new.tenant, new.collection)
         written: set[str] = set()
         while missing := (await encodings.standing(new.tenant, new.collection)).written - written:
             for id_ in sorted(missing):
@@ -263,7 +276,7 @@ class Registry:
     async def delete(self, tenant: str, document_id: str) -> Document:
         """Remove a document, its chunks and the collection's cached answers. Raises NotFound. Shield it like `replace`."""
         async with self._lock(document_id):
-            document = await self.document(tenant, document_id)
+            document = await self.document(everything_of(tenant), document_id)
             intent = _Intent(tenant, document.collection, document_id, "", document.revision, self._now_us())
             await self._begin(intent)
             await self._store.remove(DOCUMENTS, tenant, [document_id])
@@ -284,7 +297,7 @@ class Registry:
     async def _recover(self, intent: _Intent) -> None:
         if intent.id not in await self._store.get(DOCUMENTS, SYSTEM_TENANT, [intent.id]):
             return  # its own process has just ended it
-        document = (await self.documents(intent.owner, [intent.document_id])).get(intent.document_id)
+        document = await self.prior(intent.owner, intent.document_id)
         # Whichever side of the switch it died on, the revision the document points at stays. One epoch more is harmless.
         await self._bump(intent.owner, intent.collection)
         await self._tidy(intent, {intent.revision, intent.dropped} - {document.revision if document else ""})
@@ -293,10 +306,14 @@ class Registry:
         payload = {**asdict(intent), "kind": "intent", "tenant": SYSTEM_TENANT, "indexed_us": intent.begun_us}
         await self._store.upsert(DOCUMENTS, [Point(intent.id, payload)])
 
-    async def _bump(self, tenant: str, collection: str) -> None:
-        """Give the collection an epoch it never had. The clock takes part, so that two processes at once do not choose the same."""
-        epoch = max(await self.epoch(tenant, collection) + 1, self._now_us())
-        payload = {"kind": "epoch", "tenant": tenant, "collection": collection, "epoch": epoch}
+    async def _bump(self, tenant: str, collection: str, *, limited: bool = False) -> None:
+        """Give the collection an epoch it never had. The clock takes part, so that two processes at once do not choose the same.
+
+        A collection that had a limited document once counts as limited for good: that costs hits, while the opposite could leak.
+        """
+        old = await self.epoch(tenant, collection)
+        epoch = max(old.number + 1, self._now_us())
+        payload = {"kind": "epoch", "tenant": tenant, "collection": collection, "epoch": epoch, "limited": limited or old.limited}
         await self._store.upsert(DOCUMENTS, [Point(_epoch_id(tenant, collection), payload)])
 
     async def _tidy(self, intent: _Intent, dead: set[str]) -> None:
@@ -306,7 +323,7 @@ class Registry:
             equal = {"collection": intent.collection, "document_id": intent.document_id, "revision": revision}
             for space in chunks:
                 await self._store.delete(space, Filter(intent.owner, equal=equal))
-        epoch = await self.epoch(intent.owner, intent.collection)
+        epoch = (await self.epoch(intent.owner, intent.collection)).number
         for space in answers:
             await self._store.delete(space, Filter(intent.owner, equal={"collection": intent.collection}, below={"epoch": epoch}))
         await self._store.remove(DOCUMENTS, SYSTEM_TENANT, [intent.id])
@@ -334,12 +351,13 @@ def _epoch_id(tenant: str, collection: str) -> str:
 
 
 def _document_payload(document: Document) -> dict[str, Any]:
-    return {**asdict(document), "kind": "document"}
+    return {**asdict(document), "kind": "document", "readers": list(document.readers)}
 
 
 def _document(payload: Payload) -> Document:
     # What an older release wrote lacks the younger fields; their defaults say what was true then.
-    return Document(**{name: payload[name] for name in Document.__slots__ if name in payload})
+    known = {name: payload[name] for name in Document.__slots__ if name in payload}
+    return Document(**{**known, "readers": tuple(known.get("readers", ()))})
 
 
 def _intent(payload: Payload) -> _Intent:
@@ -359,6 +377,7 @@ def _chunk_point(document: Document, chunk: Chunk, dense: Sequence[float] | None
         "heading_path": list(chunk.heading_path),
         "page": chunk.page,
         "flags": list(chunk.flags),
+        "readers": list(document.readers),
     }
     return Point(stable_id("chunk", document.revision, str(chunk.ordinal)), payload, dense, sparse)
 

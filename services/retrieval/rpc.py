@@ -18,8 +18,20 @@ from services.chassis.errors import RequestInvalid
 from services.chassis.principal import Principal, current_principal
 from services.chassis.server import Server
 from services.chassis.wire import timestamp, usage_message, usage_value
-from services.retrieval.access import collection_name, reach_of, tenant_of
-from services.retrieval.domain import DEFAULT_COLLECTION, CachedAnswer, Document, Fact, Passage, Progress, SearchMode, StoredChunk, Upload
+from services.retrieval.access import access_of, collection_name, reach_of, tenant_of, viewer_of
+from services.retrieval.domain import (
+    DEFAULT_COLLECTION,
+    Access,
+    CachedAnswer,
+    Document,
+    Fact,
+    Passage,
+    Progress,
+    SearchMode,
+    StoredChunk,
+    Upload,
+    Viewer,
+)
 from services.retrieval.ingest import Ingestion, Job
 from services.retrieval.intake import Begin, take_in
 from services.retrieval.recall import Judged, Memory, Part, Question, Started, recall
@@ -39,6 +51,7 @@ ANSWER_BYTES_MAX = 1024 * 1024
 CONTENT_MESSAGE_BYTES_MAX = 1024 * 1024
 METADATA_PAIRS_MAX = 32
 METADATA_CHARACTERS_MAX = 256
+READERS_MAX = 64
 CHUNKS_MAX = 1000
 CHUNKS_BYTES_MAX = 2 * 1024 * 1024
 """Bytes of chunk texts in one reply, well below the size of a message."""
@@ -72,6 +85,7 @@ class RetrievalServicer(pb_grpc.RetrievalServiceServicer):
             want_cached=request.want_cached,
             passages_max=_within(request.passages_max, "passages_max", 0, PASSAGES_MAX),
             held_epoch=request.held_epoch if request.HasField("held_epoch") else None,
+            held_audience=_bounded(request.held_audience, "held_audience", 0, 64),
         )
 
         async def emit(part: Part) -> None:
@@ -116,7 +130,7 @@ class RetrievalServicer(pb_grpc.RetrievalServiceServicer):
             async with writing:
                 await context.write(_progress_message(job, event))
 
-        await take_in(self._ingestion, tenant_of(current_principal()), _parts(requests), emit)
+        await take_in(self._ingestion, tenant_of(current_principal()), _parts(requests, viewer_of(current_principal())), emit)
 
     async def GetIngestionJob(self, request: pb.GetIngestionJobRequest, context: grpc.aio.ServicerContext) -> pb.GetIngestionJobResponse:
         job = self._ingestion.job(tenant_of(current_principal()), request.job_id)
@@ -155,7 +169,7 @@ class RetrievalServicer(pb_grpc.RetrievalServiceServicer):
             row = pb.ListCollectionsResponse(
                 collection=collection,
                 documents=documents,
-                epoch=await registry.epoch(reach.tenant, collection),
+                epoch=(await registry.epoch(reach.tenant, collection)).number,
                 embedder_id=(await encodings.encoding(standing.encoding)).embedder_id,
                 next_embedder_id=(await encodings.encoding(standing.next)).embedder_id if moving else "",
                 reembedded=await encodings.progress(reach.tenant, collection) if moving else 0,
@@ -166,29 +180,31 @@ class RetrievalServicer(pb_grpc.RetrievalServiceServicer):
         size = _within(request.page_size, "page_size", 0, PAGE_MAX) or PAGE_DEFAULT
         before_us = _place(request.page_token) if request.page_token else None
         # One more than wanted tells whether there are more.
-        documents = await self._memory.registry.page(
-            tenant_of(current_principal()), collection_name(request.collection), size + 1, before_us
-        )
+        viewer = viewer_of(current_principal())
+        documents = await self._memory.registry.page(viewer, collection_name(request.collection), size + 1, before_us)
         for place, document in enumerate(documents[:size], 1):
             last = place == size < len(documents)
-            row = pb.ListDocumentsResponse(document=_document_message(document), next_page_token=_page_token(document) if last else "")
+            row = pb.ListDocumentsResponse(
+                document=_document_message(document, viewer), next_page_token=_page_token(document) if last else ""
+            )
             await context.write(row)
 
     async def GetDocument(self, request: pb.GetDocumentRequest, context: grpc.aio.ServicerContext) -> pb.GetDocumentResponse:
         registry = self._memory.registry
-        document = await registry.document(tenant_of(current_principal()), _document_id(request.document_id))
+        viewer = viewer_of(current_principal())
+        document = await registry.document(viewer, _document_id(request.document_id))
         first = _within(request.first_chunk, "first_chunk", 0, 2**31 - 1)
         limit = _within(request.chunks_max, "chunks_max", 0, CHUNKS_MAX) or CHUNKS_MAX
         chunks = _as_many_as_fit(await registry.chunks(document, first, limit))
         following = first + len(chunks)
         return pb.GetDocumentResponse(
-            document=_document_message(document),
+            document=_document_message(document, viewer),
             chunks=[_chunk_message(chunk) for chunk in chunks],
             next_chunk=following if chunks and following < document.chunks else 0,
         )
 
     async def DeleteDocument(self, request: pb.DeleteDocumentRequest, context: grpc.aio.ServicerContext) -> pb.DeleteDocumentResponse:
-        deleted = await self._ingestion.delete(tenant_of(current_principal()), _document_id(request.document_id))
+        deleted = await self._ingestion.delete(viewer_of(current_principal()), _document_id(request.document_id))
         return pb.DeleteDocumentResponse(chunks_deleted=deleted.chunks)
 
     async def RememberAnswer(self, request: pb.RememberAnswerRequest, context: grpc.aio.ServicerContext) -> pb.RememberAnswerResponse:
@@ -196,9 +212,15 @@ class RetrievalServicer(pb_grpc.RetrievalServiceServicer):
         reach, scope = reach_of(principal, request.collection), _bounded(request.cache_scope, "cache_scope", 1, 128)
         answer = _answer_value(request.answer, principal)
         # An answer that slips in while the epoch moves on is written under its old epoch, where nobody looks.
-        if await self._memory.registry.epoch(reach.tenant, reach.collection) != request.collection_epoch:
+        state = await self._memory.registry.epoch(reach.tenant, reach.collection)
+        audience = reach.viewer.audience(limited=state.limited)
+        if state.number != request.collection_epoch:
             return pb.RememberAnswerResponse(remembered=False, reason="epoch_changed")
-        if not await self._memory.answers.remember(reach, scope, request.collection_epoch, answer):
+        if audience != request.audience:
+            return pb.RememberAnswerResponse(remembered=False, reason="audience_changed")
+        if any(passage.flags for passage in answer.passages):
+            return pb.RememberAnswerResponse(remembered=False, reason="flagged")
+        if not await self._memory.answers.remember(reach, (scope, audience), request.collection_epoch, answer):
             return pb.RememberAnswerResponse(remembered=False, reason="embedder_unavailable")
         return pb.RememberAnswerResponse(remembered=True)
 
@@ -215,12 +237,12 @@ class RetrievalServicer(pb_grpc.RetrievalServiceServicer):
         return pb.ForgetAnswersResponse(forgotten=forgotten)
 
 
-async def _parts(requests: AsyncIterator[pb.IngestDocumentsRequest]) -> AsyncIterator[Begin | bytes]:
+async def _parts(requests: AsyncIterator[pb.IngestDocumentsRequest], viewer: Viewer) -> AsyncIterator[Begin | bytes]:
     """The stream's messages, checked."""
     async for request in requests:
         part = request.WhichOneof("part")
         if part == "header":
-            yield Begin(_upload(request.header), request.header.detach)
+            yield Begin(_upload(request.header, viewer), request.header.detach)
         elif part == "content":
             if len(request.content) > CONTENT_MESSAGE_BYTES_MAX:
                 raise RequestInvalid("a piece of content is too large", field="content", bound=f"at most {CONTENT_MESSAGE_BYTES_MAX} bytes")
@@ -229,7 +251,7 @@ async def _parts(requests: AsyncIterator[pb.IngestDocumentsRequest]) -> AsyncIte
             raise RequestInvalid("a message holds neither a header nor content", field="part")
 
 
-def _upload(header: pb.DocumentHeader) -> Upload:
+def _upload(header: pb.DocumentHeader, uploader: Viewer) -> Upload:
     if len(header.metadata) > METADATA_PAIRS_MAX:
         raise RequestInvalid("too much metadata", field="header.metadata", bound=f"at most {METADATA_PAIRS_MAX} pairs")
     for key in header.metadata:
@@ -241,7 +263,18 @@ def _upload(header: pb.DocumentHeader) -> Upload:
         collection=collection_name(header.collection) or DEFAULT_COLLECTION,
         media_type=_bounded(header.media_type, "header.media_type", 0, 256),
         metadata={key: _fact(value, f"header.metadata.{key}") for key, value in header.metadata.items()},
+        uploader=uploader,
+        access=_access(header.access) if header.HasField("access") else None,
     )
+
+
+def _access(message: pb.Access) -> Access:
+    for field, names in (("users", message.users), ("groups", message.groups)):
+        if len(names) > READERS_MAX:
+            raise RequestInvalid("too many names", field=f"header.access.{field}", bound=f"at most {READERS_MAX}")
+        for name in names:
+            _bounded(name, f"header.access.{field}", 1, 256 if field == "users" else 128)
+    return Access(tuple(message.users), tuple(message.groups))
 
 
 def _fact(value: struct_pb2.Value, field: str) -> Fact:
@@ -340,7 +373,7 @@ def _answer_value(message: pb.CachedAnswer, principal: Principal) -> CachedAnswe
 
 def _recall_message(part: Part) -> pb.RecallResponse:
     if isinstance(part, Started):
-        return pb.RecallResponse(started=pb.RecallStarted(collection_epoch=part.epoch))
+        return pb.RecallResponse(started=pb.RecallStarted(collection_epoch=part.epoch, audience=part.audience))
     if isinstance(part, Judged):
         verdict = part.verdict
         return pb.RecallResponse(
@@ -424,7 +457,9 @@ def _progress_message(job: Job, progress: Progress) -> pb.IngestDocumentsRespons
     )
 
 
-def _document_message(document: Document) -> pb.Document:
+def _document_message(document: Document, viewer: Viewer) -> pb.Document:
+    # The names of the others are their uploader's and the admins' business; who reads as a member of a group learns of no other.
+    shown = access_of(document.readers if viewer.readers is None else [name for name in document.readers if name in viewer.readers])
     return pb.Document(
         document_id=document.document_id,
         title=document.title,
@@ -439,6 +474,7 @@ def _document_message(document: Document) -> pb.Document:
         indexed_at=timestamp(datetime.fromtimestamp(document.indexed_us / 1_000_000, UTC)),
         metadata={key: _value(fact) for key, fact in document.metadata.items()},
         pages=document.pages,
+        access=pb.Access(users=shown.users, groups=shown.groups) if document.readers else None,
     )
 
 

@@ -46,11 +46,11 @@ class Searcher:
         if query.dense is None and query.sparse is not None and not query.sparse.indices:
             return []  # nothing but stop words: no word to search by
         hits = await self._store.search(encoding.chunks, query)
-        kept = await self._registry.current(reach.tenant, hits)
+        kept = await self._registry.current(reach.viewer, hits)
         if len(kept) < len(hits):
             # A document is being replaced this very moment: chunks of two versions compete. Look further down once.
             hits = await self._store.search(encoding.chunks, replace(query, limit=limit * REFILL_FACTOR))
-            kept = (await self._registry.current(reach.tenant, hits))[:limit]
+            kept = (await self._registry.current(reach.viewer, hits))[:limit]
         return [_passage(number, *row) for number, row in enumerate(kept, 1)]
 
 

@@ -1,5 +1,6 @@
 """The VectorStore port, on every implementation: Edge, the client's in-memory mode, and a server when QDRANT_URL names one."""
 
+import inspect
 import math
 import os
 import uuid
@@ -257,3 +258,34 @@ async def test_a_server_that_lost_its_collections_is_prepared_again(store: Vecto
     await store.check()
 
     assert 0 == await store.count(CHUNKS, Filter("acme"))
+
+
+@pytest.mark.parametrize("condition", ['key="tenant"', "where.readers is not None"])
+async def test_without_a_condition_what_it_keeps_out_comes_in(store: VectorStore, condition: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests that hold the conditions would fail if its line were deleted: here it is."""
+    points = [
+        Point(stable_id("own"), {"tenant": "acme", "text": "own"}, [1.0, 0, 0, 0], SPARSE.document("reef")),
+        Point(stable_id("foreign"), {"tenant": "rival", "text": "foreign"}, [1.0, 0, 0, 0], SPARSE.document("reef")),
+        Point(
+            stable_id("limited"), {"tenant": "acme", "text": "limited", "readers": ["user:bob"]}, [1.0, 0, 0, 0], SPARSE.document("reef")
+        ),
+    ]
+    await store.upsert(CHUNKS, points)
+    where = Filter("acme", readers=("user:ann",))
+
+    async def seen() -> set[str]:
+        found = [*await store.find(CHUNKS, where, limit=10)]
+        for query in (Query(where, 10, dense=[1.0, 0, 0, 0]), Query(where, 10, sparse=SPARSE.query("reef"))):
+            found += await store.search(CHUNKS, query)
+        return {record.payload["text"] for record in found}
+
+    assert {"own"} == await seen()
+    assert {"own", "limited"} == {record.payload["text"] for record in await store.find(CHUNKS, Filter("acme"), limit=10)}
+    module, name = (edge_store, "translated") if isinstance(store, EdgeStore) else (qdrant_store, "_conditions")
+    lines = inspect.getsource(getattr(module, name)).splitlines()
+    (place,) = [place for place, line in enumerate(lines) if condition in line]
+    lines[place] = "    must = []" if "tenant" in condition else "    if False:"
+    namespace: dict[str, Any] = vars(module).copy()
+    exec("\n".join(lines), namespace)
+    monkeypatch.setattr(module, name, namespace[name])
+    assert ({"own", "foreign"} if "tenant" in condition else {"own", "limited"}) == await seen()

@@ -89,14 +89,17 @@ class FakeRetrieval(retrieval_rpc.RetrievalServiceServicer):
     time_left_s: list[float] = field(default_factory=list)
     """What each recall might take."""
     away: bool = False
+    audience: str = ""
 
     async def Recall(self, request: retrieval_pb.RecallRequest, context: grpc.aio.ServicerContext) -> None:
         if self.away:
             raise Unavailable("qdrant is away", dependency="qdrant")
         self.recalls.append(request)
         self.time_left_s.append(context.time_remaining())
-        await context.write(retrieval_pb.RecallResponse(started=retrieval_pb.RecallStarted(collection_epoch=self.epoch)))
-        if request.HasField("held_epoch") and request.held_epoch == self.epoch:
+        await context.write(
+            retrieval_pb.RecallResponse(started=retrieval_pb.RecallStarted(collection_epoch=self.epoch, audience=self.audience))
+        )
+        if request.HasField("held_epoch") and (request.held_epoch, request.held_audience) == (self.epoch, self.audience):
             return
         verdict = retrieval_pb.RecallVerdict(reason="no_candidate")
         if request.want_cached and request.question in self.semantic:

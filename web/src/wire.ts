@@ -28,6 +28,10 @@ export interface Passage {
   score: number;
   heading_path: string[];
   document_version: string;
+  /** From 1; 0 = the document has no pages. */
+  page?: number;
+  /** What makes it look like an instruction to the model. */
+  flags?: string[];
 }
 
 export interface Citation {

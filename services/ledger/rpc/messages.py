@@ -214,6 +214,8 @@ def _citation_message(citation: Citation) -> common_pb2.CitedPassage:
         score=citation.score,
         heading_path=citation.heading_path,
         document_version=citation.document_version,
+        page=citation.page,
+        flags=citation.flags,
     )
 
 
@@ -231,6 +233,8 @@ def _citation_value(message: common_pb2.CitedPassage) -> Citation:
         score=message.score if math.isfinite(message.score) else 0.0,
         heading_path=tuple(checks.prose(heading, f"{field}.heading_path", 4096) for heading in message.heading_path),
         document_version=message.document_version,
+        page=checks.between(message.page, f"{field}.page", 0, 2**31 - 1),
+        flags=tuple(checks.text(flag, f"{field}.flags", 64) for flag in message.flags[:16]),
     )
 
 

@@ -5,6 +5,7 @@ import json
 
 import httpx
 import pytest
+from google.protobuf.json_format import MessageToDict
 
 from services.gateway.bodies import DOCUMENT_BYTES_MAX
 from tailrace.common.v1 import common_pb2 as common
@@ -45,7 +46,7 @@ async def test_files_arrive_whole_and_in_order_with_progress_of_each(front: Fron
 
 
 async def test_a_collection_in_the_form_is_that_of_the_files_after_it(front: Front, client: httpx.AsyncClient) -> None:
-    """The only other field a form may have."""
+    """Files before it go to the default one."""
     body = form(b'Content-Disposition: form-data; name="collection"\r\n\r\nhandbook', file_part("ä.txt".encode(), b"text"))
 
     await client.post("/v1/documents", content=body, headers=MULTIPART)
@@ -54,15 +55,43 @@ async def test_a_collection_in_the_form_is_that_of_the_files_after_it(front: Fro
     assert (header.collection, header.source_uri) == ("handbook", "ä.txt")
 
 
+async def test_facts_in_the_form_are_those_of_the_files_after_it(front: Front, client: httpx.AsyncClient) -> None:
+    """Metadata and readers; a file before them has none, and no word about access is not the same as nobody."""
+    facts = b'Content-Disposition: form-data; name="facts"\r\n\r\n{"metadata": {"team": "core"}, "access": {"groups": ["crew"]}}'
+
+    await client.post("/v1/documents", content=form(file_part(b"a.txt", b"a"), facts, file_part(b"b.txt", b"b")), headers=MULTIPART)
+    (before, _), (after, _) = front.behind.retrieval.documents
+
+    assert not before.metadata
+    assert not before.HasField("access")
+    assert (after.metadata["team"].string_value, list(after.access.groups)) == ("core", ["crew"])
+
+
+@pytest.mark.parametrize(
+    "facts", [b"{", b'{"access": {"users": [""]}}', b'{"metadata": {"k": [1]}}', b'{"secret": 1}', b'{"metadata": {"k": null}}']
+)
+async def test_facts_that_make_no_sense_are_refused(front: Front, client: httpx.AsyncClient, facts: bytes) -> None:
+    """By the name of the field in them."""
+    body = form(b'Content-Disposition: form-data; name="facts"\r\n\r\n' + facts, file_part(b"a.txt", b"a"))
+    response = await client.post("/v1/documents", content=body, headers=MULTIPART)
+
+    assert problem_of(response, 400, "REQUEST_INVALID")["field"].startswith("facts")
+    assert front.behind.retrieval.documents == []
+
+
 async def test_a_document_as_json_arrives_as_its_text(front: Front, client: httpx.AsyncClient) -> None:
     """Title, address, metadata and collection go along."""
-    body = {"title": "T", "text": "ünï\0x", "source_uri": "u", "metadata": {"k": "v"}, "collection": "c"}
+    metadata = {"k": "v", "year": 2026, "draft": False}
+    access = {"users": ["bob"], "groups": ["crew"]}
+    body = {"title": "T", "text": "ünï\0x", "source_uri": "u", "metadata": metadata, "collection": "c", "access": access}
 
     response = await client.post("/v1/documents", json=body)
     header, content = front.behind.retrieval.documents[0]
 
     assert response.status_code == 200
-    assert (header.title, header.source_uri, dict(header.metadata), header.collection) == ("T", "u", {"k": "v"}, "c")
+    assert (header.title, header.source_uri, header.collection) == ("T", "u", "c")
+    assert {name: MessageToDict(value) for name, value in header.metadata.items()} == metadata
+    assert (list(header.access.users), list(header.access.groups)) == (["bob"], ["crew"])
     assert content == "ünï\0x".encode()
 
 

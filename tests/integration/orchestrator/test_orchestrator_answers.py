@@ -1,5 +1,6 @@
 """The whole chain over real channels: what a reader sees, what is booked, what the cache serves again."""
 
+import copy
 import hashlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -117,6 +118,34 @@ async def test_changed_documents_make_older_answers_unreachable(claude: World) -
     reply = await claude.ask("Which port does the gateway listen on?")
 
     assert reply.done.cache.verdict == "miss"
+
+
+async def test_an_answer_of_one_audience_is_not_served_to_another(claude: World) -> None:
+    """The very same words, the very same epoch: who may read other documents is asked anew, and both are answered for themselves."""
+    question = "Which port does the gateway listen on?"
+    claude.retrieval.audience = "those who may read the salaries"
+    first = await claude.ask(question)
+    claude.retrieval.audience = "the others"
+    other = await claude.ask(question, principal=BOB)
+    again = await claude.ask(question, principal=BOB)
+
+    assert [reply.done.cache.verdict for reply in (first, other, again)] == ["miss", "miss", "exact"]
+    assert again.done.cache.source_answer_id == other.answer_id
+    assert [request.audience for request in claude.retrieval.remembered] == ["those who may read the salaries", "the others"]
+
+
+async def test_an_answer_given_a_passage_with_instructions_is_not_remembered(claude: World) -> None:
+    """Neither tier keeps it; the reader is shown the flag."""
+    first_passage, *others = claude.retrieval.passages
+    claude.retrieval.passages = [copy.deepcopy(first_passage), *others]
+    claude.retrieval.passages[0].flags.append("override")
+    first = await claude.ask("Which port does the gateway listen on?")
+    again = await claude.ask("Which port does the gateway listen on?")
+
+    assert [reply.done.cache.verdict for reply in (first, again)] == ["miss", "miss"]
+    assert claude.retrieval.remembered == []
+    shown = [event.passages.passages[0] for event in first.events if event.HasField("passages")]
+    assert [list(passage.flags) for passage in shown] == [["override"]]
 
 
 async def test_off_neither_serves_nor_remembers_and_refresh_only_remembers(claude: World) -> None:

@@ -12,7 +12,7 @@ import redis.asyncio as redis
 from services.chassis.money import Usage
 from services.chassis.principal import Principal
 from services.local.stores import Valkey
-from services.orchestrator.domain import CachedAnswer, Candidate, HeldAnswer, Passage, Question
+from services.orchestrator.domain import CachedAnswer, Candidate, Edition, HeldAnswer, Passage, Question
 from services.orchestrator.redis_cache import VALUE_BYTES_MAX, RedisCache, cache_key
 
 CREATED = datetime(2026, 1, 1, 12, 30, tzinfo=UTC)
@@ -45,9 +45,9 @@ async def client(valkey: Valkey) -> AsyncIterator[redis.Redis]:
 async def test_answer_comes_back_as_it_was_kept(client: redis.Redis) -> None:
     """Every field, to the microsecond and the code point; and it goes by itself after its time."""
     cache = RedisCache(client, ttl_s=100, timeout_s=2)
-    assert await cache.put(question(), "scope", HeldAnswer(ANSWER, 1))
+    assert await cache.put(question(), "scope", HeldAnswer(ANSWER, Edition(1)))
 
-    assert await cache.get(question(" which  port"), "scope") == HeldAnswer(ANSWER, 1)
+    assert await cache.get(question(" which  port"), "scope") == HeldAnswer(ANSWER, Edition(1))
     assert 0 < await client.ttl(cache_key(question(), "scope")) <= 100
 
 
@@ -55,7 +55,7 @@ async def test_answer_comes_back_as_it_was_kept(client: redis.Redis) -> None:
 async def test_answer_is_found_in_its_own_place_alone(client: redis.Redis, other: tuple[Question, str]) -> None:
     """Tenant, scope."""
     cache = RedisCache(client, ttl_s=100, timeout_s=2)
-    await cache.put(question(), "scope", HeldAnswer(ANSWER, 1))
+    await cache.put(question(), "scope", HeldAnswer(ANSWER, Edition(1)))
 
     assert await cache.get(*other) is None
 
@@ -64,7 +64,7 @@ async def test_value_of_another_tenant_under_our_key_is_refused(client: redis.Re
     """The mark in the value is a second lock."""
     cache = RedisCache(client, ttl_s=100, timeout_s=2)
     theirs = question("Whose?", "exact-theirs")
-    await cache.put(theirs, "scope", HeldAnswer(ANSWER, 1))
+    await cache.put(theirs, "scope", HeldAnswer(ANSWER, Edition(1)))
     value = await client.get(cache_key(theirs, "scope"))
     await client.set(cache_key(question("Whose?"), "scope"), value)
 
@@ -85,7 +85,7 @@ async def test_answer_too_large_is_not_kept(client: redis.Redis) -> None:
     """The bound holds, and the answer is simply not cached."""
     cache = RedisCache(client, ttl_s=100, timeout_s=2)
 
-    assert not await cache.put(question("Large?"), "scope", HeldAnswer(replace(ANSWER, text="x" * VALUE_BYTES_MAX), 1))
+    assert not await cache.put(question("Large?"), "scope", HeldAnswer(replace(ANSWER, text="x" * VALUE_BYTES_MAX), Edition(1)))
 
 
 async def test_cache_that_is_away_costs_one_answer_a_moment_and_the_others_nothing() -> None:
@@ -102,7 +102,7 @@ async def test_cancel_storm_never_gives_one_question_the_reply_of_another(client
     """Two thousand commands over eight connections, half of them cancelled wherever they are: every reply is its own."""
     cache = RedisCache(client, ttl_s=100, timeout_s=5)
     for number in range(40):
-        await cache.put(question(f"Storm {number}?"), "scope", HeldAnswer(replace(ANSWER, text=f"answer {number}"), 1))
+        await cache.put(question(f"Storm {number}?"), "scope", HeldAnswer(replace(ANSWER, text=f"answer {number}"), Edition(1)))
     dice = random.Random(7)
     wrong: list[tuple[int, str]] = []
 

@@ -21,7 +21,7 @@ from services.chassis.errors import AnswerCancelled, Internal, PriceUnknown
 from services.chassis.money import Usage
 from services.local.stores import Valkey
 from services.orchestrator import answer, attempts
-from services.orchestrator.domain import CachedAnswer, Candidate, HeldAnswer, Question
+from services.orchestrator.domain import CachedAnswer, Candidate, Edition, HeldAnswer, Question
 from services.orchestrator.redis_cache import RedisCache
 from services.orchestrator.rpc import OrchestratorRpc
 from services.orchestrator.run import Run
@@ -127,7 +127,7 @@ async def test_cancelled_command_reply_to_next_user(valkey: Valkey) -> None:
         kept = CachedAnswer("", "", "alice", "", (), "m", "p", 0, datetime(2026, 1, 1, tzinfo=UTC), "end_turn", Usage())
         asked = [replace(question, text=f"question number {number}") for number in range(40)]
         for number, each in enumerate(asked):
-            assert await cache.put(each, "scope", HeldAnswer(replace(kept, text=str(number)), 1))
+            assert await cache.put(each, "scope", HeldAnswer(replace(kept, text=str(number)), Edition(1)))
         for _ in range(15):
             looking = {number: asyncio.create_task(cache.get(each, "scope")) for number, each in enumerate(asked)}
             for task in looking.values():

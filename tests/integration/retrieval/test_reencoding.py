@@ -15,7 +15,7 @@ from qdrant_client import AsyncQdrantClient
 from services.chassis.clock import SystemClock
 from services.chassis.errors import Unavailable
 from services.chassis.principal import Principal
-from services.retrieval.access import reach_of
+from services.retrieval.access import everything_of, reach_of
 from services.retrieval.answer_cache import AnswerCache
 from services.retrieval.chunking import in_context
 from services.retrieval.domain import Chunk, Document, SearchMode, document_id
@@ -197,7 +197,7 @@ async def test_a_changed_embedder_takes_over_and_the_old_vectors_go(store: Vecto
     async with process(store, "two") as two:
         assert "one" == (await two.encodings.answering(TENANT, "default")).embedder_id
         assert LIONS == (await two.search("lions hunt zebras", SearchMode.DENSE))[0]
-        epoch = await two.registry.epoch(TENANT, "default")
+        epoch = (await two.registry.epoch(TENANT, "default")).number
         while await two.reencoding.once():
             pass
         assert "two" == (await two.encodings.answering(TENANT, "default")).embedder_id
@@ -205,9 +205,9 @@ async def test_a_changed_embedder_takes_over_and_the_old_vectors_go(store: Vecto
             assert LIONS == (await two.search("lions hunt zebras", mode))[0]
             assert "chapter number77 about topic77" == (await two.search("number77 topic77", mode))[0]
         assert {"one": 0, "two": LARGE + 2} == await vectors_of(store, two)
-        assert await two.registry.epoch(TENANT, "default") > epoch
+        assert (await two.registry.epoch(TENANT, "default")).number > epoch
         assert 0 == await two.reencoding.once()
-        assert LARGE == len(await two.registry.chunks((await two.registry.page(TENANT, "", 9, None))[0], 0, 1000))
+        assert LARGE == len(await two.registry.chunks((await two.registry.page(everything_of(TENANT), "", 9, None))[0], 0, 1000))
         assert 0 == await store.count(DOCUMENTS, Filter(SYSTEM_TENANT, equal={"kind": "intent"}))
 
 

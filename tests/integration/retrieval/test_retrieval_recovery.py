@@ -11,6 +11,7 @@ import pytest
 
 from services.chassis.clock import SystemClock
 from services.chassis.errors import NotFound, Unavailable
+from services.retrieval.access import everything_of
 from services.retrieval.domain import Chunk, Document, document_id
 from services.retrieval.edge_bm25 import EdgeBm25
 from services.retrieval.edge_store import EdgeStore, StoreBusy
@@ -85,7 +86,7 @@ def draft(text: str) -> tuple[Document, list[Chunk], Any, list[Any]]:
 async def visible(store: EdgeStore, registry: Registry) -> list[str]:
     """Texts a search finds, in reading order."""
     hits = await store.search(CHUNKS, Query(Filter(TENANT), 99, dense=[1.0, 0.0]))
-    return sorted(stored.chunk.text for stored, _, _ in await registry.current(TENANT, hits))
+    return sorted(stored.chunk.text for stored, _, _ in await registry.current(everything_of(TENANT), hits))
 
 
 def texts(name: str) -> list[str]:
@@ -102,7 +103,7 @@ async def test_a_new_version_that_dies_is_there_whole_or_not_at_all(store: EdgeS
     """Before and after recovery a search sees one version; recovery leaves no chunk of another and no intent."""
     registry = Registry(store, SystemClock())
     await registry.replace(*draft("old"))
-    epoch = await registry.epoch(TENANT, "default")
+    epoch = (await registry.epoch(TENANT, "default")).number
     dying = Registry(DyingStore(store, writes), SystemClock())  # type: ignore[arg-type]
     try:
         await dying.replace(*draft("new"))
@@ -112,13 +113,13 @@ async def test_a_new_version_that_dies_is_there_whole_or_not_at_all(store: EdgeS
 
     seen = await visible(store, registry)
     assert seen in (texts("old"), texts("new"))
-    assert not acknowledged or (seen == texts("new") and await registry.epoch(TENANT, "default") > epoch)
+    assert not acknowledged or (seen == texts("new") and (await registry.epoch(TENANT, "default")).number > epoch)
     restarted = Registry(store, SystemClock())
     await restarted.recover(0)
     assert seen == await visible(store, restarted)
     assert (3, 0) == await leftovers(store)
     if seen == texts("new"):
-        assert await restarted.epoch(TENANT, "default") > epoch
+        assert (await restarted.epoch(TENANT, "default")).number > epoch
 
 
 @pytest.mark.parametrize("writes", range(WRITES_OF_A_CHANGE))
@@ -141,7 +142,7 @@ async def test_a_deletion_that_dies_is_done_or_not_begun(store: EdgeStore, write
     """Acknowledged or not, after recovery the document is there with all its chunks or gone with all of them."""
     registry = Registry(store, SystemClock())
     document = await registry.replace(*draft("old"))
-    epoch = await registry.epoch(TENANT, "default")
+    epoch = (await registry.epoch(TENANT, "default")).number
     await store.upsert(ANSWERS, [Point(document.document_id, {"tenant": TENANT, "collection": "default", "epoch": epoch}, [1.0, 0.0])])
     dying = Registry(DyingStore(store, writes), SystemClock())  # type: ignore[arg-type]
     try:
@@ -158,10 +159,10 @@ async def test_a_deletion_that_dies_is_done_or_not_begun(store: EdgeStore, write
     assert seen == await visible(store, restarted)
     assert (len(seen), 0) == await leftovers(store)
     if not seen:
-        assert await restarted.epoch(TENANT, "default") > epoch
+        assert (await restarted.epoch(TENANT, "default")).number > epoch
         assert 0 == await store.count(ANSWERS, Filter(TENANT))
         with pytest.raises(NotFound):
-            await restarted.document(TENANT, document.document_id)
+            await restarted.document(everything_of(TENANT), document.document_id)
 
 
 async def test_a_change_of_a_living_process_is_left_alone(store: EdgeStore) -> None:

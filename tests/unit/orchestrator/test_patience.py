@@ -9,6 +9,7 @@ import pytest
 from services.chassis.deadline import Deadline, current_deadline
 from services.chassis.errors import DomainError, RemoteError, Unavailable
 from services.orchestrator.clients import RemoteRecall
+from services.orchestrator.domain import Edition
 from tailrace.retrieval.v1 import retrieval_service_pb2 as pb
 
 STARTED = pb.RecallResponse(started=pb.RecallStarted(collection_epoch=7))
@@ -45,7 +46,7 @@ async def test_recall_is_begun_again_while_retrieval_restarts(loss: DomainError)
     retrieval = Retrieval([loss], [loss], [STARTED, VERDICT, loss], [STARTED, VERDICT, PASSAGES])
     recall = RemoteRecall(retrieval.begin, 5)
 
-    assert await recall.epoch() == 7
+    assert await recall.edition() == Edition(7)
     assert (await recall.verdict()).reason == "no_candidate"
     assert await recall.passages() == ()
     await recall.aclose()
@@ -56,7 +57,7 @@ async def test_store_that_is_away_is_not_waited_for() -> None:
     """Retrieval itself said so."""
     retrieval = Retrieval([Unavailable("", dependency="qdrant")])
     with pytest.raises(Unavailable) as told:
-        await RemoteRecall(retrieval.begin, 5).epoch()
+        await RemoteRecall(retrieval.begin, 5).edition()
 
     assert (retrieval.begun, told.value.metadata["dependency"]) == (1, "qdrant")
 
@@ -67,7 +68,7 @@ async def test_patience_ends_with_its_time_and_with_the_answers() -> None:
         retrieval, began = Retrieval([AWAY]), time.monotonic()
         current_deadline.set(Deadline.after(deadline_s))
         with pytest.raises(Unavailable) as told:
-            await RemoteRecall(retrieval.begin, patience_s).epoch()
+            await RemoteRecall(retrieval.begin, patience_s).edition()
         current_deadline.set(None)
 
         assert told.value.metadata["dependency"] == "retrieval"

@@ -22,6 +22,7 @@ export function PassagePanel() {
   }, [open]);
   if (!open || !passage) return null;
   const { answer, number } = open;
+  const flags = passage.flags ?? []; // an answer this browser kept may be older than the field
   const show = (other: number) => (openPassage.value = { ...open, number: other, statement: "" });
   return (
     <div class="panel" role="dialog" aria-labelledby="passage-title" tabIndex={-1} ref={panel}>
@@ -43,6 +44,12 @@ export function PassagePanel() {
       <div class="panel-body">
         <h2 id="passage-title">{passage.title || passage.source_uri}</h2>
         {passage.heading_path.length > 0 && <p class="path">{passage.heading_path.join(" › ")}</p>}
+        {flags.length > 0 && (
+          <p class="flagged" role="note">
+            This passage looks like an instruction to the model ({flags.join(", ").replaceAll("_", " ")}). It is treated as text, and the
+            answer was not kept for others.
+          </p>
+        )}
         <div class="passage-text" tabIndex={0} role="region" aria-label="Text of the passage">
           <Highlighted text={unwrap(passage.text)} statement={open.statement} />
         </div>
@@ -69,6 +76,12 @@ function Facts({ passage }: { passage: Passage }) {
     <dl class="facts">
       <dt>Source</dt>
       <dd>{passage.source_uri}</dd>
+      {(passage.page ?? 0) > 0 && (
+        <>
+          <dt>Page</dt>
+          <dd>{count(passage.page ?? 0)}</dd>
+        </>
+      )}
       <dt>Characters</dt>
       <dd>
         {count(passage.start)}–{count(passage.end)}

@@ -60,6 +60,7 @@ class RecallRequest(_message.Message):
     WANT_CACHED_FIELD_NUMBER: _builtins.int
     PASSAGES_MAX_FIELD_NUMBER: _builtins.int
     HELD_EPOCH_FIELD_NUMBER: _builtins.int
+    HELD_AUDIENCE_FIELD_NUMBER: _builtins.int
     question: _builtins.str
     """The question. 1-32768 bytes."""
     collection: _builtins.str
@@ -76,6 +77,8 @@ class RecallRequest(_message.Message):
     """Epoch of an answer to this very question that the caller holds. If the collection still has that epoch, the stream ends after
     `started`: the caller has its answer, and nothing is embedded. Unset = none is held.
     """
+    held_audience: _builtins.str
+    """Audience of that answer, as it came with its epoch. Another audience than the asker's is as good as no answer."""
     def __init__(
         self,
         *,
@@ -85,10 +88,11 @@ class RecallRequest(_message.Message):
         want_cached: _builtins.bool = ...,
         passages_max: _builtins.int = ...,
         held_epoch: _builtins.int | None = ...,
+        held_audience: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_held_epoch", b"_held_epoch", "held_epoch", b"held_epoch"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_held_epoch", b"_held_epoch", "cache_scope", b"cache_scope", "collection", b"collection", "held_epoch", b"held_epoch", "passages_max", b"passages_max", "question", b"question", "want_cached", b"want_cached"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_held_epoch", b"_held_epoch", "cache_scope", b"cache_scope", "collection", b"collection", "held_audience", b"held_audience", "held_epoch", b"held_epoch", "passages_max", b"passages_max", "question", b"question", "want_cached", b"want_cached"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__held_epoch: _TypeAlias = _typing.Literal["held_epoch"]  # noqa: Y015
     _WhichOneofArgType__held_epoch: _TypeAlias = _typing.Literal["_held_epoch", b"_held_epoch"]  # noqa: Y015
@@ -1218,7 +1222,7 @@ class Document(_message.Message):
 
     @_builtins.property
     def access(self) -> Global___Access:
-        """Who may read it. Unset = everybody in the tenant. Shown to its uploader and to admins."""
+        """Who may read it. Unset = everybody in the tenant. A user sees only the names that are their own; admins and services see all."""
 
     def __init__(
         self,
@@ -1462,12 +1466,15 @@ class RememberAnswerRequest(_message.Message):
     COLLECTION_FIELD_NUMBER: _builtins.int
     CACHE_SCOPE_FIELD_NUMBER: _builtins.int
     COLLECTION_EPOCH_FIELD_NUMBER: _builtins.int
+    AUDIENCE_FIELD_NUMBER: _builtins.int
     collection: _builtins.str
     """Collection it rests on. Empty = `default`."""
     cache_scope: _builtins.str
     """The same digest as in RecallRequest."""
     collection_epoch: _builtins.int
     """The epoch the answer was begun under. Refused if the collection has changed since."""
+    audience: _builtins.str
+    """The audience that came with the epoch. Refused if it is not the caller's."""
     @_builtins.property
     def answer(self) -> Global___CachedAnswer:
         """What was answered."""
@@ -1479,10 +1486,11 @@ class RememberAnswerRequest(_message.Message):
         collection: _builtins.str = ...,
         cache_scope: _builtins.str = ...,
         collection_epoch: _builtins.int = ...,
+        audience: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "cache_scope", b"cache_scope", "collection", b"collection", "collection_epoch", b"collection_epoch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "audience", b"audience", "cache_scope", b"cache_scope", "collection", b"collection", "collection_epoch", b"collection_epoch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1497,7 +1505,7 @@ class RememberAnswerResponse(_message.Message):
     remembered: _builtins.bool
     """Whether it was kept."""
     reason: _builtins.str
-    """Why not: `epoch_changed`. Empty if kept."""
+    """Why not: `epoch_changed`, `audience_changed` or `flagged` (a passage of it looks like an instruction). Empty if kept."""
     def __init__(
         self,
         *,

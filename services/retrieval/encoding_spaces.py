@@ -100,6 +100,7 @@ class Encodings:
         self.current_id = f"{embedder.embedder_id} {sparse.encoder_id}"
         """The encoding that the settings name."""
         self._first = ""
+        self._said = False
         self._known: dict[str, Encoding] = {}
         self._opened: dict[str, Embedder] = {embedder.embedder_id: embedder}
         self._failed: dict[str, float] = {}
@@ -115,13 +116,15 @@ class Encodings:
         self._first = await settle(self._store, self.current_id)
         record = {"embedder_name": self._embedder_name, "dimension": self._embedder.dimension}
         await self._write(_encoding_point(self.current_id), {"kind": "encoding", "encoding": self.current_id, **record})
-        await self._write(_TARGET, {"kind": "target", "encoding": self.current_id})
+        # Once in a process's life: who meets the store again after it was away must not take back what a younger replica has begun.
+        if not self._said or await self._target() is None:
+            await self._write(_TARGET, {"kind": "target", "encoding": self.current_id})
+            self._said = True
         await self.encoding(self.current_id)
 
     async def is_target(self) -> bool:
         """Whether collections are to move to the encoding that is set here."""
-        record = (await self._store.get(DOCUMENTS, SYSTEM_TENANT, [_TARGET])).get(_TARGET)
-        return record is not None and record.payload["encoding"] == self.current_id
+        return await self._target() == self.current_id
 
     async def encoding(self, encoding_id: str) -> Encoding:
         """Its spaces are there afterwards."""
@@ -198,6 +201,10 @@ class Encodings:
         except Unavailable:
             return None, sparse
         return (await embedder.embed_texts(texts)).vectors, sparse
+
+    async def _target(self) -> str | None:
+        record = (await self._store.get(DOCUMENTS, SYSTEM_TENANT, [_TARGET])).get(_TARGET)
+        return str(record.payload["encoding"]) if record else None
 
     def _began(self) -> str:
         if not self._first:

@@ -182,12 +182,17 @@ class RetrievalServicer(pb_grpc.RetrievalServiceServicer):
         # One more than wanted tells whether there are more.
         viewer = viewer_of(current_principal())
         documents = await self._memory.registry.page(viewer, collection_name(request.collection), size + 1, before_us)
+        embedders = {name: await self._embedder_of(viewer, name) for name in {document.collection for document in documents}}
         for place, document in enumerate(documents[:size], 1):
             last = place == size < len(documents)
             row = pb.ListDocumentsResponse(
-                document=_document_message(document, viewer), next_page_token=_page_token(document) if last else ""
+                document=_document_message(document, viewer, embedders[document.collection]),
+                next_page_token=_page_token(document) if last else "",
             )
             await context.write(row)
+
+    async def _embedder_of(self, viewer: Viewer, collection: str) -> str:
+        return (await self._memory.encodings.answering(viewer.tenant, collection)).embedder_id
 
     async def GetDocument(self, request: pb.GetDocumentRequest, context: grpc.aio.ServicerContext) -> pb.GetDocumentResponse:
         registry = self._memory.registry
@@ -198,7 +203,7 @@ class RetrievalServicer(pb_grpc.RetrievalServiceServicer):
         chunks = _as_many_as_fit(await registry.chunks(document, first, limit))
         following = first + len(chunks)
         return pb.GetDocumentResponse(
-            document=_document_message(document, viewer),
+            document=_document_message(document, viewer, await self._embedder_of(viewer, document.collection)),
             chunks=[_chunk_message(chunk) for chunk in chunks],
             next_chunk=following if chunks and following < document.chunks else 0,
         )
@@ -457,7 +462,7 @@ def _progress_message(job: Job, progress: Progress) -> pb.IngestDocumentsRespons
     )
 
 
-def _document_message(document: Document, viewer: Viewer) -> pb.Document:
+def _document_message(document: Document, viewer: Viewer, embedder_id: str) -> pb.Document:
     # The names of the others are their uploader's and the admins' business; who reads as a member of a group learns of no other.
     shown = access_of(document.readers if viewer.readers is None else [name for name in document.readers if name in viewer.readers])
     return pb.Document(
@@ -474,6 +479,7 @@ def _document_message(document: Document, viewer: Viewer) -> pb.Document:
         indexed_at=timestamp(datetime.fromtimestamp(document.indexed_us / 1_000_000, UTC)),
         metadata={key: _value(fact) for key, fact in document.metadata.items()},
         pages=document.pages,
+        embedder_id=embedder_id,
         access=pb.Access(users=shown.users, groups=shown.groups) if document.readers else None,
     )
 

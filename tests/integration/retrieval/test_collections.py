@@ -41,6 +41,9 @@ async def test_collections_of_the_tenant_are_listed(retrieval: Retrieval, ann: P
     assert all("minilm-l6-v2-fp32" in row.embedder_id and not row.next_embedder_id for row in listed.values())
     epoch = listed["other"].epoch
     await retrieval.ingest(ann, {"d.md": "# D"}, collection="other")
+    shown = [row.document for row in await retrieval.stream("ListDocuments", pb.ListDocumentsRequest(collection="other"), ann)]
+    document = (await retrieval.ask("GetDocument", pb.GetDocumentRequest(document_id=shown[0].document_id), ann)).document
+    assert {listed["other"].embedder_id} == {one.embedder_id for one in (*shown, document)}
     again = (await collections(retrieval, ann))["other"]
     assert (2, True) == (again.documents, again.epoch > epoch)
     assert {"secret"} == set(await collections(retrieval, eve))

@@ -361,10 +361,66 @@ async def test_questions_under_way_find_what_they_began_with(store: VectorStore)
     async with process(store, "two", linger_s=1000.0) as two:
         old = await two.encodings.answering(TENANT, "default")
         dense = await two.encodings.question(old, "lions hunt zebras")
+        epoch = (await two.registry.epoch(TENANT, "default")).number
         assert 1 == await two.reencoding.once()
+        assert (await two.registry.epoch(TENANT, "default")).number > epoch
         assert "two" == (await two.encodings.answering(TENANT, "default")).embedder_id
         found = await two.searcher.passages(REACH, "lions", dense, limit=3, mode=SearchMode.DENSE, encoding=old)
         assert LIONS == found[0].text
         two.reencoding._linger_s = 0
         assert 0 == await two.reencoding.once()
         assert {"one": 0, "two": LARGE + 2} == await vectors_of(store, two)
+
+
+async def test_what_is_written_between_the_last_look_and_the_switch_is_in_both(store: VectorStore) -> None:
+    """Another replica may write after everything was looked through: it has known of the next encoding since the announcement."""
+    await filled(store)
+    async with process(store, "two") as two, process(store, "two") as other:
+        advance = two.encodings.advance
+
+        async def late(tenant: str, collection: str, expected: Standing, then: Standing) -> bool:
+            if then.encoding == two.encodings.current_id and then.leaving and expected.next:
+                await other.ingest("late", ["comets return"])
+            return await advance(tenant, collection, expected, then)
+
+        two.encodings.advance = late  # type: ignore[method-assign]
+        while await two.reencoding.once():
+            pass
+        for mode in SearchMode:
+            assert "comets return" == (await two.search("comets return", mode))[0]
+        assert {"one": 0, "two": LARGE + 3} == await vectors_of(store, two)
+
+
+async def test_a_younger_replica_stops_the_move_of_an_older_one(store: VectorStore) -> None:
+    """Between two documents it sees that another embedder is wanted now; nothing is switched to its own any more."""
+    await filled(store)
+    async with process(store, "two") as two:
+        reencode = two.registry.reencode
+        async with contextlib.AsyncExitStack() as stack:
+            younger: list[Process] = []
+
+            async def then_another(*moved: Any) -> None:
+                await reencode(*moved)
+                if not younger:
+                    younger.append(await stack.enter_async_context(process(store, "three")))
+
+            two.registry.reencode = then_another  # type: ignore[method-assign]
+            assert 1 == await two.reencoding.once()
+            assert "one" == (await two.encodings.answering(TENANT, "default")).embedder_id
+            while await younger[0].reencoding.once():
+                pass
+            assert {"one": 0, "two": 0, "three": LARGE + 2} == await vectors_of(store, younger[0])
+
+
+async def test_an_embedder_that_opens_as_another_one_is_not_taken(store: VectorStore) -> None:
+    """The name may lead to another model by now: its vectors mean nothing among the old ones."""
+    await filled(store)
+    async with process(store, "two") as two:
+
+        @contextlib.asynccontextmanager
+        async def another(wanted: str, dimension: int) -> AsyncIterator[Any]:
+            yield WordEmbedder(f"{wanted} of another release", dimension)
+
+        two.encodings._open = another
+        with pytest.raises(Unavailable, match="vectors are from one"):
+            await two.search("lions hunt zebras", SearchMode.DENSE)

@@ -21,6 +21,8 @@ from services.retrieval.registry import Registry
 log = structlog.get_logger(__name__)
 
 INTERVAL_S = 30.0
+SETTLED_INTERVAL_S = 600.0
+"""Once all are there. A replica with older settings may still begin a collection with its own embedder."""
 ANNOUNCED_S = 60.0
 """Where other replicas write, too: from the announcement of the next encoding to the first look at what lacks it. Longer than a writer goes
 between its last look at the standing and its write."""
@@ -72,6 +74,9 @@ class Reencoding:
         Cancellation: leaves it to the next pass.
         """
         if not await self._encodings.is_target():
+            return 0
+        # The usual case: there never was another, so there is nothing to look through.
+        if all(encoding.id == self._encodings.current_id for encoding in await self._encodings.all()):
             return 0
         left = 0
         for tenant in await self._store.tenants(DOCUMENTS):
@@ -165,10 +170,11 @@ class Reencoding:
 
     async def _keep_going(self) -> None:
         while True:
+            left = 1
             try:
-                await self.once()
+                left = await self.once()
             except DomainError as error:
                 log.warning("reencoding_waits", reason=error.reason, dependency=error.metadata.get("dependency", ""))
             except Exception as error:
                 log.exception("reencoding_failed", error=type(error).__name__)
-            await asyncio.sleep(INTERVAL_S)
+            await asyncio.sleep(INTERVAL_S if left else SETTLED_INTERVAL_S)

@@ -424,3 +424,17 @@ async def test_an_embedder_that_opens_as_another_one_is_not_taken(store: VectorS
         two.encodings._open = another
         with pytest.raises(Unavailable, match="vectors are from one"):
             await two.search("lions hunt zebras", SearchMode.DENSE)
+
+
+async def test_a_store_that_never_had_another_embedder_is_not_looked_through(store: VectorStore) -> None:
+    """Every pass would otherwise ask about all collections of all tenants for nothing."""
+    await filled(store)
+    async with process(store, "one") as one:
+        counting = DyingStore(store, 0)
+        one.reencoding._store = counting  # type: ignore[assignment]
+
+        async def never(*_: Any) -> list[str]:
+            pytest.fail("it looked")
+
+        counting.tenants = never  # type: ignore[attr-defined]
+        assert 0 == await one.reencoding.once()

@@ -49,6 +49,17 @@ async def test_collections_of_the_tenant_are_listed(retrieval: Retrieval, ann: P
     assert {"secret"} == set(await collections(retrieval, eve))
 
 
+async def test_documents_are_counted_as_the_caller_may_read_them(retrieval: Retrieval, ann: Principal) -> None:
+    """A colleague does not learn how many others there are; an admin and the one they are limited to do."""
+    await retrieval.ingest(ann, {"open.md": "# Open"})
+    await retrieval.ingest(ann, {"limited.md": "# Limited"}, access=pb.Access(users=["zoe"]))
+    counts = {}
+    for who in (ann, Principal(ann.tenant, "zoe"), Principal(ann.tenant, "bob"), Principal(ann.tenant, "boss", frozenset({"admin"}))):
+        counts[who.user] = (await collections(retrieval, who))["default"].documents
+
+    assert {"ann": 2, "zoe": 2, "bob": 1, "boss": 2} == counts
+
+
 @pytest.mark.slow
 async def test_a_restart_with_another_embedder_moves_what_is_stored(
     state_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

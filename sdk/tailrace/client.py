@@ -253,6 +253,12 @@ class AsyncClient:
             if not token:
                 return
 
+    async def collections(self) -> AsyncIterator[values.Collection]:
+        """The tenant's collections, by name, and which embedder each is found by."""
+        async with _reading(self._call(self._stub.ListCollections, retrieval.ListCollectionsRequest())) as messages:
+            async for message in messages:
+                yield values.collection(message)
+
     async def delete_document(self, document_id: str) -> int:
         """Remove a document; return how many chunks it had."""
         response = await _unary(self._call(self._stub.DeleteDocument, retrieval.DeleteDocumentRequest(document_id=document_id)))
@@ -418,6 +424,10 @@ class Client:
     def list_documents(self, *, collection: str = "") -> Iterator[values.Document]:
         """See AsyncClient.list_documents."""
         return self._drain(self._client.list_documents(collection=collection))
+
+    def collections(self) -> Iterator[values.Collection]:
+        """See AsyncClient.collections."""
+        return self._drain(self._client.collections())
 
     def delete_document(self, document_id: str) -> int:
         """See AsyncClient.delete_document."""

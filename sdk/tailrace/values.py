@@ -199,6 +199,20 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
+class Collection:
+    name: str
+    documents: int
+    """That the caller may read."""
+    epoch: int
+    """Grows with every change of its documents."""
+    embedder_id: str
+    next_embedder_id: str
+    """The embedder it is being moved to. Empty = none."""
+    reembedded: int
+    """Documents that have vectors of the next embedder already."""
+
+
+@dataclass(frozen=True, slots=True)
 class Operation:
     """What is kept of one answer, without its text."""
 
@@ -354,6 +368,17 @@ def document(message: retrieval.Document) -> Document:
         metadata={key: _fact(value) for key, value in message.metadata.items()},
         pages=message.pages,
         access=Access(tuple(message.access.users), tuple(message.access.groups)) if message.HasField("access") else None,
+    )
+
+
+def collection(message: retrieval.ListCollectionsResponse) -> Collection:
+    return Collection(
+        name=message.collection,
+        documents=message.documents,
+        epoch=message.epoch,
+        embedder_id=message.embedder_id,
+        next_embedder_id=message.next_embedder_id,
+        reembedded=message.reembedded,
     )
 
 

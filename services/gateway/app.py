@@ -58,6 +58,7 @@ ROUTES = (
     Route("POST", "/v1/documents", documents.upload),
     Route("POST", "/v1/documents:bulk", documents.upload_lines),
     Route("GET", "/v1/documents", documents.listed),
+    Route("GET", "/v1/collections", documents.collections),
     Route("GET", "/v1/documents/{id}", documents.show),
     Route("DELETE", "/v1/documents/{id}", documents.delete),
     Route("GET", "/v1/jobs/{id}", documents.job),

@@ -40,6 +40,13 @@ async def listed(exchange: Exchange, kit: Kit) -> None:
     await exchange.respond_json({"documents": documents, "next_page_token": rows[-1].next_page_token if rows else ""})
 
 
+async def collections(exchange: Exchange, kit: Kit) -> None:
+    """GET /v1/collections"""
+    exchange.query(())
+    rows = await kit.backends.retrieval.rows(kit.backends.retrieval.stub.ListCollections, retrieval.ListCollectionsRequest())
+    await exchange.respond_json({"collections": [render.plain(row) for row in rows]})
+
+
 async def show(exchange: Exchange, kit: Kit) -> None:
     """GET /v1/documents/{id}"""
     query = exchange.query({"first_chunk", "chunks_max"})

@@ -68,6 +68,10 @@ class GatewayService(gateway_service_pb2_grpc.GatewayServiceServicer):
         await self._admit("ListDocuments")
         await self._relay(self._backends.retrieval, self._backends.retrieval.stub.ListDocuments, request, context, ROWS_TIMEOUT_S)
 
+    async def ListCollections(self, request: Any, context: Any) -> None:  # type: ignore[override]
+        await self._admit("ListCollections")
+        await self._relay(self._backends.retrieval, self._backends.retrieval.stub.ListCollections, request, context, ROWS_TIMEOUT_S)
+
     async def DeleteDocument(self, request: Any, context: Any) -> Any:
         await self._admit("DeleteDocument")
         retrieval = self._backends.retrieval

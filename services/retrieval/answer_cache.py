@@ -13,8 +13,9 @@ from services.chassis.clock import Clock
 from services.chassis.money import Usage
 from services.retrieval.access import Reach
 from services.retrieval.domain import CachedAnswer, Passage, Verdict, stable_id
+from services.retrieval.encoding_spaces import Encodings
 from services.retrieval.guards import difference, normalised
-from services.retrieval.ports import ANSWERS, Embedder, Filter, Payload, Point, Query, Record, VectorStore
+from services.retrieval.ports import Filter, Payload, Point, Query, Record, Space, VectorStore
 
 CANDIDATES = 5
 
@@ -25,17 +26,17 @@ Scope = tuple[str, str]
 class AnswerCache:
     """Answers in a VectorStore, one for each question, scope and epoch."""
 
-    def __init__(self, store: VectorStore, embedder: Embedder, clock: Clock, *, similarity_min: float, ttl_s: float) -> None:
+    def __init__(self, store: VectorStore, encodings: Encodings, clock: Clock, *, similarity_min: float, ttl_s: float) -> None:
         self._store = store
-        self._embedder = embedder
+        self._encodings = encodings
         self._clock = clock
         self._similarity_min = similarity_min
         self._ttl = timedelta(seconds=ttl_s)
 
-    async def lookup(self, reach: Reach, scope: Scope, epoch: int, question: str, dense: Sequence[float]) -> Verdict:
-        """The nearest answer that may be served for `question`, or why there is none."""
+    async def lookup(self, reach: Reach, scope: Scope, epoch: int, question: str, dense: Sequence[float], space: Space) -> Verdict:
+        """The nearest answer in `space` that may be served for `question`, or why there is none."""
         where = reach.where(cache_scope=_joined(scope), epoch=epoch)
-        records = await self._store.search(ANSWERS, Query(where, CANDIDATES, dense=dense))
+        records = await self._store.search(space, Query(where, CANDIDATES, dense=dense))
         if not records:
             return Verdict(reason="no_candidate")
         reasons = []
@@ -53,21 +54,33 @@ class AnswerCache:
             return "expired"
         return difference(question, record.payload["question"])
 
-    async def remember(self, reach: Reach, scope: Scope, epoch: int, answer: CachedAnswer) -> None:
-        """Keep `answer`; the same question again takes its place."""
+    async def remember(self, reach: Reach, scope: Scope, epoch: int, answer: CachedAnswer) -> bool:
+        """Keep `answer`; the same question again takes its place. Nothing is kept while the collection's embedder cannot be opened."""
+        encoding = await self._encodings.answering(reach.tenant, reach.collection)
+        dense = await self._encodings.question(encoding, answer.question)
+        if dense is None:
+            return False
         cache_scope = _joined(scope)
-        dense = (await self._embedder.embed_question(answer.question))[0]
         payload = {**_payload(answer), "tenant": reach.tenant, "collection": reach.collection, "cache_scope": cache_scope, "epoch": epoch}
         id_ = stable_id("answer", reach.tenant, reach.collection, cache_scope, str(epoch), normalised(answer.question))
-        await self._store.upsert(ANSWERS, [Point(id_, payload, dense)])
+        await self._store.upsert(encoding.answers, [Point(id_, payload, dense)])
+        return True
 
     async def forget(self, tenant: str, *, collection: str = "", answer_id: str = "", user: str = "") -> int:
         """Drop the tenant's answers that match all that is given; return how many."""
         given = {"collection": collection, "answer_id": answer_id, "user": user}
         where = Filter(tenant, equal={key: value for key, value in given.items() if value})
-        count = await self._store.count(ANSWERS, where)
-        await self._store.delete(ANSWERS, where)
+        count = 0
+        for encoding in await self._encodings.all():
+            count += await self._store.count(encoding.answers, where)
+            await self._store.delete(encoding.answers, where)
         return count
+
+    async def expire(self) -> None:
+        """Drop what is too old to be served, of all tenants."""
+        oldest = int((self._clock.now() - self._ttl).timestamp() * 1_000_000)
+        for encoding in await self._encodings.all():
+            await self._store.expire(encoding.answers, "created_us", oldest)
 
 
 def _joined(scope: Scope) -> str:

@@ -25,8 +25,71 @@ class Settings(ServiceSettings):
     """gRPC port of the Qdrant server; the URL's is its HTTP port."""
     qdrant_timeout_s: int = Field(5, ge=1, le=60, validation_alias="TAILRACE_RETRIEVAL_QDRANT_TIMEOUT_S")
     """Longest wait for one call to the Qdrant server."""
+    qdrant_shards: int = Field(0, ge=0, le=1024, validation_alias="TAILRACE_RETRIEVAL_QDRANT_SHARDS")
+    """Shards of a new collection of the Qdrant server; 0 = one for each of its nodes. What exists keeps the
+    settings it was made with; this holds for the next five, too."""
+    qdrant_replicas: int = Field(1, ge=1, le=16, validation_alias="TAILRACE_RETRIEVAL_QDRANT_REPLICAS")
+    """Nodes that hold each shard."""
+    qdrant_write_replicas: int = Field(1, ge=1, le=16, validation_alias="TAILRACE_RETRIEVAL_QDRANT_WRITE_REPLICAS")
+    """How many of them must have a write before it counts. With reads of a majority, more than half is what makes reads see it."""
+    qdrant_quantization: Literal["none", "scalar", "binary"] = Field("none", validation_alias="TAILRACE_RETRIEVAL_QDRANT_QUANTIZATION")
+    """How vectors are kept for the first look: as they are, as int8 (a quarter of the memory) or as bits (a thirty-second; for 1,000
+    dimensions and more). Hits are scored again with the whole vectors."""
+    qdrant_vectors_memory: Literal["cold", "cached", "pinned"] = Field(
+        "cached", validation_alias="TAILRACE_RETRIEVAL_QDRANT_VECTORS_MEMORY"
+    )
+    """Where whole vectors are: on disk, on disk with a warm page cache, or held in memory."""
+    qdrant_payload_on_disk: bool = Field(True, validation_alias="TAILRACE_RETRIEVAL_QDRANT_PAYLOAD_ON_DISK")
+    """Texts and fields stay on disk; the indexed fields are in memory all the same."""
+    qdrant_hnsw_m: int = Field(16, ge=0, le=128, validation_alias="TAILRACE_RETRIEVAL_QDRANT_HNSW_M")
+    """Links of a vector in the graph over all tenants. 0 = no such graph, which many small tenants never need."""
+    qdrant_hnsw_payload_m: int = Field(16, ge=0, le=128, validation_alias="TAILRACE_RETRIEVAL_QDRANT_HNSW_PAYLOAD_M")
+    """Links of a vector in the graph of its own tenant and collection."""
+    qdrant_write_ordering: Literal["weak", "medium", "strong"] = Field(
+        "medium", validation_alias="TAILRACE_RETRIEVAL_QDRANT_WRITE_ORDERING"
+    )
+    """Who orders writes: each node for itself, an elected one, or one that does not change. Weaker than medium, replicas may differ in
+    what was written last."""
+    qdrant_read_consistency: Literal["one", "majority", "quorum", "all"] = Field(
+        "one", validation_alias="TAILRACE_RETRIEVAL_QDRANT_READ_CONSISTENCY"
+    )
+    """Replicas a read asks and how many must agree. With replicas, `majority` keeps the promise that nothing rests on what was deleted."""
+    embedder: str = Field("", max_length=200, validation_alias="TAILRACE_RETRIEVAL_EMBEDDER")
+    """What makes vectors: `minilm`, `minilm-int8` (2-3 times faster, finds slightly worse), `openai:MODEL` (and every server that speaks
+    its format), `voyage:MODEL`, `gemini:MODEL` or `fastembed:MODEL`. Empty = MiniLM in the precision of TAILRACE_RETRIEVAL_EMBED_QUANT.
+    A change embeds what is stored again, in the background."""
     embed_quant: Literal["fp32", "int8"] = Field("fp32", validation_alias="TAILRACE_RETRIEVAL_EMBED_QUANT")
-    """Precision of the embedder. int8 is 2-3 times faster and finds slightly worse; the two never share a store."""
+    """Precision of MiniLM where TAILRACE_RETRIEVAL_EMBEDDER is empty."""
+    embedder_url: str = Field("", validation_alias="TAILRACE_RETRIEVAL_EMBEDDER_URL")
+    """Base address of a remote embedder, such as http://tei:8080/v1. Empty = the vendor's, or the vendor's own variable for it."""
+    embedder_key: SecretStr = Field(SecretStr(""), validation_alias="TAILRACE_RETRIEVAL_EMBEDDER_KEY")
+    """Its key, or several with commas between, used in turn. Empty = the vendor's own variable. Or TAILRACE_RETRIEVAL_EMBEDDER_KEY_FILE."""
+    embedder_dimensions: int = Field(0, ge=0, le=8192, validation_alias="TAILRACE_RETRIEVAL_EMBEDDER_DIMENSIONS")
+    """Numbers in a vector. 0 = the model's own, for models that are known here."""
+    embedder_cut: bool = Field(False, validation_alias="TAILRACE_RETRIEVAL_EMBEDDER_CUT")
+    """Whether a remote model is asked to cut its vectors to that many; else the number only says how many come."""
+    embedder_batch: int = Field(64, ge=1, le=1024, validation_alias="TAILRACE_RETRIEVAL_EMBEDDER_BATCH")
+    """Texts in one request to a remote embedder."""
+    embedder_timeout_s: float = Field(30, gt=0, le=300, validation_alias="TAILRACE_RETRIEVAL_EMBEDDER_TIMEOUT_S")
+    """Longest wait for one request to a remote embedder, its retry included."""
+    embedder_encoding: Literal["float", "base64"] = Field("float", validation_alias="TAILRACE_RETRIEVAL_EMBEDDER_ENCODING")
+    """How an OpenAI-compatible embedder is to send vectors; base64 is a third of the bytes where the server knows it."""
+    embedder_question_prefix: str = Field("", max_length=500, validation_alias="TAILRACE_RETRIEVAL_EMBEDDER_QUESTION_PREFIX")
+    """What an OpenAI-compatible embedder wants in front of a question, such as `query: `."""
+    embedder_document_prefix: str = Field("", max_length=500, validation_alias="TAILRACE_RETRIEVAL_EMBEDDER_DOCUMENT_PREFIX")
+    """What it wants in front of a document, such as `passage: `."""
+    embedder_folder: Path | None = Field(None, validation_alias="TAILRACE_RETRIEVAL_EMBEDDER_FOLDER")
+    """Folder with the ONNX model and tokenizer of a fastembed embedder. Unset = fastembed's own list and cache."""
+    openai_base_url: str = Field("", validation_alias="OPENAI_BASE_URL")
+    """Address of OpenAI's interface, for `openai:`."""
+    openai_api_key: SecretStr = Field(SecretStr(""), validation_alias="OPENAI_API_KEY")
+    """Its key. Or OPENAI_API_KEY_FILE."""
+    voyage_api_key: SecretStr = Field(SecretStr(""), validation_alias="VOYAGE_API_KEY")
+    """Voyage's key, for `voyage:`. Or VOYAGE_API_KEY_FILE."""
+    gemini_base_url: str = Field("", validation_alias="GOOGLE_GEMINI_BASE_URL")
+    """Address of Gemini's interface, for `gemini:`."""
+    gemini_api_key: SecretStr = Field(SecretStr(""), validation_alias="GEMINI_API_KEY")
+    """Its key. Or GEMINI_API_KEY_FILE."""
     language: str = Field("english", pattern="^[a-z]{2,20}$", validation_alias="TAILRACE_RETRIEVAL_LANGUAGE")
     """Language whose endings and stop words the word search knows."""
     fusion: Literal["dbsf", "rrf"] = Field("dbsf", validation_alias="TAILRACE_RETRIEVAL_FUSION")
@@ -45,6 +108,11 @@ class Settings(ServiceSettings):
     """Ingestions that may run at once; more are refused with a time to come back."""
     ingest_buffer_mib: int = Field(64, ge=21, le=4096, validation_alias="TAILRACE_RETRIEVAL_INGEST_BUFFER_MIB")
     """Memory for received and not yet indexed documents of all ingestions together; above it, streams are made to wait."""
+
+    @property
+    def embedder_name(self) -> str:
+        """The embedder that is set, by the name that opens it."""
+        return self.embedder or {"fp32": "minilm", "int8": "minilm-int8"}[self.embed_quant]
 
     @property
     def qdrant_folder(self) -> Path:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import qdrant_edge as edge
 
 from services.chassis.errors import Unavailable
-from services.retrieval.ports import SPACES, Filter, Point, Query, Record, Space
+from services.retrieval.ports import SPACES, TENANTS_MAX, Filter, Point, Query, Record, Space
 
 T = TypeVar("T")
 
@@ -24,8 +24,11 @@ class StoreBusy(OSError):
 class EdgeStore:
     """Open with `EdgeStore.open`, close with `close`."""
 
-    def __init__(self, shards: dict[str, Any]) -> None:
+    def __init__(self, shards: dict[str, Any], folder: Path, dimension: int) -> None:
         self._shards = shards
+        self._folder = folder
+        self._dimension = dimension
+        self._closed = False
 
     @classmethod
     def open(cls, folder: Path, dimension: int) -> "EdgeStore":
@@ -38,7 +41,7 @@ class EdgeStore:
             for shard in shards.values():
                 shard.close()
             raise
-        return cls(shards)
+        return cls(shards, folder, dimension)
 
     def close(self) -> None:
         """Flush and close; calls after it raise Unavailable."""
@@ -46,11 +49,29 @@ class EdgeStore:
             shard.flush()
             shard.close()
         self._shards.clear()
+        self._closed = True
 
     def flush(self) -> None:
         """Write segments out, so that a later start replays a short log."""
         for shard in self._shards.values():
             shard.flush()
+
+    async def ensure(self, space: Space) -> None:
+        if not self._closed and space.name not in self._shards:
+            self._shards[space.name] = _open_shard(self._folder / space.name, space, self._dimension)
+
+    async def claim(self, space: Space, point: Point) -> Record:
+        # Nothing suspends in here, and nobody else has the shard.
+        tenant = str(point.payload["tenant"])
+        found = (await self.get(space, tenant, [point.id])).get(point.id)
+        if found is not None:
+            return found
+        await self.upsert(space, [point])
+        return Record(point.id, point.payload)
+
+    async def tenants(self, space: Space) -> list[str]:
+        request = edge.FacetRequest("tenant", limit=TENANTS_MAX, exact=True)
+        return [str(hit.value) for hit in self._call(space, lambda shard: shard.facet(request)).hits]
 
     async def upsert(self, space: Space, points: Sequence[Point]) -> None:
         batch = [edge.Point(point.id, _vectors(point), dict(point.payload)) for point in points]
@@ -166,7 +187,7 @@ def _open_shard(folder: Path, space: Space, dimension: int) -> Any:
 
 def _config(space: Space, dimension: int) -> Any:
     return edge.EdgeConfig(
-        vectors={"dense": edge.EdgeVectorParams(size=dimension, distance=edge.Distance.Cosine)} if space.dense else {},
+        vectors={"dense": edge.EdgeVectorParams(size=space.dimension or dimension, distance=edge.Distance.Cosine)} if space.dense else {},
         sparse_vectors={"bm25": edge.EdgeSparseVectorParams(modifier=edge.Modifier.Idf)} if space.sparse else {},
         # A query is 0.2 ms of work: more threads would only wait for each other.
         max_search_threads=1,

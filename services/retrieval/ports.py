@@ -17,6 +17,9 @@ Payload = Mapping[str, Any]
 SYSTEM_TENANT = ""
 """Owner of our own records. No principal has it: tenants have at least one character."""
 
+TENANTS_MAX = 100_000
+"""Tenants that our own upkeep looks at."""
+
 
 @dataclass(frozen=True, slots=True)
 class Space:
@@ -27,6 +30,8 @@ class Space:
     sparse: bool = False
     keywords: tuple[str, ...] = ()
     integers: tuple[str, ...] = ()
+    dimension: int = 0
+    """Numbers in a dense vector. 0 = as many as the store's first embedder makes."""
 
 
 CHUNKS = Space("chunks", dense=True, sparse=True, keywords=("collection", "document_id", "revision", "readers"), integers=("ordinal",))
@@ -102,6 +107,18 @@ class Query:
 
 class VectorStore(Protocol):
     """Points with vectors and payload in a few spaces. Raises Unavailable(dependency="qdrant") when it cannot be reached."""
+
+    async def ensure(self, space: Space) -> None:
+        """Make the space, or open it, if that has not been done."""
+        ...
+
+    async def claim(self, space: Space, point: Point) -> Record:
+        """Write `point` unless its id is taken; return what is there. Of several who claim an id at once, one prevails."""
+        ...
+
+    async def tenants(self, space: Space) -> list[str]:
+        """Whose points there are. For our own upkeep: no caller's request may come to this."""
+        ...
 
     async def upsert(self, space: Space, points: Sequence[Point]) -> None:
         """Write `points` (a few hundred at most); durable against the death of this process on return."""

@@ -5,7 +5,7 @@ Every failure to reach the server becomes Unavailable(dependency="qdrant"); the 
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import structlog
@@ -15,62 +15,100 @@ from qdrant_client import AsyncQdrantClient, models
 from qdrant_client.http.exceptions import ApiException
 
 from services.chassis.errors import Unavailable
-from services.retrieval.fingerprint import OtherEmbedder, settle
-from services.retrieval.ports import SPACES, Filter, Point, Query, Record, Space
+from services.retrieval.fingerprint import settle
+from services.retrieval.ports import DOCUMENTS, SPACES, TENANTS_MAX, Filter, Point, Query, Record, Space
+from services.retrieval.qdrant_layout import Layout
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 COLLECTION_PREFIX = "tailrace-"
+RETRY_S = 0.1
 _OUR_FAULT = {StatusCode.INVALID_ARGUMENT, StatusCode.UNIMPLEMENTED}
 
 
 class QdrantStore:
     """`prepare` it until it succeeds; before that every call raises Unavailable."""
 
-    def __init__(self, client: AsyncQdrantClient, dimension: int, fingerprint: str, prefix: str = COLLECTION_PREFIX) -> None:
+    def __init__(
+        self,
+        client: AsyncQdrantClient,
+        dimension: int,
+        fingerprint: str,
+        prefix: str = COLLECTION_PREFIX,
+        layout: Layout | None = None,
+    ) -> None:
         self._client = client
         self._prefix = prefix
         self._dimension = dimension
         self._fingerprint = fingerprint
+        self._layout = layout or Layout()
+        self._made: dict[str, Space] = {}
         self._prepared = False
         self._preparing = asyncio.Lock()
 
     async def prepare(self) -> None:
-        """Make what collections are missing and compare fingerprints. Raises Unavailable or OtherEmbedder."""
+        """Make what collections are missing. Raises Unavailable."""
         async with self._preparing:
             if self._prepared:
                 return
-            for space in SPACES:
-                await self._make(space)
-            unguarded = QdrantStore(self._client, self._dimension, self._fingerprint, self._prefix)
+            await self._make(DOCUMENTS)
+            unguarded = QdrantStore(self._client, self._dimension, self._fingerprint, self._prefix, self._layout)
             unguarded._prepared = True
-            await settle(unguarded, self._fingerprint)
+            # The names without a suffix are the first embedder's, and so is the dimension of what is behind them.
+            if await settle(unguarded, self._fingerprint) == self._fingerprint:
+                for space in SPACES:
+                    await self._make(space)
+            for space in list(self._made.values()):
+                await self._make(space)
             self._prepared = True
 
     async def close(self) -> None:
         await self._client.close()
 
+    async def ensure(self, space: Space) -> None:
+        if not self._prepared:
+            raise Unavailable("the vector store has not been reached yet", dependency="qdrant")
+        if space.name not in self._made:
+            await self._make(space)
+
+    async def claim(self, space: Space, point: Point) -> Record:
+        only_new: dict[str, Any] = {"update_mode": models.UpdateMode.INSERT_ONLY}
+        batch = [models.PointStruct(id=point.id, vector=_vectors(point), payload=dict(point.payload))]
+        await self._ask(lambda: self._client.upsert(self._name(space), batch, **self._layout.write(), **only_new))
+        found = await self.get(space, str(point.payload["tenant"]), [point.id])
+        if point.id not in found:
+            raise Unavailable("what was written cannot be read yet", dependency="qdrant")
+        return found[point.id]
+
+    async def tenants(self, space: Space) -> list[str]:
+        reply = await self._ask(
+            lambda: self._client.facet(self._name(space), "tenant", limit=TENANTS_MAX, exact=True, **self._layout.read())
+        )
+        return [str(hit.value) for hit in reply.hits]
+
     async def upsert(self, space: Space, points: Sequence[Point]) -> None:
         batch = [models.PointStruct(id=point.id, vector=_vectors(point), payload=dict(point.payload)) for point in points]
-        await self._ask(self._client.upsert(self._name(space), batch, wait=True))
+        await self._ask(lambda: self._client.upsert(self._name(space), batch, **self._layout.write()))
 
     async def delete(self, space: Space, where: Filter) -> None:
-        await self._ask(self._client.delete(self._name(space), models.FilterSelector(filter=translated(where)), wait=True))
+        await self._ask(
+            lambda: self._client.delete(self._name(space), models.FilterSelector(filter=translated(where)), **self._layout.write())
+        )
 
     async def remove(self, space: Space, tenant: str, ids: Sequence[str]) -> None:
         if ids:
             owned = models.Filter(must=[*_conditions(Filter(tenant)), models.HasIdCondition(has_id=list(ids))])
-            await self._ask(self._client.delete(self._name(space), models.FilterSelector(filter=owned), wait=True))
+            await self._ask(lambda: self._client.delete(self._name(space), models.FilterSelector(filter=owned), **self._layout.write()))
 
     async def expire(self, space: Space, field: str, below: int) -> None:
         old = models.Filter(must=[models.FieldCondition(key=field, range=models.Range(lt=below))])
-        await self._ask(self._client.delete(self._name(space), models.FilterSelector(filter=old), wait=True))
+        await self._ask(lambda: self._client.delete(self._name(space), models.FilterSelector(filter=old), **self._layout.write()))
 
     async def get(self, space: Space, tenant: str, ids: Sequence[str]) -> dict[str, Record]:
         if not ids:
             return {}
-        points = await self._ask(self._client.retrieve(self._name(space), list(ids), with_payload=True))
+        points = await self._ask(lambda: self._client.retrieve(self._name(space), list(ids), with_payload=True, **self._layout.read()))
         records = (Record(str(point.id), point.payload or {}) for point in points)
         return {record.id: record for record in records if record.payload["tenant"] == tenant}
 
@@ -78,39 +116,44 @@ class QdrantStore:
         direction = models.Direction.DESC if descending else models.Direction.ASC
         order = models.OrderBy(key=order_by, direction=direction) if order_by else None
         points, _ = await self._ask(
-            self._client.scroll(self._name(space), scroll_filter=translated(where), limit=limit, order_by=order, with_payload=True)
+            lambda: self._client.scroll(
+                self._name(space), scroll_filter=translated(where), limit=limit, order_by=order, with_payload=True, **self._layout.read()
+            )
         )
         return [Record(str(point.id), point.payload or {}) for point in points]
 
     async def count(self, space: Space, where: Filter) -> int:
-        return (await self._ask(self._client.count(self._name(space), count_filter=translated(where), exact=True))).count
+        # A count takes no consistency: it is exact on the replicas that answer.
+        return (await self._ask(lambda: self._client.count(self._name(space), count_filter=translated(where), exact=True))).count
 
     async def search(self, space: Space, query: Query) -> list[Record]:
         where = translated(query.where)
-        nearest: list[tuple[str, Any]] = []
+        params = self._layout.search_params()
+        nearest: list[dict[str, Any]] = []
         if query.dense is not None:
-            nearest.append(("dense", [float(value) for value in query.dense]))
+            nearest.append({"query": [float(value) for value in query.dense], "using": "dense", "params": params})
         if query.sparse is not None:
-            nearest.append(("bm25", models.SparseVector(indices=list(query.sparse.indices), values=list(query.sparse.values))))
+            words = models.SparseVector(indices=list(query.sparse.indices), values=list(query.sparse.values))
+            nearest.append({"query": words, "using": "bm25", "params": None})
         if len(nearest) == 1:
-            using, vector = nearest[0]
-            asked = self._client.query_points(self._name(space), query=vector, using=using, query_filter=where, limit=query.limit)
+            (one,) = nearest
+            asked = {"query": one["query"], "using": one["using"], "search_params": one["params"], "query_filter": where}
         else:
             brought = max(query.fusion.prefetch, query.limit)
-            prefetch = [models.Prefetch(query=vector, using=using, filter=where, limit=brought) for using, vector in nearest]
-            asked = self._client.query_points(self._name(space), prefetch=prefetch, query=_fusion(query), limit=query.limit)
-        return [Record(str(point.id), point.payload or {}, float(point.score)) for point in (await self._ask(asked)).points]
+            asked = {"prefetch": [models.Prefetch(**one, filter=where, limit=brought) for one in nearest], "query": _fusion(query)}
+        reply = await self._ask(lambda: self._client.query_points(self._name(space), **asked, limit=query.limit, **self._layout.read()))
+        return [Record(str(point.id), point.payload or {}, float(point.score)) for point in reply.points]
 
     async def check(self) -> None:
-        for space in SPACES:
-            if not await self._ask(self._client.collection_exists(self._name(space))):
+        for space in [DOCUMENTS, *self._made.values()]:
+            if not await self._ask(lambda space=space: self._client.collection_exists(self._name(space))):  # type: ignore[misc]
                 self._prepared = False
                 raise Unavailable("the vector store has lost its collections", dependency="qdrant")
 
     async def drop(self) -> None:
         """Remove our collections and everything in them."""
-        for space in SPACES:
-            await self._ask(self._client.delete_collection(self._name(space)))
+        for space in list(self._made.values()):
+            await self._ask(lambda space=space: self._client.delete_collection(self._name(space)))  # type: ignore[misc]
 
     def _name(self, space: Space) -> str:
         return f"{self._prefix}{space.name}"
@@ -119,27 +162,32 @@ class QdrantStore:
         name = self._name(space)
         with self._failures():
             if not await self._client.collection_exists(name):
-                dense = models.VectorParams(size=self._dimension, distance=models.Distance.COSINE)
-                await self._client.create_collection(
-                    name,
-                    vectors_config={"dense": dense} if space.dense else {},
-                    sparse_vectors_config={"bm25": models.SparseVectorParams(modifier=models.Modifier.IDF)} if space.sparse else {},
-                )
+                try:
+                    await self._client.create_collection(name, **self._layout.collection(space, space.dimension or self._dimension))
+                except AioRpcError as error:
+                    # Another replica may have made it in the meantime.
+                    if error.code() not in (StatusCode.ALREADY_EXISTS, StatusCode.INVALID_ARGUMENT):
+                        raise
+                    if not await self._client.collection_exists(name):
+                        raise
             # Indexes that are there already stay as they are.
-            await self._client.create_payload_index(
-                name, "tenant", models.KeywordIndexParams(type=models.KeywordIndexType.KEYWORD, is_tenant=True)
-            )
-            for field in space.keywords:
-                await self._client.create_payload_index(name, field, models.PayloadSchemaType.KEYWORD)
-            for field in space.integers:
-                await self._client.create_payload_index(name, field, models.PayloadSchemaType.INTEGER)
+            for field, schema in self._layout.indexes(space).items():
+                await self._client.create_payload_index(name, field, schema, **self._layout.write())
+        self._made[space.name] = space
 
-    async def _ask(self, asked: Awaitable[T]) -> T:
+    async def _ask(self, asked: Callable[[], Awaitable[T]]) -> T:
         if not self._prepared:
-            asyncio.ensure_future(asked).cancel()
             raise Unavailable("the vector store has not been reached yet", dependency="qdrant")
         with self._failures():
-            return await asked
+            try:
+                return await asked()
+            except AioRpcError as error:
+                if error.code() is not StatusCode.UNAVAILABLE:
+                    raise
+            # Writes name their points and deletions their conditions, so that twice is as good as once. A node that has just
+            # gone is behind the address no more.
+            await asyncio.sleep(RETRY_S)
+            return await asked()
 
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:
@@ -153,8 +201,6 @@ class QdrantStore:
                 self._prepared = False
             raise Unavailable("the vector store cannot be reached", dependency="qdrant") from error
         except (ApiException, OSError) as error:
-            if isinstance(error, OtherEmbedder):
-                raise
             raise Unavailable("the vector store cannot be reached", dependency="qdrant") from error
 
 

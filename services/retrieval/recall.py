@@ -7,6 +7,7 @@ from services.chassis.telemetry import Trail
 from services.retrieval.access import Reach
 from services.retrieval.answer_cache import AnswerCache
 from services.retrieval.domain import Passage, SearchMode, Verdict
+from services.retrieval.encoding_spaces import Encodings
 from services.retrieval.ports import Embedder
 from services.retrieval.registry import Registry
 from services.retrieval.search import Searcher
@@ -60,6 +61,8 @@ class Memory:
     """What a recall works with."""
 
     embedder: Embedder
+    """The one that is set; what a collection answers with, `encodings` knows."""
+    encodings: Encodings
     registry: Registry
     answers: AnswerCache
     searcher: Searcher
@@ -78,10 +81,13 @@ async def recall(question: Question, memory: Memory, emit: Callable[[Part], Awai
         await emit(Judged(Verdict(reason="requested"), 0.0, 0.0))
         return
     with trail.step("embed") as embedded:
-        dense = (await memory.embedder.embed_question(question.text))[0]
+        encoding = await memory.encodings.answering(reach.tenant, reach.collection)
+        dense = await memory.encodings.question(encoding, question.text)
     with trail.step("cache_lookup") as looked:
-        if question.want_cached:
-            verdict = await memory.answers.lookup(reach, (question.cache_scope, audience), epoch, question.text, dense)
+        if question.want_cached and dense is None:
+            verdict = Verdict(reason="embedder_unavailable")
+        elif question.want_cached and dense is not None:
+            verdict = await memory.answers.lookup(reach, (question.cache_scope, audience), epoch, question.text, dense, encoding.answers)
         else:
             verdict = Verdict(reason="requested")
             looked.skip("requested")
@@ -90,6 +96,8 @@ async def recall(question: Question, memory: Memory, emit: Callable[[Part], Awai
     if not question.passages_max:
         return
     with trail.step("search") as searched:
-        passages = await memory.searcher.passages(reach, question.text, dense, limit=question.passages_max, mode=SearchMode.HYBRID)
+        passages = await memory.searcher.passages(
+            reach, question.text, dense, limit=question.passages_max, mode=SearchMode.HYBRID, encoding=encoding
+        )
         searched.note(passages=len(passages))
     await emit(Found(passages, searched.duration_ms))

@@ -7,7 +7,7 @@ written an intent says what is about to happen; `recover` finishes or undoes wha
 
 import asyncio
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 from weakref import WeakValueDictionary
@@ -16,13 +16,33 @@ import structlog
 
 from services.chassis.clock import Clock
 from services.chassis.errors import NotFound, Unavailable
-from services.retrieval.access import everything_of
+from services.retrieval.access import Reach, everything_of
+from services.retrieval.chunking import in_context
 from services.retrieval.domain import Chunk, Document, StoredChunk, Viewer, stable_id
-from services.retrieval.ports import ANSWERS, CHUNKS, DOCUMENTS, SYSTEM_TENANT, Filter, Payload, Point, Record, Sparse, Vectors, VectorStore
+from services.retrieval.encoding_spaces import Encoding, Encodings
+from services.retrieval.ports import (
+    ANSWERS,
+    CHUNKS,
+    DOCUMENTS,
+    SYSTEM_TENANT,
+    Filter,
+    Payload,
+    Point,
+    Record,
+    Space,
+    Sparse,
+    Vectors,
+    VectorStore,
+)
 
 log = structlog.get_logger(__name__)
 
 INTENTS_PER_PASS_MAX = 1000
+COLLECTIONS_MAX = 10_000
+"""Of one tenant."""
+DOCUMENTS_PER_PAGE = 256
+CHUNKS_PER_REENCODING = 64
+"""About two seconds of one core; after it others who embed documents have their turn."""
 CHUNKS_PER_WRITE = 256
 """A few milliseconds of the event loop; between two writes questions have their turn."""
 _ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")
@@ -56,8 +76,10 @@ class Epoch:
 class Registry:
     """Documents and epochs in a VectorStore. Changes of one document happen one after the other."""
 
-    def __init__(self, store: VectorStore, clock: Clock) -> None:
+    def __init__(self, store: VectorStore, clock: Clock, encodings: Encodings | None = None) -> None:
+        """Without `encodings` there is one for all, and its vectors are handed in."""
         self._store = store
+        self._encodings = encodings
         self._clock = clock
         self._last_us = 0
         # A lock lives as long as somebody holds or awaits it.
@@ -102,7 +124,82 @@ class Registry:
             equal={"collection": document.collection, "document_id": document.document_id, "revision": document.revision},
             at_least={"ordinal": first},
         )
-        return [_stored_chunk(record) for record in await self._store.find(CHUNKS, where, limit=limit, order_by="ordinal")]
+        space = CHUNKS
+        if self._encodings is not None:
+            space = (await self._encodings.answering(document.tenant, document.collection)).chunks
+        return [_stored_chunk(record) for record in await self._store.find(space, where, limit=limit, order_by="ordinal")]
+
+    async def collections(self, tenant: str) -> list[str]:
+        """Names of the tenant's collections in which something was ever changed."""
+        where = Filter(tenant, equal={"kind": "epoch"})
+        return sorted(str(record.payload["collection"]) for record in await self._store.find(DOCUMENTS, where, limit=COLLECTIONS_MAX))
+
+    async def count(self, reach: Reach) -> int:
+        """Documents in reach."""
+        return await self._store.count(DOCUMENTS, reach.where(kind="document"))
+
+    async def every(self, tenant: str, collection: str) -> AsyncIterator[Document]:
+        """The collection's documents, oldest first; also those that are indexed while this goes on."""
+        seen: set[str] = set()
+        after_us = 0
+        while True:
+            where = Filter(tenant, equal={"kind": "document", "collection": collection}, at_least={"indexed_us": after_us})
+            # Two replicas may index at the same microsecond: the page begins with the last one's again.
+            page = await self._store.find(DOCUMENTS, where, limit=DOCUMENTS_PER_PAGE, order_by="indexed_us")
+            fresh = [document for document in map(_document, (record.payload for record in page)) if document.revision not in seen]
+            if not fresh:
+                return
+            for document in fresh:
+                yield document
+            after_us = max(document.indexed_us for document in fresh)
+            seen = {document.revision for document in fresh if document.indexed_us == after_us}
+
+    async def reencode(self, document: Document, source: Encoding, target: Encoding) -> None:
+        """Write the document's chunks into `target` from their texts in `source`, where they are missing.
+
+        Cancellation: what is written is found again next time, or goes with the recovery if the document has changed.
+        """
+        assert self._encodings is not None
+        revision = Filter(
+            document.tenant,
+            equal={"collection": document.collection, "document_id": document.document_id, "revision": document.revision},
+        )
+        while await self._reencode_some(self._encodings, document, revision, source, target):
+            pass
+
+    async def _reencode_some(self, encodings: Encodings, document: Document, revision: Filter, source: Encoding, target: Encoding) -> bool:
+        """The next few chunks, so that who changes the document waits for no more; whether there may be others."""
+        async with self._lock(document.document_id):
+            # Chunks are written in their order, so that as many as there are is where to go on.
+            written = await self._store.count(target.chunks, revision)
+            if written >= document.chunks or not await self._is_current(document):
+                return False
+            records = await self._store.find(
+                source.chunks, replace(revision, at_least={"ordinal": written}), limit=CHUNKS_PER_REENCODING, order_by="ordinal"
+            )
+            texts = [in_context(document.title, _stored_chunk(record).chunk) for record in records]
+            if not texts:
+                return False  # changed by another replica in the meantime
+            dense, sparse = await encodings.encode(target, texts)
+            if dense is None:
+                raise Unavailable("the embedder that is set cannot be opened", dependency="embedder")
+            # Like a new version's: whatever happens, the revision that the document points at stays, and no other.
+            intent = _Intent(document.tenant, document.collection, document.document_id, document.revision, "", self._now_us())
+            await self._begin(intent)
+            points = [Point(record.id, record.payload, row, words) for record, row, words in zip(records, dense, sparse, strict=True)]
+            await self._store.upsert(target.chunks, points)
+            if not await self._is_current(document):
+                await self._store.delete(target.chunks, revision)
+            await self._store.remove(DOCUMENTS, SYSTEM_TENANT, [intent.id])
+            return written + len(records) < document.chunks
+
+    async def _is_current(self, document: Document) -> bool:
+        stored = (await self.documents(everything_of(document.tenant), [document.document_id])).get(document.document_id)
+        return stored is not None and stored.revision == document.revision
+
+    async def outdate(self, tenant: str, collection: str) -> None:
+        """Make every answer that was cached until now unreachable."""
+        await self._bump(tenant, collection)
 
     async def current(self, viewer: Viewer, hits: Sequence[Record]) -> list[tuple[StoredChunk, Document, float]]:
         """The hits that belong to the current version of a document that the viewer sees, with it, in the order given."""
@@ -130,14 +227,16 @@ class Registry:
             new = replace(draft, version=version, indexed_us=indexed_us, revision=revision, chunks=len(chunks))
             intent = _Intent(new.tenant, new.collection, new.document_id, revision, old.revision if old else "", indexed_us)
             await self._begin(intent)
-            for begin in range(0, len(chunks), CHUNKS_PER_WRITE):
-                rows = slice(begin, begin + CHUNKS_PER_WRITE)
-                points = [_chunk_point(new, *row) for row in zip(chunks[rows], dense[rows], sparse[rows], strict=True)]
-                await self._store.upsert(CHUNKS, points)
-                await asyncio.sleep(0)
+            if self._encodings is not None and not (await self.epoch(new.tenant, new.collection)).number:
+                await self._encodings.settle_new(new.tenant, new.collection)
             if new.readers:
                 # Before anybody can rest an answer on it: from now on answers are shared among those who see the same documents only.
                 await self._bump(new.tenant, new.collection, limited=True)
+            if self._encodings is None:
+                await self._write_chunks(CHUNKS, new, chunks, dense, sparse)
+            else:
+                await self._write_encoded(self._encodings, new, chunks, dense, sparse)
+            # Nothing may come between the last look at the collection's standing and this.
             await self._store.upsert(DOCUMENTS, [Point(new.document_id, _document_payload(new))])
             await self._bump(new.tenant, new.collection)
             try:
@@ -146,6 +245,33 @@ class Registry:
                 # The switch is done and durable; what is left over is invisible and goes with the next recovery.
                 log.warning("old_chunks_left_for_recovery")
             return new
+
+    async def _write_encoded(
+        self, encodings: Encodings, new: Document, chunks: Sequence[Chunk], dense: Vectors, sparse: Sequence[Sparse]
+    ) -> None:
+        """Write the chunks in every encoding that the collection's documents must have; `dense` and `sparse` are in the one that is set."""
+        written: set[str] = set()
+        while missing := (await encodings.standing(new.tenant, new.collection)).written - written:
+            for id_ in sorted(missing):
+                encoding = await encodings.encoding(id_)
+                if id_ == encodings.current_id:
+                    await self._write_chunks(encoding.chunks, new, chunks, dense, sparse)
+                    continue
+                for begin in range(0, len(chunks), CHUNKS_PER_REENCODING):
+                    some = chunks[begin : begin + CHUNKS_PER_REENCODING]
+                    rows, words = await encodings.encode(encoding, [in_context(new.title, chunk) for chunk in some])
+                    await self._write_chunks(encoding.chunks, new, some, rows, words)
+            written |= missing
+
+    async def _write_chunks(
+        self, space: Space, new: Document, chunks: Sequence[Chunk], dense: Vectors | None, sparse: Sequence[Sparse]
+    ) -> None:
+        vectors = [None] * len(chunks) if dense is None else dense
+        for begin in range(0, len(chunks), CHUNKS_PER_WRITE):
+            rows = slice(begin, begin + CHUNKS_PER_WRITE)
+            points = [_chunk_point(new, *row) for row in zip(chunks[rows], vectors[rows], sparse[rows], strict=True)]
+            await self._store.upsert(space, points)
+            await asyncio.sleep(0)
 
     async def delete(self, tenant: str, document_id: str) -> Document:
         """Remove a document, its chunks and the collection's cached answers. Raises NotFound. Shield it like `replace`."""
@@ -192,12 +318,24 @@ class Registry:
 
     async def _tidy(self, intent: _Intent, dead: set[str]) -> None:
         """Remove the chunks of `dead` revisions and the answers of older epochs, then the intent."""
+        chunks, answers = await self._spaces(intent.owner, intent.collection)
         for revision in dead - {""}:
             equal = {"collection": intent.collection, "document_id": intent.document_id, "revision": revision}
-            await self._store.delete(CHUNKS, Filter(intent.owner, equal=equal))
+            for space in chunks:
+                await self._store.delete(space, Filter(intent.owner, equal=equal))
         epoch = (await self.epoch(intent.owner, intent.collection)).number
-        await self._store.delete(ANSWERS, Filter(intent.owner, equal={"collection": intent.collection}, below={"epoch": epoch}))
+        for space in answers:
+            await self._store.delete(space, Filter(intent.owner, equal={"collection": intent.collection}, below={"epoch": epoch}))
         await self._store.remove(DOCUMENTS, SYSTEM_TENANT, [intent.id])
+
+    async def _spaces(self, tenant: str, collection: str) -> tuple[list[Space], list[Space]]:
+        """Where the collection may have chunks and answers."""
+        if self._encodings is None:
+            return [CHUNKS], [ANSWERS]
+        standing = await self._encodings.standing(tenant, collection)
+        ids = sorted(standing.written | ({standing.leaving} - {""}))
+        encodings = [await self._encodings.encoding(id_) for id_ in ids]
+        return [encoding.chunks for encoding in encodings], [encoding.answers for encoding in encodings]
 
     def _lock(self, document_id: str) -> asyncio.Lock:
         return self._locks.setdefault(document_id, asyncio.Lock())
@@ -226,7 +364,7 @@ def _intent(payload: Payload) -> _Intent:
     return _Intent(**{name: payload[name] for name in _Intent.__slots__})
 
 
-def _chunk_point(document: Document, chunk: Chunk, dense: Sequence[float], sparse: Sparse) -> Point:
+def _chunk_point(document: Document, chunk: Chunk, dense: Sequence[float] | None, sparse: Sparse) -> Point:
     payload = {
         "tenant": document.tenant,
         "collection": document.collection,

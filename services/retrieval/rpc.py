@@ -101,9 +101,11 @@ class RetrievalServicer(pb_grpc.RetrievalServiceServicer):
         if len(request.document_ids) > DOCUMENT_FILTER_MAX:
             raise RequestInvalid("too many documents to search in", field="document_ids", bound=f"at most {DOCUMENT_FILTER_MAX}")
         reach, mode = reach_of(current_principal(), request.collection), _MODES[request.mode]
-        dense = None if mode is SearchMode.SPARSE else (await self._memory.embedder.embed_question(query))[0]
+        encodings = self._memory.encodings
+        encoding = await encodings.answering(reach.tenant, reach.collection)
+        dense = None if mode is SearchMode.SPARSE else await encodings.question(encoding, query, needed=mode is SearchMode.DENSE)
         passages = await self._memory.searcher.passages(
-            reach, query, dense, limit=limit, mode=mode, document_ids=tuple(request.document_ids)
+            reach, query, dense, limit=limit, mode=mode, encoding=encoding, document_ids=tuple(request.document_ids)
         )
         for passage in passages:
             await context.write(pb.SearchResponse(hit=_passage_message(passage)))
@@ -158,7 +160,21 @@ class RetrievalServicer(pb_grpc.RetrievalServiceServicer):
         raise NotImplementedError
 
     async def ListCollections(self, request: pb.ListCollectionsRequest, context: grpc.aio.ServicerContext) -> None:  # type: ignore[override]
-        raise NotImplementedError
+        principal, encodings, registry = current_principal(), self._memory.encodings, self._memory.registry
+        for collection in await registry.collections(tenant_of(principal)):
+            reach = reach_of(principal, collection)
+            documents = await registry.count(reach)
+            standing = await encodings.standing(reach.tenant, collection)
+            moving = bool(standing.next)
+            row = pb.ListCollectionsResponse(
+                collection=collection,
+                documents=documents,
+                epoch=(await registry.epoch(reach.tenant, collection)).number,
+                embedder_id=(await encodings.encoding(standing.encoding)).embedder_id,
+                next_embedder_id=(await encodings.encoding(standing.next)).embedder_id if moving else "",
+                reembedded=await encodings.progress(reach.tenant, collection) if moving else 0,
+            )
+            await context.write(row)
 
     async def ListDocuments(self, request: pb.ListDocumentsRequest, context: grpc.aio.ServicerContext) -> None:  # type: ignore[override]
         size = _within(request.page_size, "page_size", 0, PAGE_MAX) or PAGE_DEFAULT
@@ -166,12 +182,17 @@ class RetrievalServicer(pb_grpc.RetrievalServiceServicer):
         # One more than wanted tells whether there are more.
         viewer = viewer_of(current_principal())
         documents = await self._memory.registry.page(viewer, collection_name(request.collection), size + 1, before_us)
+        embedders = {name: await self._embedder_of(viewer, name) for name in {document.collection for document in documents}}
         for place, document in enumerate(documents[:size], 1):
             last = place == size < len(documents)
             row = pb.ListDocumentsResponse(
-                document=_document_message(document, viewer), next_page_token=_page_token(document) if last else ""
+                document=_document_message(document, viewer, embedders[document.collection]),
+                next_page_token=_page_token(document) if last else "",
             )
             await context.write(row)
+
+    async def _embedder_of(self, viewer: Viewer, collection: str) -> str:
+        return (await self._memory.encodings.answering(viewer.tenant, collection)).embedder_id
 
     async def GetDocument(self, request: pb.GetDocumentRequest, context: grpc.aio.ServicerContext) -> pb.GetDocumentResponse:
         registry = self._memory.registry
@@ -182,7 +203,7 @@ class RetrievalServicer(pb_grpc.RetrievalServiceServicer):
         chunks = _as_many_as_fit(await registry.chunks(document, first, limit))
         following = first + len(chunks)
         return pb.GetDocumentResponse(
-            document=_document_message(document, viewer),
+            document=_document_message(document, viewer, await self._embedder_of(viewer, document.collection)),
             chunks=[_chunk_message(chunk) for chunk in chunks],
             next_chunk=following if chunks and following < document.chunks else 0,
         )
@@ -204,7 +225,8 @@ class RetrievalServicer(pb_grpc.RetrievalServiceServicer):
             return pb.RememberAnswerResponse(remembered=False, reason="audience_changed")
         if any(passage.flags for passage in answer.passages):
             return pb.RememberAnswerResponse(remembered=False, reason="flagged")
-        await self._memory.answers.remember(reach, (scope, audience), request.collection_epoch, answer)
+        if not await self._memory.answers.remember(reach, (scope, audience), request.collection_epoch, answer):
+            return pb.RememberAnswerResponse(remembered=False, reason="embedder_unavailable")
         return pb.RememberAnswerResponse(remembered=True)
 
     async def ForgetAnswers(self, request: pb.ForgetAnswersRequest, context: grpc.aio.ServicerContext) -> pb.ForgetAnswersResponse:
@@ -440,7 +462,7 @@ def _progress_message(job: Job, progress: Progress) -> pb.IngestDocumentsRespons
     )
 
 
-def _document_message(document: Document, viewer: Viewer) -> pb.Document:
+def _document_message(document: Document, viewer: Viewer, embedder_id: str) -> pb.Document:
     # The names of the others are their uploader's and the admins' business; who reads as a member of a group learns of no other.
     shown = access_of(document.readers if viewer.readers is None else [name for name in document.readers if name in viewer.readers])
     return pb.Document(
@@ -457,6 +479,7 @@ def _document_message(document: Document, viewer: Viewer) -> pb.Document:
         indexed_at=timestamp(datetime.fromtimestamp(document.indexed_us / 1_000_000, UTC)),
         metadata={key: _value(fact) for key, fact in document.metadata.items()},
         pages=document.pages,
+        embedder_id=embedder_id,
         access=pb.Access(users=shown.users, groups=shown.groups) if document.readers else None,
     )
 

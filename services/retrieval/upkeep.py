@@ -8,8 +8,7 @@ import structlog
 
 from services.chassis.clock import Clock
 from services.chassis.errors import Unavailable
-from services.retrieval.fingerprint import OtherEmbedder
-from services.retrieval.ports import ANSWERS, VectorStore
+from services.retrieval.ports import VectorStore
 from services.retrieval.registry import Registry
 
 log = structlog.get_logger(__name__)
@@ -32,7 +31,7 @@ class Upkeep:
         prepare: Callable[[], Awaitable[None]],
         flush: Callable[[], None],
         exclusive: bool,
-        answer_ttl_s: float,
+        expire: Callable[[], Awaitable[None]],
     ) -> None:
         self._store = store
         self._registry = registry
@@ -40,7 +39,7 @@ class Upkeep:
         self._prepare = prepare
         self._flush = flush
         self._exclusive = exclusive
-        self._answer_ttl_s = answer_ttl_s
+        self._expire = expire
         self._ready = False
         self._wanted = asyncio.Event()
 
@@ -60,7 +59,7 @@ class Upkeep:
     async def running(self) -> AsyncIterator[None]:
         """Keep up until left. An embedded store is prepared before this yields; a server's may come later.
 
-        Raises OtherEmbedder if the embedded store was filled by another one.
+        Raises what the preparation of an embedded store raises.
         """
         if self._exclusive:
             await self._begin()
@@ -85,14 +84,11 @@ class Upkeep:
                 if not self._ready:
                     await self._begin()
                 await self._registry.recover(ABANDONED_AFTER_S)
-                await self._store.expire(ANSWERS, "created_us", int((self._clock.now().timestamp() - self._answer_ttl_s) * 1_000_000))
+                await self._expire()
                 self._flush()
             except Unavailable:
                 await asyncio.sleep(RETRY_S)
                 continue
-            except OtherEmbedder as error:
-                log.error("store_refused", detail=str(error))
-                await asyncio.sleep(INTERVAL_S)
             except Exception as error:
                 log.exception("upkeep_failed", error=type(error).__name__)
                 await asyncio.sleep(INTERVAL_S)

@@ -1,7 +1,7 @@
 """The composition root: everything the retrieval service owns, acquired downwards and released in reverse. No logic of its own."""
 
-import asyncio
 import contextlib
+import functools
 import sys
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -15,11 +15,12 @@ from services.retrieval.answer_cache import AnswerCache
 from services.retrieval.config import Settings
 from services.retrieval.edge_bm25 import EdgeBm25
 from services.retrieval.edge_store import EdgeStore
-from services.retrieval.fingerprint import settle
+from services.retrieval.embedders import opened
+from services.retrieval.encoding_spaces import Encodings
 from services.retrieval.ingest import Buffer, Ingestion, Pipeline
-from services.retrieval.minilm_embedder import MiniLmEmbedder
-from services.retrieval.ports import Fusion, VectorStore
+from services.retrieval.ports import Embedder, Fusion, VectorStore
 from services.retrieval.recall import Memory
+from services.retrieval.reencoding import Reencoding
 from services.retrieval.registry import Registry
 from services.retrieval.rpc import offer
 from services.retrieval.search import Searcher
@@ -33,25 +34,35 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
     sys.setswitchinterval(0.001)
     clock, afterwork = SystemClock(), AfterWork()
     async with contextlib.AsyncExitStack() as stack:
-        embedder = await asyncio.to_thread(MiniLmEmbedder.load, settings.models_folder, settings.embed_quant)
-        stack.callback(embedder.close)
+        embedder = await stack.enter_async_context(opened(settings.embedder_name, settings))
         sparse = EdgeBm25(settings.language)
-        fingerprint = f"{embedder.embedder_id} {sparse.encoder_id}"
-        store, prepare, flush = await stack.enter_async_context(_opened(settings, embedder.dimension, fingerprint))
-        registry = Registry(store, clock)
-        upkeep = Upkeep(
-            store,
-            registry,
-            clock,
-            prepare=prepare,
-            flush=flush,
-            exclusive=not settings.qdrant_url,
-            answer_ttl_s=settings.cache_ttl_s,
+        store, prepare, flush = await stack.enter_async_context(
+            _store(settings, embedder.dimension, f"{embedder.embedder_id} {sparse.encoder_id}")
         )
+        encodings = Encodings(
+            store,
+            embedder,
+            settings.embedder_name,
+            sparse,
+            functools.partial(_reopened, settings),
+            lambda id_: EdgeBm25.like(id_, sparse),
+            clock,
+        )
+        stack.push_async_callback(encodings.close)
+        registry = Registry(store, clock, encodings)
+        answers = AnswerCache(store, encodings, clock, similarity_min=settings.cache_similarity_min, ttl_s=settings.cache_ttl_s)
+
+        async def first_contact() -> None:
+            await prepare()
+            await encodings.begin()
+
+        exclusive = not settings.qdrant_url
+        upkeep = Upkeep(store, registry, clock, prepare=first_contact, flush=flush, exclusive=exclusive, expire=answers.expire)
         await stack.enter_async_context(upkeep.running())
-        answers = AnswerCache(store, embedder, clock, similarity_min=settings.cache_similarity_min, ttl_s=settings.cache_ttl_s)
+        reencoding = Reencoding(store, registry, encodings, clock, str(uuid.uuid4()), exclusive=exclusive)
+        await stack.enter_async_context(reencoding.running())
         weights = (settings.fusion_weight_dense, settings.fusion_weight_sparse)
-        searcher = Searcher(store, registry, sparse, Fusion(settings.fusion, settings.fusion_prefetch, weights=weights))
+        searcher = Searcher(store, registry, encodings, Fusion(settings.fusion, settings.fusion_prefetch, weights=weights))
         ingestion = Ingestion(
             Pipeline(embedder, sparse, registry),
             afterwork,
@@ -62,26 +73,32 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         )
         passport = Passport(settings.internal_key.get_secret_value().encode())
         server = Server(passport_identity(passport), reflect=settings.environment == "development", tls=settings.mutual_tls())
-        offer(server, Memory(embedder, registry, answers, searcher), ingestion)
+        offer(server, Memory(embedder, encodings, registry, answers, searcher), ingestion)
         yield Service(server, settings.port, probes={"qdrant": upkeep.check}, drain=afterwork.drain)
+
+
+def _reopened(settings: Settings, name: str, dimension: int) -> contextlib.AbstractAsyncContextManager[Embedder]:
+    """An embedder that the settings named once; the length of vectors that they name now is another's."""
+    return opened(name, settings.model_copy(update={"embedder_dimensions": dimension}))
 
 
 Opened = tuple[VectorStore, Callable[[], Awaitable[None]], Callable[[], None]]
 
 
 @contextlib.asynccontextmanager
-async def _opened(settings: Settings, dimension: int, fingerprint: str) -> AsyncIterator[Opened]:
+async def _store(settings: Settings, dimension: int, fingerprint: str) -> AsyncIterator[Opened]:
     """The store the settings name, how to prepare it, and how to flush it."""
     if not settings.qdrant_url:
         edge_store = EdgeStore.open(settings.qdrant_folder, dimension)
         try:
-            yield edge_store, lambda: settle(edge_store, fingerprint), edge_store.flush
+            yield edge_store, _nothing, edge_store.flush
         finally:
             edge_store.close()
         return
     # Not needed otherwise, and 40 MB.
     from qdrant_client import AsyncQdrantClient
 
+    from services.retrieval.qdrant_layout import Layout
     from services.retrieval.qdrant_store import QdrantStore
 
     client = AsyncQdrantClient(
@@ -92,8 +109,24 @@ async def _opened(settings: Settings, dimension: int, fingerprint: str) -> Async
         timeout=settings.qdrant_timeout_s,
         check_compatibility=False,
     )
-    server_store = QdrantStore(client, dimension, fingerprint)
+    layout = Layout(
+        settings.qdrant_shards,
+        settings.qdrant_replicas,
+        settings.qdrant_write_replicas,
+        settings.qdrant_quantization,
+        settings.qdrant_vectors_memory,
+        settings.qdrant_payload_on_disk,
+        settings.qdrant_hnsw_m,
+        settings.qdrant_hnsw_payload_m,
+        settings.qdrant_write_ordering,
+        settings.qdrant_read_consistency,
+    )
+    server_store = QdrantStore(client, dimension, fingerprint, layout=layout)
     try:
         yield server_store, server_store.prepare, lambda: None
     finally:
         await server_store.close()
+
+
+async def _nothing() -> None:
+    """Edge is ready when it is open."""

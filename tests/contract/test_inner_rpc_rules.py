@@ -34,6 +34,7 @@ RULES = {
         "IngestDocuments": MEMBER,
         "GetIngestionJob": MEMBER,
         "WatchIngestionJob": MEMBER,
+        "ListCollections": MEMBER,
         "ListDocuments": MEMBER,
         "GetDocument": MEMBER,
         "DeleteDocument": MEMBER,

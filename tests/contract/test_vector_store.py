@@ -6,6 +6,7 @@ import os
 import uuid
 import warnings
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from services.retrieval import edge_store, qdrant_store
 from services.retrieval.domain import stable_id
 from services.retrieval.edge_bm25 import EdgeBm25
 from services.retrieval.edge_store import EdgeStore
-from services.retrieval.fingerprint import OtherEmbedder, settle
+from services.retrieval.fingerprint import settle
 from services.retrieval.ports import ANSWERS, CHUNKS, DOCUMENTS, SPACES, Filter, Fusion, Point, Query, VectorStore
 from services.retrieval.qdrant_store import QdrantStore
 
@@ -205,12 +206,41 @@ async def test_expiry_reaches_all_tenants_but_only_what_is_old(store: VectorStor
     assert [await store.count(ANSWERS, Filter(tenant)) for tenant in ("acme", "rival")] == [1, 1]
 
 
-async def test_a_store_refuses_the_vectors_of_another_embedder(store: VectorStore) -> None:
-    """The first fingerprint stays; the same again is welcome."""
-    await settle(store, "test")
-    await settle(store, "test")
-    with pytest.raises(OtherEmbedder, match=r"'test'.*'other'"):
-        await settle(store, "other")
+async def test_a_store_knows_which_encoding_came_first(store: VectorStore) -> None:
+    """The first stays the first, whoever comes later and however often."""
+    assert ["test", "test", "test"] == [await settle(store, name) for name in ("test", "other", "test")]
+
+
+async def test_of_two_who_claim_one_prevails(store: VectorStore) -> None:
+    """Both are told the same, and nothing is overwritten."""
+    id_ = stable_id("claimed")
+    for name in ("first", "second", "third"):
+        claimed = await store.claim(DOCUMENTS, Point(id_, {"tenant": "acme", "kind": name}))
+        assert "first" == claimed.payload["kind"]
+
+    assert 1 == await store.count(DOCUMENTS, Filter("acme"))
+
+
+async def test_a_space_made_later_has_its_own_dimension(store: VectorStore) -> None:
+    """Beside the first spaces and apart from them; making it twice changes nothing."""
+    later = replace(CHUNKS, name="chunks-later", dimension=2)
+    for _ in range(2):
+        await store.ensure(later)
+    await store.upsert(later, [Point(stable_id("x"), {"tenant": "acme"}, [0.6, 0.8], SPARSE.document("words"))])
+
+    assert [stable_id("x")] == [hit.id for hit in await store.search(later, Query(Filter("acme"), 9, dense=[0.6, 0.8]))]
+    assert 0 == await store.count(CHUNKS, Filter("acme"))
+    await store.delete(later, Filter("acme"))
+
+
+async def test_upkeep_learns_whose_points_there_are(store: VectorStore) -> None:
+    """Every tenant once."""
+    await store.upsert(
+        DOCUMENTS, [Point(stable_id(f"{tenant}{place}"), {"tenant": tenant}) for tenant in ("acme", "rival") for place in "ab"]
+    )
+
+    assert {"acme", "rival"} <= set(await store.tenants(DOCUMENTS))
+    assert len(await store.tenants(DOCUMENTS)) == len(set(await store.tenants(DOCUMENTS)))
 
 
 async def test_a_server_that_lost_its_collections_is_prepared_again(store: VectorStore) -> None:

@@ -160,6 +160,10 @@ class FakeRetrieval(RetrievalServiceServicer):
         self.seen.note("Search", request)
         await play(self.hits, context, self.seen)
 
+    async def ListCollections(self, request: Any, context: Any) -> None:
+        self.seen.note("ListCollections", request)
+        await context.write(retrieval.ListCollectionsResponse(collection="c", documents=2, epoch=2**60, embedder_id="one", reembedded=1))
+
     async def ListDocuments(self, request: Any, context: Any) -> None:
         self.seen.note("ListDocuments", request)
         await context.write(

@@ -214,6 +214,15 @@ async def test_documents_are_listed_shown_and_deleted(front: Front, client: http
     problem_of(await client.get("/v1/documents/other"), 404, "NOT_FOUND")
 
 
+async def test_collections_are_listed(front: Front, client: httpx.AsyncClient) -> None:
+    """As the service behind knows them; unknown parameters are refused."""
+    listed = (await client.get("/v1/collections")).json()
+
+    collection = {"collection": "c", "documents": "2", "epoch": str(2**60), "embedder_id": "one", "next_embedder_id": "", "reembedded": "1"}
+    assert listed == {"collections": [collection]}
+    problem_of(await client.get("/v1/collections", params={"tenant": "other"}), 400, "REQUEST_INVALID")
+
+
 async def test_search_gives_hits_with_numbers_for_offsets(front: Front, client: httpx.AsyncClient) -> None:
     """Mode, limit and collection are passed on."""
     passage = common.CitedPassage(number=1, document_id="d", chunk_id="c", text="t", start=5, end=6, score=0.5)

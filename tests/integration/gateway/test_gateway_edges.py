@@ -82,6 +82,7 @@ async def test_every_call_works_over_grpc_for_the_tokens_principal(front: Front)
         await stub.GetOperation(ledger.GetOperationRequest(operation_id=ANSWER), metadata=metadata)
         for rows in (
             stub.ListDocuments(retrieval.ListDocumentsRequest(), metadata=metadata),
+            stub.ListCollections(retrieval.ListCollectionsRequest(), metadata=metadata),
             stub.ListOperations(ledger.ListOperationsRequest(), metadata=metadata),
             stub.QueryUsage(ledger.QueryUsageRequest(), metadata=metadata),
         ):
@@ -90,7 +91,7 @@ async def test_every_call_works_over_grpc_for_the_tokens_principal(front: Front)
     assert events == behind.orchestrator.script
     assert progress == ["received", "parsed", "indexed"]
     called = {name: principal for name, _, principal in behind.seen.calls if name != "GetEntitlements"}
-    assert len(called) == 9
+    assert len(called) == 10
     assert {(principal.tenant, principal.user) for principal in called.values()} == {("acme", "ada")}
 
 

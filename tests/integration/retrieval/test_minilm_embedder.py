@@ -1,8 +1,10 @@
 """The embedder gives the model's own vectors, in both precisions, and keeps its lanes apart."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,6 +71,55 @@ async def test_too_many_waiting_questions_are_refused_and_left_ones_dropped(
     await asyncio.gather(*waiting, return_exceptions=True)
 
     assert (1, 384) == (await embedder.embed_question(EATING)).shape
+
+
+@pytest.mark.slow
+async def test_documents_do_not_delay_questions(embedder: MiniLmEmbedder) -> None:
+    """With the documents' lane full all the time, the slow questions take no more than a few times what they take alone."""
+    question = "How is the retention of records configured for a tenant?"
+    texts = ["the quick brown fox jumps over the lazy dog again and again " * 18] * 64
+
+    async def slow_s() -> float:
+        """The 95th percentile; of few measurements the very slowest is the machine's."""
+        took = []
+        for _ in range(60):
+            begun = time.perf_counter()
+            await embedder.embed_question(question)
+            took.append(time.perf_counter() - begun)
+        return sorted(took)[56]
+
+    async def flood() -> None:
+        while True:
+            await embedder.embed_texts(texts)
+
+    idle = await slow_s()
+    floods = [asyncio.create_task(flood()) for _ in range(3)]
+    try:
+        await asyncio.sleep(0)
+        loaded = await slow_s()
+    finally:
+        for task in floods:
+            task.cancel()
+        await asyncio.gather(*floods, return_exceptions=True)
+
+    # In one lane each question would wait for a batch of 1024 tokens: 25 times as long.
+    assert loaded < 8 * idle
+
+
+async def test_questions_that_wait_together_go_together(embedder: MiniLmEmbedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most four, alike in length, oldest first; nobody waits for company and nobody is passed over."""
+    batches: list[tuple[str, ...]] = []
+    run = embedder._embed
+
+    def noted(texts: tuple[str, ...]) -> Any:
+        batches.append(texts)
+        return run(texts)
+
+    monkeypatch.setattr(embedder, "_embed", noted)
+    short, long = [f"short question {number}" for number in range(6)], "a long one " * 60
+    await asyncio.gather(*(embedder.embed_question(text) for text in (short[0], short[1], long, *short[2:])))
+
+    assert [(*short[:2], *short[2:4]), (long,), tuple(short[4:])] == batches
 
 
 def test_batches_hold_every_text_once_and_little_padding() -> None:

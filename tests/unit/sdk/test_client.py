@@ -89,6 +89,10 @@ class Gateway(gateway_service_pb2_grpc.GatewayServiceServicer):
         document = retrieval.Document(document_id="d2" if second else "d1", title="T")
         await context.write(retrieval.ListDocumentsResponse(document=document, next_page_token="" if second else "second"))
 
+    async def ListCollections(self, request: retrieval.ListCollectionsRequest, context: Any) -> None:  # type: ignore[override]
+        for name in ("c1", "c2"):
+            await context.write(retrieval.ListCollectionsResponse(collection=name, documents=2, embedder_id="one", next_embedder_id="two"))
+
     async def DeleteDocument(self, request: retrieval.DeleteDocumentRequest, context: Any) -> retrieval.DeleteDocumentResponse:
         return retrieval.DeleteDocumentResponse(chunks_deleted=3)
 
@@ -212,10 +216,12 @@ async def test_lists_follow_their_pages(gateway: tuple[Gateway, str]) -> None:
     """Every document, however many pages they come in."""
     async with tailrace.AsyncClient(gateway[1], token="t") as client:
         listed = [document.document_id async for document in client.list_documents()]
+        collections = [collection async for collection in client.collections()]
         deleted = await client.delete_document("d1")
         rows = [row async for row in client.usage("model")]
 
     assert listed == ["d1", "d2"]
+    assert collections == [tailrace.Collection(name, 2, 0, "one", "two", 0) for name in ("c1", "c2")]
     assert deleted == 3
     assert [(row.group, row.operations, row.cost_nanousd) for row in rows] == [({"model": "m"}, 2, 84)]
 

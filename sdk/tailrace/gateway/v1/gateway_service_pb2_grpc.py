@@ -66,6 +66,11 @@ class GatewayServiceStub:
                 request_serializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.ListDocumentsRequest.SerializeToString,
                 response_deserializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.ListDocumentsResponse.FromString,
                 _registered_method=True)
+        self.ListCollections = channel.unary_stream(
+                '/tailrace.gateway.v1.GatewayService/ListCollections',
+                request_serializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.ListCollectionsRequest.SerializeToString,
+                response_deserializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.ListCollectionsResponse.FromString,
+                _registered_method=True)
         self.DeleteDocument = channel.unary_unary(
                 '/tailrace.gateway.v1.GatewayService/DeleteDocument',
                 request_serializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.DeleteDocumentRequest.SerializeToString,
@@ -133,6 +138,13 @@ class GatewayServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListCollections(self, request, context):
+        """See tailrace.retrieval.v1.RetrievalService.ListCollections.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteDocument(self, request, context):
         """See tailrace.retrieval.v1.RetrievalService.DeleteDocument.
         """
@@ -193,6 +205,11 @@ def add_GatewayServiceServicer_to_server(servicer, server):
                     servicer.ListDocuments,
                     request_deserializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.ListDocumentsRequest.FromString,
                     response_serializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.ListDocumentsResponse.SerializeToString,
+            ),
+            'ListCollections': grpc.unary_stream_rpc_method_handler(
+                    servicer.ListCollections,
+                    request_deserializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.ListCollectionsRequest.FromString,
+                    response_serializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.ListCollectionsResponse.SerializeToString,
             ),
             'DeleteDocument': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteDocument,
@@ -377,6 +394,33 @@ class GatewayService:
             '/tailrace.gateway.v1.GatewayService/ListDocuments',
             tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.ListDocumentsRequest.SerializeToString,
             tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.ListDocumentsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListCollections(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tailrace.gateway.v1.GatewayService/ListCollections',
+            tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.ListCollectionsRequest.SerializeToString,
+            tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.ListCollectionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

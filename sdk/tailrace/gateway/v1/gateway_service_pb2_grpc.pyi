@@ -47,6 +47,8 @@ class GatewayServiceStub:
     """See tailrace.retrieval.v1.RetrievalService.IngestDocuments."""
     ListDocuments: _grpc.UnaryStreamMultiCallable[_retrieval_service_pb2.ListDocumentsRequest, _retrieval_service_pb2.ListDocumentsResponse]
     """See tailrace.retrieval.v1.RetrievalService.ListDocuments."""
+    ListCollections: _grpc.UnaryStreamMultiCallable[_retrieval_service_pb2.ListCollectionsRequest, _retrieval_service_pb2.ListCollectionsResponse]
+    """See tailrace.retrieval.v1.RetrievalService.ListCollections."""
     DeleteDocument: _grpc.UnaryUnaryMultiCallable[_retrieval_service_pb2.DeleteDocumentRequest, _retrieval_service_pb2.DeleteDocumentResponse]
     """See tailrace.retrieval.v1.RetrievalService.DeleteDocument."""
     GetOperation: _grpc.UnaryUnaryMultiCallable[_ledger_service_pb2.GetOperationRequest, _ledger_service_pb2.GetOperationResponse]
@@ -71,6 +73,8 @@ class GatewayServiceAsyncStub(GatewayServiceStub):
     """See tailrace.retrieval.v1.RetrievalService.IngestDocuments."""
     ListDocuments: _aio.UnaryStreamMultiCallable[_retrieval_service_pb2.ListDocumentsRequest, _retrieval_service_pb2.ListDocumentsResponse]  # type: ignore[assignment]
     """See tailrace.retrieval.v1.RetrievalService.ListDocuments."""
+    ListCollections: _aio.UnaryStreamMultiCallable[_retrieval_service_pb2.ListCollectionsRequest, _retrieval_service_pb2.ListCollectionsResponse]  # type: ignore[assignment]
+    """See tailrace.retrieval.v1.RetrievalService.ListCollections."""
     DeleteDocument: _aio.UnaryUnaryMultiCallable[_retrieval_service_pb2.DeleteDocumentRequest, _retrieval_service_pb2.DeleteDocumentResponse]  # type: ignore[assignment]
     """See tailrace.retrieval.v1.RetrievalService.DeleteDocument."""
     GetOperation: _aio.UnaryUnaryMultiCallable[_ledger_service_pb2.GetOperationRequest, _ledger_service_pb2.GetOperationResponse]  # type: ignore[assignment]
@@ -128,6 +132,14 @@ class GatewayServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_retrieval_service_pb2.ListDocumentsResponse], _abc.AsyncIterator[_retrieval_service_pb2.ListDocumentsResponse]]:
         """See tailrace.retrieval.v1.RetrievalService.ListDocuments."""
+
+    @_abc_1.abstractmethod
+    def ListCollections(
+        self,
+        request: _retrieval_service_pb2.ListCollectionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_retrieval_service_pb2.ListCollectionsResponse], _abc.AsyncIterator[_retrieval_service_pb2.ListCollectionsResponse]]:
+        """See tailrace.retrieval.v1.RetrievalService.ListCollections."""
 
     @_abc_1.abstractmethod
     def DeleteDocument(

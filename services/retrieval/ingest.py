@@ -20,7 +20,6 @@ from services.chassis.errors import DomainError, Internal, NotFound, Overloaded
 from services.chassis.telemetry import span
 from services.retrieval.chunking import chunked, in_context
 from services.retrieval.domain import Document, Extracted, Progress, Stage, Upload, document_id
-from services.retrieval.parsers import read
 from services.retrieval.ports import Embedder, SparseEncoder, Vectors
 from services.retrieval.registry import Registry
 
@@ -150,11 +149,6 @@ class Job:
         news.set()
 
 
-async def in_a_thread(upload: Upload) -> Extracted:
-    """Parse in a thread of this process."""
-    return await asyncio.to_thread(read, upload)
-
-
 @dataclass(frozen=True, slots=True)
 class Pipeline:
     """What an ingestion works with."""
@@ -162,7 +156,8 @@ class Pipeline:
     embedder: Embedder
     sparse: SparseEncoder
     registry: Registry
-    parse: Callable[[Upload], Awaitable[Extracted]] = in_a_thread
+    parse: Callable[[Upload], Awaitable[Extracted]]
+    """Extracts the text of a file, in a process of its own. Raises DocumentRejected. Cancellation: ends that process."""
 
 
 class Ingestion:

@@ -18,6 +18,7 @@ from services.retrieval.edge_store import EdgeStore
 from services.retrieval.fingerprint import settle
 from services.retrieval.ingest import Buffer, Ingestion, Pipeline
 from services.retrieval.minilm_embedder import MiniLmEmbedder
+from services.retrieval.parsing import Limits, ParserPool
 from services.retrieval.ports import Fusion, VectorStore
 from services.retrieval.recall import Memory
 from services.retrieval.registry import Registry
@@ -29,7 +30,7 @@ from services.retrieval.upkeep import Upkeep
 @contextlib.asynccontextmanager
 async def build(settings: Settings) -> AsyncIterator[Service]:
     """Open store and embedder, start upkeep, offer the RPCs."""
-    # Parsing is Python in a thread: with the usual 5 ms between switches a question would wait that long several times.
+    # Chunking is Python in a thread: with the usual 5 ms between switches a question would wait that long several times.
     sys.setswitchinterval(0.001)
     clock, afterwork = SystemClock(), AfterWork()
     async with contextlib.AsyncExitStack() as stack:
@@ -52,8 +53,9 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         answers = AnswerCache(store, embedder, clock, similarity_min=settings.cache_similarity_min, ttl_s=settings.cache_ttl_s)
         weights = (settings.fusion_weight_dense, settings.fusion_weight_sparse)
         searcher = Searcher(store, registry, sparse, Fusion(settings.fusion, settings.fusion_prefetch, weights=weights))
+        parsers = await stack.enter_async_context(ParserPool(_parser_limits(settings)).running())
         ingestion = Ingestion(
-            Pipeline(embedder, sparse, registry),
+            Pipeline(embedder, sparse, registry, parsers.parse),
             afterwork,
             clock,
             lambda: str(uuid.uuid4()),
@@ -64,6 +66,10 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         server = Server(passport_identity(passport), reflect=settings.environment == "development", tls=settings.mutual_tls())
         offer(server, Memory(embedder, registry, answers, searcher), ingestion)
         yield Service(server, settings.port, probes={"qdrant": upkeep.check}, drain=afterwork.drain)
+
+
+def _parser_limits(settings: Settings) -> Limits:
+    return Limits(workers=settings.parse_workers, timeout_s=settings.parse_timeout_s, memory_mib=settings.parse_memory_mib)
 
 
 Opened = tuple[VectorStore, Callable[[], Awaitable[None]], Callable[[], None]]

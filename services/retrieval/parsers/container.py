@@ -19,6 +19,9 @@ RATIO_MAX = 100
 RATIO_APPLIES_FROM_BYTES = 1024 * 1024
 """A small member may shrink by any ratio: an empty sheet does, and costs nothing."""
 
+PROLOGUE_BYTES = 16 * 1024
+"""Document types stand before the root element."""
+
 _END = struct.Struct("<4s4H2LH")
 _END_SIGNATURE = b"PK\x05\x06"
 _COMMENT_BYTES_MAX = 65_535
@@ -59,6 +62,19 @@ class Container:
                 return member.read()
         except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, ValueError, OSError):
             raise rejected("a part of the file is broken", cause="malformed") from None
+
+    def refuse_document_types(self) -> None:
+        """For libraries that read the parts themselves: no part may declare entities or a document type."""
+        for name, info in self._members.items():
+            if name.endswith((".xml", ".rels")) and not info.flag_bits & 1:
+                try:
+                    with self._zip.open(info) as member:
+                        head = member.read(PROLOGUE_BYTES)
+                except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, ValueError, OSError):
+                    raise rejected("a part of the file is broken", cause="malformed") from None
+                # Without its zeros, UTF-16 reads as ASCII.
+                if b"<!DOCTYPE" in head.replace(b"\0", b""):
+                    raise rejected("the XML declares entities or a document type of its own; neither is followed", cause="dtd")
 
     def _refuse_bombs(self) -> None:
         total = 0

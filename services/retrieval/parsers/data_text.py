@@ -28,7 +28,11 @@ def parse_json(text: str) -> Extracted:
     value = _loaded(text)
     outline = Outline()
     _write(outline, "", value, 1)
-    title = next((item for name, item in value.items() if name in ("title", "name") and isinstance(item, str)), "") if isinstance(value, dict) else ""
+    title = (
+        next((item for name, item in value.items() if name in ("title", "name") and isinstance(item, str)), "")
+        if isinstance(value, dict)
+        else ""
+    )
     return outline.extracted(JSON, title)
 
 

@@ -226,7 +226,11 @@ def _ole_format(content: bytes) -> str:
         raise rejected("the file is encrypted; it opens with a password only", cause="encrypted")
     if _stream("Workbook") in content or _stream("Book") in content:
         return SHEETS_OLD
-    for name, found in (("WordDocument", "Word (doc)"), ("PowerPoint Document", "PowerPoint (ppt)"), ("__properties_version1.0", "e-mail (msg)")):
+    for name, found in (
+        ("WordDocument", "Word (doc)"),
+        ("PowerPoint Document", "PowerPoint (ppt)"),
+        ("__properties_version1.0", "e-mail (msg)"),
+    ):
         if _stream(name) in content:
             raise _unsupported(found)
     raise _unsupported("Microsoft Office (before 2007)")

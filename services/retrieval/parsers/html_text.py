@@ -5,7 +5,7 @@ The extracted text is made here, block by block, so offsets are exact by constru
 
 import re
 
-from selectolax.lexbor import LexborHTMLParser, LexborNode
+from selectolax.lexbor import LexborHTMLParser, LexborNode, SelectolaxError
 
 from services.retrieval.domain import BlockKind, Extracted
 from services.retrieval.parsers.outline import Outline, words_of
@@ -58,7 +58,11 @@ def parse_html(text: str) -> Extracted:
     """The title is the page's own, else its first heading of the first level."""
     if _nesting(text) > NESTING_MAX:
         raise rejected("the page is nested too deeply", cause="malformed", depth_max=NESTING_MAX)
-    tree = LexborHTMLParser(text)
+    try:
+        tree = LexborHTMLParser(text)
+    except SelectolaxError:
+        # Any text is a page to this parser; it fails for want of memory only.
+        raise MemoryError from None
     named = tree.css_first("title")
     title = words_of(named.text()) if named is not None else ""
     page = _Page()

@@ -87,7 +87,9 @@ def _attached(message: EmailMessage, body: EmailMessage | None) -> list[EmailMes
         inner = part.get_payload()
         if part.get_content_maintype() == "multipart" and isinstance(inner, list):
             forms = part.get_content_subtype() == "alternative"
-            waiting[:0] = [child for child in inner if isinstance(child, EmailMessage) and not (forms and child.get_content_maintype() == "text")]
+            waiting[:0] = [
+                child for child in inner if isinstance(child, EmailMessage) and not (forms and child.get_content_maintype() == "text")
+            ]
         elif part is not body and part is not message:
             found.append(part)
         if len(found) + len(waiting) > PARTS_MAX:

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pypdfium2 as pdfium
 import pypdfium2.raw as pdfium_c
@@ -34,6 +35,7 @@ FULL_LINE = 0.72
 """A line that reaches this share of the paragraph's width goes on in the next one; a shorter one ends there."""
 BESIDE_GAP = 1.5
 """A wider gap, in heights of the line, separates columns or cells."""
+COLUMN_CHARACTERS_MIN = 25
 SLANT_MAX = 0.2
 """Radians that the letters of a line may lean."""
 NO_TEXT_CHARACTERS_A_PAGE = 2
@@ -170,9 +172,13 @@ def _readable(raw: str) -> str:
 
 def _beside(before: _Line, line: _Line) -> bool:
     """Whether the line goes on at the same height, such as behind a raised number or another font."""
-    overlap = min(before.top, line.top) - max(before.bottom, line.bottom)
     gap = line.left - before.right
-    return overlap > 0.5 * min(before.height, line.height) and -0.5 * line.height < gap < BESIDE_GAP * max(before.height, line.height)
+    return _overlap(before, line) > 0.5 and -0.5 * line.height < gap < BESIDE_GAP * max(before.height, line.height)
+
+
+def _overlap(one: _Line, other: _Line) -> float:
+    """How much of the lower of two lines stands at the height of the other one."""
+    return (min(one.top, other.top) - max(one.bottom, other.bottom)) / min(one.height, other.height)
 
 
 def _put_together(before: _Line, line: _Line) -> None:
@@ -198,7 +204,13 @@ def _in_reading_order(lines: list[_Line]) -> list[_Line]:
     Most files hold them in that order already, columns included. Where they do not, they go up and down the page; then a gutter is
     looked for, and the columns are read one after the other.
     """
-    jumps = sum(1 for before, line in zip(lines, lines[1:], strict=False) if line.bottom > before.top + before.height)
+    # Short lines side by side are a table, to be read row by row; long ones are columns.
+    prose = sum(len(line.text) for line in lines) > COLUMN_CHARACTERS_MIN * len(lines)
+    jumps = sum(
+        1
+        for before, line in pairwise(lines)
+        if line.bottom > before.top + before.height or (prose and (line.left > before.right or line.right < before.left))
+    )
     if jumps <= max(3, len(lines) // 12):
         return lines
     gutter = _gutter(lines)
@@ -251,8 +263,7 @@ def _drop_running_lines(pages: list[list[_Line]]) -> None:
 
 def _at_the_ends(lines: list[_Line]) -> list[_Line]:
     by_height = sorted(lines, key=lambda line: -line.top)
-    ends = by_height[:RUNNING_LINES] + by_height[RUNNING_LINES:][-RUNNING_LINES:]
-    return ends
+    return by_height[:RUNNING_LINES] + by_height[RUNNING_LINES:][-RUNNING_LINES:]
 
 
 def _running_key(line: _Line) -> tuple[str, int]:

@@ -17,7 +17,7 @@ def parse_rich(content: bytes) -> Extracted:
     """Raises DocumentRejected, cause `malformed`, for a file whose groups do not make sense."""
     page = _ANSI.search(content[:4096])
     try:
-        text = rtf_to_text(content.decode("latin-1"), encoding=f"cp{page[1].decode()}" if page else "cp1252", errors="replace")
+        text = rtf_to_text(content.decode("latin-1"), encoding=f"cp{page[1].decode()}" if page else "cp1252", errors="replace")  # type: ignore[no-untyped-call]
     except (ValueError, LookupError, IndexError, TypeError):
         raise rejected("the RTF is broken", cause="malformed") from None
     outline = Outline()

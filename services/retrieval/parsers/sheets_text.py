@@ -6,6 +6,7 @@ import io
 from python_calamine import CalamineError, CalamineWorkbook
 
 from services.retrieval.domain import Extracted
+from services.retrieval.parsers.container import Container
 from services.retrieval.parsers.outline import Outline
 from services.retrieval.parsers.rejection import rejected
 
@@ -21,6 +22,8 @@ Value = int | float | str | bool | datetime.time | datetime.date | datetime.date
 
 def parse_sheets(content: bytes, media_type: str) -> Extracted:
     """Hidden sheets and empty ones are left out."""
+    if media_type != EXCEL_OLD:
+        Container(content).refuse_document_types()
     outline = Outline()
     try:
         book = CalamineWorkbook.from_filelike(io.BytesIO(content))

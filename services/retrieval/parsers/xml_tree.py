@@ -1,18 +1,21 @@
 """XML to a tree, without any of its dangers: no document types, no entities but the five, no network, bounded depth. No vocabulary."""
 
 import re
+from typing import TypeAlias
 
 from lxml import etree
 
 from services.retrieval.parsers.charset import decoded
 from services.retrieval.parsers.rejection import rejected
 
-Element = etree._Element
+Element: TypeAlias = etree._Element
 
 _DECLARATION = re.compile(r"\s*<\?xml\b[^>]{0,200}?\?>")
 _DECLARED_ENCODING = re.compile(rb"\A\s*<\?xml\b[^>]{0,200}?\bencoding\s*=\s*[\"']([A-Za-z0-9_.:-]{2,40})[\"']")
 _BEFORE_ROOT = re.compile(r"\s+|<!--.*?-->|<\?.*?\?>", re.DOTALL)
-_WELL_KNOWN = re.compile(r"<!DOCTYPE\s+[^\s\[>]{1,100}(?:\s+PUBLIC\s+(?:\"[^\"<>]{0,300}\"|'[^'<>]{0,300}')\s+(?:\"[^\"<>]{0,300}\"|'[^'<>]{0,300}'))?\s*>")
+_WELL_KNOWN = re.compile(
+    r"<!DOCTYPE\s+[^\s\[>]{1,100}(?:\s+PUBLIC\s+(?:\"[^\"<>]{0,300}\"|'[^'<>]{0,300}')\s+(?:\"[^\"<>]{0,300}\"|'[^'<>]{0,300}'))?\s*>"
+)
 
 
 def parse_tree(content: bytes) -> Element:

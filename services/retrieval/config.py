@@ -108,6 +108,12 @@ class Settings(ServiceSettings):
     """Ingestions that may run at once; more are refused with a time to come back."""
     ingest_buffer_mib: int = Field(64, ge=21, le=4096, validation_alias="TAILRACE_RETRIEVAL_INGEST_BUFFER_MIB")
     """Memory for received and not yet indexed documents of all ingestions together; above it, streams are made to wait."""
+    parse_workers: int = Field(2, ge=1, le=64, validation_alias="TAILRACE_RETRIEVAL_PARSE_WORKERS")
+    """Processes that read files side by side. They start when files come and end half a minute after the last one."""
+    parse_timeout_s: float = Field(25, gt=0, le=600, validation_alias="TAILRACE_RETRIEVAL_PARSE_TIMEOUT_S")
+    """Longest time for reading one file; it is refused after that and its process ended."""
+    parse_memory_mib: int = Field(448, ge=128, le=16_384, validation_alias="TAILRACE_RETRIEVAL_PARSE_MEMORY_MIB")
+    """Most memory of one reading process, address space included: what is resident stays below it."""
 
     @property
     def embedder_name(self) -> str:

@@ -22,7 +22,6 @@ from services.retrieval.access import everything_of, readers_of
 from services.retrieval.chunking import chunked, in_context
 from services.retrieval.domain import Chunk, Document, Extracted, Progress, Stage, Upload, Viewer, document_id
 from services.retrieval.injection import flags_of
-from services.retrieval.parsers import read
 from services.retrieval.ports import Embedder, SparseEncoder, Vectors
 from services.retrieval.registry import Registry
 
@@ -166,11 +165,6 @@ def _readers(upload: Upload, old: Document | None) -> tuple[str, ...]:
     return readers_of(upload.access, upload.uploader or everything_of(""))
 
 
-async def in_a_thread(upload: Upload) -> Extracted:
-    """Parse in a thread of this process."""
-    return await asyncio.to_thread(read, upload)
-
-
 @dataclass(frozen=True, slots=True)
 class Pipeline:
     """What an ingestion works with."""
@@ -178,7 +172,8 @@ class Pipeline:
     embedder: Embedder
     sparse: SparseEncoder
     registry: Registry
-    parse: Callable[[Upload], Awaitable[Extracted]] = in_a_thread
+    parse: Callable[[Upload], Awaitable[Extracted]]
+    """Extracts the text of a file, in a process of its own. Raises DocumentRejected. Cancellation: ends that process."""
 
 
 class Ingestion:

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from services.retrieval.domain import Extracted, Upload
+
 Vectors = npt.NDArray[np.float32]
 """(n, d), rows of unit length."""
 Payload = Mapping[str, Any]
@@ -198,3 +200,11 @@ class SparseEncoder(Protocol):
     def document(self, text: str) -> Sparse: ...
 
     def query(self, text: str) -> Sparse: ...
+
+
+class Ocr(Protocol):
+    """Reads pages that are pictures. None is built in: without one, such files are refused with the cause `no_text`."""
+
+    async def read(self, upload: Upload) -> Extracted:
+        """The text of a file without any, with its pages. Raises DocumentRejected, Unavailable."""
+        ...

@@ -18,6 +18,7 @@ from services.retrieval.edge_store import EdgeStore
 from services.retrieval.embedders import opened
 from services.retrieval.encoding_spaces import Encodings
 from services.retrieval.ingest import Buffer, Ingestion, Pipeline
+from services.retrieval.parsing import Limits, ParserPool
 from services.retrieval.ports import Embedder, Fusion, VectorStore
 from services.retrieval.recall import Memory
 from services.retrieval.reencoding import Reencoding
@@ -30,7 +31,7 @@ from services.retrieval.upkeep import Upkeep
 @contextlib.asynccontextmanager
 async def build(settings: Settings) -> AsyncIterator[Service]:
     """Open store and embedder, start upkeep, offer the RPCs."""
-    # Parsing is Python in a thread: with the usual 5 ms between switches a question would wait that long several times.
+    # Chunking is Python in a thread: with the usual 5 ms between switches a question would wait that long several times.
     sys.setswitchinterval(0.001)
     clock, afterwork = SystemClock(), AfterWork()
     async with contextlib.AsyncExitStack() as stack:
@@ -63,8 +64,9 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         await stack.enter_async_context(reencoding.running())
         weights = (settings.fusion_weight_dense, settings.fusion_weight_sparse)
         searcher = Searcher(store, registry, encodings, Fusion(settings.fusion, settings.fusion_prefetch, weights=weights))
+        parsers = await stack.enter_async_context(ParserPool(_parser_limits(settings)).running())
         ingestion = Ingestion(
-            Pipeline(embedder, sparse, registry),
+            Pipeline(embedder, sparse, registry, parsers.parse),
             afterwork,
             clock,
             lambda: str(uuid.uuid4()),
@@ -80,6 +82,10 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
 def _reopened(settings: Settings, name: str, dimension: int) -> contextlib.AbstractAsyncContextManager[Embedder]:
     """An embedder that the settings named once; the length of vectors that they name now is another's."""
     return opened(name, settings.model_copy(update={"embedder_dimensions": dimension}))
+
+
+def _parser_limits(settings: Settings) -> Limits:
+    return Limits(workers=settings.parse_workers, timeout_s=settings.parse_timeout_s, memory_mib=settings.parse_memory_mib)
 
 
 Opened = tuple[VectorStore, Callable[[], Awaitable[None]], Callable[[], None]]

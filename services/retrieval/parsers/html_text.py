@@ -5,9 +5,10 @@ The extracted text is made here, block by block, so offsets are exact by constru
 
 import re
 
-from selectolax.lexbor import LexborHTMLParser, LexborNode
+from selectolax.lexbor import LexborHTMLParser, LexborNode, SelectolaxError
 
-from services.retrieval.domain import Block, BlockKind, Extracted
+from services.retrieval.domain import BlockKind, Extracted
+from services.retrieval.parsers.outline import Outline, words_of
 from services.retrieval.parsers.rejection import rejected
 
 _DROPPED = (
@@ -29,7 +30,6 @@ _CLOSED_BY_OTHERS = frozenset({
 })
 # fmt: on
 _TAG = re.compile(r"<(/?)([A-Za-z][A-Za-z0-9]*)")
-_SPACE = re.compile(r"[ \t\n\r\f\v\u00a0\u200b]+")
 DEPTH_MAX = 200
 """Deeper nesting than any page has; what lies below is read as one piece of text, so that the walk stays within Python's stack."""
 LIST_DEPTH_MAX = 20
@@ -37,62 +37,42 @@ NESTING_MAX = 5_000
 """The parser's time grows with the square of the depth (100,000 unclosed tags: 15 s, during which nothing else runs)."""
 
 
-class _Page:
-    """The text and blocks so far, and the paragraph being gathered."""
+class _Page(Outline):
+    """The outline so far, and the paragraph being gathered."""
 
     def __init__(self) -> None:
-        self._parts: list[str] = []
-        self._length = 0
+        super().__init__()
         self._pending: list[str] = []
-        self._path: list[tuple[int, str]] = []
-        self.blocks: list[Block] = []
-        self.title = ""
-
-    @property
-    def text(self) -> str:
-        return "".join(self._parts)
 
     def gather(self, words: str) -> None:
         self._pending.append(words)
 
-    def paragraph(self) -> None:
+    def end_paragraph(self) -> None:
         """End the paragraph being gathered, if there is one."""
-        words = _SPACE.sub(" ", "".join(self._pending)).strip()
+        words = "".join(self._pending)
         self._pending.clear()
-        if words:
-            self.block(BlockKind.PARAGRAPH, words)
-
-    def heading(self, level: int, words: str) -> None:
-        if not words:
-            return
-        self._path = [(above, name) for above, name in self._path if above < level] + [(level, words)]
-        self.title = self.title or (words if level == 1 else "")
-        self.block(BlockKind.HEADING, words)
-
-    def block(self, kind: BlockKind, words: str) -> None:
-        if self._length:
-            self._parts.append("\n\n")
-            self._length += 2
-        self.blocks.append(Block(kind, self._length, self._length + len(words), tuple(name for _, name in self._path)))
-        self._parts.append(words)
-        self._length += len(words)
+        self.paragraph(words)
 
 
 def parse_html(text: str) -> Extracted:
     """The title is the page's own, else its first heading of the first level."""
     if _nesting(text) > NESTING_MAX:
         raise rejected("the page is nested too deeply", cause="malformed", depth_max=NESTING_MAX)
-    tree = LexborHTMLParser(text)
+    try:
+        tree = LexborHTMLParser(text)
+    except SelectolaxError:
+        # Any text is a page to this parser; it fails for want of memory only.
+        raise MemoryError from None
     named = tree.css_first("title")
-    title = _SPACE.sub(" ", named.text()).strip() if named is not None else ""
+    title = words_of(named.text()) if named is not None else ""
     page = _Page()
     root = tree.body
     if root is not None:
         for node in root.css(_DROPPED):
             node.decompose()
         _walk(root, page, 0)
-        page.paragraph()
-    return Extracted(page.text, tuple(page.blocks), "text/html", title or page.title)
+        page.end_paragraph()
+    return page.extracted("text/html", title)
 
 
 def _nesting(text: str) -> int:
@@ -112,44 +92,38 @@ def _walk(node: LexborNode, page: _Page, depth: int) -> None:
         if tag == "-text":
             page.gather(child.text_content or "")
         elif tag in _HEADINGS:
-            page.paragraph()
+            page.end_paragraph()
             page.heading(_HEADINGS[tag], _words(child))
         elif tag == "pre":
-            page.paragraph()
-            _add(page, BlockKind.CODE, child.text().strip("\n").rstrip())
+            page.end_paragraph()
+            page.block(BlockKind.CODE, child.text().strip("\n").rstrip())
         elif tag == "table" and not child.css("table table, h1, h2, h3, p + p"):
-            page.paragraph()
-            _add(page, BlockKind.TABLE, "\n".join(filter(None, (_row(row) for row in child.css("tr")))))
+            page.end_paragraph()
+            page.table(_row(row) for row in child.css("tr"))
         elif tag in ("ul", "ol") and not child.css("h1, h2, h3, table, pre"):
-            page.paragraph()
-            _add(page, BlockKind.LIST, "\n".join(_items(child, tag == "ol", 0)))
+            page.end_paragraph()
+            page.items(_items(child, tag == "ol", 0))
         elif tag == "br":
             page.gather(" ")
         elif not tag.startswith("-") and tag != "_comment":
             breaks = tag in _BREAKING
             if breaks:
-                page.paragraph()
+                page.end_paragraph()
             if depth < DEPTH_MAX:
                 _walk(child, page, depth + 1)
             else:
                 page.gather(child.text(separator=" "))
             if breaks:
-                page.paragraph()
+                page.end_paragraph()
         child = child.next
 
 
-def _add(page: _Page, kind: BlockKind, words: str) -> None:
-    if words.strip():
-        page.block(kind, words)
-
-
 def _words(node: LexborNode) -> str:
-    return _SPACE.sub(" ", node.text(separator=" ")).strip()
+    return words_of(node.text(separator=" "))
 
 
-def _row(row: LexborNode) -> str:
-    cells = [_words(cell) for cell in row.css("th, td")]
-    return " | ".join(cells) if any(cells) else ""
+def _row(row: LexborNode) -> list[str]:
+    return [_words(cell) for cell in row.css("th, td")]
 
 
 def _items(items: LexborNode, numbered: bool, depth: int) -> list[str]:

@@ -118,10 +118,12 @@ def test_a_page_is_read_in_the_encoding_it_declares() -> None:
         ("a.txt", bytes(range(256)) * 20, "binary"),
         ("a.md", b"\x01\x02\x03\x04 text" * 10, "binary"),
         ("a.txt", b"\xff\xfeabc", "charset"),
-        ("a.pdf", b"%PDF-1.7 ...", "unsupported_type"),
-        ("really-a-pdf.md", b"%PDF-1.7 ...", "unsupported_type"),
-        ("a.docx", b"PK\x03\x04....word/document.xml", "unsupported_type"),
-        ("a.csv", b"a,b\n1,2", "unsupported_type"),
+        ("a.pdf", b"%PDF-1.7 ...", "truncated"),
+        ("really-a-pdf.md", b"%PDF-1.7 ...", "truncated"),
+        ("a.docx", b"PK\x03\x04....word/document.xml", "truncated"),
+        ("a.png", b"\x89PNG\r\n\x1a\n....", "unsupported_type"),
+        ("a.doc", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + "WordDocument".encode("utf-16-le") + b"\0\0", "unsupported_type"),
+        ("a.gz", b"\x1f\x8b....", "archive"),
     ],
 )
 def test_what_cannot_be_read_is_refused_with_its_cause(name: str, content: bytes, cause: str) -> None:
@@ -134,8 +136,8 @@ def test_what_cannot_be_read_is_refused_with_its_cause(name: str, content: bytes
 
 def test_an_unsupported_format_is_named_with_those_that_are_supported() -> None:
     """The caller learns what to do instead."""
-    with pytest.raises(DocumentRejected, match=r"Word \(docx\) is not supported; supported are Markdown, HTML, plain text"):
-        read(Upload(b"PK\x03\x04 word/ ", source_uri="report.docx"))
+    with pytest.raises(DocumentRejected, match=r"PNG image is not supported; supported are Markdown, HTML, plain text"):
+        read(Upload(b"\x89PNG\r\n\x1a\n", source_uri="report.docx"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,251 @@
+"""Reading files in processes of their own: a hostile file costs one of them bounded memory and time, and the service nothing.
+
+Only processes and pipes here. What is read how is in `parsers`, what a process may do in `parsers.confinement`.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import structlog
+
+import services
+from services.chassis.errors import DocumentRejected, Unavailable
+from services.retrieval.domain import Extracted, Upload
+from services.retrieval.parsers.frames import LENGTH, OUT_OF_MEMORY, OUTCOME, OUTCOME_BYTES_MAX, Outcome, Task, framed
+from services.retrieval.parsers.rejection import rejected
+from services.retrieval.ports import Ocr
+
+log = structlog.get_logger(__name__)
+
+FILES_PER_WORKER_MAX = 200
+"""Then a new one takes its place: libraries leak."""
+PEAK_MIB_KEPT_MAX = 160
+"""A worker that has grown beyond this is not kept waiting with its memory."""
+START_TIMEOUT_S = 30
+DYING_S = 2
+"""How long a process may take to end after it has closed its pipe."""
+PIPE_BYTES = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What reading may cost."""
+
+    workers: int = 2
+    timeout_s: float = 25.0
+    """Wall clock, a file."""
+    memory_mib: int = 448
+    """Address space, a worker; what is resident stays below it."""
+    idle_s: float = 30.0
+    """How long a worker waits for its next file before it ends."""
+
+
+class _WorkerDied(Exception):
+    """The process ended, or said something that makes no sense."""
+
+
+class _Worker:
+    """One process, which reads one file at a time."""
+
+    def __init__(self, process: Process) -> None:
+        assert process.stdin is not None and process.stdout is not None
+        self.process = process
+        self.files = 0
+        self.idle: asyncio.TimerHandle | None = None
+        self.ended = asyncio.create_task(process.wait(), name="parser process")
+        self._tasks, self._outcomes = process.stdin, process.stdout
+
+    @classmethod
+    async def start(cls, limits: Limits) -> "_Worker":
+        """Raises Unavailable if no process can be started: that is not the file's fault."""
+        seconds = str(max(1, round(limits.timeout_s)))
+        command = (sys.executable, "-B", "-P", "-s", "-m", "services.retrieval.parsers.worker")
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                str(os.getpid()),
+                str(limits.memory_mib),
+                seconds,
+                stdin=PIPE,
+                stdout=PIPE,
+                stderr=DEVNULL,
+                limit=PIPE_BYTES,
+                env=_environment(),
+            )
+        except OSError as error:
+            log.error("parser_cannot_start", error=type(error).__name__)
+            raise Unavailable("no parser can be started", dependency="parsers") from None
+        worker = cls(process)
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                await worker._receive()
+        except (_WorkerDied, TimeoutError):
+            worker.kill()
+            log.error("parser_cannot_start", returncode=process.returncode)
+            raise Unavailable("no parser can be started", dependency="parsers") from None
+        except BaseException:
+            worker.kill()
+            raise
+        return worker
+
+    async def read(self, task: Task) -> Outcome:
+        """Raises _WorkerDied."""
+        self.files += 1
+        try:
+            self._tasks.write(framed(task))
+            await self._tasks.drain()
+        except (BrokenPipeError, ConnectionResetError):
+            raise _WorkerDied from None
+        body = await self._receive()
+        try:
+            # Large texts take a while to decode; other work goes on.
+            return await asyncio.to_thread(OUTCOME.decode, body)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            raise _WorkerDied from None
+
+    def kill(self) -> None:
+        if self.idle is not None:
+            self.idle.cancel()
+        if self.process.returncode is None:
+            # Not by the process object: it would first collect the exit code, and whoever waits for it would find none.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.process.pid, signal.SIGKILL)
+        self._tasks.close()
+
+    async def buried(self) -> int:
+        """The exit code of a process that has closed its pipe; it is ended if it goes on without."""
+        try:
+            async with asyncio.timeout(DYING_S):
+                return await asyncio.shield(self.ended)
+        except TimeoutError:
+            self.kill()
+        return await asyncio.shield(self.ended)
+
+    async def _receive(self) -> bytes:
+        try:
+            (length,) = LENGTH.unpack(await self._outcomes.readexactly(LENGTH.size))
+            if length > OUTCOME_BYTES_MAX + LENGTH.size:
+                raise _WorkerDied
+            return await self._outcomes.readexactly(length)
+        except (asyncio.IncompleteReadError, ConnectionResetError):
+            raise _WorkerDied from None
+
+
+class ParserPool:
+    """Workers that are started when files come and end when none do."""
+
+    def __init__(self, limits: Limits, ocr: Ocr | None = None) -> None:
+        self._limits = limits
+        self._ocr = ocr
+        self._room = asyncio.Semaphore(limits.workers)
+        self._idle: list[_Worker] = []
+        self._alive: set[_Worker] = set()
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator["ParserPool"]:
+        """On leaving, every process has ended, whatever it was at."""
+        try:
+            yield self
+        finally:
+            alive = list(self._alive)
+            for worker in alive:
+                worker.kill()
+            await asyncio.gather(*(worker.ended for worker in alive))
+            self._alive.clear()
+            self._idle.clear()
+
+    async def parse(self, upload: Upload) -> Extracted:
+        """Extract the text of a file. Raises DocumentRejected with its cause, Unavailable if no process can be started.
+
+        Waits while all workers are busy; the file's own time begins after that. Cancellation: ends the process that reads it.
+        """
+        try:
+            return await self._parse(upload)
+        except DocumentRejected as refusal:
+            if self._ocr is None or refusal.metadata.get("cause") != "no_text":
+                raise
+        return await self._ocr.read(upload)
+
+    async def _parse(self, upload: Upload) -> Extracted:
+        async with self._room:
+            outcome, fresh = await self._attempt(upload)
+            if outcome is None and not fresh:
+                # The file before may have hurt it, or the system ended it while it waited: this one gets a process of its own.
+                outcome, _ = await self._attempt(upload, anew=True)
+        if outcome is None:
+            raise rejected("the file made its parser fail", cause="crashed")
+        try:
+            return await asyncio.to_thread(outcome.extracted)
+        except ValueError:
+            raise rejected("the file made its parser fail", cause="crashed") from None
+
+    async def _attempt(self, upload: Upload, *, anew: bool = False) -> tuple[Outcome | None, bool]:
+        """What a worker made of it, None if it died of it, and whether the worker was a new one."""
+        worker = self._idle.pop() if self._idle and not anew else None
+        fresh = worker is None
+        if worker is None:
+            worker = await _Worker.start(self._limits)
+            self._watch(worker)
+        elif worker.idle is not None:
+            worker.idle.cancel()
+        try:
+            async with asyncio.timeout(self._limits.timeout_s):
+                outcome = await worker.read(Task.of(upload))
+        except TimeoutError:
+            worker.kill()
+            raise self._too_slow() from None
+        except _WorkerDied:
+            returncode = await worker.buried()
+            if returncode == -signal.SIGXCPU:
+                raise self._too_slow() from None
+            if returncode == OUT_OF_MEMORY:
+                raise rejected("reading the file takes more memory than a document may", cause="too_large") from None
+            log.warning("parser_died", returncode=returncode, bytes=len(upload.content))
+            return None, fresh
+        except BaseException:
+            worker.kill()
+            raise
+        if error := outcome.facts.get("error"):
+            log.warning("parser_failed", error=error, bytes=len(upload.content))
+        self._park(worker, outcome)
+        return outcome, fresh
+
+    def _too_slow(self) -> DocumentRejected:
+        return rejected("reading the file takes longer than a document may", cause="timeout", seconds_max=round(self._limits.timeout_s))
+
+    def _park(self, worker: _Worker, outcome: Outcome) -> None:
+        """Keep the worker for the next file, for a while, unless it has become heavy or old."""
+        if outcome.peak_mib > PEAK_MIB_KEPT_MAX or worker.files >= FILES_PER_WORKER_MAX:
+            worker.kill()
+            return
+        self._idle.append(worker)
+        worker.idle = asyncio.get_running_loop().call_later(self._limits.idle_s, self._end_idle, worker)
+
+    def _end_idle(self, worker: _Worker) -> None:
+        if worker in self._idle:
+            self._idle.remove(worker)
+            worker.kill()
+
+    def _watch(self, worker: _Worker) -> None:
+        """Know the process until it has ended."""
+        self._alive.add(worker)
+
+        def forget(_: asyncio.Task[int]) -> None:
+            self._alive.discard(worker)
+            if worker in self._idle:
+                self._idle.remove(worker)
+
+        worker.ended.add_done_callback(forget)
+
+
+def _environment() -> dict[str, str]:
+    """A worker sees nothing of the service's environment: it holds keys, and names proxies."""
+    return {"PYTHONPATH": str(Path(services.__file__).parents[1]), "LC_ALL": "C.UTF-8", "PYTHONUTF8": "1"}

@@ -10,7 +10,7 @@ import redis.asyncio as redis
 
 from services.chassis.afterwork import AfterWork
 from services.chassis.clock import SystemClock
-from services.chassis.lifecycle import Service
+from services.chassis.lifecycle import Probe, Service
 from services.chassis.passport import Passport
 from services.chassis.server import Server, passport_identity
 from services.retrieval.answer_cache import AnswerCache
@@ -71,7 +71,7 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         passport = Passport(settings.internal_key.get_secret_value().encode())
         server = Server(passport_identity(passport), reflect=settings.environment == "development", tls=settings.mutual_tls())
         offer(server, Memory(embedder, registry, answers, searcher), ingestion)
-        probes = {"qdrant": upkeep.check, "redis": jobs.check}
+        probes: dict[str, Probe] = {"qdrant": upkeep.check, "redis": jobs.check}
         yield Service(server, settings.port, probes=probes, drain=ingestion.drain, stopping=ingestion.stop)
 
 

@@ -261,8 +261,9 @@ class _Summary:
             "indexed": stages.count("indexed"),
             "unchanged": stages.count("unchanged"),
             "rejected": stages.count("failed"),
-            "cancelled": stages.count("cancelled"),
         }
+        if cancelled := stages.count("cancelled"):
+            summary["cancelled"] = cancelled
         return sse.block(orjson.dumps(summary), event=b"done")
 
 

@@ -2,21 +2,29 @@
 
 import asyncio
 import contextlib
+import random
 import uuid
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import redis.asyncio as redis
+from qdrant_client import AsyncQdrantClient
 
+from services.chassis.clock import SystemClock
 from services.chassis.errors import NotFound, Unavailable
 from services.chassis.principal import Principal
 from services.local.stores import Valkey
 from services.retrieval.domain import Progress, Stage, Upload
 from services.retrieval.jobs import Claim, Owner, Taken, Told
+from services.retrieval.ports import CHUNKS, DOCUMENTS, SYSTEM_TENANT, Filter
+from services.retrieval.qdrant_store import QdrantStore
 from services.retrieval.redis_jobs import RedisJobs
+from services.retrieval.registry import Registry
 from tailrace.retrieval.v1 import retrieval_service_pb2 as pb
 from tests.integration.retrieval.retrieval_kit import Retrieval, own_valkey
+from tests.integration.retrieval.test_retrieval_recovery import TENANT, draft
 
 ANN, BOB = Owner("acme", "ann"), Owner("globex", "bob")
 
@@ -194,3 +202,24 @@ async def test_jobs_are_seen_by_their_user_and_by_admins_alone(retrieval: Retrie
         with pytest.raises(NotFound):
             await retrieval.ask(f"{name}IngestionJob", request(job_id=job_id), bob)
         assert await retrieval.ask(f"{name}IngestionJob", request(job_id=job_id), admin)
+
+
+async def test_two_replicas_that_change_one_document_leave_one_version_and_no_orphan(own: Valkey) -> None:
+    """Each has a registry of its own on one store. What was received last stays, whoever is quicker; no chunk of another is left."""
+    vectors = QdrantStore(AsyncQdrantClient(":memory:"), 2, "any")
+    await vectors.prepare()
+    async with store_of(own) as one, store_of(own) as other:
+        registries = [Registry(vectors, SystemClock(), replica.turn) for replica in (one, other)]
+        changes = [
+            registries[number % 2].replace(replace(document, received=number), chunks, dense, sparse)
+            for number in range(8)
+            for document, chunks, dense, sparse in [draft(f"v{number}")]
+        ]
+        random.Random(3).shuffle(changes)
+        await asyncio.gather(*changes)
+        latest = await registries[0].document(TENANT, draft("v7")[0].document_id)
+
+        assert "v7" == latest.content_sha256
+        assert (3, 0) == (await vectors.count(CHUNKS, Filter(TENANT)), await vectors.count(DOCUMENTS, Filter(SYSTEM_TENANT)))
+        assert [f"v7 {ordinal}" for ordinal in range(3)] == [row.chunk.text for row in await registries[1].chunks(latest, 0, 9)]
+    await vectors.close()

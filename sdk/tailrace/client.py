@@ -240,6 +240,40 @@ class AsyncClient:
         if unreadable:
             raise unreadable[0]
 
+    async def jobs(self) -> AsyncIterator[values.Job]:
+        """Ingestions, newest first: one's own, or as admin all of the tenant's. Pages are fetched as they are read."""
+        token = ""
+        while True:
+            request = retrieval.ListIngestionJobsRequest(page_token=token)
+            token = ""
+            async with _reading(self._call(self._stub.ListIngestionJobs, request)) as messages:
+                async for message in messages:
+                    token = message.next_page_token
+                    yield values.job(message)
+            if not token:
+                return
+
+    async def job(self, job_id: str) -> tuple[values.Job, tuple[values.Progress, ...]]:
+        """An ingestion as it stands now, and the latest of each document."""
+        response = await _unary(self._call(self._stub.GetIngestionJob, retrieval.GetIngestionJobRequest(job_id=job_id)))
+        return values.job(response), tuple(values.progress(row) for row in response.documents)
+
+    async def watch_job(self, job_id: str) -> AsyncIterator[values.Progress]:
+        """An ingestion's progress from its beginning, then live until it has ended."""
+        async with _reading(self._call(self._stub.WatchIngestionJob, retrieval.WatchIngestionJobRequest(job_id=job_id))) as messages:
+            async for message in messages:
+                yield values.progress(message)
+
+    async def cancel_job(self, job_id: str, *, index: int | None = None) -> int:
+        """Stop an ingestion, or one document of it; return how many documents will not be indexed."""
+        request = retrieval.CancelIngestionJobRequest(job_id=job_id, index=index)
+        return int((await _unary(self._call(self._stub.CancelIngestionJob, request))).cancelled)
+
+    async def retry_job(self, job_id: str, *, index: int | None = None) -> int:
+        """Take in again what failed or was cancelled; return how many documents are on their way again."""
+        request = retrieval.RetryIngestionJobRequest(job_id=job_id, index=index)
+        return int((await _unary(self._call(self._stub.RetryIngestionJob, request))).retried)
+
     async def list_documents(self, *, collection: str = "") -> AsyncIterator[values.Document]:
         """Every document, newest first; pages are fetched as they are read."""
         token = ""

@@ -152,7 +152,7 @@ class FinalAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far one document is: `received`, `parsed`, `chunked`, `embedded`, and at last `indexed`, `unchanged` or `failed`."""
+    """How far one document is: `received`, `parsed`, `chunked`, `embedded`, at last `indexed`, `unchanged`, `failed` or `cancelled`."""
 
     job_id: str
     index: int
@@ -177,6 +177,22 @@ class Access:
 
     users: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """An ingestion as a whole."""
+
+    job_id: str
+    status: str
+    """`receiving`, `running` or `ended`."""
+    created_at: datetime
+    documents: int
+    stages: Mapping[str, int]
+    """How many documents are at each stage."""
+    bytes: int
+    chunks_total: int
+    chunks_done: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,6 +351,20 @@ def passage(message: common_pb2.CitedPassage) -> Passage:
         heading_path=tuple(message.heading_path),
         page=message.page,
         flags=tuple(message.flags),
+    )
+
+
+def job(message: retrieval.ListIngestionJobsResponse | retrieval.GetIngestionJobResponse) -> Job:
+    summary = message.summary
+    return Job(
+        job_id=message.job_id,
+        status=message.status,
+        created_at=message.created_at.ToDatetime(UTC),
+        documents=summary.documents,
+        stages=dict(summary.stages),
+        bytes=summary.bytes,
+        chunks_total=summary.chunks_total,
+        chunks_done=summary.chunks_done,
     )
 
 

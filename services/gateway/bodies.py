@@ -175,6 +175,12 @@ class DocumentBody(FactsBody, frozen=True, kw_only=True):
         return content
 
 
+class JobPartBody(Body, frozen=True, kw_only=True):
+    """One document of a job; without `index`, all of it."""
+
+    index: Annotated[int, msgspec.Meta(ge=0, lt=10_000)] | None = None
+
+
 class SearchBody(Body, frozen=True, kw_only=True):
     """A search."""
 

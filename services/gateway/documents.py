@@ -15,7 +15,7 @@ from services.gateway.queries import number, page
 from tailrace.retrieval.v1 import retrieval_service_pb2 as retrieval
 
 INGEST_TIMEOUT_S = 3600.0
-FINAL_STAGES = frozenset({"indexed", "unchanged", "failed"})
+FINAL_STAGES = frozenset({"indexed", "unchanged", "failed", "cancelled"})
 
 Progress = retrieval.IngestDocumentsResponse
 
@@ -87,6 +87,38 @@ async def job(exchange: Exchange, kit: Kit) -> None:
     watch = retrieval.WatchIngestionJobRequest(job_id=job_id)
     async with kit.backends.retrieval.stream(stub.WatchIngestionJob, watch, timeout_s=INGEST_TIMEOUT_S) as messages:
         await _relay(exchange, kit, _summed({}, messages))
+
+
+async def jobs(exchange: Exchange, kit: Kit) -> None:
+    """GET /v1/jobs"""
+    size, token = page(exchange.query({"page_size", "page_token"}))
+    request = retrieval.ListIngestionJobsRequest(page_size=size, page_token=token)
+    rows = await kit.backends.retrieval.rows(kit.backends.retrieval.stub.ListIngestionJobs, request)
+    shown = [render.plain(row) for row in rows]
+    for row in shown:
+        del row["next_page_token"]
+    await exchange.respond_json({"jobs": shown, "next_page_token": rows[-1].next_page_token if rows else ""})
+
+
+async def cancel_job(exchange: Exchange, kit: Kit) -> None:
+    """POST /v1/jobs/{id}/cancel"""
+    request = retrieval.CancelIngestionJobRequest(job_id=exchange.params["id"], index=await _index(exchange))
+    reply = await kit.backends.retrieval.unary(kit.backends.retrieval.stub.CancelIngestionJob, request, idempotent=False)
+    await exchange.respond_json({"job_id": exchange.params["id"], "cancelled": reply.cancelled})
+
+
+async def retry_job(exchange: Exchange, kit: Kit) -> None:
+    """POST /v1/jobs/{id}/retry"""
+    request = retrieval.RetryIngestionJobRequest(job_id=exchange.params["id"], index=await _index(exchange))
+    reply = await kit.backends.retrieval.unary(kit.backends.retrieval.stub.RetryIngestionJob, request, idempotent=False)
+    await exchange.respond_json({"job_id": exchange.params["id"], "retried": reply.retried})
+
+
+async def _index(exchange: Exchange) -> int | None:
+    """Which document of the job, if the body names one; it may be left out altogether."""
+    exchange.query(())
+    body = await exchange.json()
+    return bodies.parse(body, bodies.JobPartBody).index if body.strip() else None
 
 
 async def _ingest(exchange: Exchange, kit: Kit, parts: AsyncIterator[uploads.Part]) -> None:
@@ -237,6 +269,8 @@ class _Summary:
             "unchanged": stages.count("unchanged"),
             "rejected": stages.count("failed"),
         }
+        if cancelled := stages.count("cancelled"):
+            summary["cancelled"] = cancelled
         return sse.block(orjson.dumps(summary), event=b"done")
 
 

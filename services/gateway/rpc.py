@@ -64,6 +64,26 @@ class GatewayService(gateway_service_pb2_grpc.GatewayServiceServicer):
         retrieval = self._backends.retrieval
         await self._relay(retrieval, retrieval.stub.IngestDocuments, request_iterator, context, INGEST_TIMEOUT_S)
 
+    async def GetIngestionJob(self, request: Any, context: Any) -> Any:
+        await self._admit("GetIngestionJob")
+        return await self._backends.retrieval.unary(self._backends.retrieval.stub.GetIngestionJob, request)
+
+    async def WatchIngestionJob(self, request: Any, context: Any) -> None:  # type: ignore[override]
+        await self._admit("WatchIngestionJob")
+        await self._relay(self._backends.retrieval, self._backends.retrieval.stub.WatchIngestionJob, request, context, INGEST_TIMEOUT_S)
+
+    async def ListIngestionJobs(self, request: Any, context: Any) -> None:  # type: ignore[override]
+        await self._admit("ListIngestionJobs")
+        await self._relay(self._backends.retrieval, self._backends.retrieval.stub.ListIngestionJobs, request, context, ROWS_TIMEOUT_S)
+
+    async def CancelIngestionJob(self, request: Any, context: Any) -> Any:
+        await self._admit("CancelIngestionJob")
+        return await self._backends.retrieval.unary(self._backends.retrieval.stub.CancelIngestionJob, request, idempotent=False)
+
+    async def RetryIngestionJob(self, request: Any, context: Any) -> Any:
+        await self._admit("RetryIngestionJob")
+        return await self._backends.retrieval.unary(self._backends.retrieval.stub.RetryIngestionJob, request, idempotent=False)
+
     async def ListDocuments(self, request: Any, context: Any) -> None:  # type: ignore[override]
         await self._admit("ListDocuments")
         await self._relay(self._backends.retrieval, self._backends.retrieval.stub.ListDocuments, request, context, ROWS_TIMEOUT_S)

@@ -21,6 +21,7 @@ from services.local.config import make_state_dir, state_dir
 SUFFIXES = frozenset({".md", ".markdown", ".html", ".htm", ".txt", ".text"})
 """What is taken from a folder. A file named by itself is always sent: the service knows best what it can read."""
 FILES_PER_STREAM = 100
+JOBS_SHOWN = 50
 WIDTH_OF_A_PIPE = 200
 """Columns of a table that is not shown in a terminal: it must not be cut for a width nobody has."""
 
@@ -102,14 +103,56 @@ def ingest(
     paths: Annotated[list[str], typer.Argument(help="Files, folders or patterns such as 'docs/**/*.md'.")],
     collection: Annotated[str, typer.Option(help="Collection to put them in.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON line for each document, and one for the sum.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on with changed and deleted files of the folders until Ctrl-C.")] = False,
 ) -> None:
     """Take in documents: Markdown, HTML and plain text. Exit code 1 if any failed."""
+    if watch:
+        finish(watched(paths, collection, as_json))
+        return
     uploads = list(found(paths))
     if not uploads:
         sys.exit(f"no documents found in {', '.join(paths)} (looked for {', '.join(sorted(SUFFIXES))})")
     if others := passed_over(paths):
         note(f"{others} other files are passed over: only {', '.join(sorted(SUFFIXES))} are taken from folders")
     raise typer.Exit(finish(ingestion(uploads, collection, as_json)))
+
+
+@app.command()
+def jobs(
+    job_id: Annotated[str, typer.Argument(help="Which ingestion; without it, the latest are listed.")] = "",
+    cancel: Annotated[bool, typer.Option("--cancel", help="Stop it.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Take in again what failed or was cancelled.")] = False,
+    index: Annotated[int | None, typer.Option(min=0, help="Only this document of it.")] = None,
+) -> None:
+    """Show ingestions, or one of them by document; cancel or retry it."""
+    if (cancel and retry) or ((cancel or retry or index is not None) and not job_id):
+        raise typer.BadParameter("name one ingestion, and one of --cancel and --retry", param_hint="JOB_ID")
+
+    async def run() -> None:
+        async with connected() as client:
+            if cancel:
+                typer.echo(f"{await client.cancel_job(job_id, index=index)} cancelled")
+            elif retry:
+                typer.echo(f"{await client.retry_job(job_id, index=index)} on their way again")
+            elif job_id:
+                job, documents = await client.job(job_id)
+                typer.echo(_job_line(job))
+                for row in documents:
+                    if index in (None, row.index):
+                        typer.echo(f"{row.index:>6}  {row.stage:<9}  {row.name}  {row.error_detail or row.error_reason}".rstrip())
+            else:
+                count = 0
+                async for job in client.jobs():
+                    typer.echo(_job_line(job))
+                    if (count := count + 1) == JOBS_SHOWN:
+                        break
+
+    finish(run())
+
+
+def _job_line(job: tailrace.Job) -> str:
+    stages = ", ".join(f"{count} {stage}" for stage, count in sorted(job.stages.items()))
+    return f"{job.job_id}  {job.status:<9}  {job.created_at.astimezone():%d %b %H:%M:%S}  {job.documents} documents: {stages or 'none yet'}"
 
 
 @app.command()
@@ -346,9 +389,35 @@ async def ingestion(files: list[tuple[str, Path]], collection: str, as_json: boo
     if as_json:
         typer.echo(json.dumps({"documents": len(files), **stages, "chunks": chunks, "unanswered": unanswered}))
     else:
-        parts = [f"{stages[stage]} {stage}" for stage in ("indexed", "unchanged", "failed") if stages[stage]]
+        parts = [f"{stages[stage]} {stage}" for stage in ("indexed", "unchanged", "failed", "cancelled") if stages[stage]]
         typer.echo(f"{len(files)} documents: {', '.join(parts) or 'none taken in'}; {chunks} new chunks")
-    return 1 if stages["failed"] or unanswered else 0
+    return 1 if stages["failed"] or stages["cancelled"] or unanswered else 0
+
+
+async def watched(paths: list[str], collection: str, as_json: bool) -> None:
+    """Keep the collection in step with the folders among `paths`, until cancelled."""
+    from services.local.watching import Files, Watch, changes_in, deleted
+
+    folders = [path for path in map(Path, paths) if path.is_dir()]
+    if len(folders) < len(paths):
+        raise typer.BadParameter("only folders can be watched", param_hint="PATHS")
+
+    async def send(files: Files) -> set[str]:
+        ended: set[str] = set()
+        with _shown(len(files), as_json) as show:
+            async for progress in _progress(list(files.items()), collection):
+                show(progress)
+                if progress.final and progress.stage != "cancelled":
+                    ended.add(progress.name)
+        return ended & files.keys()
+
+    async def forget(names: set[str]) -> None:
+        async with connected() as client:
+            if await deleted(client, names, collection):
+                for name in sorted(names):
+                    note(f"{name}: deleted")
+
+    await Watch(lambda: dict(found(paths)), send, forget, note).follow(changes_in(folders))
 
 
 async def _progress(files: list[tuple[str, Path]], collection: str) -> AsyncIterator[tailrace.Progress]:

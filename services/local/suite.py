@@ -89,7 +89,7 @@ class Suite:
         orchestrator = service("orchestrator", settings.orchestrator_port)
         gateway = ServiceProcess("gateway", self._environ, logs / "gateway.log", http_ready(near, settings.http_port))
         order: dict[Child, Sequence[Child]] = {store: () for store in stores}
-        # Retrieval needs neither store, so it loads its model while they start.
+        # Retrieval is ready only with Valkey but starts without it, so it loads its model meanwhile.
         return {**order, retrieval: (), ledger: stores, orchestrator: (ledger, retrieval), gateway: (orchestrator,)}
 
     def _environ(self) -> dict[str, str]:

@@ -105,9 +105,23 @@ class Settings(ServiceSettings):
     cache_ttl_s: float = Field(86_400, ge=1, le=31_536_000, validation_alias="TAILRACE_RETRIEVAL_CACHE_TTL_S")
     """How long an answer may be served again, seconds."""
     ingest_jobs_max: int = Field(32, ge=1, le=1000, validation_alias="TAILRACE_RETRIEVAL_INGEST_JOBS_MAX")
-    """Ingestions that may run at once; more are refused with a time to come back."""
+    """Ingestions that may run at once, on all replicas together; more are refused with a time to come back."""
     ingest_buffer_mib: int = Field(64, ge=21, le=4096, validation_alias="TAILRACE_RETRIEVAL_INGEST_BUFFER_MIB")
-    """Memory for received and not yet indexed documents of all ingestions together; above it, streams are made to wait."""
+    """Memory of this replica for documents that are being received; above it, streams are made to wait."""
+    redis_url: SecretStr = Field(SecretStr("redis://127.0.0.1:6379/0"), validation_alias="REDIS_URL")
+    """Redis or Valkey that keeps ingestion jobs and the contents of documents until they are indexed."""
+    ingest_workers: int = Field(2, ge=1, le=64, validation_alias="TAILRACE_RETRIEVAL_INGEST_WORKERS")
+    """Documents this replica works on at once. Two keep the embedder busy while one of them is parsed or written."""
+    ingest_store_mib: int = Field(96, ge=42, le=65_536, validation_alias="TAILRACE_RETRIEVAL_INGEST_STORE_MIB")
+    """Room in Redis for contents that wait for their turn or for a retry, all jobs together; one job has at most half of it."""
+    ingest_lease_s: float = Field(10.0, ge=0.5, le=600, validation_alias="TAILRACE_RETRIEVAL_INGEST_LEASE_S")
+    """How long a replica may be silent before others take over its documents, seconds."""
+    ingest_kept_s: float = Field(86_400.0, ge=60, le=2_592_000, validation_alias="TAILRACE_RETRIEVAL_INGEST_KEPT_S")
+    """How long an ended job can be read, and what failed in it retried, seconds."""
+    ingest_watchers_max: int = Field(128, ge=1, le=10_000, validation_alias="TAILRACE_RETRIEVAL_INGEST_WATCHERS_MAX")
+    """Streams of progress at once, those of uploads included. Each takes a connection to Redis."""
+    ingest_timeout_s: float = Field(2.0, ge=0.1, le=60, validation_alias="TAILRACE_RETRIEVAL_INGEST_TIMEOUT_S")
+    """Longest wait for one answer of Redis, seconds."""
     parse_workers: int = Field(2, ge=1, le=64, validation_alias="TAILRACE_RETRIEVAL_PARSE_WORKERS")
     """Processes that read files side by side. They start when files come and end half a minute after the last one."""
     parse_timeout_s: float = Field(25, gt=0, le=600, validation_alias="TAILRACE_RETRIEVAL_PARSE_TIMEOUT_S")

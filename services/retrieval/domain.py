@@ -116,6 +116,8 @@ class Document:
     """0 = it has none."""
     readers: tuple[str, ...] = ()
     """Names of those who may read it, as `access.readers_of` makes them; empty = everybody in the tenant."""
+    received: int = 0
+    """Place of this version in the order in which documents were received; an older one never takes the place of a newer one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +198,7 @@ class SearchMode(StrEnum):
 
 
 class Stage(StrEnum):
-    """How far a document has come. Only forward; the last three are final."""
+    """How far a document has come. Only forward; the last four are final, unless the document is retried."""
 
     RECEIVED = "received"
     PARSED = "parsed"
@@ -205,10 +207,11 @@ class Stage(StrEnum):
     INDEXED = "indexed"
     UNCHANGED = "unchanged"
     FAILED = "failed"
+    CANCELLED = "cancelled"
 
     @property
     def final(self) -> bool:
-        return self in (Stage.INDEXED, Stage.UNCHANGED, Stage.FAILED)
+        return self in (Stage.INDEXED, Stage.UNCHANGED, Stage.FAILED, Stage.CANCELLED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,3 +249,5 @@ class Progress:
     version: int = 0
     error_reason: str = ""
     error_detail: str = ""
+    attempt: int = 0
+    """How often work on it was begun."""

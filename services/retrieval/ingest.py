@@ -1,27 +1,27 @@
-"""The other chain: received → parsed → chunked → embedded → indexed, for one document after the other, with progress told as it happens.
+"""The other chain: received → parsed → chunked → embedded → indexed, for documents that workers claim, with progress told as it happens.
 
-A document is written only when all of it is embedded, in one change of the registry; a caller who leaves, or a document that fails,
-leaves nothing half-written.
+A document is written only when all of it is embedded, in one change of the registry; a caller who leaves, a document that fails, or a
+service that dies leaves nothing half-written. Where jobs are kept is the store's affair.
 """
 
 import asyncio
+import contextlib
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import PurePosixPath
 
 import numpy as np
 import structlog
 
 from services.chassis.afterwork import AfterWork
-from services.chassis.clock import Clock
-from services.chassis.errors import DomainError, Internal, NotAllowed, NotFound, Overloaded
+from services.chassis.errors import DomainError, Internal, NotAllowed, NotFound, Overloaded, Unavailable
 from services.chassis.telemetry import span
 from services.retrieval.access import everything_of, readers_of
 from services.retrieval.chunking import chunked, in_context
 from services.retrieval.domain import Chunk, Document, Extracted, Progress, Stage, Upload, Viewer, document_id
 from services.retrieval.injection import flags_of
+from services.retrieval.jobs import Claim, JobState, JobStore, Owner, Taken, Told
 from services.retrieval.ports import Embedder, SparseEncoder, Vectors
 from services.retrieval.registry import Registry
 
@@ -31,9 +31,15 @@ DOCUMENT_BYTES_MAX = 20 * 1024 * 1024
 DOCUMENTS_PER_JOB_MAX = 10_000
 CHUNKS_PER_STEP = 64
 """Chunks embedded between two progress messages: about two seconds of one core."""
-EVENTS_KEPT_MAX = 50_000
-"""Progress messages of ended jobs that are kept, all jobs together; the oldest jobs go first."""
 TITLE_CHARACTERS_MAX = 512
+ROOM_WAIT_S = 10.0
+"""How long a received document waits for room in a full store before it is refused."""
+ROOM_RETRY_S = 0.1
+IDLE_S = 0.25
+"""How soon a worker sees what another replica has received; what its own has received it sees at once."""
+AWAY_RETRY_S = 0.5
+RECORDS_PER_WRITE = 64
+SWEEP_S = 30.0
 
 
 class Buffer:
@@ -62,95 +68,6 @@ class Buffer:
             self._given.notify_all()
 
 
-@dataclass(frozen=True, slots=True)
-class Submission:
-    """A received document, or why it was refused."""
-
-    index: int
-    upload: Upload
-    refusal: DomainError | None
-
-
-class Job:
-    """One ingestion: documents go in, progress comes out, also later and also again."""
-
-    def __init__(self, job_id: str, tenant: str, created_at: datetime, *, detach: bool, buffer: Buffer) -> None:
-        self.job_id = job_id
-        self.tenant = tenant
-        self.created_at = created_at
-        self.detach = detach
-        self.ended = False
-        self.events: list[Progress] = []
-        self.task: asyncio.Task[None] | None = None
-        self._shared = buffer
-        self._held = 0
-        self._inbox: asyncio.Queue[Submission | None] = asyncio.Queue()
-        # One document may wait while another is worked on; then the caller's stream waits.
-        self._room = asyncio.Semaphore(1)
-        self._news = asyncio.Event()
-
-    async def buffer(self, count: int) -> None:
-        """Account for `count` received bytes. Raises Overloaded."""
-        await self._shared.take(count)
-        self._held += count
-
-    async def release(self, count: int) -> None:
-        """Give back `count` bytes."""
-        self._held -= count
-        await self._shared.give(count)
-
-    async def submit(self, submission: Submission) -> None:
-        """Hand in a document. Waits while the one before has not begun."""
-        await self._room.acquire()
-        self._inbox.put_nowait(submission)
-
-    def close(self) -> None:
-        """Say that no more documents come."""
-        self._inbox.put_nowait(None)
-
-    def cancel(self) -> None:
-        """Stop where it is; nothing half-written remains."""
-        assert self.task is not None
-        self.task.cancel()
-
-    async def submissions(self) -> AsyncIterator[Submission]:
-        """Documents as they are handed in; each is given back to the buffer when the next is asked for."""
-        while (submission := await self._inbox.get()) is not None:
-            self._room.release()
-            yield submission
-            await self.release(len(submission.upload.content))
-
-    def tell(self, progress: Progress) -> None:
-        self.events.append(progress)
-        self._wake()
-
-    async def end(self) -> None:
-        self.ended = True
-        self._wake()
-        await self.release(self._held)
-
-    def latest(self) -> list[Progress]:
-        """Where each document stands, in the order they came."""
-        by_index = {event.index: event for event in self.events}
-        return [by_index[index] for index in sorted(by_index)]
-
-    async def watch(self) -> AsyncIterator[Progress]:
-        """Everything told so far, then live until the job has ended. Any number may watch."""
-        place = 0
-        while True:
-            news = self._news
-            while place < len(self.events):
-                place += 1
-                yield self.events[place - 1]
-            if self.ended and place == len(self.events):
-                return
-            await news.wait()
-
-    def _wake(self) -> None:
-        news, self._news = self._news, asyncio.Event()
-        news.set()
-
-
 def flagged(chunks: list[Chunk]) -> list[Chunk]:
     """The chunks, each with what makes it look like an instruction."""
     return [replace(chunk, flags=flags_of(chunk.text)) for chunk in chunks]
@@ -173,87 +90,289 @@ class Pipeline:
     sparse: SparseEncoder
     registry: Registry
     parse: Callable[[Upload], Awaitable[Extracted]]
-    """Extracts the text of a file, in a process of its own. Raises DocumentRejected. Cancellation: ends that process."""
+
+
+class Job:
+    """One ingestion while its caller sends it: documents go in, progress comes out."""
+
+    def __init__(self, job_id: str, *, detach: bool, ingestion: "Ingestion") -> None:
+        self.job_id = job_id
+        self.detach = detach
+        self.closed = False
+        """The caller has sent all, or can send no more."""
+        self._ingestion = ingestion
+
+    async def buffer(self, count: int) -> None:
+        """Account for `count` received bytes in memory. Raises Overloaded."""
+        await self._ingestion.buffer.take(count)
+
+    async def release(self, count: int) -> None:
+        """Give back `count` bytes."""
+        await self._ingestion.buffer.give(count)
+
+    async def add(self, upload: Upload, received: Progress, pieces: Sequence[bytes], *, staged: bool) -> bool:
+        """Keep a document; durable on return. False = the job takes no more.
+
+        While the job has its share of the store, the caller's stream waits. Raises Overloaded when others keep the store full.
+        """
+        waited_s = 0.0
+        while True:
+            taken = await self._ingestion.store.add(self.job_id, upload, received, pieces, staged=staged)
+            if taken in (Taken.TAKEN, Taken.CLOSED):
+                self._ingestion.wake()
+                return taken is Taken.TAKEN
+            if taken is Taken.FULL and (waited_s := waited_s + ROOM_RETRY_S) > ROOM_WAIT_S:
+                raise Overloaded("too many documents wait to be indexed", retry_after_ms=5000)
+            await asyncio.sleep(ROOM_RETRY_S)
+
+    async def refuse(self, received: Progress, refusal: DomainError) -> None:
+        """Tell that a document was not taken, and why."""
+        failed = replace(received, stage=Stage.FAILED, error_reason=refusal.reason, error_detail=refusal.detail)
+        await self._ingestion.store.refuse(self.job_id, [received, failed])
+
+    async def close(self, *, commit: bool) -> None:
+        """Say that no more documents come; a staged one is taken in with `commit`, else dropped. Done even if cancelled here."""
+        self.closed = True
+        await self._ingestion.outliving(self._ingestion.store.close(self.job_id, commit=commit), "close ingestion")
+        self._ingestion.wake()
+
+    async def leave(self) -> None:
+        """The caller has left before the end: unless detached, nothing more of it is taken in. Done even if cancelled here."""
+        if not self.detach and not self._ingestion.stopping:
+            await self._ingestion.outliving(self._ingestion.cancel_all(self.job_id), "cancel ingestion")
+
+    def watch(self) -> AsyncIterator[Progress]:
+        """Everything told so far, then live until the job has ended."""
+        return self._ingestion.store.events(self.job_id)
+
+
+class _Reporter:
+    """Progress of this replica's documents on its way to the store, in order, several in one round trip."""
+
+    def __init__(self, store: JobStore, lost: Callable[[Claim], None]) -> None:
+        self._store = store
+        self._lost = lost
+        self._waiting: list[tuple[Told, asyncio.Future[bool]]] = []
+        self._news = asyncio.Event()
+
+    def say(self, told: Told) -> asyncio.Future[bool]:
+        """Whether it was recorded, once it is known; False = the claim is no longer ours."""
+        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._waiting.append((told, future))
+        self._news.set()
+        return future
+
+    async def run(self) -> None:
+        """Record what is said; while the store is away, keep it."""
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            while batch := self._waiting[:RECORDS_PER_WRITE]:
+                try:
+                    taken = await self._store.record([told for told, _ in batch])
+                except Unavailable:
+                    await asyncio.sleep(AWAY_RETRY_S)
+                    continue
+                del self._waiting[: len(batch)]
+                for (told, future), ours in zip(batch, taken, strict=True):
+                    if not ours:
+                        self._lost(told.claim)
+                    if not future.done():
+                        future.set_result(ours)
+
+
+class _Lost(Exception):
+    """The claim went to somebody else, or the document was cancelled."""
 
 
 class Ingestion:
-    """Runs jobs and remembers them. Its tasks outlive the calls that began them."""
+    """Receives, claims and works off. Its tasks outlive the calls that began them."""
 
     def __init__(
-        self, pipeline: Pipeline, afterwork: AfterWork, clock: Clock, new_id: Callable[[], str], *, jobs_max: int, buffer: Buffer
+        self,
+        pipeline: Pipeline,
+        store: JobStore,
+        afterwork: AfterWork,
+        new_id: Callable[[], str],
+        *,
+        workers: int,
+        lease_s: float,
+        buffer: Buffer,
     ) -> None:
+        self.store = store
+        self.buffer = buffer
+        self.stopping = False
         self._pipeline = pipeline
         self._afterwork = afterwork
-        self._clock = clock
         self._new_id = new_id
-        self._jobs_max = jobs_max
-        self._buffer = buffer
-        self._jobs: dict[str, Job] = {}
+        self._workers = workers
+        self._beat_s = min(1.0, lease_s / 3)
+        self._wake = asyncio.Event()
+        self._held: dict[str, asyncio.Task[None]] = {}
+        self._working: list[asyncio.Task[None]] = []
+        self._reporter = _Reporter(store, self._drop)
 
-    def begin(self, tenant: str, *, detach: bool) -> Job:
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Work until left; `drain` before that, so that what is begun is handed back in good order."""
+        self._working = [asyncio.create_task(self._work(), name=f"ingest worker {number}") for number in range(self._workers)]
+        keeping = [asyncio.create_task(work(), name=f"ingest {work.__name__}") for work in (self._reporter.run, self._beat, self._sweep)]
+        try:
+            yield
+        finally:
+            for task in (*self._working, *keeping):
+                task.cancel()
+            await asyncio.gather(*self._working, *keeping, return_exceptions=True)
+
+    async def drain(self, timeout_s: float) -> int:
+        """Claim no more, hand back what is not being written, finish what is; return how much was abandoned."""
+        self.stop()
+        for task in self._working:
+            task.cancel()
+        await asyncio.gather(*self._working, return_exceptions=True)
+        abandoned = await self._afterwork.drain(timeout_s)
+        with contextlib.suppress(Unavailable):  # then the lease ends them
+            await self.store.leave()
+        return abandoned
+
+    def stop(self) -> None:
+        """A caller whose call ends from now on has not left: it is we who go."""
+        self.stopping = True
+
+    def wake(self) -> None:
+        """There may be something to claim."""
+        self._wake.set()
+
+    async def outliving(self, work: "asyncio._CoroutineLike[None]", name: str) -> None:
+        """Carry `work` through, whoever is cancelled."""
+        await asyncio.shield(self._afterwork.spawn(work, name))  # type: ignore[arg-type]
+
+    async def begin(self, owner: Owner, *, detach: bool) -> Job:
         """Start a job that waits for documents. Raises Overloaded if too many run."""
-        self._forget_old()
-        if sum(not job.ended for job in self._jobs.values()) >= self._jobs_max:
+        job_id = self._new_id()
+        if self.stopping or not await self.store.begin(job_id, owner):
             raise Overloaded("too many ingestions are running", retry_after_ms=5000)
-        job = Job(self._new_id(), tenant, self._clock.now(), detach=detach, buffer=self._buffer)
-        job.task = self._afterwork.spawn(self._run(job), f"ingestion {job.job_id}")
-        self._jobs[job.job_id] = job
-        return job
+        return Job(job_id, detach=detach, ingestion=self)
 
-    def job(self, tenant: str, job_id: str) -> Job:
-        """Raises NotFound if the tenant has no such job (any more)."""
-        job = self._jobs.get(job_id)
-        if job is None or job.tenant != tenant:
+    async def job(self, reader: Owner, job_id: str) -> JobState:
+        """Raises NotFound if there is no such job (any more) that `reader` may see. A reader without a user sees the whole tenant's."""
+        state = await self.store.job(job_id) if 1 <= len(job_id) <= 128 else None
+        if state is None or state.owner.tenant != reader.tenant or (reader.user and state.owner.user != reader.user):
             raise NotFound("there is no such ingestion", kind="job")
-        return job
+        return state
+
+    async def cancel(self, reader: Owner, job_id: str, index: int | None) -> int:
+        """Stop a job, or one document of it; return how many documents. Raises NotFound."""
+        await self.job(reader, job_id)
+        cancelled = await self.store.cancel(job_id, index)
+        self._compare(await self.store.beat())
+        return cancelled
+
+    async def retry(self, reader: Owner, job_id: str, index: int | None) -> int:
+        """Take in again what failed or was cancelled; return how many documents. Raises NotFound, and Overloaded if too many jobs run."""
+        await self.job(reader, job_id)
+        retried = await self.store.retry(job_id, index)
+        if retried is None:
+            raise Overloaded("too many ingestions are running", retry_after_ms=5000)
+        self.wake()
+        return retried
+
+    async def cancel_all(self, job_id: str) -> None:
+        """Stop a job whose caller has left."""
+        await self.store.cancel(job_id, None)
+        self._compare(await self.store.beat())
 
     async def delete(self, viewer: Viewer, document_id: str) -> Document:
         """Remove a document and all that rests on it; once begun it is carried through. Raises NotFound."""
         await self._pipeline.registry.document(viewer, document_id)
         return await asyncio.shield(self._afterwork.spawn(self._pipeline.registry.delete(viewer.tenant, document_id), "delete document"))
 
-    async def _run(self, job: Job) -> None:
-        try:
-            async for submission in job.submissions():
-                await self._ingest(job, submission)
-        finally:
-            await job.end()
+    async def _work(self) -> None:
+        """Claim and ingest, one document after the other."""
+        while True:
+            self._wake.clear()
+            try:
+                claim = await self.store.claim()
+            except Unavailable:
+                await asyncio.sleep(AWAY_RETRY_S)
+                continue
+            if claim is None:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), IDLE_S)
+                continue
+            task = self._held[claim.key] = asyncio.create_task(self._ingest(claim), name=f"ingest {claim.job_id} {claim.index}")
+            try:
+                await asyncio.wait([task])
+            finally:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                del self._held[claim.key]
 
-    async def _ingest(self, job: Job, submission: Submission) -> None:
+    async def _beat(self) -> None:
+        """Stay alive for the others, and learn what was taken from us."""
+        while True:
+            with contextlib.suppress(Unavailable):
+                held = set(self._held)
+                self._compare(await self.store.beat() | (set(self._held) - held))
+            await asyncio.sleep(self._beat_s)
+
+    def _compare(self, ours: set[str]) -> None:
+        for key in self._held.keys() - ours:
+            self._held[key].cancel()
+
+    async def _sweep(self) -> None:
+        while True:
+            with contextlib.suppress(Unavailable):
+                await self.store.sweep()
+            await asyncio.sleep(SWEEP_S)
+
+    def _drop(self, claim: Claim) -> None:
+        if task := self._held.get(claim.key):
+            task.cancel()
+
+    async def _ingest(self, claim: Claim) -> None:
         """Take in one document; its failure is told and stops nobody else."""
-        upload = submission.upload
-        last = Progress(submission.index, upload.name, Stage.RECEIVED, bytes=len(upload.content))
+        last = claim.latest
 
-        def tell(progress: Progress) -> None:
+        def tell(progress: Progress) -> asyncio.Future[bool]:
             nonlocal last
             last = progress
-            job.tell(progress)
+            return self._reporter.say(Told(claim, progress, committing=progress.stage is Stage.EMBEDDED))
 
         try:
-            tell(last)
-            if submission.refusal is not None:
-                raise submission.refusal
-            await self._take_in(job, upload, last, tell)
+            content = await self._content(claim)
+            await self._take_in(claim, replace(claim.upload, content=content), last, tell)
+        except _Lost:
+            return
         except DomainError as error:
-            job.tell(replace(last, stage=Stage.FAILED, error_reason=error.reason, error_detail=error.detail))
+            await self._failed(claim, last, error.reason, error.detail)
         except Exception as error:
             log.exception("ingestion_failed_unexpectedly", error=type(error).__name__)
-            job.tell(replace(last, stage=Stage.FAILED, error_reason=Internal.reason, error_detail=Internal.title))
+            await self._failed(claim, last, Internal.reason, Internal.title)
 
-    async def _take_in(self, job: Job, upload: Upload, state: Progress, tell: Callable[[Progress], None]) -> None:
-        pipeline = self._pipeline
+    async def _failed(self, claim: Claim, last: Progress, reason: str, detail: str) -> None:
+        await self._reporter.say(Told(claim, replace(last, stage=Stage.FAILED, error_reason=reason, error_detail=detail)))
+
+    async def _content(self, claim: Claim) -> bytes:
+        content = await self.store.content(claim)
+        if content is None:
+            raise NotFound("the document's content is no longer kept", kind="content")
+        return content
+
+    async def _take_in(self, claim: Claim, upload: Upload, state: Progress, tell: Callable[[Progress], asyncio.Future[bool]]) -> None:
+        pipeline, tenant = self._pipeline, claim.owner.tenant
         with span("retrieval.parse"):
             sha256 = await asyncio.to_thread(lambda: hashlib.sha256(upload.content).hexdigest())
             extracted = await pipeline.parse(upload)
         source_uri = upload.source_uri or upload.title or extracted.title or sha256
         title = (upload.title or extracted.title or PurePosixPath(source_uri).name)[:TITLE_CHARACTERS_MAX]
-        id_ = document_id(job.tenant, upload.collection, source_uri)
+        id_ = document_id(tenant, upload.collection, source_uri)
         state = replace(state, stage=Stage.PARSED, document_id=id_, name=upload.name or source_uri)
         tell(state)
-        old = await pipeline.registry.prior(job.tenant, id_)
+        old = await pipeline.registry.prior(tenant, id_)
         readers = _readers(upload, old)
         if old is not None and (old.content_sha256, old.readers, old.metadata) == (sha256, readers, upload.metadata):
-            tell(replace(state, stage=Stage.UNCHANGED, chunks_total=old.chunks, chunks_done=old.chunks, version=old.version))
+            await tell(replace(state, stage=Stage.UNCHANGED, chunks_total=old.chunks, chunks_done=old.chunks, version=old.version))
             return
         with span("retrieval.chunk"):
             chunks = await asyncio.to_thread(lambda: flagged(chunked(extracted, pipeline.embedder.count_tokens)))
@@ -264,10 +383,11 @@ class Ingestion:
             dense = await self._embedded(texts, lambda done: tell(replace(state, chunks_done=done)))
         sparse = await asyncio.to_thread(lambda: [pipeline.sparse.document(text) for text in texts])
         state = replace(state, stage=Stage.EMBEDDED, chunks_done=len(chunks))
-        tell(state)
+        if not await tell(state):
+            raise _Lost
         draft = Document(
             document_id=id_,
-            tenant=job.tenant,
+            tenant=tenant,
             collection=upload.collection,
             source_uri=source_uri,
             title=title,
@@ -282,28 +402,23 @@ class Ingestion:
             metadata=dict(upload.metadata),
             pages=len(extracted.page_starts),
             readers=readers,
+            received=claim.received,
         )
-        with span("retrieval.index"):
-            # From here on the change is made whole, whoever leaves.
-            document = await asyncio.shield(
-                self._afterwork.spawn(pipeline.registry.replace(draft, chunks, dense, sparse), "index document")
-            )
-        tell(replace(state, stage=Stage.INDEXED, version=document.version))
 
-    async def _embedded(self, texts: list[str], done: Callable[[int], None]) -> Vectors:
+        async def write() -> None:
+            document = await pipeline.registry.replace(draft, chunks, dense, sparse)
+            # A version that was received later may have been quicker.
+            stage = Stage.INDEXED if document.received == draft.received else Stage.UNCHANGED
+            await tell(replace(state, stage=stage, version=document.version))
+
+        with span("retrieval.index"):
+            # From here on the change is made whole and told, whoever leaves.
+            await asyncio.shield(self._afterwork.spawn(write(), "index document"))
+
+    async def _embedded(self, texts: list[str], done: Callable[[int], object]) -> Vectors:
         parts = []
         for begin in range(0, len(texts), CHUNKS_PER_STEP):
             parts.append((await self._pipeline.embedder.embed_texts(texts[begin : begin + CHUNKS_PER_STEP])).vectors)
             if begin + CHUNKS_PER_STEP < len(texts):
                 done(begin + CHUNKS_PER_STEP)
         return np.concatenate(parts)
-
-    def _forget_old(self) -> None:
-        """Drop the oldest ended jobs while more progress is kept than is good."""
-        ended = [job for job in self._jobs.values() if job.ended]
-        kept = sum(len(job.events) + 1 for job in ended)
-        for job in ended:
-            if kept <= EVENTS_KEPT_MAX:
-                return
-            kept -= len(job.events) + 1
-            del self._jobs[job.job_id]

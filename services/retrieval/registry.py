@@ -6,8 +6,10 @@ written an intent says what is about to happen; `recover` finishes or undoes wha
 """
 
 import asyncio
+import contextlib
 import re
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 from weakref import WeakValueDictionary
@@ -73,13 +75,26 @@ class Epoch:
     """Whether a document of it is, or was once, limited to some of the tenant's users."""
 
 
+Turn = Callable[[str], AbstractAsyncContextManager[None]]
+"""Entered with a document's id: be the only process that changes it until left."""
+
+
+@contextlib.asynccontextmanager
+async def _alone(document_id: str) -> AsyncIterator[None]:
+    yield
+
+
 class Registry:
     """Documents and epochs in a VectorStore. Changes of one document happen one after the other."""
 
-    def __init__(self, store: VectorStore, clock: Clock, encodings: Encodings | None = None) -> None:
-        """Without `encodings` there is one for all, and its vectors are handed in."""
+    def __init__(self, store: VectorStore, clock: Clock, encodings: Encodings | None = None, turn: Turn = _alone) -> None:
+        """Without `encodings` there is one for all, and its vectors are handed in.
+
+        `turn` keeps the processes apart that share the store; within this one nothing is needed.
+        """
         self._store = store
         self._encodings = encodings
+        self._turn = turn
         self._clock = clock
         self._last_us = 0
         # A lock lives as long as somebody holds or awaits it.
@@ -218,10 +233,14 @@ class Registry:
     async def replace(self, draft: Document, chunks: Sequence[Chunk], dense: Vectors, sparse: Sequence[Sparse]) -> Document:
         """Make `draft` the current version and bump the collection's epoch; return it with version and revision.
 
+        A version that was received later stays, and is returned instead.
+
         Cancellation: shield it. Cut short, it leaves an intent that `recover` undoes or finishes.
         """
-        async with self._lock(draft.document_id):
+        async with self._lock(draft.document_id), self._turn(draft.document_id):
             old = await self.prior(draft.tenant, draft.document_id)
+            if old is not None and old.received > draft.received:
+                return old
             version, indexed_us = (old.version + 1 if old else 1), self._now_us()
             revision = stable_id("revision", draft.document_id, str(version), draft.content_sha256, str(indexed_us))
             new = replace(draft, version=version, indexed_us=indexed_us, revision=revision, chunks=len(chunks))
@@ -275,7 +294,7 @@ class Registry:
 
     async def delete(self, tenant: str, document_id: str) -> Document:
         """Remove a document, its chunks and the collection's cached answers. Raises NotFound. Shield it like `replace`."""
-        async with self._lock(document_id):
+        async with self._lock(document_id), self._turn(document_id):
             document = await self.document(everything_of(tenant), document_id)
             intent = _Intent(tenant, document.collection, document_id, "", document.revision, self._now_us())
             await self._begin(intent)
@@ -290,7 +309,7 @@ class Registry:
         records = await self._store.find(DOCUMENTS, where, limit=INTENTS_PER_PASS_MAX)
         for record in records:
             intent = _intent(record.payload)
-            async with self._lock(intent.document_id):
+            async with self._lock(intent.document_id), self._turn(intent.document_id):
                 await self._recover(intent)
         return len(records)
 

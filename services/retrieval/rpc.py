@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 
 import grpc
-from google.protobuf import struct_pb2
+from google.protobuf import struct_pb2, timestamp_pb2
 
 from services.chassis.errors import RequestInvalid
 from services.chassis.principal import Principal, current_principal
@@ -32,8 +32,9 @@ from services.retrieval.domain import (
     Upload,
     Viewer,
 )
-from services.retrieval.ingest import Ingestion, Job
+from services.retrieval.ingest import DOCUMENTS_PER_JOB_MAX, Ingestion
 from services.retrieval.intake import Begin, take_in
+from services.retrieval.jobs import JobState, Owner
 from services.retrieval.recall import Judged, Memory, Part, Question, Started, recall
 from tailrace.common.v1 import common_pb2
 from tailrace.retrieval.v1 import retrieval_service_pb2 as pb
@@ -126,38 +127,56 @@ class RetrievalServicer(pb_grpc.RetrievalServiceServicer):
     ) -> None:
         writing = asyncio.Lock()  # a call takes one write at a time, and both progress and the receiving end write
 
-        async def emit(job: Job, event: Progress) -> None:
+        async def emit(job_id: str, event: Progress) -> None:
             async with writing:
-                await context.write(_progress_message(job, event))
+                await context.write(_progress_message(job_id, event))
 
-        await take_in(self._ingestion, tenant_of(current_principal()), _parts(requests, viewer_of(current_principal())), emit)
+        principal = current_principal()
+        owner = Owner(tenant_of(principal), principal.user)
+        await take_in(self._ingestion, owner, _parts(requests, viewer_of(principal)), lambda job, event: emit(job.job_id, event))
 
     async def GetIngestionJob(self, request: pb.GetIngestionJobRequest, context: grpc.aio.ServicerContext) -> pb.GetIngestionJobResponse:
-        job = self._ingestion.job(tenant_of(current_principal()), request.job_id)
+        job = await self._ingestion.job(_reader(current_principal()), request.job_id)
         return pb.GetIngestionJobResponse(
             job_id=job.job_id,
-            status="ended" if job.ended else "running",
-            documents=[_progress_message(job, event) for event in job.latest()],
-            created_at=timestamp(job.created_at),
+            status=job.status,
+            documents=[_progress_message(job.job_id, event) for event in await self._ingestion.store.latest(job.job_id)],
+            created_at=_moment_message(job.created_us),
+            summary=_summary_message(job),
         )
 
     async def WatchIngestionJob(self, request: pb.WatchIngestionJobRequest, context: grpc.aio.ServicerContext) -> None:  # type: ignore[override]
-        job = self._ingestion.job(tenant_of(current_principal()), request.job_id)
-        async for event in job.watch():
-            await context.write(_progress_message(job, event))
+        job = await self._ingestion.job(_reader(current_principal()), request.job_id)
+        async for event in self._ingestion.store.events(job.job_id):
+            await context.write(_progress_message(job.job_id, event))
 
     async def ListIngestionJobs(self, request: pb.ListIngestionJobsRequest, context: grpc.aio.ServicerContext) -> None:  # type: ignore[override]
-        raise NotImplementedError
+        size = _within(request.page_size, "page_size", 0, PAGE_MAX) or PAGE_DEFAULT
+        before_us = _place(request.page_token) if request.page_token else None
+        reader = _reader(current_principal())
+        # One more than wanted tells whether there are more.
+        jobs = await self._ingestion.store.page(reader.tenant, reader.user, size + 1, before_us)
+        for place, job in enumerate(jobs[:size], 1):
+            row = pb.ListIngestionJobsResponse(
+                job_id=job.job_id,
+                status=job.status,
+                created_at=_moment_message(job.created_us),
+                summary=_summary_message(job),
+                next_page_token=_token(job.created_us) if place == size < len(jobs) else "",
+            )
+            await context.write(row)
 
     async def CancelIngestionJob(
         self, request: pb.CancelIngestionJobRequest, context: grpc.aio.ServicerContext
     ) -> pb.CancelIngestionJobResponse:
-        raise NotImplementedError
+        cancelled = await self._ingestion.cancel(_reader(current_principal()), request.job_id, _index(request))
+        return pb.CancelIngestionJobResponse(cancelled=cancelled)
 
     async def RetryIngestionJob(
         self, request: pb.RetryIngestionJobRequest, context: grpc.aio.ServicerContext
     ) -> pb.RetryIngestionJobResponse:
-        raise NotImplementedError
+        retried = await self._ingestion.retry(_reader(current_principal()), request.job_id, _index(request))
+        return pb.RetryIngestionJobResponse(retried=retried)
 
     async def ListCollections(self, request: pb.ListCollectionsRequest, context: grpc.aio.ServicerContext) -> None:  # type: ignore[override]
         principal, encodings, registry = current_principal(), self._memory.encodings, self._memory.registry
@@ -326,7 +345,11 @@ def _document_id(text: str) -> str:
 
 
 def _page_token(document: Document) -> str:
-    return base64.urlsafe_b64encode(struct.pack(">q", document.indexed_us)).decode().rstrip("=")
+    return _token(document.indexed_us)
+
+
+def _token(moment_us: int) -> str:
+    return base64.urlsafe_b64encode(struct.pack(">q", moment_us)).decode().rstrip("=")
 
 
 def _place(token: str) -> int:
@@ -446,9 +469,28 @@ def _passage_value(message: common_pb2.CitedPassage) -> Passage:
     )
 
 
-def _progress_message(job: Job, progress: Progress) -> pb.IngestDocumentsResponse:
+def _reader(principal: Principal) -> Owner:
+    """Whose jobs the caller may see: its own, or as admin or service all of the tenant's."""
+    return Owner(tenant_of(principal), "" if principal.roles & {"admin", "service"} else principal.user)
+
+
+def _index(request: pb.CancelIngestionJobRequest | pb.RetryIngestionJobRequest) -> int | None:
+    return _within(request.index, "index", 0, DOCUMENTS_PER_JOB_MAX - 1) if request.HasField("index") else None
+
+
+def _moment_message(microseconds: int) -> timestamp_pb2.Timestamp:
+    return timestamp(datetime.fromtimestamp(microseconds / 1_000_000, UTC))
+
+
+def _summary_message(job: JobState) -> pb.IngestionSummary:
+    return pb.IngestionSummary(
+        documents=job.documents, stages=job.stages, bytes=job.bytes, chunks_total=job.chunks_total, chunks_done=job.chunks_done
+    )
+
+
+def _progress_message(job_id: str, progress: Progress) -> pb.IngestDocumentsResponse:
     return pb.IngestDocumentsResponse(
-        job_id=job.job_id,
+        job_id=job_id,
         index=progress.index,
         name=progress.name,
         document_id=progress.document_id,
@@ -459,6 +501,7 @@ def _progress_message(job: Job, progress: Progress) -> pb.IngestDocumentsRespons
         version=progress.version,
         error_reason=progress.error_reason,
         error_detail=progress.error_detail,
+        attempt=progress.attempt,
     )
 
 

@@ -6,9 +6,11 @@ import sys
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 
+import redis.asyncio as redis
+
 from services.chassis.afterwork import AfterWork
 from services.chassis.clock import SystemClock
-from services.chassis.lifecycle import Service
+from services.chassis.lifecycle import Probe, Service
 from services.chassis.passport import Passport
 from services.chassis.server import Server, passport_identity
 from services.retrieval.answer_cache import AnswerCache
@@ -21,11 +23,14 @@ from services.retrieval.ingest import Buffer, Ingestion, Pipeline
 from services.retrieval.parsing import Limits, ParserPool
 from services.retrieval.ports import Embedder, Fusion, VectorStore
 from services.retrieval.recall import Memory
+from services.retrieval.redis_jobs import RedisJobs
 from services.retrieval.reencoding import Reencoding
 from services.retrieval.registry import Registry
 from services.retrieval.rpc import offer
 from services.retrieval.search import Searcher
 from services.retrieval.upkeep import Upkeep
+
+JOB_CONNECTIONS_MAX = 32
 
 
 @contextlib.asynccontextmanager
@@ -50,7 +55,8 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
             clock,
         )
         stack.push_async_callback(encodings.close)
-        registry = Registry(store, clock, encodings)
+        jobs = await stack.enter_async_context(_jobs(settings))
+        registry = Registry(store, clock, encodings, jobs.turn)
         answers = AnswerCache(store, encodings, clock, similarity_min=settings.cache_similarity_min, ttl_s=settings.cache_ttl_s)
 
         async def first_contact() -> None:
@@ -67,16 +73,48 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         parsers = await stack.enter_async_context(ParserPool(_parser_limits(settings)).running())
         ingestion = Ingestion(
             Pipeline(embedder, sparse, registry, parsers.parse),
+            jobs,
             afterwork,
-            clock,
             lambda: str(uuid.uuid4()),
-            jobs_max=settings.ingest_jobs_max,
+            workers=settings.ingest_workers,
+            lease_s=settings.ingest_lease_s,
             buffer=Buffer(settings.ingest_buffer_mib * 1024 * 1024),
         )
+        await stack.enter_async_context(ingestion.running())
         passport = Passport(settings.internal_key.get_secret_value().encode())
         server = Server(passport_identity(passport), reflect=settings.environment == "development", tls=settings.mutual_tls())
         offer(server, Memory(embedder, encodings, registry, answers, searcher), ingestion)
-        yield Service(server, settings.port, probes={"qdrant": upkeep.check}, drain=afterwork.drain)
+        probes: dict[str, Probe] = {"qdrant": upkeep.check, "redis": jobs.check}
+        yield Service(server, settings.port, probes=probes, drain=ingestion.drain, stopping=ingestion.stop)
+
+
+@contextlib.asynccontextmanager
+async def _jobs(settings: Settings) -> AsyncIterator[RedisJobs]:
+    """The store of jobs, with connections of its own for those who wait."""
+
+    def pool(connections_max: int, timeout_s: float | None) -> redis.BlockingConnectionPool:
+        return redis.BlockingConnectionPool.from_url(
+            settings.redis_url.get_secret_value(),
+            max_connections=connections_max,
+            timeout=settings.ingest_timeout_s,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=settings.ingest_timeout_s,
+            retry=None,
+        )
+
+    asking = redis.Redis.from_pool(pool(JOB_CONNECTIONS_MAX, settings.ingest_timeout_s))
+    waiting = redis.Redis.from_pool(pool(settings.ingest_watchers_max, None))
+    async with asking, waiting:
+        yield RedisJobs(
+            asking,
+            waiting,
+            str(uuid.uuid4()),
+            jobs_max=settings.ingest_jobs_max,
+            bytes_max=settings.ingest_store_mib * 1024 * 1024,
+            lease_s=settings.ingest_lease_s,
+            kept_s=settings.ingest_kept_s,
+            timeout_s=settings.ingest_timeout_s,
+        )
 
 
 def _reopened(settings: Settings, name: str, dimension: int) -> contextlib.AbstractAsyncContextManager[Embedder]:

@@ -186,6 +186,19 @@ class FakeRetrieval(RetrievalServiceServicer):
         self.seen.note("GetIngestionJob", request)
         return retrieval.GetIngestionJobResponse(job_id=request.job_id, status="running")
 
+    async def ListIngestionJobs(self, request: Any, context: Any) -> None:
+        self.seen.note("ListIngestionJobs", request)
+        await context.write(retrieval.ListIngestionJobsResponse(job_id="job-2", status="ended"))
+        await context.write(retrieval.ListIngestionJobsResponse(job_id="job-1", status="running", next_page_token="more"))
+
+    async def CancelIngestionJob(self, request: Any, context: Any) -> Any:
+        self.seen.note("CancelIngestionJob", request)
+        return retrieval.CancelIngestionJobResponse(cancelled=2)
+
+    async def RetryIngestionJob(self, request: Any, context: Any) -> Any:
+        self.seen.note("RetryIngestionJob", request)
+        return retrieval.RetryIngestionJobResponse(retried=1)
+
     async def WatchIngestionJob(self, request: Any, context: Any) -> None:
         self.seen.note("WatchIngestionJob", request)
         await context.write(retrieval.IngestDocumentsResponse(job_id=request.job_id, stage="indexed"))

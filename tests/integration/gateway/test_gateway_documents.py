@@ -242,3 +242,18 @@ async def test_a_job_is_shown_as_json_or_followed_as_a_stream(front: Front, clie
 
     assert (shown["job_id"], shown["status"]) == ("job-1", "running")
     assert [event["event"] for event in followed] == ["progress", "done"]
+
+
+async def test_jobs_are_listed_cancelled_and_retried(front: Front, client: httpx.AsyncClient) -> None:
+    """A page with its token; a body may name one document and may be left out; a number that cannot be is refused here."""
+    listed = (await client.get("/v1/jobs?page_size=2")).json()
+    whole = (await client.post("/v1/jobs/job-1/cancel")).json()
+    one = (await client.post("/v1/jobs/job-1/retry", json={"index": 0})).json()
+    refused = await client.post("/v1/jobs/job-1/retry", json={"index": -1})
+
+    assert (["job-2", "job-1"], "more") == ([job["job_id"] for job in listed["jobs"]], listed["next_page_token"])
+    assert ({"job_id": "job-1", "cancelled": 2}, {"job_id": "job-1", "retried": 1}) == (whole, one)
+    asked = {name: request for name, request, _ in front.behind.seen.calls}
+    assert not asked["CancelIngestionJob"].HasField("index")
+    assert asked["RetryIngestionJob"].HasField("index")
+    assert problem_of(refused, 400, "REQUEST_INVALID")["field"] == "index"

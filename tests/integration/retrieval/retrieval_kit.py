@@ -1,14 +1,18 @@
 """A retrieval service on a free port with Edge in a folder, and a caller that speaks for anybody."""
 
 import contextlib
+import tempfile
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any
+
+from pydantic import SecretStr
 
 from services.chassis.channel import Caller, open_channel
 from services.chassis.lifecycle import started
 from services.chassis.passport import Passport
 from services.chassis.principal import Principal
+from services.local.stores import Valkey
 from services.retrieval.config import Settings
 from services.retrieval.wiring import build
 from tailrace.common.v1 import common_pb2
@@ -83,8 +87,24 @@ def settings_for(folder: Path, **values: Any) -> Settings:
 
 
 @contextlib.asynccontextmanager
+async def own_valkey() -> AsyncIterator[Valkey]:
+    """An empty Valkey, until left."""
+    with tempfile.TemporaryDirectory(prefix="tailrace-test-") as folder:
+        valkey = Valkey(Path(folder))
+        await valkey.start()
+        try:
+            yield valkey
+        finally:
+            await valkey.stop()
+
+
+@contextlib.asynccontextmanager
 async def running(settings: Settings) -> AsyncIterator[Retrieval]:
-    """The service in this process, until left."""
+    """The service in this process, until left. If the settings name no Redis, it has one of its own."""
+    if "redis_url" not in settings.model_fields_set:
+        async with own_valkey() as valkey, running(settings.model_copy(update={"redis_url": SecretStr(valkey.url)})) as retrieval:
+            yield retrieval
+        return
     async with build(settings) as service, started(service, settings.bind_host) as port:
         retrieval = Retrieval(f"127.0.0.1:{port}")
         try:

@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.chassis.errors import Unavailable
 from services.chassis.principal import Principal
+from services.local.stores import Valkey
 from tailrace.retrieval.v1 import retrieval_service_pb2 as pb
 from tests.integration.retrieval.retrieval_kit import KEY, Retrieval, running, settings_for
 
@@ -25,13 +26,14 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-async def spawn(folder: Path, port: int) -> asyncio.subprocess.Process:
+async def spawn(folder: Path, port: int, redis_url: str) -> asyncio.subprocess.Process:
     environment = {
         **os.environ,
         "TAILRACE_STATE_DIR": str(folder),
         "TAILRACE_INTERNAL_KEY": KEY,
         "TAILRACE_RETRIEVAL_PORT": str(port),
         "QDRANT_URL": "",
+        "REDIS_URL": redis_url,
         "PYTHONPATH": f"{ROOT}:{ROOT / 'sdk'}",
     }
     return await asyncio.create_subprocess_exec(
@@ -48,13 +50,15 @@ async def until_serving(retrieval: Retrieval) -> None:
 
 
 @pytest.mark.slow
-async def test_a_killed_service_comes_back_with_all_it_had_acknowledged(state_dir: Path, tmp_path: Path, ann: Principal) -> None:
+async def test_a_killed_service_comes_back_with_all_it_had_acknowledged(
+    state_dir: Path, tmp_path: Path, valkey: Valkey, ann: Principal
+) -> None:
     """kill -9 while a document is being taken in: what was acknowledged is there, the other one is not, and work goes on."""
     (tmp_path / "models").symlink_to(state_dir / "models")
     (state_dir / "models").mkdir(exist_ok=True)
     port = free_port()
     retrieval = Retrieval(f"127.0.0.1:{port}")
-    process = await spawn(tmp_path, port)
+    process = await spawn(tmp_path, port, valkey.url)
     try:
         await until_serving(retrieval)
         await retrieval.ingest(ann, PAGE)
@@ -68,7 +72,7 @@ async def test_a_killed_service_comes_back_with_all_it_had_acknowledged(state_di
         with pytest.raises(Unavailable):
             await doomed
 
-        process = await spawn(tmp_path, port)
+        process = await spawn(tmp_path, port, valkey.url)
         await until_serving(retrieval)
         after, verdict, passages = await retrieval.recall(ann, "What is the default timeout?")
         assert (epoch, "Five.", ["guide.md"]) == (after, verdict.answer.text, [passage.source_uri for passage in passages])
@@ -83,9 +87,9 @@ async def test_a_killed_service_comes_back_with_all_it_had_acknowledged(state_di
 
 
 @pytest.mark.slow
-async def test_a_second_process_on_the_same_folder_says_so_and_goes(retrieval: Retrieval, state_dir: Path) -> None:
+async def test_a_second_process_on_the_same_folder_says_so_and_goes(retrieval: Retrieval, state_dir: Path, valkey: Valkey) -> None:
     """The exit code says that it failed, the log says why; the first process is not disturbed."""
-    process = await spawn(state_dir, free_port())
+    process = await spawn(state_dir, free_port(), valkey.url)
     _, log = await asyncio.wait_for(process.communicate(), 60)
 
     assert 1 == process.returncode

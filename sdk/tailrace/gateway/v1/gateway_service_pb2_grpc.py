@@ -61,6 +61,31 @@ class GatewayServiceStub:
                 request_serializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.IngestDocumentsRequest.SerializeToString,
                 response_deserializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.IngestDocumentsResponse.FromString,
                 _registered_method=True)
+        self.GetIngestionJob = channel.unary_unary(
+                '/tailrace.gateway.v1.GatewayService/GetIngestionJob',
+                request_serializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.GetIngestionJobRequest.SerializeToString,
+                response_deserializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.GetIngestionJobResponse.FromString,
+                _registered_method=True)
+        self.WatchIngestionJob = channel.unary_stream(
+                '/tailrace.gateway.v1.GatewayService/WatchIngestionJob',
+                request_serializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.WatchIngestionJobRequest.SerializeToString,
+                response_deserializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.IngestDocumentsResponse.FromString,
+                _registered_method=True)
+        self.ListIngestionJobs = channel.unary_stream(
+                '/tailrace.gateway.v1.GatewayService/ListIngestionJobs',
+                request_serializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.ListIngestionJobsRequest.SerializeToString,
+                response_deserializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.ListIngestionJobsResponse.FromString,
+                _registered_method=True)
+        self.CancelIngestionJob = channel.unary_unary(
+                '/tailrace.gateway.v1.GatewayService/CancelIngestionJob',
+                request_serializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.CancelIngestionJobRequest.SerializeToString,
+                response_deserializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.CancelIngestionJobResponse.FromString,
+                _registered_method=True)
+        self.RetryIngestionJob = channel.unary_unary(
+                '/tailrace.gateway.v1.GatewayService/RetryIngestionJob',
+                request_serializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.RetryIngestionJobRequest.SerializeToString,
+                response_deserializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.RetryIngestionJobResponse.FromString,
+                _registered_method=True)
         self.ListDocuments = channel.unary_stream(
                 '/tailrace.gateway.v1.GatewayService/ListDocuments',
                 request_serializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.ListDocumentsRequest.SerializeToString,
@@ -126,6 +151,41 @@ class GatewayServiceServicer:
 
     def IngestDocuments(self, request_iterator, context):
         """See tailrace.retrieval.v1.RetrievalService.IngestDocuments.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetIngestionJob(self, request, context):
+        """See tailrace.retrieval.v1.RetrievalService.GetIngestionJob.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchIngestionJob(self, request, context):
+        """See tailrace.retrieval.v1.RetrievalService.WatchIngestionJob.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListIngestionJobs(self, request, context):
+        """See tailrace.retrieval.v1.RetrievalService.ListIngestionJobs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelIngestionJob(self, request, context):
+        """See tailrace.retrieval.v1.RetrievalService.CancelIngestionJob.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RetryIngestionJob(self, request, context):
+        """See tailrace.retrieval.v1.RetrievalService.RetryIngestionJob.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -200,6 +260,31 @@ def add_GatewayServiceServicer_to_server(servicer, server):
                     servicer.IngestDocuments,
                     request_deserializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.IngestDocumentsRequest.FromString,
                     response_serializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.IngestDocumentsResponse.SerializeToString,
+            ),
+            'GetIngestionJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetIngestionJob,
+                    request_deserializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.GetIngestionJobRequest.FromString,
+                    response_serializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.GetIngestionJobResponse.SerializeToString,
+            ),
+            'WatchIngestionJob': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchIngestionJob,
+                    request_deserializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.WatchIngestionJobRequest.FromString,
+                    response_serializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.IngestDocumentsResponse.SerializeToString,
+            ),
+            'ListIngestionJobs': grpc.unary_stream_rpc_method_handler(
+                    servicer.ListIngestionJobs,
+                    request_deserializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.ListIngestionJobsRequest.FromString,
+                    response_serializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.ListIngestionJobsResponse.SerializeToString,
+            ),
+            'CancelIngestionJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelIngestionJob,
+                    request_deserializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.CancelIngestionJobRequest.FromString,
+                    response_serializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.CancelIngestionJobResponse.SerializeToString,
+            ),
+            'RetryIngestionJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetryIngestionJob,
+                    request_deserializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.RetryIngestionJobRequest.FromString,
+                    response_serializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.RetryIngestionJobResponse.SerializeToString,
             ),
             'ListDocuments': grpc.unary_stream_rpc_method_handler(
                     servicer.ListDocuments,
@@ -367,6 +452,141 @@ class GatewayService:
             '/tailrace.gateway.v1.GatewayService/IngestDocuments',
             tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.IngestDocumentsRequest.SerializeToString,
             tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.IngestDocumentsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetIngestionJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tailrace.gateway.v1.GatewayService/GetIngestionJob',
+            tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.GetIngestionJobRequest.SerializeToString,
+            tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.GetIngestionJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchIngestionJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tailrace.gateway.v1.GatewayService/WatchIngestionJob',
+            tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.WatchIngestionJobRequest.SerializeToString,
+            tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.IngestDocumentsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListIngestionJobs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tailrace.gateway.v1.GatewayService/ListIngestionJobs',
+            tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.ListIngestionJobsRequest.SerializeToString,
+            tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.ListIngestionJobsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelIngestionJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tailrace.gateway.v1.GatewayService/CancelIngestionJob',
+            tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.CancelIngestionJobRequest.SerializeToString,
+            tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.CancelIngestionJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetryIngestionJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tailrace.gateway.v1.GatewayService/RetryIngestionJob',
+            tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.RetryIngestionJobRequest.SerializeToString,
+            tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.RetryIngestionJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,16 @@ class GatewayServiceStub:
     """See tailrace.retrieval.v1.RetrievalService.Search."""
     IngestDocuments: _grpc.StreamStreamMultiCallable[_retrieval_service_pb2.IngestDocumentsRequest, _retrieval_service_pb2.IngestDocumentsResponse]
     """See tailrace.retrieval.v1.RetrievalService.IngestDocuments."""
+    GetIngestionJob: _grpc.UnaryUnaryMultiCallable[_retrieval_service_pb2.GetIngestionJobRequest, _retrieval_service_pb2.GetIngestionJobResponse]
+    """See tailrace.retrieval.v1.RetrievalService.GetIngestionJob."""
+    WatchIngestionJob: _grpc.UnaryStreamMultiCallable[_retrieval_service_pb2.WatchIngestionJobRequest, _retrieval_service_pb2.IngestDocumentsResponse]
+    """See tailrace.retrieval.v1.RetrievalService.WatchIngestionJob."""
+    ListIngestionJobs: _grpc.UnaryStreamMultiCallable[_retrieval_service_pb2.ListIngestionJobsRequest, _retrieval_service_pb2.ListIngestionJobsResponse]
+    """See tailrace.retrieval.v1.RetrievalService.ListIngestionJobs."""
+    CancelIngestionJob: _grpc.UnaryUnaryMultiCallable[_retrieval_service_pb2.CancelIngestionJobRequest, _retrieval_service_pb2.CancelIngestionJobResponse]
+    """See tailrace.retrieval.v1.RetrievalService.CancelIngestionJob."""
+    RetryIngestionJob: _grpc.UnaryUnaryMultiCallable[_retrieval_service_pb2.RetryIngestionJobRequest, _retrieval_service_pb2.RetryIngestionJobResponse]
+    """See tailrace.retrieval.v1.RetrievalService.RetryIngestionJob."""
     ListDocuments: _grpc.UnaryStreamMultiCallable[_retrieval_service_pb2.ListDocumentsRequest, _retrieval_service_pb2.ListDocumentsResponse]
     """See tailrace.retrieval.v1.RetrievalService.ListDocuments."""
     ListCollections: _grpc.UnaryStreamMultiCallable[_retrieval_service_pb2.ListCollectionsRequest, _retrieval_service_pb2.ListCollectionsResponse]
@@ -71,6 +81,16 @@ class GatewayServiceAsyncStub(GatewayServiceStub):
     """See tailrace.retrieval.v1.RetrievalService.Search."""
     IngestDocuments: _aio.StreamStreamMultiCallable[_retrieval_service_pb2.IngestDocumentsRequest, _retrieval_service_pb2.IngestDocumentsResponse]  # type: ignore[assignment]
     """See tailrace.retrieval.v1.RetrievalService.IngestDocuments."""
+    GetIngestionJob: _aio.UnaryUnaryMultiCallable[_retrieval_service_pb2.GetIngestionJobRequest, _retrieval_service_pb2.GetIngestionJobResponse]  # type: ignore[assignment]
+    """See tailrace.retrieval.v1.RetrievalService.GetIngestionJob."""
+    WatchIngestionJob: _aio.UnaryStreamMultiCallable[_retrieval_service_pb2.WatchIngestionJobRequest, _retrieval_service_pb2.IngestDocumentsResponse]  # type: ignore[assignment]
+    """See tailrace.retrieval.v1.RetrievalService.WatchIngestionJob."""
+    ListIngestionJobs: _aio.UnaryStreamMultiCallable[_retrieval_service_pb2.ListIngestionJobsRequest, _retrieval_service_pb2.ListIngestionJobsResponse]  # type: ignore[assignment]
+    """See tailrace.retrieval.v1.RetrievalService.ListIngestionJobs."""
+    CancelIngestionJob: _aio.UnaryUnaryMultiCallable[_retrieval_service_pb2.CancelIngestionJobRequest, _retrieval_service_pb2.CancelIngestionJobResponse]  # type: ignore[assignment]
+    """See tailrace.retrieval.v1.RetrievalService.CancelIngestionJob."""
+    RetryIngestionJob: _aio.UnaryUnaryMultiCallable[_retrieval_service_pb2.RetryIngestionJobRequest, _retrieval_service_pb2.RetryIngestionJobResponse]  # type: ignore[assignment]
+    """See tailrace.retrieval.v1.RetrievalService.RetryIngestionJob."""
     ListDocuments: _aio.UnaryStreamMultiCallable[_retrieval_service_pb2.ListDocumentsRequest, _retrieval_service_pb2.ListDocumentsResponse]  # type: ignore[assignment]
     """See tailrace.retrieval.v1.RetrievalService.ListDocuments."""
     ListCollections: _aio.UnaryStreamMultiCallable[_retrieval_service_pb2.ListCollectionsRequest, _retrieval_service_pb2.ListCollectionsResponse]  # type: ignore[assignment]
@@ -124,6 +144,46 @@ class GatewayServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_retrieval_service_pb2.IngestDocumentsResponse], _abc.AsyncIterator[_retrieval_service_pb2.IngestDocumentsResponse]]:
         """See tailrace.retrieval.v1.RetrievalService.IngestDocuments."""
+
+    @_abc_1.abstractmethod
+    def GetIngestionJob(
+        self,
+        request: _retrieval_service_pb2.GetIngestionJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_retrieval_service_pb2.GetIngestionJobResponse, _abc.Awaitable[_retrieval_service_pb2.GetIngestionJobResponse]]:
+        """See tailrace.retrieval.v1.RetrievalService.GetIngestionJob."""
+
+    @_abc_1.abstractmethod
+    def WatchIngestionJob(
+        self,
+        request: _retrieval_service_pb2.WatchIngestionJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_retrieval_service_pb2.IngestDocumentsResponse], _abc.AsyncIterator[_retrieval_service_pb2.IngestDocumentsResponse]]:
+        """See tailrace.retrieval.v1.RetrievalService.WatchIngestionJob."""
+
+    @_abc_1.abstractmethod
+    def ListIngestionJobs(
+        self,
+        request: _retrieval_service_pb2.ListIngestionJobsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_retrieval_service_pb2.ListIngestionJobsResponse], _abc.AsyncIterator[_retrieval_service_pb2.ListIngestionJobsResponse]]:
+        """See tailrace.retrieval.v1.RetrievalService.ListIngestionJobs."""
+
+    @_abc_1.abstractmethod
+    def CancelIngestionJob(
+        self,
+        request: _retrieval_service_pb2.CancelIngestionJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_retrieval_service_pb2.CancelIngestionJobResponse, _abc.Awaitable[_retrieval_service_pb2.CancelIngestionJobResponse]]:
+        """See tailrace.retrieval.v1.RetrievalService.CancelIngestionJob."""
+
+    @_abc_1.abstractmethod
+    def RetryIngestionJob(
+        self,
+        request: _retrieval_service_pb2.RetryIngestionJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_retrieval_service_pb2.RetryIngestionJobResponse, _abc.Awaitable[_retrieval_service_pb2.RetryIngestionJobResponse]]:
+        """See tailrace.retrieval.v1.RetrievalService.RetryIngestionJob."""
 
     @_abc_1.abstractmethod
     def ListDocuments(

@@ -1,0 +1,225 @@
+"""Ingestion jobs: visible to whom they belong, cancelled, retried, shared by replicas, taken over from a dead one."""
+
+import asyncio
+import contextlib
+import random
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import redis.asyncio as redis
+from qdrant_client import AsyncQdrantClient
+
+from services.chassis.clock import SystemClock
+from services.chassis.errors import NotFound, Unavailable
+from services.chassis.principal import Principal
+from services.local.stores import Valkey
+from services.retrieval.domain import Progress, Stage, Upload
+from services.retrieval.jobs import Claim, Owner, Taken, Told
+from services.retrieval.ports import CHUNKS, DOCUMENTS, SYSTEM_TENANT, Filter
+from services.retrieval.qdrant_store import QdrantStore
+from services.retrieval.redis_jobs import RedisJobs
+from services.retrieval.registry import Registry
+from tailrace.retrieval.v1 import retrieval_service_pb2 as pb
+from tests.integration.retrieval.retrieval_kit import Retrieval, own_valkey
+from tests.integration.retrieval.test_retrieval_recovery import TENANT, draft
+
+ANN, BOB = Owner("acme", "ann"), Owner("globex", "bob")
+
+
+@pytest.fixture
+async def own() -> AsyncIterator[Valkey]:
+    """A Valkey with nothing in it."""
+    async with own_valkey() as valkey:
+        yield valkey
+
+
+@contextlib.asynccontextmanager
+async def store_of(valkey: Valkey, **settings: Any) -> AsyncIterator[RedisJobs]:
+    """The store as a replica of its own sees it."""
+    bounds = {"jobs_max": 8, "bytes_max": 1000, "lease_s": 30.0, "kept_s": 60.0, "timeout_s": 5.0, **settings}
+    async with redis.Redis.from_url(valkey.url, retry=None) as client:
+        yield RedisJobs(client, client, str(uuid.uuid4()), **bounds)
+
+
+async def hand_in(store: RedisJobs, job_id: str, index: int, content: bytes = b"text", *, staged: bool = False) -> Taken:
+    upload = Upload(b"", source_uri=f"{index}.txt")
+    return await store.add(job_id, upload, Progress(index, upload.name, Stage.RECEIVED, bytes=len(content)), [content], staged=staged)
+
+
+async def begun(store: RedisJobs, owner: Owner, documents: int) -> str:
+    job_id = str(uuid.uuid4())
+    assert await store.begin(job_id, owner)
+    for index in range(documents):
+        assert Taken.TAKEN == await hand_in(store, job_id, index)
+    await store.close(job_id, commit=True)
+    return job_id
+
+
+def at(claim: Claim, stage: Stage, **fields: Any) -> Told:
+    progress = Progress(claim.index, claim.latest.name, stage, bytes=claim.latest.bytes, attempt=claim.latest.attempt, **fields)
+    return Told(claim, progress, committing=stage is Stage.EMBEDDED)
+
+
+async def claimed(store: RedisJobs) -> Claim:
+    claim = await store.claim()
+    assert claim is not None
+    return claim
+
+
+async def test_a_large_job_does_not_starve_another_tenant(own: Valkey) -> None:
+    """Tenants take turns, so a single document is second at the latest."""
+    async with store_of(own) as store:
+        large = await begun(store, ANN, 20)
+        single = await begun(store, BOB, 1)
+
+        assert single in [(await claimed(store)).job_id for _ in range(2)]
+        assert large == (await claimed(store)).job_id
+
+
+async def test_a_dead_replicas_document_goes_to_another_and_its_words_count_no_more(own: Valkey) -> None:
+    """After the lease; the second attempt says that it is one, and content and counts are whole."""
+    async with store_of(own, lease_s=0.2) as dying, store_of(own) as living:
+        job_id = await begun(dying, ANN, 1)
+        old = await claimed(dying)
+        async with asyncio.timeout(10):
+            while (new := await living.claim()) is None:  # noqa: ASYNC110 - a lease runs out by the clock of the store
+                await asyncio.sleep(0.02)
+
+        assert (1, 2, b"text") == (old.latest.attempt, new.latest.attempt, await living.content(new))
+        assert [False] == await dying.record([at(old, Stage.INDEXED)])
+        assert [True] == await living.record([at(new, Stage.INDEXED, chunks_total=3, chunks_done=3)])
+        state = await living.job(job_id)
+        assert state is not None
+        assert ("ended", {"indexed": 1}, 3, 3) == (state.status, state.stages, state.chunks_total, state.chunks_done)
+        assert await living.content(new) is None
+
+
+async def test_a_receiver_that_dies_leaves_a_job_that_ends(own: Valkey) -> None:
+    """What it had received, the last document included, is worked off by others."""
+    async with store_of(own, lease_s=0.2) as dying, store_of(own) as living:
+        job_id = str(uuid.uuid4())
+        await dying.begin(job_id, ANN)
+        await hand_in(dying, job_id, 0)
+        await hand_in(dying, job_id, 1, staged=True)
+        seen = set()
+        async with asyncio.timeout(10):
+            while len(seen) < 2:
+                if claim := await living.claim():
+                    seen.add(claim.index)
+                    await living.record([at(claim, Stage.INDEXED)])
+                await asyncio.sleep(0.02)
+
+        state = await living.job(job_id)
+        assert state is not None
+        assert state.ended
+        assert Taken.CLOSED == await hand_in(dying, job_id, 2)
+
+
+async def test_a_document_that_kills_every_replica_fails_at_last(own: Valkey) -> None:
+    """It is not tried for ever."""
+    async with store_of(own) as living:
+        job_id = await begun(living, ANN, 1)
+        for _ in range(5):
+            async with store_of(own, lease_s=0.001) as dying:
+                assert await dying.claim()
+            await asyncio.sleep(0.01)
+            await living.beat()
+
+        assert await living.claim() is None
+        assert [("failed", "INTERNAL")] == [(row.stage, row.error_reason) for row in await living.latest(job_id)]
+
+
+async def test_cancel_and_retry_by_document_and_as_a_whole(own: Valkey) -> None:
+    """What is being written is not cancelled; what was cancelled can be taken up again and the job ends a second time."""
+    async with store_of(own) as store:
+        job_id = await begun(store, ANN, 4)
+        writing, working = await claimed(store), await claimed(store)
+        await store.record([at(writing, Stage.EMBEDDED)])
+
+        assert (1, 2, 0) == (await store.cancel(job_id, 3), await store.cancel(job_id, None), await store.cancel(job_id, None))
+        assert [False] == await store.record([at(working, Stage.PARSED)])
+        assert {writing.key} == await store.beat()
+        assert [True] == await store.record([at(writing, Stage.INDEXED)])
+        assert (1, 2) == (await store.retry(job_id, 3), await store.retry(job_id, None))
+        while claim := await store.claim():
+            await store.record([at(claim, Stage.INDEXED)])
+        told = [row async for row in store.events(job_id)]
+        assert {"indexed": 4} == (await store.job(job_id)).stages  # type: ignore[union-attr]
+        assert 3 == sum(row.stage is Stage.CANCELLED for row in told)
+
+
+async def test_a_full_store_says_so_and_one_job_cannot_fill_it(own: Valkey) -> None:
+    """Half of it for one job; what only waits for a retry makes room."""
+    async with store_of(own, bytes_max=100) as store:
+        one, two, three = (str(uuid.uuid4()) for _ in range(3))
+        for job_id in (one, two, three):
+            await store.begin(job_id, ANN)
+        assert [Taken.TAKEN, Taken.WAIT] == [await hand_in(store, one, index, b"x" * 50) for index in range(2)]
+        assert [Taken.TAKEN, Taken.FULL] == [await hand_in(store, job, 0, b"x" * 50) for job in (two, three)]
+        await store.close(one, commit=True)
+        await store.cancel(one, None)
+
+        assert Taken.TAKEN == await hand_in(store, three, 0, b"x" * 50)
+        assert 0 == await store.retry(one, None)
+
+
+async def test_too_many_jobs_are_refused_and_old_ones_forgotten(own: Valkey) -> None:
+    """Nothing of a forgotten job is left behind."""
+    async with store_of(own, jobs_max=1, kept_s=0.0) as store:
+        job_id = await begun(store, ANN, 1)
+        assert not await store.begin(str(uuid.uuid4()), ANN)
+        await store.record([at(await claimed(store), Stage.FAILED)])
+        await store.sweep()
+
+        assert await store.job(job_id) is None
+        assert [] == await store.page("acme", "", 10, None)
+        assert [] == [row async for row in store.events(job_id)]
+
+
+async def test_a_store_that_is_away_is_said_to_be(own: Valkey) -> None:
+    """By name."""
+    async with store_of(own) as store:
+        await own.stop()
+        for call in (store.claim(), store.check(), store.job("x"), store.begin("x", ANN)):
+            with pytest.raises(Unavailable) as away:
+                await call
+            assert "redis" == away.value.metadata["dependency"]
+
+
+async def test_jobs_are_seen_by_their_user_and_by_admins_alone(retrieval: Retrieval, ann: Principal) -> None:
+    """Another user of the tenant is told what is told of jobs that never were, in every call."""
+    bob, admin = Principal(ann.tenant, "bob"), Principal(ann.tenant, "root", frozenset({"admin"}))
+    job_id = (await retrieval.ingest(ann, {"a.md": "# A\n\nText.\n", "bad.txt": ""}))[0].job_id
+
+    for who, seen in ((ann, [job_id]), (admin, [job_id]), (bob, [])):
+        rows = await retrieval.stream("ListIngestionJobs", pb.ListIngestionJobsRequest(), who)
+        assert seen == [row.job_id for row in rows]
+    calls = (("Get", pb.GetIngestionJobRequest), ("Cancel", pb.CancelIngestionJobRequest), ("Retry", pb.RetryIngestionJobRequest))
+    for name, request in calls:
+        with pytest.raises(NotFound):
+            await retrieval.ask(f"{name}IngestionJob", request(job_id=job_id), bob)
+        assert await retrieval.ask(f"{name}IngestionJob", request(job_id=job_id), admin)
+
+
+async def test_two_replicas_that_change_one_document_leave_one_version_and_no_orphan(own: Valkey) -> None:
+    """Each has a registry of its own on one store. What was received last stays, whoever is quicker; no chunk of another is left."""
+    vectors = QdrantStore(AsyncQdrantClient(":memory:"), 2, "any")
+    await vectors.prepare()
+    async with store_of(own) as one, store_of(own) as other:
+        registries = [Registry(vectors, SystemClock(), replica.turn) for replica in (one, other)]
+        changes = [
+            registries[number % 2].replace(replace(document, received=number), chunks, dense, sparse)
+            for number in range(8)
+            for document, chunks, dense, sparse in [draft(f"v{number}")]
+        ]
+        random.Random(3).shuffle(changes)
+        await asyncio.gather(*changes)
+        latest = await registries[0].document(TENANT, draft("v7")[0].document_id)
+
+        assert "v7" == latest.content_sha256
+        assert (3, 0) == (await vectors.count(CHUNKS, Filter(TENANT)), await vectors.count(DOCUMENTS, Filter(SYSTEM_TENANT)))
+        assert [f"v7 {ordinal}" for ordinal in range(3)] == [row.chunk.text for row in await registries[1].chunks(latest, 0, 9)]
+    await vectors.close()

@@ -204,6 +204,7 @@ async def test_jobs_are_seen_by_their_user_and_by_admins_alone(retrieval: Retrie
         assert await retrieval.ask(f"{name}IngestionJob", request(job_id=job_id), admin)
 
 
+@pytest.mark.filterwarnings("ignore:Payload indexes have no effect")
 async def test_two_replicas_that_change_one_document_leave_one_version_and_no_orphan(own: Valkey) -> None:
     """Each has a registry of its own on one store. What was received last stays, whoever is quicker; no chunk of another is left."""
     vectors = QdrantStore(AsyncQdrantClient(":memory:"), 2, "any")

@@ -113,6 +113,8 @@ class Document:
     metadata: Mapping[str, Fact] = field(default_factory=dict)
     pages: int = 0
     """0 = it has none."""
+    language: str = ""
+    """ISO 639-1 code of what most of it is in; empty = not known."""
 
 
 @dataclass(frozen=True, slots=True)

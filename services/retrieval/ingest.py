@@ -249,7 +249,8 @@ class Ingestion:
         texts = [in_context(title, chunk) for chunk in chunks]
         with span("retrieval.embed_chunks"):
             dense = await self._embedded(texts, lambda done: tell(replace(state, chunks_done=done)))
-        sparse = await asyncio.to_thread(lambda: [pipeline.sparse.document(text) for text in texts])
+        language = await asyncio.to_thread(pipeline.sparse.language, extracted.text)
+        sparse = await asyncio.to_thread(lambda: [pipeline.sparse.document(text, language) for text in texts])
         state = replace(state, stage=Stage.EMBEDDED, chunks_done=len(chunks))
         tell(state)
         draft = Document(
@@ -268,6 +269,7 @@ class Ingestion:
             revision="",
             metadata=dict(upload.metadata),
             pages=len(extracted.page_starts),
+            language=language,
         )
         with span("retrieval.index"):
             # From here on the change is made whole, whoever leaves.

@@ -422,6 +422,7 @@ def _document_message(document: Document) -> pb.Document:
         indexed_at=timestamp(datetime.fromtimestamp(document.indexed_us / 1_000_000, UTC)),
         metadata={key: _value(fact) for key, fact in document.metadata.items()},
         pages=document.pages,
+        language=document.language,
     )
 
 

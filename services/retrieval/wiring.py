@@ -51,7 +51,7 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         await stack.enter_async_context(upkeep.running())
         answers = AnswerCache(store, embedder, clock, similarity_min=settings.cache_similarity_min, ttl_s=settings.cache_ttl_s)
         weights = (settings.fusion_weight_dense, settings.fusion_weight_sparse)
-        searcher = Searcher(store, registry, sparse, Fusion(settings.fusion, settings.fusion_prefetch, weights=weights))
+        searcher = Searcher(store, registry, sparse, embedder, Fusion(settings.fusion, settings.fusion_prefetch, weights=weights))
         ingestion = Ingestion(
             Pipeline(embedder, sparse, registry),
             afterwork,

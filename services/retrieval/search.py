@@ -2,17 +2,28 @@
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from services.retrieval.access import Reach
 from services.retrieval.domain import Document, Passage, SearchMode, StoredChunk
-from services.retrieval.fusion import familiarity, fused
+from services.retrieval.fusion import Fused, familiarity, fused
 from services.retrieval.ports import CHUNKS, Embedder, Fusion, Query, Record, SparseEncoder, VectorStore
 from services.retrieval.registry import Registry
 
 REFILL_FACTOR = 4
 FAMILIARITY_CHARACTERS = 500
 """So much of a question tells whether the embedder knows its language; counting its pieces takes a fraction of a millisecond."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A passage, the chunk and document it is from, and how it came to its place."""
+
+    passage: Passage
+    stored: StoredChunk
+    document: Document
+    fused: Fused
+    dense_weight: float
 
 
 class Searcher:
@@ -29,6 +40,18 @@ class Searcher:
         self, reach: Reach, text: str, dense: Sequence[float] | None, *, limit: int, mode: SearchMode, document_ids: tuple[str, ...] = ()
     ) -> list[Passage]:
         """The best `limit` passages, best first, numbered from 1. `dense` may be left out when the mode is sparse."""
+        return [hit.passage for hit in await self.hits(reach, text, dense, limit=limit, mode=mode, document_ids=document_ids)]
+
+    async def neighbours(self, hit: Hit, count: int) -> tuple[list[StoredChunk], list[StoredChunk]]:
+        """Up to `count` chunks before and after a hit, in reading order, of the version the hit is from."""
+        place = hit.stored.chunk.ordinal
+        around = await self._registry.chunks(hit.document, max(0, place - count), min(place, count) + 1 + count)
+        return [stored for stored in around if stored.chunk.ordinal < place], [stored for stored in around if stored.chunk.ordinal > place]
+
+    async def hits(
+        self, reach: Reach, text: str, dense: Sequence[float] | None, *, limit: int, mode: SearchMode, document_ids: tuple[str, ...] = ()
+    ) -> list[Hit]:
+        """As `passages`, with what each came from."""
         where = reach.where()
         if document_ids:
             where = replace(where, any_of={"document_id": document_ids})
@@ -36,27 +59,34 @@ class Searcher:
         if sparse is not None and not sparse.indices:
             sparse = None  # nothing but stop words: no word to search by
         query = Query(where, limit, dense=None if mode is SearchMode.SPARSE else dense, sparse=sparse)
-        hits = await self._hits(query, text)
-        kept = await self._registry.current(reach.tenant, hits)
-        if len(kept) < len(hits):
+        weight = self._dense_weight(text) if query.dense is not None and query.sparse is not None else float(query.dense is not None)
+        records, seen = await self._ranked(query, weight)
+        kept = await self._registry.current(reach.tenant, records)
+        if len(kept) < len(records):
             # A document is being replaced this very moment: chunks of two versions compete. Look further down once.
-            hits = await self._hits(replace(query, limit=limit * REFILL_FACTOR), text)
-            kept = (await self._registry.current(reach.tenant, hits))[:limit]
-        return [_passage(number, *row) for number, row in enumerate(kept, 1)]
+            records, seen = await self._ranked(replace(query, limit=limit * REFILL_FACTOR), weight)
+            kept = (await self._registry.current(reach.tenant, records))[:limit]
+        return [
+            Hit(_passage(number, stored, document, score), stored, document, seen[stored.chunk_id], weight)
+            for number, (stored, document, score) in enumerate(kept, 1)
+        ]
 
-    async def _hits(self, query: Query, text: str) -> list[Record]:
-        if query.dense is None and query.sparse is None:
-            return []
-        if query.dense is None or query.sparse is None:
-            return await self._store.search(CHUNKS, query)
-        brought = max(self._fusion.prefetch, query.limit)
+    async def _ranked(self, query: Query, dense_weight: float) -> tuple[list[Record], dict[str, Fused]]:
+        """The best candidates, and how the rankings saw each. A ranking asked alone keeps its own scores."""
+        alone = query.dense is None or query.sparse is None
+        brought = query.limit if alone else max(self._fusion.prefetch, query.limit)
         dense, sparse = await asyncio.gather(
-            self._store.search(CHUNKS, replace(query, sparse=None, limit=brought)),
-            self._store.search(CHUNKS, replace(query, dense=None, limit=brought)),
+            self._leg(replace(query, sparse=None, limit=brought)), self._leg(replace(query, dense=None, limit=brought))
         )
         records = {record.id: record for record in (*dense, *sparse)}
-        best = fused(dense, sparse, self._dense_weight(text), self._fusion.mode, self._fusion.rrf_k)[: query.limit]
-        return [replace(records[candidate.id], score=candidate.score) for candidate in best]
+        best = fused(dense, sparse, dense_weight, self._fusion.mode, self._fusion.rrf_k)[: query.limit]
+        seen = {candidate.id: candidate for candidate in best}
+        if alone:
+            return [*dense, *sparse], seen
+        return [replace(records[candidate.id], score=candidate.score) for candidate in best], seen
+
+    async def _leg(self, query: Query) -> list[Record]:
+        return [] if query.dense is None and query.sparse is None else await self._store.search(CHUNKS, query)
 
     def _dense_weight(self, text: str) -> float:
         """Share of meaning, 0-1: as set, and less where the embedder's vocabulary does not know the question's language."""

@@ -91,15 +91,15 @@ class Settings(ServiceSettings):
     gemini_api_key: SecretStr = Field(SecretStr(""), validation_alias="GEMINI_API_KEY")
     """Its key. Or GEMINI_API_KEY_FILE."""
     language: str = Field("english", pattern="^[a-z]{2,20}$", validation_alias="TAILRACE_RETRIEVAL_LANGUAGE")
-    """Language whose endings and stop words the word search knows."""
+    """Language whose endings and stop words the word search takes where the language of a text cannot be told."""
     fusion: Literal["dbsf", "rrf"] = Field("dbsf", validation_alias="TAILRACE_RETRIEVAL_FUSION")
-    """How meaning and words are fused. DBSF measured best: see bench/retrieval_quality.py."""
+    """How meaning and words are fused: by scores, each normalised by its own spread (measured best), or by ranks."""
     fusion_prefetch: int = Field(100, ge=10, le=1000, validation_alias="TAILRACE_RETRIEVAL_FUSION_PREFETCH")
     """Candidates each of the two rankings brings."""
     fusion_weight_dense: float = Field(1.0, ge=0, le=100, validation_alias="TAILRACE_RETRIEVAL_FUSION_WEIGHT_DENSE")
-    """Weight of meaning, for rrf."""
+    """Weight of meaning. It falls by itself where the embedder does not know the language of a question."""
     fusion_weight_sparse: float = Field(1.0, ge=0, le=100, validation_alias="TAILRACE_RETRIEVAL_FUSION_WEIGHT_SPARSE")
-    """Weight of words, for rrf."""
+    """Weight of words. Only the ratio of the two weights counts."""
     cache_similarity_min: float = Field(0.9, ge=0.5, le=1.0, validation_alias="TAILRACE_RETRIEVAL_CACHE_SIMILARITY_MIN")
     """Least cosine similarity of two questions that may share an answer. Chosen by measuring: see bench/cache_quality.py."""
     cache_ttl_s: float = Field(86_400, ge=1, le=31_536_000, validation_alias="TAILRACE_RETRIEVAL_CACHE_TTL_S")

@@ -118,6 +118,8 @@ class Document:
     """Names of those who may read it, as `access.readers_of` makes them; empty = everybody in the tenant."""
     received: int = 0
     """Place of this version in the order in which documents were received; an older one never takes the place of a newer one."""
+    language: str = ""
+    """ISO 639-1 code of what most of it is in; empty = not known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -192,10 +192,18 @@ class Encodings:
         """What weighs words as they are weighed in `encoding`."""
         return self._sparse if encoding.encoder_id == self._sparse.encoder_id else self._make_sparse(encoding.encoder_id)
 
-    async def encode(self, encoding: Encoding, texts: Sequence[str]) -> tuple[Vectors | None, list[Sparse]]:
-        """`texts` in `encoding`, in the documents' lane. Without dense vectors if its embedder cannot be opened here (any more)."""
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """As the embedder that is set counts them. Blocks: a few short texts at most on the event loop."""
+        return self._embedder.count_tokens(texts)
+
+    async def encode(self, encoding: Encoding, texts: Sequence[str], language: str) -> tuple[Vectors | None, list[Sparse]]:
+        """`texts` of one document in `encoding`, in the documents' lane; its `language` is told by the texts if it is not known.
+
+        Without dense vectors if the embedder cannot be opened here (any more).
+        """
         words = self.words(encoding)
-        sparse = await asyncio.to_thread(lambda: [words.document(text) for text in texts])
+        spoken = language or await asyncio.to_thread(words.language, "\n".join(texts))
+        sparse = await asyncio.to_thread(lambda: [words.document(text, spoken) for text in texts])
         try:
             embedder = await self._embedder_of(encoding)
         except Unavailable:

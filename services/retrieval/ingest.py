@@ -381,7 +381,8 @@ class Ingestion:
         texts = [in_context(title, chunk) for chunk in chunks]
         with span("retrieval.embed_chunks"):
             dense = await self._embedded(texts, lambda done: tell(replace(state, chunks_done=done)))
-        sparse = await asyncio.to_thread(lambda: [pipeline.sparse.document(text) for text in texts])
+        language = await asyncio.to_thread(pipeline.sparse.language, extracted.text)
+        sparse = await asyncio.to_thread(lambda: [pipeline.sparse.document(text, language) for text in texts])
         state = replace(state, stage=Stage.EMBEDDED, chunks_done=len(chunks))
         if not await tell(state):
             raise _Lost
@@ -403,6 +404,7 @@ class Ingestion:
             pages=len(extracted.page_starts),
             readers=readers,
             received=claim.received,
+            language=language,
         )
 
         async def write() -> None:

@@ -93,7 +93,7 @@ class Fusion:
     """How many candidates each ranking brings."""
     rrf_k: int = 60
     weights: tuple[float, float] = (1.0, 1.0)
-    """Dense, sparse. For `rrf` only."""
+    """Dense, sparse. Only their ratio counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +197,13 @@ class SparseEncoder(Protocol):
     @property
     def encoder_id(self) -> str: ...
 
-    def document(self, text: str) -> Sparse: ...
+    def language(self, text: str) -> str:
+        """ISO 639-1 code of the language of a text; empty = it cannot be told."""
+        ...
+
+    def document(self, text: str, language: str = "") -> Sparse:
+        """`language` as `language()` told it for the whole document."""
+        ...
 
     def query(self, text: str) -> Sparse: ...
 

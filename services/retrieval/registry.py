@@ -195,7 +195,7 @@ class Registry:
             texts = [in_context(document.title, _stored_chunk(record).chunk) for record in records]
             if not texts:
                 return False  # changed by another replica in the meantime
-            dense, sparse = await encodings.encode(target, texts)
+            dense, sparse = await encodings.encode(target, texts, document.language)
             if dense is None:
                 raise Unavailable("the embedder that is set cannot be opened", dependency="embedder")
             # Like a new version's: whatever happens, the revision that the document points at stays, and no other.
@@ -278,7 +278,7 @@ class Registry:
                     continue
                 for begin in range(0, len(chunks), CHUNKS_PER_REENCODING):
                     some = chunks[begin : begin + CHUNKS_PER_REENCODING]
-                    rows, words = await encodings.encode(encoding, [in_context(new.title, chunk) for chunk in some])
+                    rows, words = await encodings.encode(encoding, [in_context(new.title, chunk) for chunk in some], new.language)
                     await self._write_chunks(encoding.chunks, new, some, rows, words)
             written |= missing
 

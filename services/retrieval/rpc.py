@@ -36,6 +36,7 @@ from services.retrieval.ingest import DOCUMENTS_PER_JOB_MAX, Ingestion
 from services.retrieval.intake import Begin, take_in
 from services.retrieval.jobs import JobState, Owner
 from services.retrieval.recall import Judged, Memory, Part, Question, Started, recall
+from services.retrieval.search import Hit
 from tailrace.common.v1 import common_pb2
 from tailrace.retrieval.v1 import retrieval_service_pb2 as pb
 from tailrace.retrieval.v1 import retrieval_service_pb2_grpc as pb_grpc
@@ -44,6 +45,7 @@ TEXT_BYTES_MAX = 32 * 1024
 PASSAGES_MAX = 32
 HITS_MAX = 100
 HITS_DEFAULT = 10
+NEIGHBOURS_MAX = 5
 DOCUMENT_FILTER_MAX = 100
 TEXTS_MAX = 256
 PAGE_MAX = 1000
@@ -102,14 +104,24 @@ class RetrievalServicer(pb_grpc.RetrievalServiceServicer):
         if len(request.document_ids) > DOCUMENT_FILTER_MAX:
             raise RequestInvalid("too many documents to search in", field="document_ids", bound=f"at most {DOCUMENT_FILTER_MAX}")
         reach, mode = reach_of(current_principal(), request.collection), _MODES[request.mode]
-        encodings = self._memory.encodings
+        if request.metadata or request.more_collections:
+            # A condition that is not held to would show what was to be left out.
+            raise NotImplementedError
+        around = _within(request.neighbours, "neighbours", 0, NEIGHBOURS_MAX)
+        encodings, searcher = self._memory.encodings, self._memory.searcher
         encoding = await encodings.answering(reach.tenant, reach.collection)
         dense = None if mode is SearchMode.SPARSE else await encodings.question(encoding, query, needed=mode is SearchMode.DENSE)
-        passages = await self._memory.searcher.passages(
+        for hit in await searcher.hits(
             reach, query, dense, limit=limit, mode=mode, encoding=encoding, document_ids=tuple(request.document_ids)
-        )
-        for passage in passages:
-            await context.write(pb.SearchResponse(hit=_passage_message(passage)))
+        ):
+            before, after = await searcher.neighbours(hit, around) if around else ([], [])
+            row = pb.SearchResponse(
+                hit=_passage_message(hit.passage),
+                explanation=_explanation_message(hit, encoding.embedder_id) if request.explain else None,
+                before=[_chunk_message(stored) for stored in before],
+                after=[_chunk_message(stored) for stored in after],
+            )
+            await context.write(row)
 
     async def Embed(self, request: pb.EmbedRequest, context: grpc.aio.ServicerContext) -> pb.EmbedResponse:
         if not 1 <= len(request.texts) <= TEXTS_MAX:
@@ -451,6 +463,18 @@ def _passage_message(passage: Passage) -> common_pb2.CitedPassage:
     )
 
 
+def _explanation_message(hit: Hit, embedder_id: str) -> pb.HitExplanation:
+    return pb.HitExplanation(
+        dense_rank=hit.fused.dense_rank,
+        dense_score=hit.fused.dense_score,
+        sparse_rank=hit.fused.sparse_rank,
+        sparse_score=hit.fused.sparse_score,
+        dense_weight=hit.dense_weight,
+        fused_score=hit.passage.score,
+        embedder_id=embedder_id,
+    )
+
+
 def _passage_value(message: common_pb2.CitedPassage) -> Passage:
     return Passage(
         number=message.number,
@@ -524,6 +548,7 @@ def _document_message(document: Document, viewer: Viewer, embedder_id: str) -> p
         pages=document.pages,
         embedder_id=embedder_id,
         access=pb.Access(users=shown.users, groups=shown.groups) if document.readers else None,
+        language=document.language,
     )
 
 

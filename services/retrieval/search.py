@@ -1,15 +1,32 @@
-"""Finding passages: one query to the store, checked against the registry. How rankings are fused is a setting."""
+"""Finding passages: both rankings asked of the store, fused, and checked against the registry. How they are scaled lives in fusion.py."""
 
+import asyncio
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from services.retrieval.access import Reach
 from services.retrieval.domain import Document, Passage, SearchMode, StoredChunk
 from services.retrieval.encoding_spaces import Encoding, Encodings
-from services.retrieval.ports import Fusion, Query, VectorStore
+from services.retrieval.fusion import Fused, familiarity, fused
+from services.retrieval.ports import Fusion, Query, Record, Space, VectorStore
 from services.retrieval.registry import Registry
 
 REFILL_FACTOR = 4
+ENGLISH_EMBEDDERS = "minilm"
+"""How the ids of embedders begin that learnt English alone; of all others nobody here knows better than to trust them."""
+FAMILIARITY_CHARACTERS = 500
+"""So much of a question tells whether the embedder knows its language; counting its pieces takes a fraction of a millisecond."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A passage, the chunk and document it is from, and how it came to its place."""
+
+    passage: Passage
+    stored: StoredChunk
+    document: Document
+    fused: Fused
+    dense_weight: float
 
 
 class Searcher:
@@ -33,25 +50,73 @@ class Searcher:
         document_ids: tuple[str, ...] = (),
     ) -> list[Passage]:
         """The best `limit` passages, best first, numbered from 1. `dense` is in `encoding`; without it, words alone are searched by."""
+        hits = await self.hits(reach, text, dense, limit=limit, mode=mode, encoding=encoding, document_ids=document_ids)
+        return [hit.passage for hit in hits]
+
+    async def neighbours(self, hit: Hit, count: int) -> tuple[list[StoredChunk], list[StoredChunk]]:
+        """Up to `count` chunks before and after a hit, in reading order, of the version the hit is from."""
+        place = hit.stored.chunk.ordinal
+        around = await self._registry.chunks(hit.document, max(0, place - count), min(place, count) + 1 + count)
+        return [stored for stored in around if stored.chunk.ordinal < place], [stored for stored in around if stored.chunk.ordinal > place]
+
+    async def hits(
+        self,
+        reach: Reach,
+        text: str,
+        dense: Sequence[float] | None,
+        *,
+        limit: int,
+        mode: SearchMode,
+        encoding: Encoding,
+        document_ids: tuple[str, ...] = (),
+    ) -> list[Hit]:
+        """As `passages`, with what each came from."""
         where = reach.where()
         if document_ids:
             where = replace(where, any_of={"document_id": document_ids})
-        query = Query(
-            where,
-            limit,
-            dense=None if mode is SearchMode.SPARSE else dense,
-            sparse=None if mode is SearchMode.DENSE else self._encodings.words(encoding).query(text),
-            fusion=self._fusion,
+        sparse = None if mode is SearchMode.DENSE else self._encodings.words(encoding).query(text)
+        if sparse is not None and not sparse.indices:
+            sparse = None  # nothing but stop words: no word to search by
+        query = Query(where, limit, dense=None if mode is SearchMode.SPARSE else dense, sparse=sparse)
+        weight = (
+            self._dense_weight(encoding, text) if query.dense is not None and query.sparse is not None else float(query.dense is not None)
         )
-        if query.dense is None and query.sparse is not None and not query.sparse.indices:
-            return []  # nothing but stop words: no word to search by
-        hits = await self._store.search(encoding.chunks, query)
-        kept = await self._registry.current(reach.viewer, hits)
-        if len(kept) < len(hits):
+        records, seen = await self._ranked(encoding.chunks, query, weight)
+        kept = await self._registry.current(reach.viewer, records)
+        if len(kept) < len(records):
             # A document is being replaced this very moment: chunks of two versions compete. Look further down once.
-            hits = await self._store.search(encoding.chunks, replace(query, limit=limit * REFILL_FACTOR))
-            kept = (await self._registry.current(reach.viewer, hits))[:limit]
-        return [_passage(number, *row) for number, row in enumerate(kept, 1)]
+            records, seen = await self._ranked(encoding.chunks, replace(query, limit=limit * REFILL_FACTOR), weight)
+            kept = (await self._registry.current(reach.viewer, records))[:limit]
+        return [
+            Hit(_passage(number, stored, document, score), stored, document, seen[stored.chunk_id], weight)
+            for number, (stored, document, score) in enumerate(kept, 1)
+        ]
+
+    async def _ranked(self, space: Space, query: Query, dense_weight: float) -> tuple[list[Record], dict[str, Fused]]:
+        """The best candidates, and how the rankings saw each. A ranking asked alone keeps its own scores."""
+        alone = query.dense is None or query.sparse is None
+        brought = query.limit if alone else max(self._fusion.prefetch, query.limit)
+        dense, sparse = await asyncio.gather(
+            self._leg(space, replace(query, sparse=None, limit=brought)), self._leg(space, replace(query, dense=None, limit=brought))
+        )
+        records = {record.id: record for record in (*dense, *sparse)}
+        best = fused(dense, sparse, dense_weight, self._fusion.mode, self._fusion.rrf_k)[: query.limit]
+        seen = {candidate.id: candidate for candidate in best}
+        if alone:
+            return [*dense, *sparse], seen
+        return [replace(records[candidate.id], score=candidate.score) for candidate in best], seen
+
+    async def _leg(self, space: Space, query: Query) -> list[Record]:
+        return [] if query.dense is None and query.sparse is None else await self._store.search(space, query)
+
+    def _dense_weight(self, encoding: Encoding, text: str) -> float:
+        """Share of meaning, 0-1: as set, and less where the embedder's vocabulary does not know the question's language."""
+        meaning, words = self._fusion.weights
+        known = 1.0
+        if encoding.embedder_id.startswith(ENGLISH_EMBEDDERS):
+            start = text[:FAMILIARITY_CHARACTERS]
+            known = familiarity(sum(map(str.isalnum, start)), self._encodings.count_tokens([start])[0])
+        return meaning * known / (meaning * known + words) if meaning * known + words else 0.0
 
 
 def _passage(number: int, stored: StoredChunk, document: Document, score: float) -> Passage:

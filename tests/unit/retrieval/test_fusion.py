@@ -1,0 +1,40 @@
+"""How two rankings become one."""
+
+import pytest
+
+from services.retrieval.fusion import familiarity, fused
+from services.retrieval.ports import Record
+
+
+def ranking(**scores: float) -> list[Record]:
+    return [Record(name, {}, score) for name, score in scores.items()]
+
+
+@pytest.mark.parametrize("mode", ["dbsf", "rrf"])
+def test_what_both_rankings_name_comes_first(mode: str) -> None:
+    """And each candidate says where each ranking had it."""
+    best, *others = fused(ranking(meaning=0.9, both=0.8, far=0.1), ranking(words=9.0, both=8.0, off=1.0), 0.5, mode)
+
+    assert ("both", 2, 0.8, 2, 8.0) == (best.id, best.dense_rank, best.dense_score, best.sparse_rank, best.sparse_score)
+    assert {"meaning", "words", "far", "off"} == {other.id for other in others}
+    assert all((other.dense_rank is None) != (other.sparse_rank is None) for other in others)
+
+
+def test_a_ranking_without_weight_orders_nothing() -> None:
+    """Where the embedder knows no word of the language, the order is that of the words."""
+    hits = fused(ranking(c=0.9, a=0.5, x=0.4), ranking(a=3.0, b=2.0, c=1.0), 0.0)
+
+    assert ["a", "b", "c"] == [hit.id for hit in hits][:3]
+
+
+def test_rankings_of_one_or_of_equals_do_not_divide_by_nothing() -> None:
+    """No spread says nothing; ties go by id, whatever order they came in."""
+    assert ["a", "b"] == [hit.id for hit in fused(ranking(b=1.0, a=1.0), [], 0.5)]
+    assert ["a"] == [hit.id for hit in fused([], ranking(a=1.0), 0.5)]
+    assert [] == fused([], [], 0.5)
+
+
+@pytest.mark.parametrize(("characters", "pieces", "known"), [(40, 10, 1.0), (10, 10, 0.0), (24, 10, 0.5), (25, 1, 0.0), (0, 0, 0.0)])
+def test_a_language_is_known_by_the_length_of_its_pieces(characters: int, pieces: int, known: float) -> None:
+    """Words, letters, syllables, one unknown piece for a whole sentence, and nothing at all."""
+    assert known == pytest.approx(familiarity(characters, pieces))

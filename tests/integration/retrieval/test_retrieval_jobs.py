@@ -210,7 +210,7 @@ async def test_two_replicas_that_change_one_document_leave_one_version_and_no_or
     vectors = QdrantStore(AsyncQdrantClient(":memory:"), 2, "any")
     await vectors.prepare()
     async with store_of(own) as one, store_of(own) as other:
-        registries = [Registry(vectors, SystemClock(), replica.turn) for replica in (one, other)]
+        registries = [Registry(vectors, SystemClock(), turn=replica.turn) for replica in (one, other)]
         changes = [
             registries[number % 2].replace(replace(document, received=number), chunks, dense, sparse)
             for number in range(8)

@@ -152,7 +152,7 @@ BAD_BODIES: list[tuple[str, bytes, str]] = [
     ("/v1/search", b'{"query": "?", "limit": 101}', "limit"),
     ("/v1/search", b'{"query": "?", "limit": true}', "limit"),
     ("/v1/search", b'{"query": "' + b"x" * 32_769 + b'"}', "query"),
-    ("/v1/documents", b'{"title": "T", "text": "x", "metadata": {"a": 1}}', "metadata[...]"),
+    ("/v1/documents", b'{"title": "T", "text": "x", "metadata": {"a": [1]}}', "metadata[...]"),
     ("/v1/documents", b'{"title": "' + b"T" * 513 + b'", "text": "x"}', "title"),
     ("/v1/documents", b'{"title": "T", "text": "   "}', "text"),
 ]

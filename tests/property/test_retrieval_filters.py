@@ -144,6 +144,8 @@ def point(tenant: str, place: int, metadata: dict[str, Fact]) -> Point:
 )
 @example(documents=[{"a": 1.0, "b": 9.0}, {"a": 9.0}], asked=[Condition("a", at_least=5.0), Condition("b", below=5.0)], together=1)
 @example(documents=[{"a": True}, {"a": 1.0}, {"a": "True"}, {}], asked=[Condition("a", any_of=(True,)), Condition("a")], together=1)
+@example(documents=[{"a": -0.0}, {"a": 0.0}], asked=[Condition("a", any_of=(0.0,)), Condition("a", any_of=(-0.0,))], together=1)
+@example(documents=[{"a": MOMENTS[0]}, {"a": START + 0.0}], asked=[Condition("a", from_us=START), Condition("a", at_least=1.0)], together=1)
 @settings(max_examples=150, deadline=None)
 def test_every_store_finds_what_the_contract_says(
     stores: Stores, documents: list[dict[str, Fact]], asked: list[Condition], together: int

@@ -87,6 +87,10 @@ async def test_metadata_decides_what_is_searched(retrieval: Retrieval, ann: Prin
     assert {"old.md"} == await names(retrieval, ann, metadata=[condition("year", 1999.0, 7.0), condition("draft", False)])
     assert set() == await names(retrieval, ann, metadata=[condition("draft", 1.0)])
     assert {"new.md"} == await names(retrieval, ann, metadata=[condition("on", since=1_000_000_000)])
+    instant = 1_714_521_600
+    barely_after = timestamp_pb2.Timestamp(seconds=instant, nanos=1)
+    assert {"new.md"} == await names(retrieval, ann, metadata=[condition("on", since=instant, until=barely_after)])
+    assert set() == await names(retrieval, ann, metadata=[pb.MetadataCondition(key="on", **{"from": barely_after})])
     assert {"old.md", "bare.md"} == await names(retrieval, ann, metadata=[condition("draft", True, negated=True)])
     assert {"old.md"} == await names(retrieval, ann, metadata=[condition("tenant", "x")])
     assert set() == await names(retrieval, ann, metadata=[condition("tenant", ann.tenant)])
@@ -129,6 +133,8 @@ async def test_several_collections_are_searched_as_one(retrieval: Retrieval, ann
 
     assert {"one.md"} == await names(retrieval, ann, collection="one")
     assert {"one.md", "two.md"} == await names(retrieval, ann, collection="one", more_collections=["two", "one", "never"])
+    (third,) = (await retrieval.ids(ann, collection="three")).values()
+    assert set() == await names(retrieval, ann, collection="one", more_collections=["two"], document_ids=[third])
     found = await retrieval.search(ann, "lighthouse", collection="one", more_collections=["two", "three"], limit=2)
     assert [1, 2] == [hit.number for hit in found]
 
@@ -153,7 +159,9 @@ async def test_collections_of_different_embedders_are_refused_together(
     assert "more_collections" == refused.value.field
     strange.add(empty := secrets.token_hex(4))
     strange.remove("two")
-    assert {"one.md", "two.md"} == await names(retrieval, ann, collection=empty, more_collections=["two", "one"])
+    found = await rows(retrieval, ann, "lighthouse", collection=empty, more_collections=["two", "one"], explain=True)
+    assert {"one.md", "two.md"} == {row.hit.source_uri for row in found}
+    assert "other" not in {row.explanation.embedder_id for row in found}
 
 
 @pytest.mark.parametrize(

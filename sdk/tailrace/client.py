@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 import grpc
-from google.protobuf import struct_pb2, timestamp_pb2
+from google.protobuf import struct_pb2
 
 from tailrace import values
 from tailrace.errors import Interrupted, from_rpc_error
@@ -192,15 +192,37 @@ class AsyncClient:
         return bool(response.was_running)
 
     async def search(
-        self, query: str, *, limit: int = 10, mode: Mode = "hybrid", collection: str = "", document_ids: Sequence[str] = ()
-    ) -> AsyncIterator[values.Passage]:
-        """Search documents; best hit first."""
+        self,
+        query: str,
+        *,
+        limit: int = 10,
+        mode: Mode = "hybrid",
+        collection: str = "",
+        more_collections: Sequence[str] = (),
+        document_ids: Sequence[str] = (),
+        metadata: Sequence[values.Condition] = (),
+        neighbours: int = 0,
+        explain: bool = False,
+    ) -> AsyncIterator[values.Hit]:
+        """Search documents; best hit first.
+
+        All conditions on `metadata` hold together. `more_collections` are searched as one with `collection`. `neighbours` are chunks to
+        send along from before and after each hit.
+        """
         request = retrieval.SearchRequest(
-            query=query, limit=limit, mode=_SEARCH_MODES[mode], collection=collection, document_ids=document_ids
+            query=query,
+            limit=limit,
+            mode=_SEARCH_MODES[mode],
+            collection=collection,
+            more_collections=more_collections,
+            document_ids=document_ids,
+            metadata=[values.condition_message(condition) for condition in metadata],
+            neighbours=neighbours,
+            explain=explain,
         )
         async with _reading(self._call(self._stub.Search, request)) as messages:
             async for message in messages:
-                yield values.passage(message.hit)
+                yield values.hit(message)
 
     async def ingest(self, *documents: str | Path | Upload, collection: str = "") -> AsyncIterator[values.Progress]:
         """Take in files and uploads, and report every stage of each. One that fails does not stop the others.
@@ -312,7 +334,7 @@ class AsyncClient:
 
     async def usage(self, *group_by: str, since: datetime | None = None, until: datetime | None = None) -> AsyncIterator[values.UsageRow]:
         """Tokens, cost, savings and latency, grouped by any of day, hour, user, session, model, tier, step, cache."""
-        request = ledger.QueryUsageRequest(group_by=group_by, to=_timestamp(until), **{"from": _timestamp(since)})
+        request = ledger.QueryUsageRequest(group_by=group_by, to=values.moment_message(until), **{"from": values.moment_message(since)})
         async with _reading(self._call(self._stub.QueryUsage, request)) as messages:
             async for message in messages:
                 yield values.usage_row(message)
@@ -324,14 +346,6 @@ class AsyncClient:
 
 def _upload(document: str | Path | Upload) -> Upload:
     return document if isinstance(document, Upload) else Upload(str(document), Path(document))
-
-
-def _timestamp(moment: datetime | None) -> timestamp_pb2.Timestamp | None:
-    if moment is None:
-        return None
-    message = timestamp_pb2.Timestamp()
-    message.FromDatetime(moment)
-    return message
 
 
 async def _unary(call: Any) -> Any:
@@ -446,10 +460,31 @@ class Client:
         return self._runner.run(self._client.cancel(answer_id))
 
     def search(
-        self, query: str, *, limit: int = 10, mode: Mode = "hybrid", collection: str = "", document_ids: Sequence[str] = ()
-    ) -> Iterator[values.Passage]:
+        self,
+        query: str,
+        *,
+        limit: int = 10,
+        mode: Mode = "hybrid",
+        collection: str = "",
+        more_collections: Sequence[str] = (),
+        document_ids: Sequence[str] = (),
+        metadata: Sequence[values.Condition] = (),
+        neighbours: int = 0,
+        explain: bool = False,
+    ) -> Iterator[values.Hit]:
         """See AsyncClient.search."""
-        return self._drain(self._client.search(query, limit=limit, mode=mode, collection=collection, document_ids=document_ids))
+        found = self._client.search(
+            query,
+            limit=limit,
+            mode=mode,
+            collection=collection,
+            more_collections=more_collections,
+            document_ids=document_ids,
+            metadata=metadata,
+            neighbours=neighbours,
+            explain=explain,
+        )
+        return self._drain(found)
 
     def ingest(self, *documents: str | Path | Upload, collection: str = "") -> Iterator[values.Progress]:
         """See AsyncClient.ingest."""

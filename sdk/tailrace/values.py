@@ -1,11 +1,11 @@
 """What the client gives back, as frozen values, and how each is read from its message. No call is made here."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any
 
-from google.protobuf import struct_pb2
+from google.protobuf import struct_pb2, timestamp_pb2
 from google.protobuf.json_format import MessageToDict
 
 from tailrace.common.v1 import common_pb2
@@ -43,6 +43,72 @@ class Passage:
     """Page it begins on, from 1; 0 = the document has no pages."""
     flags: tuple[str, ...] = ()
     """What makes it look like an instruction to the model; empty = nothing was seen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of a document as it is kept."""
+
+    chunk_id: str
+    ordinal: int
+    """Position in the document, from 0."""
+    text: str
+    start: int
+    end: int
+    heading_path: tuple[str, ...]
+    page: int
+    flags: tuple[str, ...]
+    """As in Passage."""
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """How a hit came to its place."""
+
+    dense_rank: int | None
+    """Place among the hits by meaning, from 1. None = not among them."""
+    dense_score: float | None
+    """Cosine similarity to the query."""
+    sparse_rank: int | None
+    """Place among the hits by words, from 1. None = not among them."""
+    sparse_score: float | None
+    """BM25."""
+    dense_weight: float
+    """Weight the meaning had in the fusion, of 1 in all."""
+    fused_score: float
+    rerank_score: float | None
+    """None = no reranker ran."""
+    language: str
+    """What the query was taken to be in, ISO 639-1. Empty = not known."""
+    embedder_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hit(Passage):
+    """A passage that a search found."""
+
+    explanation: Explanation | None = None
+    """None = not asked for."""
+    before: tuple[Chunk, ...] = ()
+    """Neighbours in reading order, as many as were asked for."""
+    after: tuple[Chunk, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """What one field of a document's metadata must be like. All parts hold together; without any, the field must be there."""
+
+    key: str
+    any_of: Sequence[str | float | bool] = ()
+    """Equal to one of these; True is not 1, and "1" is neither."""
+    at_least: float | None = None
+    below: float | None = None
+    since: datetime | None = None
+    """A date or moment not before this. One without a time zone is taken as UTC."""
+    until: datetime | None = None
+    """A date or moment before this."""
+    negated: bool = False
+    """Turns it round: documents that do not match, those without the field included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,6 +418,65 @@ def passage(message: common_pb2.CitedPassage) -> Passage:
         page=message.page,
         flags=tuple(message.flags),
     )
+
+
+def hit(message: retrieval.SearchResponse) -> Hit:
+    found = passage(message.hit)
+    return Hit(
+        **{item.name: getattr(found, item.name) for item in fields(found)},
+        explanation=_explanation(message.explanation) if message.HasField("explanation") else None,
+        before=tuple(chunk(item) for item in message.before),
+        after=tuple(chunk(item) for item in message.after),
+    )
+
+
+def chunk(message: retrieval.Chunk) -> Chunk:
+    return Chunk(
+        chunk_id=message.chunk_id,
+        ordinal=message.ordinal,
+        text=message.text,
+        start=message.start,
+        end=message.end,
+        heading_path=tuple(message.heading_path),
+        page=message.page,
+        flags=tuple(message.flags),
+    )
+
+
+def _explanation(message: retrieval.HitExplanation) -> Explanation:
+    return Explanation(
+        dense_rank=message.dense_rank if message.HasField("dense_rank") else None,
+        dense_score=message.dense_score if message.HasField("dense_score") else None,
+        sparse_rank=message.sparse_rank if message.HasField("sparse_rank") else None,
+        sparse_score=message.sparse_score if message.HasField("sparse_score") else None,
+        dense_weight=message.dense_weight,
+        fused_score=message.fused_score,
+        rerank_score=message.rerank_score if message.HasField("rerank_score") else None,
+        language=message.language,
+        embedder_id=message.embedder_id,
+    )
+
+
+def condition_message(condition: Condition) -> retrieval.MetadataCondition:
+    """A condition as it crosses the wire."""
+    return retrieval.MetadataCondition(
+        key=condition.key,
+        any_of=[fact_message(fact) for fact in condition.any_of],
+        at_least=condition.at_least,
+        below=condition.below,
+        until=moment_message(condition.until),
+        negated=condition.negated,
+        **{"from": moment_message(condition.since)},
+    )
+
+
+def moment_message(moment: datetime | None) -> timestamp_pb2.Timestamp | None:
+    """A moment as it crosses the wire; one without a time zone is taken as UTC."""
+    if moment is None:
+        return None
+    message = timestamp_pb2.Timestamp()
+    message.FromDatetime(moment)
+    return message
 
 
 def job(message: retrieval.ListIngestionJobsResponse | retrieval.GetIngestionJobResponse) -> Job:

@@ -7,11 +7,12 @@ import re
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from google.protobuf.struct_pb2 import Struct
+from google.protobuf.struct_pb2 import Struct, Value
 
 from services.chassis.errors import PayloadTooLarge, RequestInvalid
 from services.gateway import usd
 from services.gateway.deadlines import DEADLINE_MS_MAX
+from services.gateway.queries import at
 from tailrace.common.v1 import common_pb2 as common
 from tailrace.ledger.v1 import ledger_service_pb2 as ledger
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
@@ -138,12 +139,7 @@ class FactsBody(Body, frozen=True, kw_only=True):
         if self.access is not None:
             header.access.CopyFrom(retrieval.Access(users=self.access.users, groups=self.access.groups))
         for key, fact in self.metadata.items():
-            if isinstance(fact, bool):
-                header.metadata[key].bool_value = fact
-            elif isinstance(fact, str):
-                header.metadata[key].string_value = fact
-            else:
-                header.metadata[key].number_value = fact
+            _set_fact(header.metadata[key], fact)
 
 
 class DocumentBody(FactsBody, frozen=True, kw_only=True):
@@ -181,6 +177,29 @@ class JobPartBody(Body, frozen=True, kw_only=True):
     index: Annotated[int, msgspec.Meta(ge=0, lt=10_000)] | None = None
 
 
+class ConditionBody(Body, frozen=True, kw_only=True):
+    """What one field of a document's metadata must be like."""
+
+    key: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+    any_of: Annotated[list[Annotated[str, msgspec.Meta(max_length=256)] | float | bool], msgspec.Meta(max_length=64)] = []
+    at_least: float | None = None
+    below: float | None = None
+    since: str = msgspec.field(name="from", default="")
+    until: str = ""
+    negated: bool = False
+
+    def message(self, field: str) -> retrieval.MetadataCondition:
+        """As retrieval takes it; `field` says which condition it is. Raises RequestInvalid."""
+        condition = retrieval.MetadataCondition(key=self.key, at_least=self.at_least, below=self.below, negated=self.negated)
+        for fact in self.any_of:
+            _set_fact(condition.any_of.add(), fact)
+        if self.since:
+            getattr(condition, "from").FromDatetime(at(self.since, f"{field}.from"))
+        if self.until:
+            condition.until.FromDatetime(at(self.until, f"{field}.until"))
+        return condition
+
+
 class SearchBody(Body, frozen=True, kw_only=True):
     """A search."""
 
@@ -188,11 +207,26 @@ class SearchBody(Body, frozen=True, kw_only=True):
     limit: Annotated[int, msgspec.Meta(ge=1, le=100)] = 10
     mode: Literal["hybrid", "dense", "sparse"] = "hybrid"
     collection: Name = ""
+    more_collections: Annotated[list[Name], msgspec.Meta(max_length=15)] = []
+    document_ids: Annotated[list[Annotated[str, msgspec.Meta(min_length=1, max_length=128)]], msgspec.Meta(max_length=100)] = []
+    metadata: Annotated[list[ConditionBody], msgspec.Meta(max_length=16)] = []
+    neighbours: Annotated[int, msgspec.Meta(ge=0, le=5)] = 0
+    explain: bool = False
 
     def message(self) -> retrieval.SearchRequest:
-        """As retrieval takes it."""
+        """As retrieval takes it. Raises RequestInvalid."""
         _require_text(self.query, "query")
-        return retrieval.SearchRequest(query=self.query, limit=self.limit, mode=_SEARCH_MODES[self.mode], collection=self.collection)
+        return retrieval.SearchRequest(
+            query=self.query,
+            limit=self.limit,
+            mode=_SEARCH_MODES[self.mode],
+            collection=self.collection,
+            more_collections=self.more_collections,
+            document_ids=self.document_ids,
+            metadata=[condition.message(f"metadata[{place}]") for place, condition in enumerate(self.metadata)],
+            neighbours=self.neighbours,
+            explain=self.explain,
+        )
 
 
 class LimitsBody(Body, frozen=True, kw_only=True):
@@ -391,6 +425,15 @@ def _require_text(text: str, field: str) -> None:
         raise RequestInvalid(f"the {field} is empty", field=field, bound=bound)
     if len(text.encode()) > QUESTION_BYTES_MAX:
         raise RequestInvalid(f"the {field} is too long", field=field, bound=bound)
+
+
+def _set_fact(value: Value, fact: str | float | bool) -> None:
+    if isinstance(fact, bool):
+        value.bool_value = fact
+    elif isinstance(fact, str):
+        value.string_value = fact
+    else:
+        value.number_value = fact
 
 
 def _struct(value: dict[str, Any], field: str) -> Struct:

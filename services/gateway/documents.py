@@ -73,7 +73,7 @@ async def search(exchange: Exchange, kit: Kit) -> None:
     exchange.query(())
     request = bodies.parse(await exchange.json(), bodies.SearchBody).message()
     rows = await kit.backends.retrieval.rows(kit.backends.retrieval.stub.Search, request)
-    await exchange.respond_json({"hits": [render.hit(row.hit) for row in rows]})
+    await exchange.respond_json({"hits": [render.found(row) for row in rows]})
 
 
 async def job(exchange: Exchange, kit: Kit) -> None:

@@ -81,6 +81,13 @@ def hit(passage: common.CitedPassage) -> dict[str, Any]:
     return {**plain(passage), "start": passage.start, "end": passage.end, "document_version": passage.document_version}
 
 
+def found(row: retrieval.SearchResponse) -> dict[str, Any]:
+    """A search hit with what stands around it, and how it came to its place if that was asked for."""
+    around = {"before": [chunk(message) for message in row.before], "after": [chunk(message) for message in row.after]}
+    explained = {"explanation": plain(row.explanation)} if row.HasField("explanation") else {}
+    return {**hit(row.hit), **around, **explained}
+
+
 def chunk(message: retrieval.Chunk) -> dict[str, Any]:
     """A chunk of a document. Offsets as in `hit`."""
     return {**plain(message), "start": message.start, "end": message.end}

@@ -3,11 +3,13 @@
 import asyncio
 import dataclasses
 import json
+import math
 import os
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,11 +27,23 @@ JOBS_SHOWN = 50
 WIDTH_OF_A_PIPE = 200
 """Columns of a table that is not shown in a terminal: it must not be cut for a width nobody has."""
 
+HIT_CHARACTERS = 160
+FACT_HELP = "A fact about them, as key=value; may be given more than once."
+
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Tailrace: answers that are streamed, cited and priced."
 )
 ledger = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look after the books.")
 app.add_typer(ledger, name="ledger")
+
+
+@dataclass(frozen=True)
+class Filing:
+    """Where documents go, what is said of them, and who may read them."""
+
+    collection: str
+    metadata: dict[str, str | float | bool]
+    access: tailrace.Access | None
 
 
 def main() -> None:
@@ -104,17 +118,87 @@ def ingest(
     collection: Annotated[str, typer.Option(help="Collection to put them in.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON line for each document, and one for the sum.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Go on with changed and deleted files of the folders until Ctrl-C.")] = False,
+    user: Annotated[list[str] | None, typer.Option(help="A user who may read them; may be given more than once.")] = None,
+    group: Annotated[list[str] | None, typer.Option(help="A group that may read them; may be given more than once.")] = None,
+    metadata: Annotated[list[str] | None, typer.Option(help=FACT_HELP)] = None,
 ) -> None:
-    """Take in documents: Markdown, HTML and plain text. Exit code 1 if any failed."""
+    """Take in documents: Markdown, HTML and plain text. Exit code 1 if any failed.
+
+    With --user or --group only those named, you and the tenant's admins may read them; without, they stay as they are.
+    """
+    access = tailrace.Access(tuple(user or ()), tuple(group or ())) if user or group else None
+    filing = Filing(collection, dict(map(fact, metadata or ())), access)
     if watch:
-        finish(watched(paths, collection, as_json))
+        finish(watched(paths, filing, as_json))
         return
     uploads = list(found(paths))
     if not uploads:
         sys.exit(f"no documents found in {', '.join(paths)} (looked for {', '.join(sorted(SUFFIXES))})")
     if others := passed_over(paths):
         note(f"{others} other files are passed over: only {', '.join(sorted(SUFFIXES))} are taken from folders")
-    raise typer.Exit(finish(ingestion(uploads, collection, as_json)))
+    raise typer.Exit(finish(ingestion(uploads, filing, as_json)))
+
+
+@app.command()
+def search(
+    query: str,
+    collection: Annotated[list[str] | None, typer.Option(help="Where to search; may be given more than once.")] = None,
+    metadata: Annotated[list[str] | None, typer.Option(help=FACT_HELP)] = None,
+    limit: Annotated[int, typer.Option(min=1, max=100, help="How many.")] = 10,
+    mode: Annotated[str, typer.Option(help="hybrid, dense or sparse.")] = "hybrid",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON line for each hit, with what explains its place.")] = False,
+) -> None:
+    """Search documents; best hit first. With --metadata only documents that have all of these facts."""
+    if mode not in {"hybrid", "dense", "sparse"}:
+        raise typer.BadParameter("hybrid, dense or sparse", param_hint="--mode")
+    first, *more = collection or [""]
+    conditions = [tailrace.Condition(key, (value,)) for key, value in map(fact, metadata or ())]
+
+    async def run() -> None:
+        async with connected() as client:
+            async for hit in client.search(
+                query,
+                limit=limit,
+                mode=mode,  # type: ignore[arg-type]
+                collection=first,
+                more_collections=more,
+                metadata=conditions,
+                explain=as_json,
+            ):
+                typer.echo(json.dumps(dataclasses.asdict(hit)) if as_json else hit_lines(hit))
+
+    finish(run())
+
+
+def fact(text: str) -> tuple[str, str | float | bool]:
+    """`key=value`: true, false and numbers are what they look like, and so is a string in quotes; everything else is text."""
+    key, sign, written = text.partition("=")
+    if not key or not sign:
+        raise typer.BadParameter(f"{text}: not key=value", param_hint="--metadata")
+    try:
+        value = json.loads(written)
+    except ValueError:
+        return key, written
+    return key, value if isinstance(value, str | bool) else float(value) if _is_finite(value) else written
+
+
+def _is_finite(value: object) -> bool:
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def hit_lines(hit: tailrace.Hit) -> str:
+    """A hit as its title, page, score, and the beginning of its text."""
+    page = f"  p. {hit.page}" if hit.page else ""
+    flags = f"  ! {', '.join(hit.flags)}" if hit.flags else ""
+    return f"[{hit.number}] {hit.score:.3f}  {printable(describe(hit))}{page}{flags}\n    {printable(hit.text)[:HIT_CHARACTERS]}"
+
+
+def printable(text: str) -> str:
+    """On one line, without signs that a terminal would obey: what documents hold is only ever shown."""
+    return " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
 
 
 @app.command()
@@ -375,12 +459,12 @@ def _inside(folder: Path) -> list[Path]:
     return [item for item in below if item.is_file()]
 
 
-async def ingestion(files: list[tuple[str, Path]], collection: str, as_json: bool) -> int:
+async def ingestion(files: list[tuple[str, Path]], filing: Filing, as_json: bool) -> int:
     """Send `files` in streams of bounded length, show each one's stage, and return the exit code."""
     stages: Counter[str] = Counter()
     chunks = 0
     with _shown(len(files), as_json) as show:
-        async for progress in _progress(files, collection):
+        async for progress in _progress(files, filing):
             show(progress)
             if progress.final:
                 stages[progress.stage] += 1
@@ -394,7 +478,7 @@ async def ingestion(files: list[tuple[str, Path]], collection: str, as_json: boo
     return 1 if stages["failed"] or stages["cancelled"] or unanswered else 0
 
 
-async def watched(paths: list[str], collection: str, as_json: bool) -> None:
+async def watched(paths: list[str], filing: Filing, as_json: bool) -> None:
     """Keep the collection in step with the folders among `paths`, until cancelled."""
     from services.local.watching import Files, Watch, changes_in, deleted
 
@@ -405,7 +489,7 @@ async def watched(paths: list[str], collection: str, as_json: bool) -> None:
     async def send(files: Files) -> set[str]:
         ended: set[str] = set()
         with _shown(len(files), as_json) as show:
-            async for progress in _progress(list(files.items()), collection):
+            async for progress in _progress(list(files.items()), filing):
                 show(progress)
                 if progress.final and progress.stage != "cancelled":
                     ended.add(progress.name)
@@ -413,18 +497,19 @@ async def watched(paths: list[str], collection: str, as_json: bool) -> None:
 
     async def forget(names: set[str]) -> None:
         async with connected() as client:
-            if await deleted(client, names, collection):
+            if await deleted(client, names, filing.collection):
                 for name in sorted(names):
                     note(f"{name}: deleted")
 
     await Watch(lambda: dict(found(paths)), send, forget, note).follow(changes_in(folders))
 
 
-async def _progress(files: list[tuple[str, Path]], collection: str) -> AsyncIterator[tailrace.Progress]:
+async def _progress(files: list[tuple[str, Path]], filing: Filing) -> AsyncIterator[tailrace.Progress]:
     async with connected() as client:
         for start in range(0, len(files), FILES_PER_STREAM):
-            uploads = [tailrace.Upload(name, path) for name, path in files[start : start + FILES_PER_STREAM]]
-            async for progress in client.ingest(*uploads, collection=collection):
+            some = files[start : start + FILES_PER_STREAM]
+            uploads = [tailrace.Upload(name, path, metadata=filing.metadata, access=filing.access) for name, path in some]
+            async for progress in client.ingest(*uploads, collection=filing.collection):
                 yield progress
 
 

@@ -4,12 +4,13 @@ Nothing else makes a `Viewer` or a `Reach`.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from services.chassis.errors import NotAuthenticated, RequestInvalid
 from services.chassis.principal import Principal
 from services.retrieval.domain import DEFAULT_COLLECTION, Access, Viewer
+from services.retrieval.facts import Condition
 from services.retrieval.ports import Filter
 
 _COLLECTION = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
@@ -18,19 +19,36 @@ _USER, _GROUP = "user:", "group:"
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """One tenant's collection, as one of its users sees it."""
+    """One tenant's collection, as one of its users sees it, or several of them."""
 
     viewer: Viewer
     collection: str
+    more: tuple[str, ...] = ()
+    """Collections that are searched together with it."""
 
     @property
     def tenant(self) -> str:
         return self.viewer.tenant
 
-    def where(self, **equal: str | int) -> Filter:
-        """Points in reach that are also `equal` in these fields. Neither tenant, readers nor collection can be left out or replaced."""
+    @property
+    def collections(self) -> tuple[str, ...]:
+        """All of them, each once."""
+        return tuple(dict.fromkeys((self.collection, *self.more)))
+
+    def where(self, *, document_ids: tuple[str, ...] = (), facts: tuple[Condition, ...] = (), **equal: str | int) -> Filter:
+        """Points in reach that are also `equal` in these fields, of these documents (empty = of all) and of such metadata.
+
+        Neither tenant, readers nor collection can be left out or replaced.
+        """
         assert not {"tenant", "collection", "readers"} & equal.keys()
-        return Filter(self.viewer.tenant, equal={"collection": self.collection, **equal}, readers=self.viewer.readers)
+        any_of = {"collection": self.collections} if self.more else {}
+        return Filter(
+            self.viewer.tenant,
+            equal=equal if self.more else {"collection": self.collection, **equal},
+            any_of={**any_of, "document_id": document_ids} if document_ids else any_of,
+            readers=self.viewer.readers,
+            facts=facts,
+        )
 
 
 def tenant_of(principal: Principal) -> str:
@@ -52,15 +70,16 @@ def everything_of(tenant: str) -> Viewer:
     return Viewer(tenant, None)
 
 
-def reach_of(principal: Principal, collection: str) -> Reach:
+def reach_of(principal: Principal, collection: str, more: Sequence[str] = ()) -> Reach:
     """Raises RequestInvalid for a name that is none. Empty = the default collection."""
-    return Reach(viewer_of(principal), collection_name(collection) or DEFAULT_COLLECTION)
+    others = tuple(collection_name(name, f"more_collections[{place}]") or DEFAULT_COLLECTION for place, name in enumerate(more))
+    return Reach(viewer_of(principal), collection_name(collection) or DEFAULT_COLLECTION, others)
 
 
-def collection_name(collection: str) -> str:
+def collection_name(collection: str, field: str = "collection") -> str:
     """`collection` if it is a name, or empty."""
     if collection and not _COLLECTION.match(collection):
-        raise RequestInvalid("a collection's name is 1-64 of letters, digits, _ and -", field="collection", bound="[A-Za-z0-9_-]{1,64}")
+        raise RequestInvalid("a collection's name is 1-64 of letters, digits, _ and -", field=field, bound="[A-Za-z0-9_-]{1,64}")
     return collection
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import qdrant_edge as edge
 
 from services.chassis.errors import Unavailable
+from services.retrieval.facts import FACTS, MEASURES, NAME, VALUE, Condition
 from services.retrieval.ports import SPACES, TENANTS_MAX, Filter, Point, Query, Record, Space
 
 T = TypeVar("T")
@@ -144,7 +145,20 @@ def translated(where: Filter) -> Any:
     if where.readers is not None:
         open_to_all = edge.IsEmptyCondition(key="readers")
         must.append(edge.Filter(should=[open_to_all, edge.FieldCondition(key="readers", match=edge.MatchAny(list(where.readers)))]))
+    must += [_of_facts(condition) for condition in where.facts]
     return edge.Filter(must=must)
+
+
+def _of_facts(condition: Condition) -> Any:
+    parts: list[Any] = []
+    if condition.keywords:
+        parts.append(edge.FieldCondition(key=FACTS, match=edge.MatchAny(list(condition.keywords))))
+    for measure in condition.measures:
+        # Nested: name and range have to hold of the same object.
+        named = edge.FieldCondition(key=NAME, match=edge.MatchValue(measure.name))
+        within = edge.FieldCondition(key=VALUE, range=edge.RangeFloat(gte=measure.least, lt=measure.below))
+        parts.append(edge.NestedCondition(key=MEASURES, filter=edge.Filter(must=[named, within])))
+    return edge.Filter(must_not=[edge.Filter(must=parts)]) if condition.negated else edge.Filter(must=parts)
 
 
 def _fusion(query: Query) -> Any:
@@ -169,20 +183,32 @@ def _open_shard(folder: Path, space: Space, dimension: int) -> Any:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         shard = edge.EdgeShard.create(str(unfinished), _config(space, dimension))
-        for field in ("tenant", *space.keywords):
-            shard.update(edge.UpdateOperation.create_field_index(field, edge.PayloadSchemaType.Keyword))
-        for field in space.integers:
-            shard.update(edge.UpdateOperation.create_field_index(field, edge.PayloadSchemaType.Integer))
+        _index(shard, space)
         shard.flush()
         shard.close()
         unfinished.rename(folder)
     try:
-        return edge.EdgeShard.load(str(folder))
+        shard = edge.EdgeShard.load(str(folder))
     except Exception as error:
         # The binding raises bare Exception; its text is all there is to tell a lock from damage.
         if "WouldBlock" in str(error):
             raise StoreBusy(f"{folder.parent} is in use by another retrieval process; give each its own TAILRACE_STATE_DIR") from error
         raise OSError(f"{folder} cannot be opened: {error}") from error
+    # What an older release made lacks the younger fields' indexes.
+    _index(shard, space)
+    return shard
+
+
+def _index(shard: Any, space: Space) -> None:
+    """Index the fields of `space` that are not yet."""
+    kinds = (
+        (edge.PayloadSchemaType.Keyword, ("tenant", *space.keywords)),
+        (edge.PayloadSchemaType.Integer, space.integers),
+        (edge.PayloadSchemaType.Float, space.numbers),
+    )
+    for kind, fields in kinds:
+        for field in fields:
+            shard.update(edge.UpdateOperation.create_field_index(field, kind))
 
 
 def _config(space: Space, dimension: int) -> Any:

@@ -17,6 +17,7 @@ import structlog
 from services.chassis.afterwork import AfterWork
 from services.chassis.errors import DomainError, Internal, NotAllowed, NotFound, Overloaded, Unavailable
 from services.chassis.telemetry import span
+from services.retrieval import facts
 from services.retrieval.access import everything_of, readers_of
 from services.retrieval.chunking import chunked, in_context
 from services.retrieval.domain import Chunk, Document, Extracted, Progress, Stage, Upload, Viewer, document_id
@@ -371,7 +372,8 @@ class Ingestion:
         tell(state)
         old = await pipeline.registry.prior(tenant, id_)
         readers = _readers(upload, old)
-        if old is not None and (old.content_sha256, old.readers, old.metadata) == (sha256, readers, upload.metadata):
+        unchanged = old is not None and (old.content_sha256, old.readers) == (sha256, readers) and facts.same(old.metadata, upload.metadata)
+        if old is not None and unchanged and await pipeline.registry.renew(old, claim.received):
             await tell(replace(state, stage=Stage.UNCHANGED, chunks_total=old.chunks, chunks_done=old.chunks, version=old.version))
             return
         with span("retrieval.chunk"):

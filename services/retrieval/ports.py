@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from services.retrieval.domain import Extracted, Upload
+from services.retrieval.facts import FACTS, MEASURES, NAME, VALUE, Condition
 
 Vectors = npt.NDArray[np.float32]
 """(n, d), rows of unit length."""
@@ -25,18 +26,26 @@ TENANTS_MAX = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """One kind of point. `keywords` and `integers` are the payload fields that filters and orders use."""
+    """One kind of point. `keywords`, `integers` and `numbers` are the payload fields that filters and orders use."""
 
     name: str
     dense: bool = False
     sparse: bool = False
     keywords: tuple[str, ...] = ()
     integers: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
     dimension: int = 0
     """Numbers in a dense vector. 0 = as many as the store's first embedder makes."""
 
 
-CHUNKS = Space("chunks", dense=True, sparse=True, keywords=("collection", "document_id", "revision", "readers"), integers=("ordinal",))
+CHUNKS = Space(
+    "chunks",
+    dense=True,
+    sparse=True,
+    keywords=("collection", "document_id", "revision", "readers", FACTS, f"{MEASURES}[].{NAME}"),
+    integers=("ordinal",),
+    numbers=(f"{MEASURES}[].{VALUE}",),
+)
 ANSWERS = Space("answers", dense=True, keywords=("collection", "cache_scope", "answer_id", "user"), integers=("epoch", "created_us"))
 # The engines want at least one vector; documents are found by their fields alone and leave it empty.
 DOCUMENTS = Space("documents", sparse=True, keywords=("kind", "collection", "readers"), integers=("indexed_us",))
@@ -54,6 +63,8 @@ class Filter:
     below: Mapping[str, int] = field(default_factory=dict)
     readers: tuple[str, ...] | None = None
     """Only points without `readers`, or with one of these among them. None = all points, whoever may read them."""
+    facts: tuple[Condition, ...] = ()
+    """On the metadata of the document that a chunk is from."""
 
 
 @dataclass(frozen=True, slots=True)

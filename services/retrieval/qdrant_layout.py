@@ -49,7 +49,8 @@ class Layout:
         """The payload fields to index. The tenant's index says so: the server keeps a tenant's points together."""
         tenant = models.KeywordIndexParams(type=models.KeywordIndexType.KEYWORD, is_tenant=True)
         keywords = dict.fromkeys(space.keywords, models.PayloadSchemaType.KEYWORD)
-        return {"tenant": tenant, **keywords, **dict.fromkeys(space.integers, models.PayloadSchemaType.INTEGER)}
+        integers = dict.fromkeys(space.integers, models.PayloadSchemaType.INTEGER)
+        return {"tenant": tenant, **keywords, **integers, **dict.fromkeys(space.numbers, models.PayloadSchemaType.FLOAT)}
 
     def write(self) -> dict[str, Any]:
         """What every write is sent with: it has been done, not only received, when it is answered."""

@@ -15,6 +15,7 @@ from qdrant_client import AsyncQdrantClient, models
 from qdrant_client.http.exceptions import ApiException
 
 from services.chassis.errors import Unavailable
+from services.retrieval.facts import FACTS, MEASURES, NAME, VALUE, Condition
 from services.retrieval.fingerprint import settle
 from services.retrieval.ports import DOCUMENTS, SPACES, TENANTS_MAX, Filter, Point, Query, Record, Space
 from services.retrieval.qdrant_layout import Layout
@@ -219,7 +220,20 @@ def _conditions(where: Filter) -> list[Any]:
         open_to_all = models.IsEmptyCondition(is_empty=models.PayloadField(key="readers"))
         named = models.FieldCondition(key="readers", match=models.MatchAny(any=list(where.readers)))
         must.append(models.Filter(should=[open_to_all, named]))
+    must += [_of_facts(condition) for condition in where.facts]
     return must
+
+
+def _of_facts(condition: Condition) -> models.Filter:
+    parts: list[Any] = []
+    if condition.keywords:
+        parts.append(models.FieldCondition(key=FACTS, match=models.MatchAny(any=list(condition.keywords))))
+    for measure in condition.measures:
+        # Nested: name and range have to hold of the same object.
+        named = models.FieldCondition(key=NAME, match=models.MatchValue(value=measure.name))
+        within = models.FieldCondition(key=VALUE, range=models.Range(gte=measure.least, lt=measure.below))
+        parts.append(models.NestedCondition(nested=models.Nested(key=MEASURES, filter=models.Filter(must=[named, within]))))
+    return models.Filter(must_not=[models.Filter(must=parts)]) if condition.negated else models.Filter(must=parts)
 
 
 def _fusion(query: Query) -> Any:

@@ -22,6 +22,7 @@ from services.retrieval.access import Reach, everything_of
 from services.retrieval.chunking import in_context
 from services.retrieval.domain import Chunk, Document, StoredChunk, Viewer, stable_id
 from services.retrieval.encoding_spaces import Encoding, Encodings
+from services.retrieval.facts import payload as payload_of
 from services.retrieval.ports import (
     ANSWERS,
     CHUNKS,
@@ -265,6 +266,20 @@ class Registry:
                 log.warning("old_chunks_left_for_recovery")
             return new
 
+    async def renew(self, document: Document, received: int) -> bool:
+        """Let `document` count as received when its content came again, so that what was received before that cannot replace it.
+
+        False = it is not as it was: another version has come, or it was deleted.
+        """
+        async with self._lock(document.document_id), self._turn(document.document_id):
+            stored = await self.prior(document.tenant, document.document_id)
+            if stored is None or stored.revision != document.revision:
+                return False
+            if stored.received < received:
+                renewed = replace(stored, received=received)
+                await self._store.upsert(DOCUMENTS, [Point(stored.document_id, _document_payload(renewed))])
+            return True
+
     async def _write_encoded(
         self, encodings: Encodings, new: Document, chunks: Sequence[Chunk], dense: Vectors, sparse: Sequence[Sparse]
     ) -> None:
@@ -397,6 +412,7 @@ def _chunk_point(document: Document, chunk: Chunk, dense: Sequence[float] | None
         "page": chunk.page,
         "flags": list(chunk.flags),
         "readers": list(document.readers),
+        **payload_of(document.metadata),
     }
     return Point(stable_id("chunk", document.revision, str(chunk.ordinal)), payload, dense, sparse)
 

@@ -32,6 +32,7 @@ from services.retrieval.domain import (
     Upload,
     Viewer,
 )
+from services.retrieval.facts import Condition
 from services.retrieval.ingest import DOCUMENTS_PER_JOB_MAX, Ingestion
 from services.retrieval.intake import Begin, take_in
 from services.retrieval.jobs import JobState, Owner
@@ -47,6 +48,11 @@ HITS_MAX = 100
 HITS_DEFAULT = 10
 NEIGHBOURS_MAX = 5
 DOCUMENT_FILTER_MAX = 100
+MORE_COLLECTIONS_MAX = 15
+CONDITIONS_MAX = 16
+CONDITION_VALUES_MAX = 64
+MOMENT_SECONDS = (-62_135_596_800, 253_402_300_799)
+"""The years 1 to 9999, which is what a timestamp may say."""
 TEXTS_MAX = 256
 PAGE_MAX = 1000
 PAGE_DEFAULT = 100
@@ -103,21 +109,22 @@ class RetrievalServicer(pb_grpc.RetrievalServiceServicer):
             raise RequestInvalid("there is no such search mode", field="mode")
         if len(request.document_ids) > DOCUMENT_FILTER_MAX:
             raise RequestInvalid("too many documents to search in", field="document_ids", bound=f"at most {DOCUMENT_FILTER_MAX}")
-        reach, mode = reach_of(current_principal(), request.collection), _MODES[request.mode]
-        if request.metadata or request.more_collections:
-            # A condition that is not held to would show what was to be left out.
-            raise NotImplementedError
+        if len(request.more_collections) > MORE_COLLECTIONS_MAX:
+            raise RequestInvalid("too many collections", field="more_collections", bound=f"at most {MORE_COLLECTIONS_MAX}")
+        reach, mode = reach_of(current_principal(), request.collection, request.more_collections), _MODES[request.mode]
+        facts = _conditions(request.metadata)
         around = _within(request.neighbours, "neighbours", 0, NEIGHBOURS_MAX)
         encodings, searcher = self._memory.encodings, self._memory.searcher
-        encoding = await encodings.answering(reach.tenant, reach.collection)
+        encoding = await searcher.encoding(reach)
         dense = None if mode is SearchMode.SPARSE else await encodings.question(encoding, query, needed=mode is SearchMode.DENSE)
+        language = encodings.words(encoding).language(query) if request.explain else ""
         for hit in await searcher.hits(
-            reach, query, dense, limit=limit, mode=mode, encoding=encoding, document_ids=tuple(request.document_ids)
+            reach, query, dense, limit=limit, mode=mode, encoding=encoding, document_ids=tuple(request.document_ids), facts=facts
         ):
             before, after = await searcher.neighbours(hit, around) if around else ([], [])
             row = pb.SearchResponse(
                 hit=_passage_message(hit.passage),
-                explanation=_explanation_message(hit, encoding.embedder_id) if request.explain else None,
+                explanation=_explanation_message(hit, encoding.embedder_id, language) if request.explain else None,
                 before=[_chunk_message(stored) for stored in before],
                 after=[_chunk_message(stored) for stored in after],
             )
@@ -325,6 +332,38 @@ def _fact(value: struct_pb2.Value, field: str) -> Fact:
     raise RequestInvalid("metadata is strings, finite numbers and booleans", field=field, bound="string, number, boolean")
 
 
+def _conditions(messages: Sequence[pb.MetadataCondition]) -> tuple[Condition, ...]:
+    """Raises RequestInvalid, which names the condition by its place."""
+    if len(messages) > CONDITIONS_MAX:
+        raise RequestInvalid("too many conditions on metadata", field="metadata", bound=f"at most {CONDITIONS_MAX}")
+    return tuple(_condition(message, f"metadata[{place}]") for place, message in enumerate(messages))
+
+
+def _condition(message: pb.MetadataCondition, field: str) -> Condition:
+    if len(message.any_of) > CONDITION_VALUES_MAX:
+        raise RequestInvalid("too many values", field=f"{field}.any_of", bound=f"at most {CONDITION_VALUES_MAX}")
+    for name in ("at_least", "below"):
+        if message.HasField(name) and not math.isfinite(getattr(message, name)):
+            raise RequestInvalid("the number is not finite", field=f"{field}.{name}", bound="a finite number")
+    return Condition(
+        key=_bounded(message.key, f"{field}.key", 1, METADATA_CHARACTERS_MAX),
+        any_of=tuple(_fact(value, f"{field}.any_of[{place}]") for place, value in enumerate(message.any_of)),
+        at_least=message.at_least if message.HasField("at_least") else None,
+        below=message.below if message.HasField("below") else None,
+        from_us=_moment_us(getattr(message, "from"), f"{field}.from") if message.HasField("from") else None,
+        until_us=_moment_us(message.until, f"{field}.until") if message.HasField("until") else None,
+        negated=message.negated,
+    )
+
+
+def _moment_us(message: timestamp_pb2.Timestamp, field: str) -> int:
+    """Rounded up: what is kept has whole microseconds, so that a bound between two of them means the later one."""
+    least, most = MOMENT_SECONDS
+    if not least <= message.seconds <= most or not 0 <= message.nanos < 1_000_000_000:
+        raise RequestInvalid("the moment cannot be", field=field, bound="years 1 to 9999")
+    return message.seconds * 1_000_000 + -(-message.nanos // 1000)
+
+
 def _value(fact: Fact) -> struct_pb2.Value:
     if isinstance(fact, bool):
         return struct_pb2.Value(bool_value=fact)
@@ -463,7 +502,7 @@ def _passage_message(passage: Passage) -> common_pb2.CitedPassage:
     )
 
 
-def _explanation_message(hit: Hit, embedder_id: str) -> pb.HitExplanation:
+def _explanation_message(hit: Hit, embedder_id: str, language: str) -> pb.HitExplanation:
     return pb.HitExplanation(
         dense_rank=hit.fused.dense_rank,
         dense_score=hit.fused.dense_score,
@@ -471,6 +510,7 @@ def _explanation_message(hit: Hit, embedder_id: str) -> pb.HitExplanation:
         sparse_score=hit.fused.sparse_score,
         dense_weight=hit.dense_weight,
         fused_score=hit.passage.score,
+        language=language,
         embedder_id=embedder_id,
     )
 

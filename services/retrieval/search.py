@@ -4,9 +4,11 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from services.chassis.errors import RequestInvalid
 from services.retrieval.access import Reach
 from services.retrieval.domain import Document, Passage, SearchMode, StoredChunk
 from services.retrieval.encoding_spaces import Encoding, Encodings
+from services.retrieval.facts import Condition
 from services.retrieval.fusion import Fused, familiarity, fused
 from services.retrieval.ports import Fusion, Query, Record, Space, VectorStore
 from services.retrieval.registry import Registry
@@ -30,13 +32,28 @@ class Hit:
 
 
 class Searcher:
-    """Searches the chunks of one collection at a time."""
+    """Searches the chunks of one collection, or of several with the same encoding."""
 
     def __init__(self, store: VectorStore, registry: Registry, encodings: Encodings, fusion: Fusion) -> None:
         self._store = store
         self._registry = registry
         self._encodings = encodings
         self._fusion = fusion
+
+    async def encoding(self, reach: Reach) -> Encoding:
+        """What the collections in reach answer with. Raises RequestInvalid if they do not answer with the same."""
+        answering = {name: await self._encodings.answering(reach.tenant, name) for name in reach.collections}
+        if len({encoding.id for encoding in answering.values()}) > 1:
+            # One in which nothing ever was could answer with any.
+            filled = {name: one for name, one in answering.items() if (await self._registry.epoch(reach.tenant, name)).number}
+            if len({encoding.id for encoding in filled.values()}) > 1:
+                raise RequestInvalid(
+                    "the collections are filled by different embedders and cannot be searched together",
+                    field="more_collections",
+                    bound="collections of the same embedder",
+                )
+            answering = filled or answering
+        return next(iter(answering.values()))
 
     async def passages(
         self,
@@ -47,10 +64,9 @@ class Searcher:
         limit: int,
         mode: SearchMode,
         encoding: Encoding,
-        document_ids: tuple[str, ...] = (),
     ) -> list[Passage]:
         """The best `limit` passages, best first, numbered from 1. `dense` is in `encoding`; without it, words alone are searched by."""
-        hits = await self.hits(reach, text, dense, limit=limit, mode=mode, encoding=encoding, document_ids=document_ids)
+        hits = await self.hits(reach, text, dense, limit=limit, mode=mode, encoding=encoding)
         return [hit.passage for hit in hits]
 
     async def neighbours(self, hit: Hit, count: int) -> tuple[list[StoredChunk], list[StoredChunk]]:
@@ -69,11 +85,10 @@ class Searcher:
         mode: SearchMode,
         encoding: Encoding,
         document_ids: tuple[str, ...] = (),
+        facts: tuple[Condition, ...] = (),
     ) -> list[Hit]:
-        """As `passages`, with what each came from."""
-        where = reach.where()
-        if document_ids:
-            where = replace(where, any_of={"document_id": document_ids})
+        """As `passages`, with what each came from; of these documents (empty = of all) and of such metadata alone."""
+        where = reach.where(document_ids=document_ids, facts=facts)
         sparse = None if mode is SearchMode.DENSE else self._encodings.words(encoding).query(text)
         if sparse is not None and not sparse.indices:
             sparse = None  # nothing but stop words: no word to search by

@@ -172,7 +172,9 @@ async def test_every_tenant_index_says_that_it_is_one(opened: Opened) -> None:
     await store.prepare()
     indexes = {(request.collection_name, request.field_name): request for request in node.of("CreateFieldIndex")}
 
-    wanted = {(f"tailrace-{space.name}", field) for space in SPACES for field in ("tenant", *space.keywords, *space.integers)}
+    wanted = {
+        (f"tailrace-{space.name}", field) for space in SPACES for field in ("tenant", *space.keywords, *space.integers, *space.numbers)
+    }
     assert wanted == set(indexes)
     for (_, field), request in indexes.items():
         assert (field == "tenant") == request.field_index_params.keyword_index_params.is_tenant

@@ -7,6 +7,7 @@ import uuid
 import warnings
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from services.retrieval import edge_store, qdrant_store
 from services.retrieval.domain import stable_id
 from services.retrieval.edge_bm25 import EdgeBm25
 from services.retrieval.edge_store import EdgeStore
+from services.retrieval.facts import Condition
+from services.retrieval.facts import payload as payload_of
 from services.retrieval.fingerprint import settle
 from services.retrieval.ports import ANSWERS, CHUNKS, DOCUMENTS, SPACES, Filter, Fusion, Point, Query, VectorStore
 from services.retrieval.qdrant_store import QdrantStore
@@ -141,6 +144,39 @@ async def test_filters_mean_the_same_everywhere(store: VectorStore) -> None:
     assert await ordinals(at_least={"ordinal": 5}, below={"ordinal": 7}) == [5, 6]
     assert await ordinals(equal={"document_id": "d1"}, at_least={"ordinal": 5}) == [7]
     assert await ordinals(equal={"document_id": "d9"}) == []
+
+
+async def test_conditions_on_metadata_hold_in_searches_of_every_kind(store: VectorStore) -> None:
+    """By meaning, by words, and fused, and in counting, finding and deleting; two fields of one document are never mixed up."""
+    facts: dict[str, dict[str, Any]] = {
+        "old": {"year": 1999.0, "size": 10.0, "kind": "report", "on": "1999-05-01"},
+        "new": {"year": 2024.0, "size": 1.0, "kind": "report", "on": "2024-05-01T12:00:00+02:00"},
+        "bare": {},
+    }
+    await store.upsert(CHUNKS, [chunk(name, text="zebra", **payload_of(metadata)) for name, metadata in facts.items()])
+    names = {stable_id(name): name for name in facts}
+    spring = int(datetime(2024, 5, 1, 10, tzinfo=UTC).timestamp()) * 1_000_000
+
+    async def seen(*conditions: Condition) -> set[str]:
+        where = Filter("acme", facts=conditions)
+        dense, sparse = direction(0), SPARSE.query("zebra")
+        queries = [Query(where, 9, dense=dense), Query(where, 9, sparse=sparse), Query(where, 9, dense=dense, sparse=sparse)]
+        found = [{names[hit.id] for hit in await store.search(CHUNKS, query)} for query in queries]
+        found.append({names[record.id] for record in await store.find(CHUNKS, where, limit=9)})
+        assert all(one == found[0] for one in found)
+        assert len(found[0]) == await store.count(CHUNKS, where)
+        return found[0]
+
+    assert {"old", "new"} == await seen(Condition("kind", any_of=("report", "memo")))
+    assert {"new"} == await seen(Condition("kind", any_of=("report",)), Condition("year", at_least=2000.0))
+    assert {"bare"} == await seen(Condition("kind", negated=True))
+    assert set() == await seen(Condition("size", at_least=2.0, below=9.0))
+    assert {"new"} == await seen(Condition("on", from_us=spring))
+    assert {"old"} == await seen(Condition("on", until_us=spring))
+    assert {"old", "bare"} == await seen(Condition("on", from_us=spring, negated=True))
+    assert set() == await seen(Condition("on", any_of=(True, 1.0)))
+    await store.delete(CHUNKS, Filter("acme", facts=(Condition("year", below=2000.0),)))
+    assert {"new", "bare"} == await seen()
 
 
 async def test_found_points_come_in_the_order_asked_for(store: VectorStore) -> None:

@@ -36,6 +36,10 @@ FULL_LINE = 0.72
 BESIDE_GAP = 1.5
 """A wider gap, in heights of the line, separates columns or cells."""
 COLUMN_CHARACTERS_MIN = 25
+RUN_TOGETHER_HEIGHT = 1.5
+"""What is higher, in sizes of its letters, or ends left of its beginning may be several lines."""
+SHIFT_MIN = 0.3
+"""A word that is so much higher or lower than the one before, in heights of it, and not behind it, begins another line."""
 SLANT_MAX = 0.2
 """Radians that the letters of a line may lean."""
 NO_TEXT_CHARACTERS_A_PAGE = 2
@@ -47,6 +51,7 @@ CUT = "\x02"
 """How the library marks a hyphen that only the end of a line made; it often puts the two lines together itself."""
 _CUT_WORD = re.compile(f"{CUT}(?=[^\\W\\d_A-Z])")
 _DIGITS = re.compile(r"\d+")
+_WORD = re.compile(r"\S+")
 _BULLET = re.compile(r"(?:[•‣◦▪●○■–\uf0b7\u2022·*-]|\(?(?:\d{1,3}|[a-zA-Z])[.)])\s+\S")
 _UNREADABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff\ufeff]")
 
@@ -132,8 +137,7 @@ def _lines(text_page: pdfium.PdfTextPage) -> Iterator[_Line]:
     place = 0
     for part in (*_LINE_END.finditer(text), None):
         end = part.start() if part else len(text)
-        if text[place:end].strip():
-            line = _measured(text_page, text[place:end], place)
+        for line in _told_apart(text_page, text[place:end], place):
             if gathered is not None and _beside(gathered, line):
                 _put_together(gathered, line)
             else:
@@ -143,6 +147,31 @@ def _lines(text_page: pdfium.PdfTextPage) -> Iterator[_Line]:
         place = part.end() if part else end
     if gathered is not None:
         yield gathered
+
+
+def _told_apart(text_page: pdfium.PdfTextPage, raw: str, place: int) -> Iterator[_Line]:
+    """The lines in what the library takes for one; it runs together the lines of two columns that overlap a little in height."""
+    if not raw.strip():
+        return
+    whole = _measured(text_page, raw, place)
+    # Few lines are suspicious, so that few are looked at word by word.
+    if not whole.size or (whole.left <= whole.right and whole.height <= RUN_TOGETHER_HEIGHT * whole.size):
+        yield whole
+        return
+    begin = 0
+    before: _Line | None = None
+    for word in _WORD.finditer(raw):
+        here = _measured(text_page, word[0], place + word.start())
+        if before is not None and abs(here.bottom - before.bottom) > SHIFT_MIN * before.height and not _follows(before, here):
+            yield _measured(text_page, raw[begin : word.start()], place + begin)
+            begin = word.start()
+        before = here
+    yield _measured(text_page, raw[begin:], place + begin)
+
+
+def _follows(before: _Line, line: _Line) -> bool:
+    """Whether the line begins where the other one ends, whatever their heights on the page."""
+    return -0.5 * line.height < line.left - before.right < BESIDE_GAP * max(before.height, line.height)
 
 
 def _measured(text_page: pdfium.PdfTextPage, raw: str, place: int) -> _Line:
@@ -172,8 +201,7 @@ def _readable(raw: str) -> str:
 
 def _beside(before: _Line, line: _Line) -> bool:
     """Whether the line goes on at the same height, such as behind a raised number or another font."""
-    gap = line.left - before.right
-    return _overlap(before, line) > 0.5 and -0.5 * line.height < gap < BESIDE_GAP * max(before.height, line.height)
+    return _overlap(before, line) > 0.5 and _follows(before, line)
 
 
 def _overlap(one: _Line, other: _Line) -> float:

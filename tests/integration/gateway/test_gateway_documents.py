@@ -235,6 +235,45 @@ async def test_search_gives_hits_with_numbers_for_offsets(front: Front, client: 
     assert (request.limit, request.mode, request.collection) == (3, retrieval.SEARCH_MODE_SPARSE, "x")
 
 
+async def test_a_search_passes_on_every_condition_and_shows_what_explains_a_hit(front: Front, client: httpx.AsyncClient) -> None:
+    """Typed values stay what they are; dates are their first instant; a hit has its page, flags, explanation and neighbours."""
+    passage = common.CitedPassage(number=1, document_id="d", page=3, flags=["override"])
+    around = [retrieval.Chunk(chunk_id=name, ordinal=place, end=9) for place, name in ((0, "b"), (2, "a"))]
+    explanation = retrieval.HitExplanation(dense_rank=2, fused_score=0.5, language="en")
+    front.behind.retrieval.hits = [retrieval.SearchResponse(hit=passage, explanation=explanation, before=around[:1], after=around[1:])]
+    body = {
+        "query": "q",
+        "more_collections": ["x", "y"],
+        "document_ids": ["d"],
+        "metadata": [
+            {"key": "a.b", "any_of": ["1", 1, True], "negated": True},
+            {"key": "n", "at_least": 0, "below": 2.5},
+            {"key": "t", "from": "2026-01-01", "until": "2026-01-01T01:00:00+01:00"},
+        ],
+        "neighbours": 1,
+        "explain": True,
+    }
+
+    (hit,) = (await client.post("/v1/search", json=body)).json()["hits"]
+    request, _ = front.behind.seen.last("Search")
+    first, second, third = request.metadata
+
+    assert (["x", "y"], ["d"], 1, True) == (list(request.more_collections), list(request.document_ids), request.neighbours, request.explain)
+    assert ["string_value", "number_value", "bool_value"] == [value.WhichOneof("kind") for value in first.any_of]
+    assert (True, False, "a.b") == (first.negated, first.HasField("at_least"), first.key)
+    assert (0.0, 2.5) == (second.at_least, second.below)
+    assert second.HasField("at_least")
+    assert third.HasField("until")
+    assert getattr(third, "from") == third.until
+    assert (3, ["override"], 2, "en") == (hit["page"], hit["flags"], hit["explanation"]["dense_rank"], hit["explanation"]["language"])
+    assert "sparse_rank" not in hit["explanation"]
+    assert (["b"], ["a"], 9) == (
+        [row["chunk_id"] for row in hit["before"]],
+        [row["chunk_id"] for row in hit["after"]],
+        hit["after"][0]["end"],
+    )
+
+
 async def test_a_job_is_shown_as_json_or_followed_as_a_stream(front: Front, client: httpx.AsyncClient) -> None:
     """By Accept."""
     shown = (await client.get("/v1/jobs/job-1")).json()

@@ -6,24 +6,32 @@ import random
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import redis.asyncio as redis
 from qdrant_client import AsyncQdrantClient
 
+from services.chassis.afterwork import AfterWork
 from services.chassis.clock import SystemClock
 from services.chassis.errors import NotFound, Unavailable
 from services.chassis.principal import Principal
 from services.local.stores import Valkey
-from services.retrieval.domain import Progress, Stage, Upload
-from services.retrieval.jobs import Claim, Owner, Taken, Told
+from services.retrieval.access import everything_of
+from services.retrieval.domain import Extracted, Progress, Stage, Upload
+from services.retrieval.edge_bm25 import EdgeBm25
+from services.retrieval.edge_store import EdgeStore
+from services.retrieval.ingest import Buffer, Ingestion, Pipeline
+from services.retrieval.jobs import Claim, JobStore, Owner, Taken, Told
+from services.retrieval.parsers import read
 from services.retrieval.ports import CHUNKS, DOCUMENTS, SYSTEM_TENANT, Filter
 from services.retrieval.qdrant_store import QdrantStore
 from services.retrieval.redis_jobs import RedisJobs
 from services.retrieval.registry import Registry
 from tailrace.retrieval.v1 import retrieval_service_pb2 as pb
 from tests.integration.retrieval.retrieval_kit import Retrieval, own_valkey
+from tests.integration.retrieval.test_reencoding import WordEmbedder
 from tests.integration.retrieval.test_retrieval_recovery import TENANT, draft
 
 ANN, BOB = Owner("acme", "ann"), Owner("globex", "bob")
@@ -210,7 +218,7 @@ async def test_two_replicas_that_change_one_document_leave_one_version_and_no_or
     vectors = QdrantStore(AsyncQdrantClient(":memory:"), 2, "any")
     await vectors.prepare()
     async with store_of(own) as one, store_of(own) as other:
-        registries = [Registry(vectors, SystemClock(), replica.turn) for replica in (one, other)]
+        registries = [Registry(vectors, SystemClock(), turn=replica.turn) for replica in (one, other)]
         changes = [
             registries[number % 2].replace(replace(document, received=number), chunks, dense, sparse)
             for number in range(8)
@@ -218,9 +226,87 @@ async def test_two_replicas_that_change_one_document_leave_one_version_and_no_or
         ]
         random.Random(3).shuffle(changes)
         await asyncio.gather(*changes)
-        latest = await registries[0].document(TENANT, draft("v7")[0].document_id)
+        latest = await registries[0].document(everything_of(TENANT), draft("v7")[0].document_id)
 
+        intents = Filter(SYSTEM_TENANT, equal={"kind": "intent"})
         assert "v7" == latest.content_sha256
-        assert (3, 0) == (await vectors.count(CHUNKS, Filter(TENANT)), await vectors.count(DOCUMENTS, Filter(SYSTEM_TENANT)))
+        assert (3, 0) == (await vectors.count(CHUNKS, Filter(TENANT)), await vectors.count(DOCUMENTS, intents))
         assert [f"v7 {ordinal}" for ordinal in range(3)] == [row.chunk.text for row in await registries[1].chunks(latest, 0, 9)]
     await vectors.close()
+
+
+class InThisOrder:
+    """A store whose documents are claimed in the order given, which need not be the one they were received in."""
+
+    def __init__(self, claims: list[tuple[Claim, bytes]]) -> None:
+        self.waiting = list(claims)
+        self.told: list[Progress] = []
+        self.ended = asyncio.Event()
+        self._contents: dict[str, bytes] = {}
+
+    async def claim(self) -> Claim | None:
+        if not self.waiting:
+            return None
+        claim, self._contents[claim.key] = self.waiting.pop(0)
+        return claim
+
+    async def content(self, claim: Claim) -> bytes:
+        return self._contents[claim.key]
+
+    async def record(self, told: list[Told]) -> list[bool]:
+        self.told += [one.progress for one in told]
+        if not self.waiting and self.told[-1].stage.final:
+            self.ended.set()
+        return [True] * len(told)
+
+    async def beat(self) -> set[str]:
+        return set(self._contents)
+
+    async def sweep(self) -> None:
+        return None
+
+    async def leave(self) -> None:
+        return None
+
+
+async def test_content_that_comes_again_is_the_latest_that_was_received(tmp_path: Path) -> None:
+    """Old, new, old: if the second old one is worked off before the new one, the new one is no longer wanted."""
+    store = EdgeStore.open(tmp_path / "qdrant", 2)
+    registry = Registry(store, SystemClock())
+    received = [(1, b"old"), (3, b"old"), (2, b"new")]
+    claims = [
+        (Claim("j", place, 1, ANN, Upload(b"", source_uri="a.txt"), Progress(place, "a.txt", Stage.RECEIVED), place), content)
+        for place, content in received
+    ]
+    jobs = InThisOrder(claims)
+
+    async def parse(upload: Upload) -> Extracted:
+        return read(upload)
+
+    pipeline = Pipeline(WordEmbedder("any", 2), EdgeBm25("english"), registry, parse)
+    ingestion = Ingestion(pipeline, cast(JobStore, jobs), AfterWork(), lambda: "j", workers=1, lease_s=30.0, buffer=Buffer(1000))
+    async with ingestion.running(), asyncio.timeout(10):
+        await jobs.ended.wait()
+    (document,) = await registry.page(everything_of("acme"), "", 9, None)
+
+    assert ["indexed", "unchanged", "unchanged"] == [progress.stage for progress in jobs.told if progress.stage.final]
+    assert (3, 1) == (document.received, document.version)
+    assert ["old"] == [stored.chunk.text for stored in await registry.chunks(document, 0, 9)]
+    store.close()
+
+
+async def test_a_document_that_changed_meanwhile_is_not_renewed(tmp_path: Path) -> None:
+    """The content that came again is then written as a version of its own."""
+    store = EdgeStore.open(tmp_path / "qdrant", 2)
+    registry = Registry(store, SystemClock())
+    first = await registry.replace(*draft("old"))
+    assert await registry.renew(first, 5)
+    document, *rest = draft("new")
+    second = await registry.replace(replace(document, received=6), *rest)
+
+    assert await registry.renew(second, 2)
+    assert 6 == (await registry.document(everything_of(TENANT), second.document_id)).received
+    assert not await registry.renew(first, 7)
+    await registry.delete(TENANT, second.document_id)
+    assert not await registry.renew(second, 8)
+    store.close()

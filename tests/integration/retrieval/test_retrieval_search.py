@@ -1,6 +1,15 @@
-"""What a search says besides its hits: how each came to its place, and what stands around it."""
+"""What a search can be asked besides its words, and what it says besides its hits."""
 
+import secrets
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from google.protobuf import struct_pb2, timestamp_pb2
+
+from services.chassis.errors import RequestInvalid
 from services.chassis.principal import Principal
+from services.retrieval.encoding_spaces import Encodings
 from tailrace.retrieval.v1 import retrieval_service_pb2 as pb
 from tests.integration.retrieval.retrieval_kit import Retrieval
 
@@ -21,6 +30,7 @@ async def test_a_hit_explains_its_place(retrieval: Retrieval, ann: Principal) ->
     assert "heron" in best.hit.text
     assert (1, 1) == (best.explanation.dense_rank, best.explanation.sparse_rank)
     assert best.explanation.fused_score == best.hit.score
+    assert "en" == best.explanation.language
     assert 0.4 < best.explanation.dense_weight <= 0.5
     assert not (await rows(retrieval, ann, "heron"))[0].HasField("explanation")
 
@@ -41,3 +51,140 @@ async def test_neighbours_stand_around_their_hit(retrieval: Retrieval, ann: Prin
     best = (await rows(retrieval, ann, "heron", neighbours=1, mode=pb.SEARCH_MODE_SPARSE))[0]
     assert ["otter", "newt"] == [chunk.heading_path[-1].removeprefix("Part ") for chunk in (*best.before, *best.after)]
     assert (1, 1) == (len(best.before), len(best.after))
+
+
+def value(fact: str | float | bool) -> struct_pb2.Value:
+    if isinstance(fact, bool):
+        return struct_pb2.Value(bool_value=fact)
+    return struct_pb2.Value(string_value=fact) if isinstance(fact, str) else struct_pb2.Value(number_value=fact)
+
+
+def condition(key: str, *any_of: str | float | bool, since: int | None = None, **fields: Any) -> pb.MetadataCondition:
+    if since is not None:
+        fields["from"] = timestamp_pb2.Timestamp(seconds=since)
+    return pb.MetadataCondition(key=key, any_of=[value(fact) for fact in any_of], **fields)
+
+
+async def filed(retrieval: Retrieval, who: Principal, name: str, collection: str = "", **facts: Any) -> None:
+    text = f"# {name}\n\nThe lighthouse is described in {name}.\n"
+    (*_, last) = await retrieval.ingest(who, {name: text}, collection=collection, **facts)
+    assert "indexed" == last.stage
+
+
+async def names(retrieval: Retrieval, who: Principal, **request: Any) -> set[str]:
+    return {hit.source_uri for hit in await retrieval.search(who, "Where is the lighthouse?", **request)}
+
+
+async def test_metadata_decides_what_is_searched(retrieval: Retrieval, ann: Principal) -> None:
+    """By string, number, boolean and moment; a field that is not there does not match, unless the condition is turned round."""
+    await filed(
+        retrieval, ann, "old.md", metadata={"year": value(1999.0), "draft": value(False), "on": value("1999-05-01"), "tenant": value("x")}
+    )
+    await filed(retrieval, ann, "new.md", metadata={"year": value(2024.0), "draft": value(True), "on": value("2024-05-01T00:00:00Z")})
+    await filed(retrieval, ann, "bare.md")
+
+    assert {"new.md"} == await names(retrieval, ann, metadata=[condition("year", at_least=2000)])
+    assert {"old.md"} == await names(retrieval, ann, metadata=[condition("year", 1999.0, 7.0), condition("draft", False)])
+    assert set() == await names(retrieval, ann, metadata=[condition("draft", 1.0)])
+    assert {"new.md"} == await names(retrieval, ann, metadata=[condition("on", since=1_000_000_000)])
+    instant = 1_714_521_600
+    barely_after = timestamp_pb2.Timestamp(seconds=instant, nanos=1)
+    assert {"new.md"} == await names(retrieval, ann, metadata=[condition("on", since=instant, until=barely_after)])
+    assert set() == await names(retrieval, ann, metadata=[pb.MetadataCondition(key="on", **{"from": barely_after})])
+    assert {"old.md", "bare.md"} == await names(retrieval, ann, metadata=[condition("draft", True, negated=True)])
+    assert {"old.md"} == await names(retrieval, ann, metadata=[condition("tenant", "x")])
+    assert set() == await names(retrieval, ann, metadata=[condition("tenant", ann.tenant)])
+    assert {"old.md", "new.md"} == await names(retrieval, ann, metadata=[condition("year")])
+
+
+async def test_changed_metadata_counts_at_once(retrieval: Retrieval, ann: Principal) -> None:
+    """Though the text is the same, and True is not 1."""
+    await filed(retrieval, ann, "a.md", metadata={"state": value(True)})
+    await filed(retrieval, ann, "a.md", metadata={"state": value(1.0)})
+
+    assert {"a.md"} == await names(retrieval, ann, metadata=[condition("state", 1.0)])
+    assert set() == await names(retrieval, ann, metadata=[condition("state", True)])
+
+
+async def test_no_condition_reaches_further_than_its_caller(retrieval: Retrieval, ann: Principal, eve: Principal) -> None:
+    """Turned round, over all collections and by its id: a limited document stays its readers', and a tenant's its own."""
+    await filed(retrieval, ann, "secret.md", access=pb.Access(users=["ann"]), metadata={"a": value("b")})
+    await filed(retrieval, ann, "far.md", "far", access=pb.Access(users=["ann"]))
+    (secret,) = (await retrieval.ids(ann, collection="default")).values()
+    hostile: list[dict[str, Any]] = [
+        {"metadata": [condition("nothing", negated=True)]},
+        {"metadata": [condition("tenant", ann.tenant)]},
+        {"metadata": [condition("readers", "user:ann", negated=True), condition("a", "b")]},
+        {"more_collections": ["far", "default"]},
+        {"more_collections": ["far"], "document_ids": [secret], "metadata": [condition("x", negated=True)]},
+    ]
+
+    for who in (Principal(ann.tenant, "kim"), eve):
+        for request in hostile:
+            assert set() == await names(retrieval, who, **request), request
+    assert {"secret.md"} == await names(retrieval, ann, more_collections=["far"], document_ids=[secret])
+    assert {"secret.md", "far.md"} == await names(retrieval, ann, more_collections=["far"])
+
+
+async def test_several_collections_are_searched_as_one(retrieval: Retrieval, ann: Principal) -> None:
+    """One ranking over those named and no other; the same name twice, and one with nothing in it, do no harm."""
+    for name in ("one", "two", "three"):
+        await filed(retrieval, ann, f"{name}.md", name)
+
+    assert {"one.md"} == await names(retrieval, ann, collection="one")
+    assert {"one.md", "two.md"} == await names(retrieval, ann, collection="one", more_collections=["two", "one", "never"])
+    (third,) = (await retrieval.ids(ann, collection="three")).values()
+    assert set() == await names(retrieval, ann, collection="one", more_collections=["two"], document_ids=[third])
+    found = await retrieval.search(ann, "lighthouse", collection="one", more_collections=["two", "three"], limit=2)
+    assert [1, 2] == [hit.number for hit in found]
+
+
+async def test_collections_of_different_embedders_are_refused_together(
+    retrieval: Retrieval, ann: Principal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their similarities cannot be compared. One in which nothing ever was stands in nobody's way."""
+    await filed(retrieval, ann, "one.md", "one")
+    await filed(retrieval, ann, "two.md", "two")
+    answering = Encodings.answering
+    strange = set[str]()
+
+    async def divided(self: Encodings, tenant: str, collection: str) -> Any:
+        encoding = await answering(self, tenant, collection)
+        return replace(encoding, id=f"other {encoding.encoder_id}") if collection in strange else encoding
+
+    monkeypatch.setattr(Encodings, "answering", divided)
+    strange.add("two")
+    with pytest.raises(RequestInvalid) as refused:
+        await names(retrieval, ann, collection="one", more_collections=["two"])
+    assert "more_collections" == refused.value.field
+    strange.add(empty := secrets.token_hex(4))
+    strange.remove("two")
+    found = await rows(retrieval, ann, "lighthouse", collection=empty, more_collections=["two", "one"], explain=True)
+    assert {"one.md", "two.md"} == {row.hit.source_uri for row in found}
+    assert "other" not in {row.explanation.embedder_id for row in found}
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        ({"metadata": [condition("a")] * 17}, "metadata"),
+        ({"metadata": [condition("a"), condition("")]}, "metadata[1].key"),
+        ({"metadata": [condition("x" * 257)]}, "metadata[0].key"),
+        ({"metadata": [condition("a", *["b"] * 65)]}, "metadata[0].any_of"),
+        ({"metadata": [condition("a", "b", "x" * 257)]}, "metadata[0].any_of[1]"),
+        ({"metadata": [condition("a", float("nan"))]}, "metadata[0].any_of[0]"),
+        ({"metadata": [pb.MetadataCondition(key="a", any_of=[struct_pb2.Value(null_value=0)])]}, "metadata[0].any_of[0]"),  # type: ignore[arg-type]
+        ({"metadata": [condition("a"), condition("a"), condition("a", at_least=float("inf"))]}, "metadata[2].at_least"),
+        ({"metadata": [condition("a", below=float("nan"))]}, "metadata[0].below"),
+        ({"metadata": [condition("a", since=2**60)]}, "metadata[0].from"),
+        ({"metadata": [condition("a", until=timestamp_pb2.Timestamp(nanos=-1))]}, "metadata[0].until"),
+        ({"more_collections": ["c"] * 16}, "more_collections"),
+        ({"more_collections": ["c", "a b"]}, "more_collections[1]"),
+    ],
+)
+async def test_what_is_asked_has_bounds(retrieval: Retrieval, ann: Principal, request_: dict[str, Any], field: str) -> None:
+    """Named with the place of the condition and its part."""
+    with pytest.raises(RequestInvalid) as refused:
+        await names(retrieval, ann, **request_)
+    assert field == refused.value.field
+    assert refused.value.metadata["bound"]

@@ -1,14 +1,19 @@
 """The command's own decisions: what a path means, how money and a refusal look."""
 
 import contextlib
+import json
 import stat
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import jwt
 import pytest
 from typer.testing import CliRunner
 
-from services.local.command import app, found, passed_over, usd
+import tailrace
+from services.local import command
+from services.local.command import app, fact, found, passed_over, printable, usd
 from services.orchestrator import spool
 from tailrace.ledger.v1 import ledger_service_pb2
 
@@ -114,3 +119,98 @@ def test_dead_letters_are_shown_and_put_back(tmp_path: Path, monkeypatch: pytest
     assert shown.split()[1:] == ["acme/ada", "o-1", "PRICE_UNKNOWN:", "no", "price"]
     assert moved == "1 put back into the outbox\n"
     assert after == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "pair"),
+    [
+        ("year=2024", ("year", 2024.0)),
+        ("rate=-1.5e3", ("rate", -1500.0)),
+        ("draft=true", ("draft", True)),
+        ('year="2024"', ("year", "2024")),
+        ("a=b=c", ("a", "b=c")),
+        ("a=", ("a", "")),
+        ("a=[1]", ("a", "[1]")),
+        ("a=null", ("a", "null")),
+        ("a=NaN", ("a", "NaN")),
+        ("a=1" + "0" * 400, ("a", "1" + "0" * 400)),
+    ],
+)
+def test_a_fact_is_what_it_looks_like(text: str, pair: tuple[str, Any]) -> None:
+    """Numbers and booleans, quoted what looks like one and is text, and everything else as it stands."""
+    assert pair == fact(text)
+    assert type(pair[1]) is type(fact(text)[1])
+
+
+class Recording:
+    """A client that remembers what it was asked, and finds one passage."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, ...]] = []
+
+    async def __aenter__(self) -> "Recording":
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        return None
+
+    async def search(self, query: str, **asked: Any) -> AsyncIterator[tailrace.Hit]:
+        self.asked.append((query, asked))
+        yield tailrace.Hit(1, "d", "c", "T\x1b[2J", "t.pdf", "one\n\x1b]0;two\x07", 0, 7, 0.5, ("H",), 3, ("override",))
+
+    async def ingest(self, *uploads: tailrace.Upload, collection: str) -> AsyncIterator[tailrace.Progress]:
+        self.asked.append((uploads, collection))
+        for index, upload in enumerate(uploads):
+            yield tailrace.Progress("j", index, upload.name, "d", "indexed", 1, 1, 1, "", "")
+
+
+@pytest.fixture
+def recording(monkeypatch: pytest.MonkeyPatch) -> Recording:
+    client = Recording()
+    monkeypatch.setattr(command, "connected", lambda: client)
+    return client
+
+
+def test_a_search_shows_title_page_and_score_and_nothing_that_a_terminal_obeys(recording: Recording) -> None:
+    """Collections and facts become conditions of the one search."""
+    arguments = ["search", "q", "--collection", "a", "--collection", "b", "--metadata", "year=2024", "--metadata", "draft=false"]
+    shown = CliRunner().invoke(app, arguments)
+    ((query, asked),) = recording.asked
+
+    assert ("q", "a", ["b"]) == (query, asked["collection"], asked["more_collections"])
+    assert [tailrace.Condition("year", (2024.0,)), tailrace.Condition("draft", (False,))] == asked["metadata"]
+    assert shown.output == "[1] 0.500  T [2J › H  p. 3  ! override\n    one ]0;two\n"
+
+
+def test_a_search_as_json_is_one_line_a_hit(recording: Recording) -> None:
+    """With the fields that the client gives."""
+    (line,) = CliRunner().invoke(app, ["search", "q", "--json"]).output.splitlines()
+
+    assert ("t.pdf", 3, None) == tuple(json.loads(line)[name] for name in ("source_uri", "page", "explanation"))
+    assert recording.asked[0][1]["explain"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["search", "q", "--mode", "best"], ["search", "q", "--metadata", "year"], ["search", "q", "--metadata", "=1"]]
+)
+def test_a_search_that_cannot_be_is_refused_before_it_is_sent(recording: Recording, arguments: list[str]) -> None:
+    """Exit code 2, as of every wrong argument."""
+    assert CliRunner().invoke(app, arguments).exit_code == 2
+    assert recording.asked == []
+
+
+def test_documents_are_filed_with_what_was_said_of_them(recording: Recording, tmp_path: Path) -> None:
+    """Readers and facts go with every document; without readers, who may read it is left as it is."""
+    (tmp_path / "a.md").write_text("a")
+    said = ["--user", "ann", "--group", "crew", "--group", "office", "--metadata", "year=2024"]
+    results = [CliRunner().invoke(app, ["ingest", str(tmp_path / "a.md"), *more]) for more in (said, [])]
+    limited, plain = (uploads[0] for uploads, _ in recording.asked)
+
+    assert [0, 0] == [result.exit_code for result in results]
+    assert (tailrace.Access(("ann",), ("crew", "office")), {"year": 2024.0}) == (limited.access, limited.metadata)
+    assert (None, {}) == (plain.access, plain.metadata)
+
+
+def test_what_documents_hold_stays_on_its_line() -> None:
+    """No control or bidirectional sign is left."""
+    assert printable("a\r\n\tb\u202e\x1b[31mc\x00") == "a b [31mc"

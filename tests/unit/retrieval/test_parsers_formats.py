@@ -163,6 +163,17 @@ def test_columns_written_line_by_line_are_read_one_after_the_other() -> None:
     assert text.index("left column has line 03") < text.index("left column has line 04")
 
 
+def test_raised_words_stay_in_their_lines() -> None:
+    """However high they are: they stand where the line goes on, and are no second column."""
+    lines = []
+    for number in range(12):
+        lines.append((50.0, 700 - 30.0 * number, 10, f"the beginning of line {number:02d} is long,"))
+        lines.append((205.0, 706 - 30.0 * number, 10, f"raised words of {number:02d} end it"))
+    text = " ".join(told(pdf(lines), "a.pdf").text.split())
+
+    assert all(f"line {number:02d} is long, raised words of {number:02d} end it" in text for number in range(12))
+
+
 def test_running_heads_are_said_once() -> None:
     """The same line at the same place of every page but for its number; what differs stays."""
     pages = [

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class Gateway(gateway_service_pb2_grpc.GatewayServiceServicer):
         self.tokens: list[str] = []
         self.received: dict[str, bytes] = {}
         self.left = asyncio.Event()
+        self.searches: list[retrieval.SearchRequest] = []
 
     async def identify(self, context: grpc.aio.ServicerContext) -> Principal:
         self.tokens += [str(value) for key, value in context.invocation_metadata() or () if key == "authorization"]
@@ -95,6 +97,14 @@ class Gateway(gateway_service_pb2_grpc.GatewayServiceServicer):
 
     async def DeleteDocument(self, request: retrieval.DeleteDocumentRequest, context: Any) -> retrieval.DeleteDocumentResponse:
         return retrieval.DeleteDocumentResponse(chunks_deleted=3)
+
+    async def Search(self, request: retrieval.SearchRequest, context: Any) -> None:  # type: ignore[override]
+        self.searches.append(request)
+        passage = common_pb2.CitedPassage(number=1, document_id="d", title="T", text="…", page=4, flags=["override"])
+        around = [retrieval.Chunk(chunk_id=name, ordinal=place) for place, name in ((0, "b"), (2, "a"))]
+        explanation = retrieval.HitExplanation(dense_rank=2, dense_score=0.5, language="en") if request.explain else None
+        row = retrieval.SearchResponse(hit=passage, explanation=explanation, before=around[:1], after=around[1:])
+        await context.write(row)
 
     async def QueryUsage(self, request: ledger.QueryUsageRequest, context: Any) -> None:  # type: ignore[override]
         await context.write(ledger.QueryUsageResponse(group={request.group_by[0]: "m"}, operations=2, cost_nanousd=84))
@@ -257,3 +267,45 @@ def test_target_and_token_come_from_the_environment(monkeypatch: pytest.MonkeyPa
             return client.target
 
     assert asyncio.run(target()) == "gateway.example:50050"
+
+
+async def test_a_search_says_what_is_searched_and_gets_what_explains_its_hits(gateway: tuple[Gateway, str]) -> None:
+    """Values keep their kinds on the way; a hit is a passage with more; without `explain` there is no explanation."""
+    since = datetime(2026, 1, 1, tzinfo=UTC)
+    conditions = [tailrace.Condition("a", ("1", 1.0, True), negated=True), tailrace.Condition("n", at_least=0.0, since=since)]
+    async with tailrace.AsyncClient(gateway[1], token="t") as client:
+        asked = client.search("q", more_collections=["x"], document_ids=["d"], metadata=conditions, neighbours=1, explain=True)
+        (hit,) = [found async for found in asked]
+        (plain,) = [found async for found in client.search("q")]
+    first, second = gateway[0].searches[0].metadata
+
+    assert ["string_value", "number_value", "bool_value"] == [value.WhichOneof("kind") for value in first.any_of]
+    assert (True, False, True, False) == (first.negated, first.HasField("at_least"), second.HasField("at_least"), second.HasField("below"))
+    assert since == getattr(second, "from").ToDatetime(UTC)
+    request = gateway[0].searches[0]
+    assert (["x"], ["d"], 1) == (list(request.more_collections), list(request.document_ids), request.neighbours)
+    assert isinstance(hit, tailrace.Passage)
+    assert (4, ("override",), ["b"], ["a"]) == (
+        hit.page,
+        hit.flags,
+        [row.chunk_id for row in hit.before],
+        [row.chunk_id for row in hit.after],
+    )
+    assert hit.explanation is not None
+    assert (2, None, "en") == (hit.explanation.dense_rank, hit.explanation.sparse_rank, hit.explanation.language)
+    assert plain.explanation is None
+
+
+async def test_the_blocking_client_searches_alike(gateway: tuple[Gateway, str]) -> None:
+    """Every argument is passed on."""
+
+    def work() -> list[int]:
+        with tailrace.Client(gateway[1], token="t") as client:
+            wanted = [tailrace.Condition("a")]
+            found = client.search("q", collection="c", more_collections=["x"], metadata=wanted, neighbours=2, explain=True)
+            return [hit.number for hit in found]
+
+    assert [1] == await asyncio.to_thread(work)
+    (request,) = gateway[0].searches
+    assert ("c", ["x"], "a") == (request.collection, list(request.more_collections), request.metadata[0].key)
+    assert (2, True) == (request.neighbours, request.explain)

@@ -20,11 +20,10 @@ from services.chassis.config import SettingsError
 from services.chassis.principal import ROLES
 from services.local.config import make_state_dir, state_dir
 
-SUFFIXES = frozenset(
-    (".md", ".markdown", ".mdown", ".mdx", ".html", ".htm", ".xhtml", ".txt", ".text", ".rst", ".rest")
-    + (".pdf", ".docx", ".docm", ".odt", ".rtf", ".epub", ".pptx", ".pptm", ".odp", ".xlsx", ".xlsm", ".xls", ".ods")
-    + (".csv", ".tsv", ".tab", ".json", ".geojson", ".jsonl", ".ndjson", ".xml", ".rss", ".atom", ".eml")
-)
+TEXTS = (".md", ".markdown", ".mdown", ".mdx", ".html", ".htm", ".xhtml", ".txt", ".text", ".rst", ".rest", ".eml")
+OFFICE = (".pdf", ".docx", ".docm", ".odt", ".rtf", ".epub", ".pptx", ".pptm", ".odp", ".xlsx", ".xlsm", ".xls", ".ods")
+DATA = (".csv", ".tsv", ".tab", ".json", ".geojson", ".jsonl", ".ndjson", ".xml", ".rss", ".atom")
+SUFFIXES = frozenset((*TEXTS, *OFFICE, *DATA))
 """What is taken from a folder. A file named by itself is always sent: the service knows best what it can read."""
 FILES_PER_STREAM = 100
 JOBS_SHOWN = 50

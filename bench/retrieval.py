@@ -11,6 +11,7 @@ import gzip
 import itertools
 import os
 import random
+import re
 import sys
 import time
 from collections import Counter, defaultdict
@@ -54,6 +55,8 @@ CHUNKS_PER_DOCUMENT = 50
 BESIDE_TIMES = 2.0
 WORKER_MIB, FILE_S = 512.0, 30.0
 LOOK_S = 0.01
+WORD = re.compile(r"[^\W_]{2}")
+"""A file without two letters or digits in a row has no sentence to be found by; it has to be taken in, and is named."""
 
 MUST_FAIL = {"needs a password", "image only, needs OCR", "zero bytes", "only whitespace", "empty workbook", "archive"}
 """Notes of the manifest on files that hold no text for anybody."""
@@ -360,7 +363,7 @@ async def hostile(run: Run) -> list[Outcome]:
     notes = {row["file"]: row["note"] for row in _lines(run.data / "docs" / "manifest.jsonl")}
     harmful = await asyncio.to_thread(bombs)
     files = [*((name, (run.data / "docs" / name).read_bytes()) for name in notes), *harmful.items()][: run.n]
-    lost, untyped, slowest = [], [], (0.0, "")
+    lost, untyped, wordless, slowest = [], [], [], (0.0, "")
     reasons: Counter[str] = Counter()
     async with scratch() as state, serving(state) as service, looking(service.process) as peak:
         for name, content in files:
@@ -374,8 +377,12 @@ async def hostile(run: Run) -> list[Outcome]:
                 (untyped if not typed else lost if not (bad or notes[name] in MAY_FAIL) else []).append(name)
             elif bad:
                 untyped.append(name)
-            elif not await _middle_found(service, said.document_id):
-                lost.append(name)
+            else:
+                chunks = await service.chunks(said.document_id)
+                if not any(WORD.search(chunk.text) for chunk in chunks):
+                    wordless.append(name)
+                elif not await _middle_found(service, said.document_id, chunks):
+                    lost.append(name)
         alive = service.process.is_running() and bool(await service.documents("files"))
     bars = [
         Bar("good files not found by their middle", len(lost), 0),
@@ -384,7 +391,8 @@ async def hostile(run: Run) -> list[Outcome]:
         Bar("longest time for a file", round(slowest[0], 1), FILE_S, "s"),
         Bar("service alive afterwards", float(alive), 1, at_least=True),
     ]
-    facts = {"refused": dict(reasons), "slowest": slowest[1], "not found": lost or "none", "not typed": untyped or "none"}
+    facts = {"refused": dict(reasons), "slowest": slowest[1]}
+    facts |= {"not found": lost or "none", "not typed": untyped or "none", "without words": wordless or "none"}
     return [Outcome("hostile: files", len(files), run.seed, bars, facts)]
 
 
@@ -420,9 +428,8 @@ async def looking(parent: psutil.Process) -> AsyncIterator[Peak]:
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def _middle_found(service: Service, id_: str) -> bool:
+async def _middle_found(service: Service, id_: str, chunks: list[pb.Chunk]) -> bool:
     """Whether a search for a sentence from the middle of the document brings a place that has it among the first three."""
-    chunks = await service.chunks(id_)
     text = chunks[len(chunks) // 2].text
     sentence = middle_sentence(text)
     hits = [row.hit for row in await service.search(sentence, "files", limit=3)]

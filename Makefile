@@ -51,10 +51,13 @@ bench-ledger: setup ## measure reserve and settle, and how fast a spool drains
 bench-usage: setup ## usage questions over 5 million operations, with bars; ARGS="--operations 100000" shortens
 	$(BIN)/python -m bench.usage $(ARGS)
 
+bench-retrieval: setup ## what retrieval finds, how fast and how safely, with bars; DATA=../shared/data, ARGS="spans --n 50" picks and shortens
+	$(BIN)/python -m bench.retrieval $(or $(DATA),../shared/data) $(ARGS)
+
 soak: setup ## mixed load for ten minutes, MINUTES=480 for a night; print what grew
 	$(BIN)/python -m bench.soak --minutes $(or $(MINUTES),10)
 
 clean: ## remove .venv and caches, but not the data in .tailrace
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-.PHONY: help setup run test check fmt proto bench bench-streams bench-money bench-ledger bench-usage soak clean
+.PHONY: help setup run test check fmt proto bench bench-streams bench-money bench-ledger bench-usage bench-retrieval soak clean

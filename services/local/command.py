@@ -20,7 +20,10 @@ from services.chassis.config import SettingsError
 from services.chassis.principal import ROLES
 from services.local.config import make_state_dir, state_dir
 
-SUFFIXES = frozenset({".md", ".markdown", ".html", ".htm", ".txt", ".text"})
+TEXTS = (".md", ".markdown", ".mdown", ".mdx", ".html", ".htm", ".xhtml", ".txt", ".text", ".rst", ".rest", ".eml")
+OFFICE = (".pdf", ".docx", ".docm", ".odt", ".rtf", ".epub", ".pptx", ".pptm", ".odp", ".xlsx", ".xlsm", ".xls", ".ods")
+DATA = (".csv", ".tsv", ".tab", ".json", ".geojson", ".jsonl", ".ndjson", ".xml", ".rss", ".atom")
+SUFFIXES = frozenset((*TEXTS, *OFFICE, *DATA))
 """What is taken from a folder. A file named by itself is always sent: the service knows best what it can read."""
 FILES_PER_STREAM = 100
 JOBS_SHOWN = 50
@@ -122,7 +125,7 @@ def ingest(
     group: Annotated[list[str] | None, typer.Option(help="A group that may read them; may be given more than once.")] = None,
     metadata: Annotated[list[str] | None, typer.Option(help=FACT_HELP)] = None,
 ) -> None:
-    """Take in documents: Markdown, HTML and plain text. Exit code 1 if any failed.
+    """Take in documents: PDF, Office, mail, Markdown, HTML, tables, data and code. Exit code 1 if any failed.
 
     With --user or --group only those named, you and the tenant's admins may read them; without, they stay as they are.
     """

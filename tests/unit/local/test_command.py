@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import tailrace
 from services.local import command
-from services.local.command import app, fact, found, passed_over, printable, usd
+from services.local.command import SUFFIXES, app, fact, found, passed_over, printable, usd
 from services.orchestrator import spool
 from tailrace.ledger.v1 import ledger_service_pb2
 
@@ -214,3 +214,10 @@ def test_documents_are_filed_with_what_was_said_of_them(recording: Recording, tm
 def test_what_documents_hold_stays_on_its_line() -> None:
     """No control or bidirectional sign is left."""
     assert printable("a\r\n\tb\u202e\x1b[31mc\x00") == "a b [31mc"
+
+
+def test_folders_give_what_the_service_reads() -> None:
+    """Every format it knows by a suffix, but logs, which grow; and nothing that it does not know."""
+    from services.retrieval.parsers.detection import BY_EXTENSION
+
+    assert BY_EXTENSION.keys() - {".log"} == SUFFIXES

@@ -60,7 +60,7 @@ function DropZone() {
           choose files
         </button>
       </p>
-      <p class="fine">Markdown, HTML and plain text, up to 20 MB each. The same file again becomes a new version.</p>
+      <p class="fine">PDF, Office, OpenDocument, EPUB, mail, Markdown, HTML, tables, data and code, up to 20 MB each. The same file again becomes a new version.</p>
       <input ref={input} type="file" multiple hidden aria-label="Files to add" onChange={choose} />
     </div>
   );

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import qdrant_edge as edge
 
 from services.chassis.errors import Unavailable
-from services.retrieval.facts import FACTS, MEASURES, NAME, VALUE, Condition
+from services.retrieval.facts import FACTS, NAME, VALUE, Condition
 from services.retrieval.ports import SPACES, TENANTS_MAX, Filter, Point, Query, Record, Space
 
 T = TypeVar("T")
@@ -150,14 +150,12 @@ def translated(where: Filter) -> Any:
 
 
 def _of_facts(condition: Condition) -> Any:
-    parts: list[Any] = []
-    if condition.keywords:
-        parts.append(edge.FieldCondition(key=FACTS, match=edge.MatchAny(list(condition.keywords))))
+    parts: list[Any] = [edge.FieldCondition(key=FACTS, match=edge.MatchAny(list(condition.keywords)))]
     for measure in condition.measures:
         # Nested: name and range have to hold of the same object.
         named = edge.FieldCondition(key=NAME, match=edge.MatchValue(measure.name))
         within = edge.FieldCondition(key=VALUE, range=edge.RangeFloat(gte=measure.least, lt=measure.below))
-        parts.append(edge.NestedCondition(key=MEASURES, filter=edge.Filter(must=[named, within])))
+        parts.append(edge.NestedCondition(key=measure.field, filter=edge.Filter(must=[named, within])))
     return edge.Filter(must_not=[edge.Filter(must=parts)]) if condition.negated else edge.Filter(must=parts)
 
 

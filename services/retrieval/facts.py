@@ -13,8 +13,10 @@ from services.retrieval.domain import Fact
 
 FACTS = "facts"
 """Payload field: keywords, one for each key and one for each pair of key and value."""
-MEASURES = "measures"
-"""Payload field: an object of `NAME` and `VALUE` for each number and each moment."""
+NUMBERS = "numbers"
+"""Payload field: an object of `NAME` and `VALUE` for each number."""
+MOMENTS = "moments"
+"""Payload field: an object of `NAME` and `VALUE` for each moment. Apart from the numbers, so that an index tells few from many."""
 NAME = "name"
 VALUE = "value"
 
@@ -26,6 +28,8 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 class Measure:
     """A range that a number or moment must lie in: `least` is in it, `below` is not."""
 
+    field: str
+    """`NUMBERS` or `MOMENTS`."""
     name: str
     least: float | None
     below: float | None
@@ -47,33 +51,32 @@ class Condition:
 
     @property
     def keywords(self) -> tuple[str, ...]:
-        """One of these must be among the facts; empty = the measures alone decide."""
-        if self.any_of:
-            return tuple(_pair(self.key, fact) for fact in self.any_of)
-        return () if self.measures else (_named(self.key),)
+        """One of these must be among the facts."""
+        # A range needs the field to be there, too: that leaves few to look at where few documents have it.
+        return tuple(_pair(self.key, fact) for fact in self.any_of) or (_named(self.key),)
 
     @property
     def measures(self) -> tuple[Measure, ...]:
         """All of these must hold."""
-        asked = ((_number(self.key), self.at_least, self.below), (_moment(self.key), self.from_us, self.until_us))
+        asked = ((NUMBERS, self.at_least, self.below), (MOMENTS, self.from_us, self.until_us))
         return tuple(
-            Measure(name, None if least is None else float(least), None if below is None else float(below))
-            for name, least, below in asked
+            Measure(field, self.key, None if least is None else float(least), None if below is None else float(below))
+            for field, least, below in asked
             if least is not None or below is not None
         )
 
 
 def payload(metadata: Mapping[str, Fact]) -> dict[str, Any]:
     """The payload fields that conditions look at."""
-    measures = []
+    numbers, moments = [], []
     for key, fact in metadata.items():
         if isinstance(fact, str):
             if (at_us := moment_us(fact)) is not None:
-                measures.append({NAME: _moment(key), VALUE: float(at_us)})
+                moments.append({NAME: key, VALUE: float(at_us)})
         elif not isinstance(fact, bool):
-            measures.append({NAME: _number(key), VALUE: float(fact)})
+            numbers.append({NAME: key, VALUE: float(fact)})
     keywords = [keyword for key, fact in metadata.items() for keyword in (_named(key), _pair(key, fact))]
-    return {FACTS: keywords, MEASURES: measures}
+    return {FACTS: keywords, NUMBERS: numbers, MOMENTS: moments}
 
 
 def same(one: Mapping[str, Fact], other: Mapping[str, Fact]) -> bool:
@@ -105,11 +108,3 @@ def _pair(key: str, fact: Fact) -> str:
     else:
         value = f"n:{float(fact) + 0.0!r}"  # minus zero is zero
     return f"{_named(key)}={value}"
-
-
-def _number(key: str) -> str:
-    return f"n:{key}"
-
-
-def _moment(key: str) -> str:
-    return f"m:{key}"

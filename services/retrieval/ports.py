@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from services.retrieval.domain import Extracted, Upload
-from services.retrieval.facts import FACTS, MEASURES, NAME, VALUE, Condition
+from services.retrieval.facts import FACTS, MOMENTS, NAME, NUMBERS, VALUE, Condition
 
 Vectors = npt.NDArray[np.float32]
 """(n, d), rows of unit length."""
@@ -42,9 +42,9 @@ CHUNKS = Space(
     "chunks",
     dense=True,
     sparse=True,
-    keywords=("collection", "document_id", "revision", "readers", FACTS, f"{MEASURES}[].{NAME}"),
+    keywords=("collection", "document_id", "revision", "readers", FACTS, f"{NUMBERS}[].{NAME}", f"{MOMENTS}[].{NAME}"),
     integers=("ordinal",),
-    numbers=(f"{MEASURES}[].{VALUE}",),
+    numbers=(f"{NUMBERS}[].{VALUE}", f"{MOMENTS}[].{VALUE}"),
 )
 ANSWERS = Space("answers", dense=True, keywords=("collection", "cache_scope", "answer_id", "user"), integers=("epoch", "created_us"))
 # The engines want at least one vector; documents are found by their fields alone and leave it empty.

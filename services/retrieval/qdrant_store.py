@@ -15,7 +15,7 @@ from qdrant_client import AsyncQdrantClient, models
 from qdrant_client.http.exceptions import ApiException
 
 from services.chassis.errors import Unavailable
-from services.retrieval.facts import FACTS, MEASURES, NAME, VALUE, Condition
+from services.retrieval.facts import FACTS, NAME, VALUE, Condition
 from services.retrieval.fingerprint import settle
 from services.retrieval.ports import DOCUMENTS, SPACES, TENANTS_MAX, Filter, Point, Query, Record, Space
 from services.retrieval.qdrant_layout import Layout
@@ -225,14 +225,12 @@ def _conditions(where: Filter) -> list[Any]:
 
 
 def _of_facts(condition: Condition) -> models.Filter:
-    parts: list[Any] = []
-    if condition.keywords:
-        parts.append(models.FieldCondition(key=FACTS, match=models.MatchAny(any=list(condition.keywords))))
+    parts: list[Any] = [models.FieldCondition(key=FACTS, match=models.MatchAny(any=list(condition.keywords)))]
     for measure in condition.measures:
         # Nested: name and range have to hold of the same object.
         named = models.FieldCondition(key=NAME, match=models.MatchValue(value=measure.name))
         within = models.FieldCondition(key=VALUE, range=models.Range(gte=measure.least, lt=measure.below))
-        parts.append(models.NestedCondition(nested=models.Nested(key=MEASURES, filter=models.Filter(must=[named, within]))))
+        parts.append(models.NestedCondition(nested=models.Nested(key=measure.field, filter=models.Filter(must=[named, within]))))
     return models.Filter(must_not=[models.Filter(must=parts)]) if condition.negated else models.Filter(must=parts)
 
 

@@ -23,7 +23,7 @@ from services.retrieval.ports import CHUNKS, Filter, Point, VectorStore
 from services.retrieval.qdrant_store import QdrantStore
 
 HOSTILE = [
-    "a", "A", "a.b", "a[]", "a[0]", "measures[].value", "facts", "tenant", "readers", "document_id", "1:a", "a=s:b", "a=b", '"', "'", "\\",
+    "a", "A", "a.b", "a[]", "a[0]", "numbers[].value", "facts", "tenant", "readers", "document_id", "1:a", "a=s:b", "a=b", '"', "'", "\\",
     "\0", " ", "é", "e\u0301", "а", "𝒂", "\u202ea", "x" * 256, "x" * 255,
 ]  # fmt: skip
 MOMENTS = ["2026-01-01", "2026-01-01T00:00:00Z", "2026-01-01T01:00:00+01:00", "2026-01-01T00:00:00.000001Z", "2025-12-31t23:59:59z"]

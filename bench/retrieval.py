@@ -321,7 +321,8 @@ async def beside(run: Run) -> list[Outcome]:
             while not taking.done():
                 busy.append(await service.timed(next(asked), "many"))
         last = taking.result()
-    assert {said.stage for said in last.values()} == {"indexed"}, "not everything was taken in"
+    ends = Counter(f"{said.stage} {said.error_reason}".strip() for said in last.values())
+    assert ends.keys() == {"indexed"}, f"documents ended as {dict(ends)}"
     chunks = sum(said.chunks_total for said in last.values())
     times = percentile(busy, 0.99) / percentile(idle, 0.99)
     notes = {

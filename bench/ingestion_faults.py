@@ -18,6 +18,8 @@ from tests.suite import Suite, ask, ingest, running
 
 ASKERS = 4
 """Callers that ask all the time while versions change, half of them the very question whose answer changes."""
+TURNS_OF_A_USER = 40
+"""So many stay below what one user may ask in a minute, however fast they go."""
 JOB_TIMEOUT_S = 120.0
 LEASE_S = "1"
 
@@ -26,8 +28,11 @@ async def versions(suite: Suite, n: int, seed: int) -> dict[str, Any]:
     """Ingest version 1, ask, ingest version 2 or delete, ask at once; n times. Counts answers that rest on what was replaced."""
     random_ = random.Random(seed)
     stale, cached, acknowledged = 0, 0, 0
-    async with suite.client() as client, _asked_all_the_time(suite, random_):
+    async with contextlib.AsyncExitStack() as opened:
+        await opened.enter_async_context(_asked_all_the_time(suite, random_))
         for turn in range(n):
+            if turn % TURNS_OF_A_USER == 0:
+                client = await opened.enter_async_context(suite.client(f"tester-{turn // TURNS_OF_A_USER}"))
             title, question = f"Harbour {turn}", f"What is the code of harbour number {turn}?"
             old, new = (f"OLD{turn}X{random_.randrange(10**9)}", f"NEW{turn}X{random_.randrange(10**9)}")
             ids = await ingest(client, {title: f"The code of harbour number {turn} is {old}."})

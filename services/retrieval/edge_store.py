@@ -113,13 +113,13 @@ class EdgeStore:
         if query.sparse is not None:
             nearest.append(edge.Query.Nearest(edge.SparseVector(list(query.sparse.indices), list(query.sparse.values)), using="bm25"))
         if len(nearest) == 1:
-            request = edge.QueryRequest(query=nearest[0], filter=where, limit=query.limit, with_payload=True)
+            request = edge.QueryRequest(query=nearest[0], filter=where, limit=query.limit, with_payload=query.payload)
         else:
             brought = max(query.fusion.prefetch, query.limit)
             prefetches = [edge.Prefetch(query=one, limit=brought, filter=where) for one in nearest]
-            request = edge.QueryRequest(prefetches=prefetches, query=_fusion(query), limit=query.limit, with_payload=True)
+            request = edge.QueryRequest(prefetches=prefetches, query=_fusion(query), limit=query.limit, with_payload=query.payload)
         points = self._call(space, lambda shard: shard.query(request))
-        return [Record(str(point.id), point.payload, float(point.score)) for point in points]
+        return [Record(str(point.id), point.payload or {}, float(point.score)) for point in points]
 
     async def check(self) -> None:
         for space in SPACES:

@@ -116,6 +116,8 @@ class Query:
     dense: Sequence[float] | None = None
     sparse: Sparse | None = None
     fusion: Fusion = Fusion()
+    payload: bool = True
+    """Whether hits bring their payload. Of a ranking of a hundred, of which ten are wanted, most of the cost is what they bring."""
 
 
 class VectorStore(Protocol):

@@ -142,7 +142,11 @@ class QdrantStore:
         else:
             brought = max(query.fusion.prefetch, query.limit)
             asked = {"prefetch": [models.Prefetch(**one, filter=where, limit=brought) for one in nearest], "query": _fusion(query)}
-        reply = await self._ask(lambda: self._client.query_points(self._name(space), **asked, limit=query.limit, **self._layout.read()))
+        reply = await self._ask(
+            lambda: self._client.query_points(
+                self._name(space), **asked, limit=query.limit, with_payload=query.payload, **self._layout.read()
+            )
+        )
         return [Record(str(point.id), point.payload or {}, float(point.score)) for point in reply.points]
 
     async def check(self) -> None:

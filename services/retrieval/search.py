@@ -98,7 +98,7 @@ class Searcher:
         )
         records, seen = await self._ranked(encoding.chunks, query, weight)
         kept = await self._registry.current(reach.viewer, records)
-        if len(kept) < len(records):
+        if len(kept) < len(seen):
             # A document is being replaced this very moment: chunks of two versions compete. Look further down once.
             records, seen = await self._ranked(encoding.chunks, replace(query, limit=limit * REFILL_FACTOR), weight)
             kept = (await self._registry.current(reach.viewer, records))[:limit]
@@ -112,14 +112,16 @@ class Searcher:
         alone = query.dense is None or query.sparse is None
         brought = query.limit if alone else max(self._fusion.prefetch, query.limit)
         dense, sparse = await asyncio.gather(
-            self._leg(space, replace(query, sparse=None, limit=brought)), self._leg(space, replace(query, dense=None, limit=brought))
+            self._leg(space, replace(query, sparse=None, limit=brought, payload=alone)),
+            self._leg(space, replace(query, dense=None, limit=brought, payload=alone)),
         )
-        records = {record.id: record for record in (*dense, *sparse)}
         best = fused(dense, sparse, dense_weight, self._fusion.mode, self._fusion.rrf_k)[: query.limit]
         seen = {candidate.id: candidate for candidate in best}
         if alone:
             return [*dense, *sparse], seen
-        return [replace(records[candidate.id], score=candidate.score) for candidate in best], seen
+        # What was removed since the ranking is missing here, as if it had been replaced.
+        records = await self._store.get(space, query.where.tenant, list(seen))
+        return [replace(records[candidate.id], score=candidate.score) for candidate in best if candidate.id in records], seen
 
     async def _leg(self, space: Space, query: Query) -> list[Record]:
         return [] if query.dense is None and query.sparse is None else await self._store.search(space, query)

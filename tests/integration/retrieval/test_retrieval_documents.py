@@ -177,7 +177,8 @@ async def test_collections_are_kept_apart(retrieval: Retrieval, ann: Principal) 
 async def test_documents_are_listed_newest_first_in_pages(retrieval: Retrieval, ann: Principal) -> None:
     """Every document is on exactly one page; the last page has no token."""
     names = [f"{number}.md" for number in range(5)]
-    await retrieval.ingest(ann, {name: f"# {name}\n\ntext of {name}\n" for name in names})
+    for name in names:  # one after the other: those of one job are worked on side by side
+        await retrieval.ingest(ann, {name: f"# {name}\n\ntext of {name}\n"})
     listed, token = [], ""
     while True:
         rows = await retrieval.stream("ListDocuments", pb.ListDocumentsRequest(page_size=2, page_token=token), ann)

@@ -11,6 +11,8 @@ from services.retrieval.chunking import HEADING_TOKENS_MAX, TOKENS_MAX, chunked
 from services.retrieval.domain import Extracted, Upload
 from services.retrieval.parsers import read
 
+CAUSES = {"empty", "binary", "charset", "malformed", "unsupported_type", "archive", "truncated", "encrypted", "dtd", "no_text"}
+"""What so few bytes can be refused for."""
 _WORD = re.compile(r"\w{1,4}|[^\w\s]")
 
 
@@ -68,13 +70,18 @@ def test_chunks_are_exact_and_lose_nothing_of_any_block(name: str, text: str) ->
 @given(content=st.binary(max_size=400), name=st.sampled_from(["a", "a.md", "a.html", "a.txt"]))
 @example(content=b"\xff\xfe\x00\xd8", name="a.txt")
 @example(content=b"\xef\xbb\xbf", name="a.md")
+@example(content=b"\x1f\x8b", name="a.txt")
+@example(content=b"PK\x03\x04", name="a.txt")
+@example(content=b"%PDF-", name="a")
+@example(content=b"<?xml?><!DOCTYPE a [", name="a")
+@example(content=b"{\\rtf", name="a")
 @settings(max_examples=300, deadline=None)
 def test_any_bytes_are_text_or_a_typed_refusal(content: bytes, name: str) -> None:
     """No file makes a parser fail in a way of its own."""
     try:
         extracted = read(Upload(content, source_uri=name))
     except DocumentRejected as refused:
-        assert refused.metadata["cause"] in {"empty", "binary", "charset", "malformed", "unsupported_type"}
+        assert refused.metadata["cause"] in CAUSES
         return
     assert extracted.text.strip()
     assert all(0 <= block.start < block.end <= len(extracted.text) for block in extracted.blocks)

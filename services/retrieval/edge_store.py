@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import qdrant_edge as edge
+import structlog
 
 from services.chassis.errors import Unavailable
 from services.retrieval.facts import FACTS, NAME, VALUE, Condition
 from services.retrieval.ports import SPACES, TENANTS_MAX, Filter, Point, Query, Record, Space
 
 T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
 
 
 class StoreBusy(OSError):
@@ -45,12 +48,17 @@ class EdgeStore:
         return cls(shards, folder, dimension)
 
     def close(self) -> None:
-        """Flush and close; calls after it raise Unavailable."""
-        for shard in self._shards.values():
-            shard.flush()
-            shard.close()
+        """Flush and close; calls after it raise Unavailable.
+
+        What the engine fails to flush is in its log all the same, and the next start replays it, as after kill -9.
+        """
+        for name, shard in self._shards.items():
+            for ending in (shard.flush, shard.close):
+                try:
+                    ending()
+                except Exception as error:
+                    log.error("shard_not_flushed", space=name, error=str(error)[:200])
         self._shards.clear()
-        self._closed = True
 
     def flush(self) -> None:
         """Write segments out, so that a later start replays a short log."""

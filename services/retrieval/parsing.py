@@ -7,8 +7,10 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
+import subprocess
 import sys
-from asyncio.subprocess import DEVNULL, PIPE, Process
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +34,8 @@ PEAK_MIB_KEPT_MAX = 160
 START_TIMEOUT_S = 30
 DYING_S = 2
 """How long a process may take to end after it has closed its pipe."""
-PIPE_BYTES = 1024 * 1024
+RECEIVED_BYTES = 1024 * 1024
+"""How much of an outcome waits in memory before the process has to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,41 +58,33 @@ class _WorkerDied(Exception):
 class _Worker:
     """One process, which reads one file at a time."""
 
-    def __init__(self, process: Process) -> None:
-        assert process.stdin is not None and process.stdout is not None
+    def __init__(self, process: "subprocess.Popen[bytes]", outcomes: asyncio.StreamReader, tasks: asyncio.StreamWriter) -> None:
         self.process = process
         self.files = 0
         self.idle: asyncio.TimerHandle | None = None
-        self.ended = asyncio.create_task(process.wait(), name="parser process")
-        self._tasks, self._outcomes = process.stdin, process.stdout
+        self.ended = _end_of(process)
+        """Its exit code, once there is one."""
+        self.ended.add_done_callback(lambda _: tasks.close())
+        self._outcomes, self._tasks = outcomes, tasks
 
     @classmethod
     async def start(cls, limits: Limits) -> "_Worker":
         """Raises Unavailable if no process can be started: that is not the file's fault."""
-        seconds = str(max(1, round(limits.timeout_s)))
-        command = (sys.executable, "-B", "-P", "-s", "-m", "services.retrieval.parsers.worker")
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                str(os.getpid()),
-                str(limits.memory_mib),
-                seconds,
-                stdin=PIPE,
-                stdout=PIPE,
-                stderr=DEVNULL,
-                limit=PIPE_BYTES,
-                env=_environment(),
-            )
-        except OSError as error:
-            log.error("parser_cannot_start", error=type(error).__name__)
-            raise Unavailable("no parser can be started", dependency="parsers") from None
-        worker = cls(process)
+        ours, theirs = socket.socketpair()
+        with theirs:
+            outcomes, tasks = await asyncio.open_connection(sock=ours, limit=RECEIVED_BYTES)
+            try:
+                worker = cls(_process(theirs, limits), outcomes, tasks)
+            except OSError as error:
+                tasks.close()
+                log.error("parser_cannot_start", error=type(error).__name__)
+                raise Unavailable("no parser can be started", dependency="parsers") from None
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
                 await worker._receive()
-        except (_WorkerDied, TimeoutError):
+        except (_WorkerDied, TimeoutError) as error:
             worker.kill()
-            log.error("parser_cannot_start", returncode=process.returncode)
+            log.error("parser_cannot_start", error=type(error).__name__, returncode=await worker.buried())
             raise Unavailable("no parser can be started", dependency="parsers") from None
         except BaseException:
             worker.kill()
@@ -114,10 +109,7 @@ class _Worker:
     def kill(self) -> None:
         if self.idle is not None:
             self.idle.cancel()
-        if self.process.returncode is None:
-            # Not by the process object: it would first collect the exit code, and whoever waits for it would find none.
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.process.pid, signal.SIGKILL)
+        self.process.kill()
         self._tasks.close()
 
     async def buried(self) -> int:
@@ -238,12 +230,39 @@ class ParserPool:
         """Know the process until it has ended."""
         self._alive.add(worker)
 
-        def forget(_: asyncio.Task[int]) -> None:
+        def forget(_: asyncio.Future[int]) -> None:
             self._alive.discard(worker)
             if worker in self._idle:
                 self._idle.remove(worker)
 
         worker.ended.add_done_callback(forget)
+
+
+def _process(line: socket.socket, limits: Limits) -> "subprocess.Popen[bytes]":
+    """A process that reads tasks from the line and writes outcomes to it.
+
+    Not by the event loop's own means: uvloop forks, and what gRPC, OpenTelemetry and others do in a forked child can hang it before it
+    becomes a program. This way nothing of theirs runs in it. The thread that starts a process must outlive it: see `confinement`.
+    """
+    command = (sys.executable, "-B", "-P", "-s", "-m", "services.retrieval.parsers.worker")
+    arguments = (os.getpid(), limits.memory_mib, max(1, round(limits.timeout_s)))
+    return subprocess.Popen(
+        (*command, *map(str, arguments)), stdin=line.fileno(), stdout=line.fileno(), stderr=subprocess.DEVNULL, env=_environment()
+    )
+
+
+def _end_of(process: "subprocess.Popen[bytes]") -> asyncio.Future[int]:
+    """The exit code to come. A thread waits for it, which every system has."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[int] = loop.create_future()
+
+    def wait() -> None:
+        returncode = process.wait()
+        with contextlib.suppress(RuntimeError):  # nobody is there any more to be told
+            loop.call_soon_threadsafe(ended.set_result, returncode)
+
+    threading.Thread(target=wait, name="parser process", daemon=True).start()
+    return ended
 
 
 def _environment() -> dict[str, str]:

@@ -5,6 +5,7 @@ import contextlib
 import io
 import os
 import signal
+import sys
 import time
 import zipfile
 import zlib
@@ -182,3 +183,21 @@ async def test_a_parser_reaches_neither_network_nor_files(pool: ParserPool) -> N
 
     assert "The end." in extracted.text
     assert "root:" not in extracted.text
+
+
+async def test_nothing_of_the_service_runs_in_a_parser_before_it_is_one() -> None:
+    """What libraries do in a forked child hung one process in a hundred of a busy service; here it would end it."""
+    script = (
+        "import os, uvloop\n"
+        "from services.retrieval.domain import Upload\n"
+        "from services.retrieval.parsing import Limits, ParserPool\n"
+        "async def main():\n"
+        "    async with ParserPool(Limits(workers=1)).running() as pool:\n"
+        "        print((await pool.parse(Upload(b'It is read.', source_uri='a.txt'))).text)\n"
+        "os.register_at_fork(after_in_child=lambda: os._exit(7))\n"
+        "uvloop.run(main())\n"
+    )
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=asyncio.subprocess.PIPE)
+    said, _ = await process.communicate()
+
+    assert (said.decode().strip(), process.returncode) == ("It is read.", 0)

@@ -55,6 +55,18 @@ class GatewayService(gateway_service_pb2_grpc.GatewayServiceServicer):
         await self._admit("CancelAnswer")
         return await self._backends.orchestrator.unary(self._backends.orchestrator.stub.CancelAnswer, request)
 
+    async def ConfirmToolCall(self, request: Any, context: Any) -> Any:
+        await self._admit("ConfirmToolCall")
+        return await self._backends.orchestrator.unary(self._backends.orchestrator.stub.ConfirmToolCall, request)
+
+    async def GetPrompts(self, request: Any, context: Any) -> Any:
+        await self._admit("GetPrompts")
+        return await self._backends.orchestrator.unary(self._backends.orchestrator.stub.GetPrompts, request)
+
+    async def ListModels(self, request: Any, context: Any) -> Any:
+        await self._admit("ListModels")
+        return await self._backends.orchestrator.unary(self._backends.orchestrator.stub.ListModels, request)
+
     async def Search(self, request: Any, context: Any) -> None:  # type: ignore[override]
         await self._admit("Search")
         await self._relay(self._backends.retrieval, self._backends.retrieval.stub.Search, request, context, ROWS_TIMEOUT_S)

@@ -6,7 +6,7 @@ Nothing here does anything that could fail or wait; no wire format and no vendor
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from services.chassis.errors import DomainError
 from services.chassis.money import Price, Usage
@@ -15,6 +15,7 @@ from services.chassis.principal import Principal
 CacheMode = Literal["use", "refresh", "off"]
 Priority = Literal["interactive", "batch"]
 CacheVerdict = Literal["miss", "exact", "semantic", "off"]
+Capability = Literal["images", "reasoning", "schema", "tools"]
 
 ESTIMATE_BYTES_PER_TOKEN = 4
 """Mean of English prose with current tokenizers. For estimates that are booked as such; never for bounds."""
@@ -30,6 +31,47 @@ class Candidate:
     model: str
     context_tokens_max: int
     output_tokens_max: int
+    capabilities: frozenset[Capability] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A picture a question is about."""
+
+    media_type: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ToolSpec:
+    """A tool as a model sees it."""
+
+    name: str
+    description: str
+    input_schema: Mapping[str, Any]
+    """JSON Schema of its arguments, an object."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call as a model wrote it."""
+
+    call_id: str
+    name: str
+    arguments: str
+    """Meant to be JSON; a model may write anything."""
+    signature: bytes = b""
+    """What the provider wants to see again with this call, unread."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolResult:
+    """What came of a call."""
+
+    call_id: str
+    name: str
+    text: str
+    failed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +95,18 @@ class Question:
     priority: Priority = "interactive"
     deadline_s: float | None = None
     """How long the answer may take, if that is less than the service's own bound."""
+    images: tuple[Image, ...] = ()
+    tools: tuple[ToolSpec, ...] = ()
+    """Tools of the client: a call of one ends the answer."""
+    server_tools: tuple[str, ...] = ()
+    """Names of our own tools that may be used."""
+    tool_results: tuple[ToolResult, ...] = ()
+    continues: str = ""
+    """The answer whose calls `tool_results` are for."""
+    replaces: str = ""
+    """The answer whose turn this one takes the place of."""
+    output_schema: Mapping[str, Any] | None = None
+    """JSON Schema the text must satisfy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,10 +197,13 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message of a prompt."""
+    """One message of a prompt. Only the user's has images and only the assistant's has calls; a tool's message is its results alone."""
 
-    role: Literal["user", "assistant"]
-    text: str
+    role: Literal["user", "assistant", "tool"]
+    text: str = ""
+    images: tuple[Image, ...] = ()
+    calls: tuple[ToolCall, ...] = ()
+    results: tuple[ToolResult, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +218,9 @@ class Prompt:
     passages: tuple[Passage, ...]
     input_tokens_max: int
     """No tokenizer can make more tokens of it than this."""
+    tools: tuple[ToolSpec, ...] = ()
+    output_schema: Mapping[str, Any] | None = None
+    """JSON Schema the answer must satisfy, for providers that can be bound to one."""
 
     @property
     def input_tokens_estimate(self) -> int:
@@ -221,7 +281,13 @@ class Draft:
 
     on_text: Callable[[str], None]
     """Hears of every piece of text, at once."""
+    on_reasoning: Callable[[str], None] | None = None
+    """Hears of every piece of the model's visible reasoning, at once."""
     pieces: list[str] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)
+    """Whole calls, in the order the model began them."""
+    reasoned: int = 0
+    """Bytes of reasoning received: output that is billed and no text."""
     deltas: int = 0
     """Pieces as the provider cut them: at least one token each."""
     model: str = ""
@@ -245,14 +311,24 @@ class Draft:
         self.deltas += deltas
         self.on_text(text)
 
+    def reason(self, text: str) -> None:
+        self.reasoned += len(text.encode())
+        if self.on_reasoning is not None:
+            self.on_reasoning(text)
+
+    def call(self, call: ToolCall) -> None:
+        self.calls.append(call)
+
     @property
     def text(self) -> str:
         return "".join(self.pieces)
 
     def _tokens_received(self) -> int:
-        """Estimate of the tokens in the text. A provider that cuts it token by token has counted for us; longer pieces say less."""
+        """Estimate of the tokens that came. A provider that cuts text token by token has counted for us; longer pieces say less."""
         size = sum(len(piece.encode()) for piece in self.pieces)
-        return self.deltas if size <= TOKEN_BYTES_MAX * self.deltas else -(-size // ESTIMATE_BYTES_PER_TOKEN)
+        of_text = self.deltas if size <= TOKEN_BYTES_MAX * self.deltas else -(-size // ESTIMATE_BYTES_PER_TOKEN)
+        unseen = self.reasoned + sum(len(call.name) + len(call.arguments.encode()) for call in self.calls)
+        return of_text + -(-unseen // ESTIMATE_BYTES_PER_TOKEN)
 
     def usage(self, prompt: Prompt) -> tuple[Usage, bool]:
         """What was used, and whether any count is an estimate. A reported 0 is a count; an absent one is estimated."""
@@ -353,14 +429,44 @@ class TextDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class Reasoned:
+    """More of the model's visible reasoning."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolConfirmation:
+    """A call waits for a person's word; see tailrace.orchestrator.v1.ToolConfirmation."""
+
+    call_id: str
+    name: str
+    wait_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class Citation:
-    """A `[n]` marker in the text that points at a real passage. Offsets in code points."""
+    """A `[n]` marker in the text that points at a real passage; see tailrace.orchestrator.v1.Citation. Offsets in code points."""
 
     number: int
     start: int
     end: int
     document_id: str
     chunk_id: str
+    support: float | None = None
+    sentence_start: int = 0
+    sentence_end: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Why a model was asked; see tailrace.orchestrator.v1.Choice."""
+
+    model: str
+    provider: str
+    tier: str
+    reason: str
+    difficulty: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,6 +487,9 @@ class Done:
     verdict: str
     first_token_ms: float
     duration_ms: float
+    choices: tuple[Choice, ...] = ()
+    groundedness: float | None = None
+    sentences_judged: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -390,7 +499,7 @@ class Recorded:
     payload: bytes
 
 
-Event = Accepted | StepChange | PassagesFound | TextDelta | Citation | Done | Recorded
+Event = Accepted | StepChange | PassagesFound | TextDelta | Reasoned | ToolCall | ToolConfirmation | ToolResult | Citation | Done | Recorded
 
 
 @dataclass(frozen=True, slots=True)

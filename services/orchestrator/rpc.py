@@ -7,10 +7,11 @@ import time
 from uuid import UUID
 
 import grpc
+import orjson
 
 from services.chassis.clock import Clock
 from services.chassis.deadline import current_deadline
-from services.chassis.errors import Overloaded, RequestInvalid
+from services.chassis.errors import NotFound, Overloaded, RequestInvalid
 from services.chassis.principal import Principal, current_principal
 from services.chassis.server import Server
 from services.chassis.wire import timestamp, usage_message
@@ -23,9 +24,13 @@ from services.orchestrator.domain import (
     PassagesFound,
     Priority,
     Question,
+    Reasoned,
     Recorded,
     StepChange,
     TextDelta,
+    ToolCall,
+    ToolConfirmation,
+    ToolResult,
 )
 from services.orchestrator.log import EVENTS_MAX, Entry
 from services.orchestrator.ports import Books
@@ -138,7 +143,14 @@ def event_message(answer_id: str, entry: Entry) -> pb.AnswerEvent:
             return pb.AnswerEvent(answer_id=answer_id, sequence=entry.sequence, delta=pb.Delta(text=text))
         case Citation() as cited:
             citation = pb.Citation(
-                number=cited.number, start=cited.start, end=cited.end, document_id=cited.document_id, chunk_id=cited.chunk_id
+                number=cited.number,
+                start=cited.start,
+                end=cited.end,
+                document_id=cited.document_id,
+                chunk_id=cited.chunk_id,
+                support=cited.support,
+                sentence_start=cited.sentence_start,
+                sentence_end=cited.sentence_end,
             )
             return pb.AnswerEvent(answer_id=answer_id, sequence=entry.sequence, citation=citation)
         case StepChange() as step:
@@ -152,6 +164,16 @@ def event_message(answer_id: str, entry: Entry) -> pb.AnswerEvent:
                 answer_id=taken.answer_id, session_id=taken.session_id, trace_id=taken.trace_id, created_at=timestamp(taken.created_at)
             )
             return pb.AnswerEvent(answer_id=answer_id, sequence=entry.sequence, accepted=accepted)
+        case Reasoned(text):
+            return pb.AnswerEvent(answer_id=answer_id, sequence=entry.sequence, reasoning=pb.Reasoning(text=text))
+        case ToolCall() as call:
+            return pb.AnswerEvent(answer_id=answer_id, sequence=entry.sequence, tool_call=_call_message(call))
+        case ToolConfirmation() as waiting:
+            confirmation = pb.ToolConfirmation(call_id=waiting.call_id, name=waiting.name, wait_ms=waiting.wait_ms)
+            return pb.AnswerEvent(answer_id=answer_id, sequence=entry.sequence, tool_confirmation=confirmation)
+        case ToolResult() as returned:
+            result = pb.ToolResult(call_id=returned.call_id, text=returned.text, failed=returned.failed)
+            return pb.AnswerEvent(answer_id=answer_id, sequence=entry.sequence, tool_result=result)
         case Done() as done:
             return pb.AnswerEvent(answer_id=answer_id, sequence=entry.sequence, done=_done_message(done))
         case Recorded(payload):
@@ -179,7 +201,20 @@ def _done_message(done: Done) -> pb.Done:
         first_token_ms=done.first_token_ms,
         duration_ms=done.duration_ms,
         provider=done.provider,
+        choices=[
+            pb.Choice(model=made.model, provider=made.provider, tier=made.tier, reason=made.reason, difficulty=made.difficulty)
+            for made in done.choices
+        ],
+        groundedness=done.groundedness,
+        sentences_judged=done.sentences_judged,
     )
+
+
+def _call_message(call: ToolCall) -> pb.ToolCall:
+    """A call whose arguments were checked: they are a JSON object."""
+    message = pb.ToolCall(call_id=call.call_id, name=call.name)
+    message.input.update(orjson.loads(call.arguments))
+    return message
 
 
 class OrchestratorRpc(pb_grpc.OrchestratorServiceServicer):
@@ -206,6 +241,13 @@ class OrchestratorRpc(pb_grpc.OrchestratorServiceServicer):
     async def CancelAnswer(self, request: pb.CancelAnswerRequest, context: grpc.aio.ServicerContext) -> pb.CancelAnswerResponse:
         return pb.CancelAnswerResponse(was_running=await self._registry.cancel(current_principal(), _answer_id(request.answer_id)))
 
+    async def ConfirmToolCall(self, request: pb.ConfirmToolCallRequest, context: grpc.aio.ServicerContext) -> pb.ConfirmToolCallResponse:
+        raise NotFound("no call of this answer waits for a word", kind="tool call")
+
+    async def GetPrompts(self, request: pb.GetPromptsRequest, context: grpc.aio.ServicerContext) -> pb.GetPromptsResponse:
+        current_principal().require("admin")
+        raise NotFound("no prompts are kept of this answer", kind="prompts")
+
     async def ListModels(self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext) -> pb.ListModelsResponse:
         models = [
             pb.Model(
@@ -214,6 +256,7 @@ class OrchestratorRpc(pb_grpc.OrchestratorServiceServicer):
                 tiers=offer.tiers,
                 context_tokens_max=offer.candidate.context_tokens_max,
                 output_tokens_max=offer.candidate.output_tokens_max,
+                capabilities=sorted(offer.candidate.capabilities),
             )
             for offer in self._router.offers()
         ]

@@ -25,6 +25,8 @@ RULES = {
         "Answer": MEMBER,
         "ResumeAnswer": MEMBER,
         "CancelAnswer": MEMBER,
+        "ConfirmToolCall": MEMBER,
+        "GetPrompts": ADMIN,
         "ListModels": MEMBER,
     },
     "retrieval": {

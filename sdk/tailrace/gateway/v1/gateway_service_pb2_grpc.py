@@ -51,6 +51,21 @@ class GatewayServiceStub:
                 request_serializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.CancelAnswerRequest.SerializeToString,
                 response_deserializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.CancelAnswerResponse.FromString,
                 _registered_method=True)
+        self.ConfirmToolCall = channel.unary_unary(
+                '/tailrace.gateway.v1.GatewayService/ConfirmToolCall',
+                request_serializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ConfirmToolCallRequest.SerializeToString,
+                response_deserializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ConfirmToolCallResponse.FromString,
+                _registered_method=True)
+        self.GetPrompts = channel.unary_unary(
+                '/tailrace.gateway.v1.GatewayService/GetPrompts',
+                request_serializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.GetPromptsRequest.SerializeToString,
+                response_deserializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.GetPromptsResponse.FromString,
+                _registered_method=True)
+        self.ListModels = channel.unary_unary(
+                '/tailrace.gateway.v1.GatewayService/ListModels',
+                request_serializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ListModelsRequest.SerializeToString,
+                response_deserializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ListModelsResponse.FromString,
+                _registered_method=True)
         self.Search = channel.unary_stream(
                 '/tailrace.gateway.v1.GatewayService/Search',
                 request_serializer=tailrace_dot_retrieval_dot_v1_dot_retrieval__service__pb2.SearchRequest.SerializeToString,
@@ -137,6 +152,27 @@ class GatewayServiceServicer:
 
     def CancelAnswer(self, request, context):
         """See tailrace.orchestrator.v1.OrchestratorService.CancelAnswer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ConfirmToolCall(self, request, context):
+        """See tailrace.orchestrator.v1.OrchestratorService.ConfirmToolCall.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetPrompts(self, request, context):
+        """See tailrace.orchestrator.v1.OrchestratorService.GetPrompts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListModels(self, request, context):
+        """See tailrace.orchestrator.v1.OrchestratorService.ListModels.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -250,6 +286,21 @@ def add_GatewayServiceServicer_to_server(servicer, server):
                     servicer.CancelAnswer,
                     request_deserializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.CancelAnswerRequest.FromString,
                     response_serializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.CancelAnswerResponse.SerializeToString,
+            ),
+            'ConfirmToolCall': grpc.unary_unary_rpc_method_handler(
+                    servicer.ConfirmToolCall,
+                    request_deserializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ConfirmToolCallRequest.FromString,
+                    response_serializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ConfirmToolCallResponse.SerializeToString,
+            ),
+            'GetPrompts': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPrompts,
+                    request_deserializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.GetPromptsRequest.FromString,
+                    response_serializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.GetPromptsResponse.SerializeToString,
+            ),
+            'ListModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListModels,
+                    request_deserializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ListModelsRequest.FromString,
+                    response_serializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ListModelsResponse.SerializeToString,
             ),
             'Search': grpc.unary_stream_rpc_method_handler(
                     servicer.Search,
@@ -398,6 +449,87 @@ class GatewayService:
             '/tailrace.gateway.v1.GatewayService/CancelAnswer',
             tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.CancelAnswerRequest.SerializeToString,
             tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.CancelAnswerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ConfirmToolCall(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tailrace.gateway.v1.GatewayService/ConfirmToolCall',
+            tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ConfirmToolCallRequest.SerializeToString,
+            tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ConfirmToolCallResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPrompts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tailrace.gateway.v1.GatewayService/GetPrompts',
+            tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.GetPromptsRequest.SerializeToString,
+            tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.GetPromptsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tailrace.gateway.v1.GatewayService/ListModels',
+            tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ListModelsRequest.SerializeToString,
+            tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ListModelsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,12 @@ class GatewayServiceStub:
     """See tailrace.orchestrator.v1.OrchestratorService.ResumeAnswer."""
     CancelAnswer: _grpc.UnaryUnaryMultiCallable[_orchestrator_service_pb2.CancelAnswerRequest, _orchestrator_service_pb2.CancelAnswerResponse]
     """See tailrace.orchestrator.v1.OrchestratorService.CancelAnswer."""
+    ConfirmToolCall: _grpc.UnaryUnaryMultiCallable[_orchestrator_service_pb2.ConfirmToolCallRequest, _orchestrator_service_pb2.ConfirmToolCallResponse]
+    """See tailrace.orchestrator.v1.OrchestratorService.ConfirmToolCall."""
+    GetPrompts: _grpc.UnaryUnaryMultiCallable[_orchestrator_service_pb2.GetPromptsRequest, _orchestrator_service_pb2.GetPromptsResponse]
+    """See tailrace.orchestrator.v1.OrchestratorService.GetPrompts."""
+    ListModels: _grpc.UnaryUnaryMultiCallable[_orchestrator_service_pb2.ListModelsRequest, _orchestrator_service_pb2.ListModelsResponse]
+    """See tailrace.orchestrator.v1.OrchestratorService.ListModels."""
     Search: _grpc.UnaryStreamMultiCallable[_retrieval_service_pb2.SearchRequest, _retrieval_service_pb2.SearchResponse]
     """See tailrace.retrieval.v1.RetrievalService.Search."""
     IngestDocuments: _grpc.StreamStreamMultiCallable[_retrieval_service_pb2.IngestDocumentsRequest, _retrieval_service_pb2.IngestDocumentsResponse]
@@ -77,6 +83,12 @@ class GatewayServiceAsyncStub(GatewayServiceStub):
     """See tailrace.orchestrator.v1.OrchestratorService.ResumeAnswer."""
     CancelAnswer: _aio.UnaryUnaryMultiCallable[_orchestrator_service_pb2.CancelAnswerRequest, _orchestrator_service_pb2.CancelAnswerResponse]  # type: ignore[assignment]
     """See tailrace.orchestrator.v1.OrchestratorService.CancelAnswer."""
+    ConfirmToolCall: _aio.UnaryUnaryMultiCallable[_orchestrator_service_pb2.ConfirmToolCallRequest, _orchestrator_service_pb2.ConfirmToolCallResponse]  # type: ignore[assignment]
+    """See tailrace.orchestrator.v1.OrchestratorService.ConfirmToolCall."""
+    GetPrompts: _aio.UnaryUnaryMultiCallable[_orchestrator_service_pb2.GetPromptsRequest, _orchestrator_service_pb2.GetPromptsResponse]  # type: ignore[assignment]
+    """See tailrace.orchestrator.v1.OrchestratorService.GetPrompts."""
+    ListModels: _aio.UnaryUnaryMultiCallable[_orchestrator_service_pb2.ListModelsRequest, _orchestrator_service_pb2.ListModelsResponse]  # type: ignore[assignment]
+    """See tailrace.orchestrator.v1.OrchestratorService.ListModels."""
     Search: _aio.UnaryStreamMultiCallable[_retrieval_service_pb2.SearchRequest, _retrieval_service_pb2.SearchResponse]  # type: ignore[assignment]
     """See tailrace.retrieval.v1.RetrievalService.Search."""
     IngestDocuments: _aio.StreamStreamMultiCallable[_retrieval_service_pb2.IngestDocumentsRequest, _retrieval_service_pb2.IngestDocumentsResponse]  # type: ignore[assignment]
@@ -128,6 +140,30 @@ class GatewayServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_orchestrator_service_pb2.CancelAnswerResponse, _abc.Awaitable[_orchestrator_service_pb2.CancelAnswerResponse]]:
         """See tailrace.orchestrator.v1.OrchestratorService.CancelAnswer."""
+
+    @_abc_1.abstractmethod
+    def ConfirmToolCall(
+        self,
+        request: _orchestrator_service_pb2.ConfirmToolCallRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_orchestrator_service_pb2.ConfirmToolCallResponse, _abc.Awaitable[_orchestrator_service_pb2.ConfirmToolCallResponse]]:
+        """See tailrace.orchestrator.v1.OrchestratorService.ConfirmToolCall."""
+
+    @_abc_1.abstractmethod
+    def GetPrompts(
+        self,
+        request: _orchestrator_service_pb2.GetPromptsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_orchestrator_service_pb2.GetPromptsResponse, _abc.Awaitable[_orchestrator_service_pb2.GetPromptsResponse]]:
+        """See tailrace.orchestrator.v1.OrchestratorService.GetPrompts."""
+
+    @_abc_1.abstractmethod
+    def ListModels(
+        self,
+        request: _orchestrator_service_pb2.ListModelsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_orchestrator_service_pb2.ListModelsResponse, _abc.Awaitable[_orchestrator_service_pb2.ListModelsResponse]]:
+        """See tailrace.orchestrator.v1.OrchestratorService.ListModels."""
 
     @_abc_1.abstractmethod
     def Search(

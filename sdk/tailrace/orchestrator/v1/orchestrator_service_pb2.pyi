@@ -91,6 +91,11 @@ class AnswerRequest(_message.Message):
     CANCEL_ON_DISCONNECT_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
+    IMAGES_FIELD_NUMBER: _builtins.int
+    TOOL_RESULTS_FIELD_NUMBER: _builtins.int
+    CONTINUES_FIELD_NUMBER: _builtins.int
+    REPLACES_FIELD_NUMBER: _builtins.int
+    SERVER_TOOLS_FIELD_NUMBER: _builtins.int
     question: _builtins.str
     """What is asked. UTF-8, 1-32768 bytes, not only white space."""
     session_id: _builtins.str
@@ -115,6 +120,12 @@ class AnswerRequest(_message.Message):
     """How long the answer may take, milliseconds, 1-3000000. Unset = the service's default, which also bounds it; a deadline of the call
     bounds it too.
     """
+    continues: _builtins.str
+    """The answer, of the same session, that ended with `finish_reason` = `tool_use` and goes on here."""
+    replaces: _builtins.str
+    """The answer whose turn this one takes the place of: the same question regenerated, or an edited one. What came after it stays in its
+    own branch; the conversation goes on from here.
+    """
     @_builtins.property
     def output_schema(self) -> _struct_pb2.Struct:
         """JSON Schema the answer must satisfy. Refused with REQUEST_INVALID where the model cannot."""
@@ -122,6 +133,18 @@ class AnswerRequest(_message.Message):
     @_builtins.property
     def tools(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolDefinition]:
         """Tools the model may call. Refused with REQUEST_INVALID where the model cannot."""
+
+    @_builtins.property
+    def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___Image]:
+        """Pictures the question is about. At most 8, 5 MiB each, 10 MiB in all. Refused with REQUEST_INVALID where no candidate takes any."""
+
+    @_builtins.property
+    def tool_results(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolResult]:
+        """What the client's tools returned for the calls that answer `continues` ended with: one for each call. The question may be empty then."""
+
+    @_builtins.property
+    def server_tools(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The suite's own tools that may be used, by name. At most 32. Refused with NOT_ALLOWED where the plan has them not."""
 
     def __init__(
         self,
@@ -139,10 +162,15 @@ class AnswerRequest(_message.Message):
         cancel_on_disconnect: _builtins.bool = ...,
         priority: Global___Priority.ValueType = ...,
         deadline_ms: _builtins.int | None = ...,
+        images: _abc.Iterable[Global___Image] | None = ...,
+        tool_results: _abc.Iterable[Global___ToolResult] | None = ...,
+        continues: _builtins.str = ...,
+        replaces: _builtins.str = ...,
+        server_tools: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "_max_output_tokens", b"_max_output_tokens", "deadline_ms", b"deadline_ms", "max_output_tokens", b"max_output_tokens", "output_schema", b"output_schema"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "_max_output_tokens", b"_max_output_tokens", "cache", b"cache", "cancel_on_disconnect", b"cancel_on_disconnect", "collection", b"collection", "deadline_ms", b"deadline_ms", "idempotency_key", b"idempotency_key", "max_output_tokens", b"max_output_tokens", "model", b"model", "output_schema", b"output_schema", "priority", b"priority", "question", b"question", "session_id", b"session_id", "tier", b"tier", "tools", b"tools"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "_max_output_tokens", b"_max_output_tokens", "cache", b"cache", "cancel_on_disconnect", b"cancel_on_disconnect", "collection", b"collection", "continues", b"continues", "deadline_ms", b"deadline_ms", "idempotency_key", b"idempotency_key", "images", b"images", "max_output_tokens", b"max_output_tokens", "model", b"model", "output_schema", b"output_schema", "priority", b"priority", "question", b"question", "replaces", b"replaces", "server_tools", b"server_tools", "session_id", b"session_id", "tier", b"tier", "tool_results", b"tool_results", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__deadline_ms: _TypeAlias = _typing.Literal["deadline_ms"]  # noqa: Y015
     _WhichOneofArgType__deadline_ms: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms"]  # noqa: Y015
@@ -154,6 +182,30 @@ class AnswerRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_output_tokens) -> _WhichOneofReturnType__max_output_tokens | None: ...
 
 Global___AnswerRequest: _TypeAlias = AnswerRequest  # noqa: Y015
+
+@_typing.final
+class Image(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEDIA_TYPE_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    media_type: _builtins.str
+    """`image/png`, `image/jpeg`, `image/gif` or `image/webp`."""
+    data: _builtins.bytes
+    """The file."""
+    def __init__(
+        self,
+        *,
+        media_type: _builtins.str = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "media_type", b"media_type"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Image: _TypeAlias = Image  # noqa: Y015
 
 @_typing.final
 class ToolDefinition(_message.Message):
@@ -204,6 +256,8 @@ class AnswerEvent(_message.Message):
     TOOL_RESULT_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     DONE_FIELD_NUMBER: _builtins.int
+    REASONING_FIELD_NUMBER: _builtins.int
+    TOOL_CONFIRMATION_FIELD_NUMBER: _builtins.int
     answer_id: _builtins.str
     """Answer this belongs to; also the operation's id in the ledger."""
     sequence: _builtins.int
@@ -244,6 +298,14 @@ class AnswerEvent(_message.Message):
     def done(self) -> Global___Done:
         """The receipt. Always the last event of a stream that ends well."""
 
+    @_builtins.property
+    def reasoning(self) -> Global___Reasoning:
+        """More of what the model thinks before it answers, where it shows that. No part of the answer."""
+
+    @_builtins.property
+    def tool_confirmation(self) -> Global___ToolConfirmation:
+        """A tool call waits for a person's word."""
+
     def __init__(
         self,
         *,
@@ -258,12 +320,14 @@ class AnswerEvent(_message.Message):
         tool_result: Global___ToolResult | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
         done: Global___Done | None = ...,
+        reasoning: Global___Reasoning | None = ...,
+        tool_confirmation: Global___ToolConfirmation | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "citation", b"citation", "delta", b"delta", "done", b"done", "event", b"event", "heartbeat", b"heartbeat", "passages", b"passages", "step", b"step", "tool_call", b"tool_call", "tool_result", b"tool_result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "citation", b"citation", "delta", b"delta", "done", b"done", "event", b"event", "heartbeat", b"heartbeat", "passages", b"passages", "reasoning", b"reasoning", "step", b"step", "tool_call", b"tool_call", "tool_confirmation", b"tool_confirmation", "tool_result", b"tool_result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "answer_id", b"answer_id", "citation", b"citation", "delta", b"delta", "done", b"done", "event", b"event", "heartbeat", b"heartbeat", "passages", b"passages", "sequence", b"sequence", "step", b"step", "tool_call", b"tool_call", "tool_result", b"tool_result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "answer_id", b"answer_id", "citation", b"citation", "delta", b"delta", "done", b"done", "event", b"event", "heartbeat", b"heartbeat", "passages", b"passages", "reasoning", b"reasoning", "sequence", b"sequence", "step", b"step", "tool_call", b"tool_call", "tool_confirmation", b"tool_confirmation", "tool_result", b"tool_result"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["accepted", "step", "passages", "delta", "citation", "tool_call", "tool_result", "heartbeat", "done"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["accepted", "step", "passages", "delta", "citation", "tool_call", "tool_result", "heartbeat", "done", "reasoning", "tool_confirmation"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -404,6 +468,54 @@ class Delta(_message.Message):
 Global___Delta: _TypeAlias = Delta  # noqa: Y015
 
 @_typing.final
+class Reasoning(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """The next piece."""
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Reasoning: _TypeAlias = Reasoning  # noqa: Y015
+
+@_typing.final
+class ToolConfirmation(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALL_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    WAIT_MS_FIELD_NUMBER: _builtins.int
+    call_id: _builtins.str
+    """Id of the call, as in its ToolCall."""
+    name: _builtins.str
+    """Tool's name."""
+    wait_ms: _builtins.int
+    """How long the call waits before it counts as refused, milliseconds."""
+    def __init__(
+        self,
+        *,
+        call_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        wait_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "name", b"name", "wait_ms", b"wait_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ToolConfirmation: _TypeAlias = ToolConfirmation  # noqa: Y015
+
+@_typing.final
 class Citation(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -412,6 +524,9 @@ class Citation(_message.Message):
     END_FIELD_NUMBER: _builtins.int
     DOCUMENT_ID_FIELD_NUMBER: _builtins.int
     CHUNK_ID_FIELD_NUMBER: _builtins.int
+    SUPPORT_FIELD_NUMBER: _builtins.int
+    SENTENCE_START_FIELD_NUMBER: _builtins.int
+    SENTENCE_END_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """Number of the cited passage."""
     start: _builtins.int
@@ -422,6 +537,12 @@ class Citation(_message.Message):
     """Document cited."""
     chunk_id: _builtins.str
     """Chunk cited."""
+    support: _builtins.float
+    """How much of the cited sentence its passage bears out, 0-1. Unset = not judged."""
+    sentence_start: _builtins.int
+    """First character of the sentence that cites, in Unicode code points."""
+    sentence_end: _builtins.int
+    """One past its last character, without the marker."""
     def __init__(
         self,
         *,
@@ -430,12 +551,17 @@ class Citation(_message.Message):
         end: _builtins.int = ...,
         document_id: _builtins.str = ...,
         chunk_id: _builtins.str = ...,
+        support: _builtins.float | None = ...,
+        sentence_start: _builtins.int = ...,
+        sentence_end: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_support", b"_support", "support", b"support"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_id", b"chunk_id", "document_id", b"document_id", "end", b"end", "number", b"number", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_support", b"_support", "chunk_id", b"chunk_id", "document_id", b"document_id", "end", b"end", "number", b"number", "sentence_end", b"sentence_end", "sentence_start", b"sentence_start", "start", b"start", "support", b"support"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__support: _TypeAlias = _typing.Literal["support"]  # noqa: Y015
+    _WhichOneofArgType__support: _TypeAlias = _typing.Literal["_support", b"_support"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__support) -> _WhichOneofReturnType__support | None: ...
 
 Global___Citation: _TypeAlias = Citation  # noqa: Y015
 
@@ -532,6 +658,9 @@ class Done(_message.Message):
     FIRST_TOKEN_MS_FIELD_NUMBER: _builtins.int
     DURATION_MS_FIELD_NUMBER: _builtins.int
     PROVIDER_FIELD_NUMBER: _builtins.int
+    CHOICES_FIELD_NUMBER: _builtins.int
+    GROUNDEDNESS_FIELD_NUMBER: _builtins.int
+    SENTENCES_JUDGED_FIELD_NUMBER: _builtins.int
     answer_id: _builtins.str
     """The answer's id."""
     text_sha256: _builtins.str
@@ -549,13 +678,19 @@ class Done(_message.Message):
     estimated: _builtins.bool
     """True if any count is our estimate, because the provider did not report it."""
     verdict: _builtins.str
-    """`passed`, or what the checks found: `cut`, `refused`, `empty`, `citation_unknown`."""
+    """`passed`, or what the checks found: `cut`, `refused`, `empty`, `repeated`, `context_overflow`, `citation_unknown`, `ungrounded`,
+    `schema`, `prompt_leaked` or `unsafe_markdown`.
+    """
     first_token_ms: _builtins.float
     """Accepted to the first text, in milliseconds."""
     duration_ms: _builtins.float
     """Accepted to this event, in milliseconds."""
     provider: _builtins.str
     """Provider of the model: `anthropic`, `extractive`, …"""
+    groundedness: _builtins.float
+    """Share of the judged sentences that their passages bear out, 0-1. Unset = none was judged."""
+    sentences_judged: _builtins.int
+    """Number of sentences that were judged."""
     @_builtins.property
     def usage(self) -> _common_pb2.Usage:
         """Tokens used by all attempts together; all 0 on a cache hit."""
@@ -563,6 +698,10 @@ class Done(_message.Message):
     @_builtins.property
     def cache(self) -> _common_pb2.CacheReceipt:
         """What the answer cache said."""
+
+    @_builtins.property
+    def choices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Choice]:
+        """Why this model was asked, and what else was tried, in order."""
 
     def __init__(
         self,
@@ -581,14 +720,59 @@ class Done(_message.Message):
         first_token_ms: _builtins.float = ...,
         duration_ms: _builtins.float = ...,
         provider: _builtins.str = ...,
+        choices: _abc.Iterable[Global___Choice] | None = ...,
+        groundedness: _builtins.float | None = ...,
+        sentences_judged: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_groundedness", b"_groundedness", "cache", b"cache", "groundedness", b"groundedness", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_id", b"answer_id", "cache", b"cache", "cost_nanousd", b"cost_nanousd", "duration_ms", b"duration_ms", "estimated", b"estimated", "finish_reason", b"finish_reason", "first_token_ms", b"first_token_ms", "model", b"model", "provider", b"provider", "text_sha256", b"text_sha256", "tier", b"tier", "trace_id", b"trace_id", "usage", b"usage", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_groundedness", b"_groundedness", "answer_id", b"answer_id", "cache", b"cache", "choices", b"choices", "cost_nanousd", b"cost_nanousd", "duration_ms", b"duration_ms", "estimated", b"estimated", "finish_reason", b"finish_reason", "first_token_ms", b"first_token_ms", "groundedness", b"groundedness", "model", b"model", "provider", b"provider", "sentences_judged", b"sentences_judged", "text_sha256", b"text_sha256", "tier", b"tier", "trace_id", b"trace_id", "usage", b"usage", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__groundedness: _TypeAlias = _typing.Literal["groundedness"]  # noqa: Y015
+    _WhichOneofArgType__groundedness: _TypeAlias = _typing.Literal["_groundedness", b"_groundedness"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__groundedness) -> _WhichOneofReturnType__groundedness | None: ...
 
 Global___Done: _TypeAlias = Done  # noqa: Y015
+
+@_typing.final
+class Choice(_message.Message):
+    """One choice of a model for an answer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    PROVIDER_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    DIFFICULTY_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Model chosen."""
+    provider: _builtins.str
+    """Its provider."""
+    tier: _builtins.str
+    """Tier it was chosen from."""
+    reason: _builtins.str
+    """`asked`, `first`, `weighted`, `easy`, `hard`, `budget`, `context`, `capability`, `fell_over`, `escalated` or `continued`."""
+    difficulty: _builtins.float
+    """How hard the question looked, 0-1. Unset = not measured."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        provider: _builtins.str = ...,
+        tier: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        difficulty: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_difficulty", b"_difficulty", "difficulty", b"difficulty"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_difficulty", b"_difficulty", "difficulty", b"difficulty", "model", b"model", "provider", b"provider", "reason", b"reason", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__difficulty: _TypeAlias = _typing.Literal["difficulty"]  # noqa: Y015
+    _WhichOneofArgType__difficulty: _TypeAlias = _typing.Literal["_difficulty", b"_difficulty"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__difficulty) -> _WhichOneofReturnType__difficulty | None: ...
+
+Global___Choice: _TypeAlias = Choice  # noqa: Y015
 
 @_typing.final
 class ResumeAnswerRequest(_message.Message):
@@ -655,6 +839,158 @@ class CancelAnswerResponse(_message.Message):
 Global___CancelAnswerResponse: _TypeAlias = CancelAnswerResponse  # noqa: Y015
 
 @_typing.final
+class ConfirmToolCallRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ANSWER_ID_FIELD_NUMBER: _builtins.int
+    CALL_ID_FIELD_NUMBER: _builtins.int
+    ALLOWED_FIELD_NUMBER: _builtins.int
+    answer_id: _builtins.str
+    """Which answer."""
+    call_id: _builtins.str
+    """Which call."""
+    allowed: _builtins.bool
+    """Whether it may be made."""
+    def __init__(
+        self,
+        *,
+        answer_id: _builtins.str = ...,
+        call_id: _builtins.str = ...,
+        allowed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed", b"allowed", "answer_id", b"answer_id", "call_id", b"call_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConfirmToolCallRequest: _TypeAlias = ConfirmToolCallRequest  # noqa: Y015
+
+@_typing.final
+class ConfirmToolCallResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WAS_WAITING_FIELD_NUMBER: _builtins.int
+    was_waiting: _builtins.bool
+    """Whether it was still waiting."""
+    def __init__(
+        self,
+        *,
+        was_waiting: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["was_waiting", b"was_waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConfirmToolCallResponse: _TypeAlias = ConfirmToolCallResponse  # noqa: Y015
+
+@_typing.final
+class GetPromptsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ANSWER_ID_FIELD_NUMBER: _builtins.int
+    answer_id: _builtins.str
+    """Which answer."""
+    def __init__(
+        self,
+        *,
+        answer_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_id", b"answer_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetPromptsRequest: _TypeAlias = GetPromptsRequest  # noqa: Y015
+
+@_typing.final
+class GetPromptsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___SentPrompt]:
+        """One for each provider call, in order."""
+
+    def __init__(
+        self,
+        *,
+        prompts: _abc.Iterable[Global___SentPrompt] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompts", b"prompts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetPromptsResponse: _TypeAlias = GetPromptsResponse  # noqa: Y015
+
+@_typing.final
+class SentPrompt(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    TEMPLATE_FIELD_NUMBER: _builtins.int
+    SYSTEM_FIELD_NUMBER: _builtins.int
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    attempt: _builtins.int
+    """Attempt's number, from 1."""
+    model: _builtins.str
+    """Model it was sent to."""
+    template: _builtins.str
+    """Name of the template, with its hash."""
+    system: _builtins.str
+    """Instructions."""
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___SentMessage]:
+        """The messages, in order."""
+
+    def __init__(
+        self,
+        *,
+        attempt: _builtins.int = ...,
+        model: _builtins.str = ...,
+        template: _builtins.str = ...,
+        system: _builtins.str = ...,
+        messages: _abc.Iterable[Global___SentMessage] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "messages", b"messages", "model", b"model", "system", b"system", "template", b"template"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SentPrompt: _TypeAlias = SentPrompt  # noqa: Y015
+
+@_typing.final
+class SentMessage(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    role: _builtins.str
+    """`user`, `assistant` or `tool`."""
+    text: _builtins.str
+    """Its text. Pictures and calls are named by a line in brackets."""
+    def __init__(
+        self,
+        *,
+        role: _builtins.str = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["role", b"role", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SentMessage: _TypeAlias = SentMessage  # noqa: Y015
+
+@_typing.final
 class ListModelsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -704,6 +1040,7 @@ class Model(_message.Message):
     TIERS_FIELD_NUMBER: _builtins.int
     CONTEXT_TOKENS_MAX_FIELD_NUMBER: _builtins.int
     OUTPUT_TOKENS_MAX_FIELD_NUMBER: _builtins.int
+    CAPABILITIES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Id to ask for."""
     provider: _builtins.str
@@ -716,6 +1053,10 @@ class Model(_message.Message):
     def tiers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Tiers it is a candidate of."""
 
+    @_builtins.property
+    def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What it can do: `images`, `reasoning`, `schema`, `tools`."""
+
     def __init__(
         self,
         *,
@@ -724,10 +1065,11 @@ class Model(_message.Message):
         tiers: _abc.Iterable[_builtins.str] | None = ...,
         context_tokens_max: _builtins.int = ...,
         output_tokens_max: _builtins.int = ...,
+        capabilities: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens_max", b"context_tokens_max", "model", b"model", "output_tokens_max", b"output_tokens_max", "provider", b"provider", "tiers", b"tiers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "context_tokens_max", b"context_tokens_max", "model", b"model", "output_tokens_max", b"output_tokens_max", "provider", b"provider", "tiers", b"tiers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

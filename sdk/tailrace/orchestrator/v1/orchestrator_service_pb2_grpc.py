@@ -50,6 +50,16 @@ class OrchestratorServiceStub:
                 request_serializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.CancelAnswerRequest.SerializeToString,
                 response_deserializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.CancelAnswerResponse.FromString,
                 _registered_method=True)
+        self.ConfirmToolCall = channel.unary_unary(
+                '/tailrace.orchestrator.v1.OrchestratorService/ConfirmToolCall',
+                request_serializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ConfirmToolCallRequest.SerializeToString,
+                response_deserializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ConfirmToolCallResponse.FromString,
+                _registered_method=True)
+        self.GetPrompts = channel.unary_unary(
+                '/tailrace.orchestrator.v1.OrchestratorService/GetPrompts',
+                request_serializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.GetPromptsRequest.SerializeToString,
+                response_deserializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.GetPromptsResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/tailrace.orchestrator.v1.OrchestratorService/ListModels',
                 request_serializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ListModelsRequest.SerializeToString,
@@ -83,6 +93,20 @@ class OrchestratorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ConfirmToolCall(self, request, context):
+        """Allows or refuses a tool call that waits for a person's word.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetPrompts(self, request, context):
+        """The exact prompts that were sent for an answer. Administrators only, and only where keeping them is switched on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListModels(self, request, context):
         """The models and tiers that can be asked for.
         """
@@ -107,6 +131,16 @@ def add_OrchestratorServiceServicer_to_server(servicer, server):
                     servicer.CancelAnswer,
                     request_deserializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.CancelAnswerRequest.FromString,
                     response_serializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.CancelAnswerResponse.SerializeToString,
+            ),
+            'ConfirmToolCall': grpc.unary_unary_rpc_method_handler(
+                    servicer.ConfirmToolCall,
+                    request_deserializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ConfirmToolCallRequest.FromString,
+                    response_serializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ConfirmToolCallResponse.SerializeToString,
+            ),
+            'GetPrompts': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPrompts,
+                    request_deserializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.GetPromptsRequest.FromString,
+                    response_serializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.GetPromptsResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -196,6 +230,60 @@ class OrchestratorService:
             '/tailrace.orchestrator.v1.OrchestratorService/CancelAnswer',
             tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.CancelAnswerRequest.SerializeToString,
             tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.CancelAnswerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ConfirmToolCall(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tailrace.orchestrator.v1.OrchestratorService/ConfirmToolCall',
+            tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ConfirmToolCallRequest.SerializeToString,
+            tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ConfirmToolCallResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPrompts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tailrace.orchestrator.v1.OrchestratorService/GetPrompts',
+            tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.GetPromptsRequest.SerializeToString,
+            tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.GetPromptsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,10 @@ class OrchestratorServiceStub:
     """Reads an answer's events again from after a sequence number, then live. Only the owner may."""
     CancelAnswer: _grpc.UnaryUnaryMultiCallable[_orchestrator_service_pb2.CancelAnswerRequest, _orchestrator_service_pb2.CancelAnswerResponse]
     """Stops an answer at once: the provider call is closed and what was used is booked."""
+    ConfirmToolCall: _grpc.UnaryUnaryMultiCallable[_orchestrator_service_pb2.ConfirmToolCallRequest, _orchestrator_service_pb2.ConfirmToolCallResponse]
+    """Allows or refuses a tool call that waits for a person's word."""
+    GetPrompts: _grpc.UnaryUnaryMultiCallable[_orchestrator_service_pb2.GetPromptsRequest, _orchestrator_service_pb2.GetPromptsResponse]
+    """The exact prompts that were sent for an answer. Administrators only, and only where keeping them is switched on."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_orchestrator_service_pb2.ListModelsRequest, _orchestrator_service_pb2.ListModelsResponse]
     """The models and tiers that can be asked for."""
 
@@ -57,6 +61,10 @@ class OrchestratorServiceAsyncStub(OrchestratorServiceStub):
     """Reads an answer's events again from after a sequence number, then live. Only the owner may."""
     CancelAnswer: _aio.UnaryUnaryMultiCallable[_orchestrator_service_pb2.CancelAnswerRequest, _orchestrator_service_pb2.CancelAnswerResponse]  # type: ignore[assignment]
     """Stops an answer at once: the provider call is closed and what was used is booked."""
+    ConfirmToolCall: _aio.UnaryUnaryMultiCallable[_orchestrator_service_pb2.ConfirmToolCallRequest, _orchestrator_service_pb2.ConfirmToolCallResponse]  # type: ignore[assignment]
+    """Allows or refuses a tool call that waits for a person's word."""
+    GetPrompts: _aio.UnaryUnaryMultiCallable[_orchestrator_service_pb2.GetPromptsRequest, _orchestrator_service_pb2.GetPromptsResponse]  # type: ignore[assignment]
+    """The exact prompts that were sent for an answer. Administrators only, and only where keeping them is switched on."""
     ListModels: _aio.UnaryUnaryMultiCallable[_orchestrator_service_pb2.ListModelsRequest, _orchestrator_service_pb2.ListModelsResponse]  # type: ignore[assignment]
     """The models and tiers that can be asked for."""
 
@@ -88,6 +96,22 @@ class OrchestratorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_orchestrator_service_pb2.CancelAnswerResponse, _abc.Awaitable[_orchestrator_service_pb2.CancelAnswerResponse]]:
         """Stops an answer at once: the provider call is closed and what was used is booked."""
+
+    @_abc_1.abstractmethod
+    def ConfirmToolCall(
+        self,
+        request: _orchestrator_service_pb2.ConfirmToolCallRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_orchestrator_service_pb2.ConfirmToolCallResponse, _abc.Awaitable[_orchestrator_service_pb2.ConfirmToolCallResponse]]:
+        """Allows or refuses a tool call that waits for a person's word."""
+
+    @_abc_1.abstractmethod
+    def GetPrompts(
+        self,
+        request: _orchestrator_service_pb2.GetPromptsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_orchestrator_service_pb2.GetPromptsResponse, _abc.Awaitable[_orchestrator_service_pb2.GetPromptsResponse]]:
+        """The exact prompts that were sent for an answer. Administrators only, and only where keeping them is switched on."""
 
     @_abc_1.abstractmethod
     def ListModels(

@@ -112,10 +112,161 @@ $$;
 DROP TRIGGER attempts_make_their_operation ON attempts;
 CREATE TRIGGER attempts_make_their_operation AFTER INSERT ON attempts
     REFERENCING NEW TABLE AS inserted FOR EACH STATEMENT EXECUTE FUNCTION refuse_attempts_of_other_sums();
+CREATE OR REPLACE FUNCTION refuse_other_than_attempts() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF (
+        SELECT (coalesce(sum(cost_nanousd), 0), coalesce(sum(input_tokens), 0), coalesce(sum(output_tokens), 0),
+                coalesce(sum(cache_read_tokens), 0), coalesce(sum(cache_write_tokens), 0), coalesce(sum(cache_write_1h_tokens), 0))
+            IS DISTINCT FROM (NEW.cost_nanousd::numeric, NEW.input_tokens::numeric, NEW.output_tokens::numeric,
+                NEW.cache_read_tokens::numeric, NEW.cache_write_tokens::numeric, NEW.cache_write_1h_tokens::numeric)
+        FROM attempts WHERE tenant = NEW.tenant AND operation_id = NEW.operation_id
+    ) THEN
+        RAISE EXCEPTION 'operation % is not the sum of its attempts', NEW.operation_id USING ERRCODE = 'check_violation';
+    END IF;
+    RETURN NULL;
+END
+$$;
 DROP TRIGGER operations_are_their_attempts ON operations;
 CREATE CONSTRAINT TRIGGER operations_are_their_attempts AFTER INSERT ON operations DEFERRABLE INITIALLY DEFERRED FOR EACH ROW
     WHEN (NEW.cost_nanousd + NEW.input_tokens + NEW.output_tokens + NEW.cache_read_tokens + NEW.cache_write_tokens > 0)
     EXECUTE FUNCTION refuse_other_than_attempts();
+
+-- As before, but what moves on which counters is found out once, and used to make, lock and change them.
+CREATE OR REPLACE FUNCTION resolve_holds(p_moves jsonb, p_at timestamptz) RETURNS void LANGUAGE plpgsql
+SECURITY DEFINER SET search_path FROM CURRENT AS $$
+DECLARE
+    moment timestamptz := coalesce(p_at, clock_timestamp());
+    moved integer;
+    changes jsonb;
+BEGIN
+    UPDATE holds h
+    SET state = m.state, resolved_at = moment, cost_nanousd = m.cost_nanousd, estimated = m.estimated,
+        input_tokens = m.input_tokens, output_tokens = m.output_tokens, cache_read_tokens = m.cache_read_tokens,
+        cache_write_tokens = m.cache_write_tokens, cache_write_1h_tokens = m.cache_write_1h_tokens
+    FROM moves_in(p_moves) m
+    WHERE h.hold_id = m.hold_id AND h.tenant = coalesce(nullif(current_setting('tailrace.tenant', true), ''), h.tenant);
+    GET DIAGNOSTICS moved = ROW_COUNT;
+    IF moved < jsonb_array_length(p_moves) THEN
+        RAISE EXCEPTION 'a hold is of another tenant than is worked for, or gone' USING ERRCODE = 'insufficient_privilege';
+    END IF;
+
+    SELECT jsonb_agg(d) INTO changes FROM (
+        SELECT h.tenant, c.scope, c.subject, c.period, c.period_start, sum(m.held)::bigint AS held_nanousd, sum(m.spent)::bigint AS spent_nanousd
+        FROM moves_in(p_moves) m
+        JOIN holds h USING (hold_id), counters_of(h.tenant, h.user_id, h.api_key_id, h.created_at) c
+        WHERE m.held <> 0 OR m.spent <> 0
+        GROUP BY 1, 2, 3, 4, 5
+    ) d;
+    IF changes IS NULL THEN
+        RETURN;
+    END IF;
+    PERFORM lock_spending(changes);
+    UPDATE spending s SET held_nanousd = s.held_nanousd + d.held_nanousd, spent_nanousd = s.spent_nanousd + d.spent_nanousd
+    FROM spending_in(changes) d
+    WHERE (s.tenant, s.scope, s.subject, s.period, s.period_start) = (d.tenant, d.scope, d.subject, d.period, d.period_start)
+      AND (d.held_nanousd <> 0 OR d.spent_nanousd <> 0);
+
+    INSERT INTO entries (posting_id, account, tenant, hold_id, operation_id, kind, amount_nanousd, booked_at)
+    SELECT m.posting_id, a.account, h.tenant, h.hold_id, h.operation_id, m.kind, a.amount, moment
+    FROM (
+        SELECT nextval('postings') AS posting_id, r.*
+        FROM moves_in(p_moves) r
+    ) m
+    JOIN holds h USING (hold_id)
+    CROSS JOIN LATERAL (VALUES ('available', -m.held - m.spent), ('held', m.held), ('spent', m.spent)) AS a (account, amount)
+    WHERE a.amount <> 0;
+END
+$$;
+
+-- Rows of `spending`, planned for as few as there mostly are; see moves_in.
+CREATE FUNCTION spending_in(p_changes jsonb) RETURNS SETOF spending LANGUAGE sql IMMUTABLE STRICT ROWS 4 AS $$
+    SELECT * FROM jsonb_populate_recordset(NULL::spending, p_changes)
+$$;
+
+-- Have these counters, locked. Missing ones are made before any is locked, and locks are taken in one order; see lock_counters.
+CREATE FUNCTION lock_spending(p_changes jsonb) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    present integer;
+BEGIN
+    SELECT count(*) INTO present FROM spending_in(p_changes) mine JOIN spending s USING (tenant, scope, subject, period, period_start);
+    IF present < jsonb_array_length(p_changes) THEN
+        INSERT INTO spending (tenant, scope, subject, period, period_start)
+        SELECT mine.tenant, mine.scope, mine.subject, mine.period, mine.period_start FROM spending_in(p_changes) mine ORDER BY 1, 2, 3, 4, 5
+        ON CONFLICT DO NOTHING;
+    END IF;
+    PERFORM 1 FROM spending_in(p_changes) mine JOIN spending s USING (tenant, scope, subject, period, period_start)
+    ORDER BY s.tenant, s.scope, s.subject, s.period, s.period_start FOR UPDATE OF s;
+END
+$$;
+
+-- As before, but leases are looked up by their key, however many holds there are.
+CREATE OR REPLACE FUNCTION open_late(p_calls jsonb, p_at timestamptz) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    moment timestamptz := coalesce(p_at, clock_timestamp());
+    counters jsonb;
+    made jsonb;
+BEGIN
+    PERFORM 1 FROM leases l WHERE l.lease_id IN (SELECT c.lease_id FROM calls_in(p_calls) c) ORDER BY l.lease_id FOR SHARE;
+    PERFORM ensure_user(mine.tenant, mine.user_id)
+    FROM (SELECT DISTINCT c.tenant, c.user_id FROM calls_in(p_calls) c ORDER BY 1, 2) mine
+    WHERE NOT EXISTS (SELECT FROM users u WHERE u.tenant = mine.tenant AND u.user_id = mine.user_id);
+
+    -- Counters before new holds, as reserve_hold does: it may be at the very same attempt. A call counts where its lease does, if that is open.
+    SELECT jsonb_agg(k) INTO counters FROM (SELECT DISTINCT * FROM counters_of_calls(p_calls)) k;
+    PERFORM lock_spending(counters);
+
+    WITH fresh AS (
+        INSERT INTO holds AS h (tenant, user_id, api_key_id, operation_id, attempt, provider, model, price_id, lease_id,
+                                input_tokens_max, output_tokens_max, amount_nanousd, created_at, expires_at)
+        SELECT c.tenant, c.user_id, coalesce(lease.api_key_id, c.api_key_id), c.operation_id, c.attempt, c.provider, c.model, c.price_id,
+               named.lease_id, c.input_tokens_max, c.output_tokens_max, CASE WHEN lease.hold_id IS NULL THEN 0 ELSE c.amount_nanousd END,
+               coalesce(lease.created_at, c.created_at), moment + interval '1 hour'
+        FROM calls_in(p_calls) c
+        LEFT JOIN LATERAL (SELECT l.lease_id, l.ended_at FROM leases l WHERE l.lease_id = c.lease_id OFFSET 0) named ON true
+        LEFT JOIN LATERAL (
+            SELECT x.hold_id, x.api_key_id, x.created_at FROM holds x
+            WHERE x.hold_id = named.lease_id AND named.ended_at IS NULL AND (x.tenant, x.user_id) = (c.tenant, c.user_id) OFFSET 0
+        ) lease ON true
+        ORDER BY c.tenant, c.operation_id, c.attempt
+        ON CONFLICT (tenant, operation_id, attempt) DO NOTHING
+        RETURNING h.hold_id, h.tenant, h.user_id, h.api_key_id, h.operation_id, h.amount_nanousd, h.created_at
+    )
+    SELECT jsonb_agg(to_jsonb(fresh)) INTO made FROM fresh WHERE amount_nanousd > 0;
+    IF made IS NULL THEN
+        RETURN;
+    END IF;
+    UPDATE spending s SET held_nanousd = s.held_nanousd + d.drawn
+    FROM (
+        SELECT m.tenant, c.scope, c.subject, c.period, c.period_start, sum(m.amount_nanousd)::bigint AS drawn
+        FROM calls_in(made) m, counters_of(m.tenant, m.user_id, m.api_key_id, m.created_at) c
+        GROUP BY 1, 2, 3, 4, 5
+    ) d
+    WHERE (s.tenant, s.scope, s.subject, s.period, s.period_start) = (d.tenant, d.scope, d.subject, d.period, d.period_start);
+    INSERT INTO entries (posting_id, account, tenant, hold_id, operation_id, kind, amount_nanousd, booked_at)
+    SELECT f.posting_id, a.account, f.tenant, f.hold_id, f.operation_id, 'reserve', a.amount, moment
+    FROM (SELECT nextval('postings') AS posting_id, m.* FROM calls_in(made) m) f
+    CROSS JOIN LATERAL (VALUES ('available', -f.amount_nanousd), ('held', f.amount_nanousd)) AS a (account, amount);
+END
+$$;
+
+-- Rows of `holds`; see moves_in.
+CREATE FUNCTION calls_in(p_calls jsonb) RETURNS SETOF holds LANGUAGE sql IMMUTABLE STRICT ROWS 2 AS $$
+    SELECT * FROM jsonb_populate_recordset(NULL::holds, p_calls)
+$$;
+
+CREATE OR REPLACE FUNCTION counters_of_calls(p_calls jsonb)
+RETURNS TABLE (tenant text, scope text, subject text, period text, period_start date) LANGUAGE sql STABLE AS $$
+    SELECT o.tenant, c.scope, c.subject, c.period, c.period_start
+    FROM (
+        SELECT called.tenant, called.user_id, called.api_key_id, called.created_at FROM calls_in(p_calls) called
+        UNION
+        SELECT lease.tenant, lease.user_id, lease.api_key_id, lease.created_at
+        FROM calls_in(p_calls) called
+        CROSS JOIN LATERAL (
+            SELECT x.tenant, x.user_id, x.api_key_id, x.created_at FROM holds x WHERE x.hold_id = called.lease_id OFFSET 0
+        ) lease
+    ) o, counters_of(o.tenant, o.user_id, o.api_key_id, o.created_at) c
+$$;
 
 -- Record many operations of one tenant with what became of their holds, all or nothing; each stands once in `p_operations`, and names the
 -- columns of its table as attempts and steps do. Returns which of them are new. What is not new is left as it is, and so are its attempts

@@ -87,7 +87,8 @@ CREATE TRIGGER operations_are_summed AFTER INSERT ON operations
 
 -- An operation is the sum of its attempts: looked at when attempts are written, for all of them at once, and at the commit for operations
 -- that say they have used anything. One without use and without attempts is the sum of none.
-CREATE FUNCTION refuse_attempts_of_other_sums() RETURNS trigger LANGUAGE plpgsql AS $$
+-- Its plan is kept, and made while the tables may still be small: it must look rows up by their key all the same.
+CREATE FUNCTION refuse_attempts_of_other_sums() RETURNS trigger LANGUAGE plpgsql SET enable_seqscan = off SET enable_hashjoin = off AS $$
 DECLARE
     wrong uuid;
 BEGIN

@@ -132,7 +132,7 @@ class Settings(ServiceSettings):
     """How long an ended job can be read, and what failed in it retried, seconds."""
     ingest_watchers_max: int = Field(128, ge=1, le=10_000, validation_alias="TAILRACE_RETRIEVAL_INGEST_WATCHERS_MAX")
     """Streams of progress at once, those of uploads included. Each takes a connection to Redis."""
-    ingest_timeout_s: float = Field(2.0, ge=0.1, le=60, validation_alias="TAILRACE_RETRIEVAL_INGEST_TIMEOUT_S")
+    ingest_timeout_s: float = Field(5.0, ge=0.1, le=60, validation_alias="TAILRACE_RETRIEVAL_INGEST_TIMEOUT_S")
     """Longest wait for one answer of Redis, seconds."""
     parse_workers: int = Field(2, ge=1, le=64, validation_alias="TAILRACE_RETRIEVAL_PARSE_WORKERS")
     """Processes that read files side by side. They start when files come and end half a minute after the last one."""

@@ -235,6 +235,28 @@ async def test_two_replicas_that_change_one_document_leave_one_version_and_no_or
     await vectors.close()
 
 
+async def test_who_watches_waits_for_a_store_that_is_slow(own: Valkey) -> None:
+    """The store is silent for longer than any answer may take; the watcher hears what was told meanwhile, all of it, and the end."""
+    async with store_of(own, timeout_s=0.2) as watching, store_of(own) as working, redis.Redis.from_url(own.url) as client:
+        job_id = await begun(working, ANN, 1)
+        heard: list[str] = []
+
+        async def watch() -> None:
+            async for progress in watching.events(job_id):
+                heard.append(progress.stage)
+
+        async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+            group.create_task(watch())
+            while not heard:  # noqa: ASYNC110 - what is waited for comes from a store
+                await asyncio.sleep(0.01)
+            await client.execute_command("CLIENT", "PAUSE", "3000", "ALL")
+            claim = await working.claim()
+            assert claim is not None
+            assert [True] == await working.record([Told(claim, replace(claim.latest, stage=Stage.INDEXED))])
+
+    assert ["received", "indexed"] == heard
+
+
 class InThisOrder:
     """A store whose documents are claimed in the order given, which need not be the one they were received in."""
 

@@ -115,7 +115,10 @@ async def cut_and_resume(ground: Ground, n: int) -> Outcome:
 
 
 async def cancels(ground: Ground, n: int) -> Outcome:
-    """An answer is cancelled through the other gateway at a random moment; the provider's socket must close at once."""
+    """An answer is cancelled through the other gateway at a random moment; the provider's socket must close at once.
+
+    Every other moment is counted from the first text on, so that there are calls to stop on the slowest machine too.
+    """
     await ground.begin()
     chance = ground.random("cancel")
     rate = 100.0
@@ -126,17 +129,18 @@ async def cancels(ground: Ground, n: int) -> Outcome:
 
     async def one(number: int) -> Read:
         mark, body = ground.question()
-        accepted: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        wanted = "delta" if number % 2 else "accepted"
+        known: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
         def look(reply: Reply) -> None:
-            if not accepted.done():
-                accepted.set_result(reply.blocks[0].data["answer_id"])
+            if not known.done() and any(block.name == wanted for block in reply.blocks):
+                known.set_result(reply.blocks[0].data["answer_id"])
 
         ports = ground.turned(number)
         task = asyncio.create_task(read_answer(ports, ground.token(), body, key=mark, on_blocks=look))
         try:
             async with asyncio.timeout(30):
-                answer_id = await accepted
+                answer_id = await known
                 await asyncio.sleep(delays[number])
                 began = time.monotonic()
                 reply = await fetch(ports[-1], ground.cancel(answer_id))

@@ -33,8 +33,8 @@ SERVICES = ("ledger", "retrieval", "orchestrator", "gateway")
 """In the order they are started. The first replica of a service has its name, the second one is `gateway-2`, and so on."""
 TERMINALS = ("done", "error", "cancelled")
 """Events of which every stream ends with exactly one. Only the first is an event of the answer's log and has a number."""
-READY_TIMEOUT_S = 60.0
-STOP_TIMEOUT_S = 15.0
+READY_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 45.0
 T = TypeVar("T")
 
 

@@ -192,8 +192,10 @@ async def find_passages(recalling: Recalling, step: StepRecord) -> tuple[Passage
 def write_prompt(run: Run, passages: tuple[Passage, ...], step: StepRecord) -> Prompt:
     """The prompt, small enough for every candidate; and the passages that are in it, for the reader."""
     asked = run.question
-    room = min(c.context_tokens_max - min(asked.output_tokens_max, c.output_tokens_max) for c in asked.candidates)
-    prompt = compose(run.kit.template, asked.text, passages, run.turns, min(room, run.kit.limits.prompt_tokens_max))
+    ways = [way for way in (run.route, run.route.escalation, run.route.cheaper) if way is not None]
+    rooms = [c.context_tokens_max - min(asked.output_tokens_max, c.output_tokens_max) for way in ways for c in way.candidates]
+    rooms += [way.prompt_tokens_max for way in ways if way.prompt_tokens_max is not None]
+    prompt = compose(run.kit.template, asked.text, passages, run.turns, min(*rooms, run.kit.limits.prompt_tokens_max))
     run.show(prompt.passages)
     step.note(template=prompt.template, passages=len(prompt.passages), messages=len(prompt.messages), tokens_max=prompt.input_tokens_max)
     return prompt

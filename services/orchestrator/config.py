@@ -39,6 +39,8 @@ class OrchestratorSettings(ServiceSettings):
     restart_patience_s: float = Field(10.0, ge=0, le=60, validation_alias="TAILRACE_ORCHESTRATOR_RESTART_PATIENCE_S")
     """How long an accepted answer waits for retrieval or the ledger while they restart, seconds. A store behind them is not waited for."""
 
+    models_file: str = Field("", validation_alias="TAILRACE_MODELS_FILE")
+    """File of the models and tiers that can be asked for, read again when it changes; see docs/models.md. Empty = the shipped one."""
     default_tier: str = Field("fast", validation_alias="TAILRACE_ORCHESTRATOR_DEFAULT_TIER")
     """Tier of a question that names neither tier nor model."""
     output_tokens_default: int = Field(1024, ge=1, le=64_000, validation_alias="TAILRACE_ORCHESTRATOR_OUTPUT_TOKENS_DEFAULT")

@@ -2,8 +2,11 @@
 
 import asyncio
 import contextlib
+import random
 import secrets
+import time
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 import redis.asyncio as redis
 import structlog
@@ -20,17 +23,19 @@ from services.orchestrator.answer import produce
 from services.orchestrator.claude_model import PROVIDER as ANTHROPIC
 from services.orchestrator.claude_model import ClaudeModel
 from services.orchestrator.clients import RemoteLedger, RemoteMemory, SpooledBooks, ping
-from services.orchestrator.compose import read_template
+from services.orchestrator.compose import CONTINUE_FILE, read_template
 from services.orchestrator.config import OrchestratorSettings
 from services.orchestrator.extractive_model import ExtractiveModel
+from services.orchestrator.health import Health
 from services.orchestrator.leases import Leases
 from services.orchestrator.mirrors import Mirrors, interrupted
+from services.orchestrator.models_file import MODELS_FILE, read_models, reload_forever
 from services.orchestrator.ports import Model, SharedLogs
 from services.orchestrator.publisher import Publisher
 from services.orchestrator.redis_cache import RedisCache
 from services.orchestrator.redis_logs import RedisLogs
 from services.orchestrator.registry import Bounds, Registry
-from services.orchestrator.router import EXTRACTIVE, read_models
+from services.orchestrator.router import EXTRACTIVE
 from services.orchestrator.rpc import OrchestratorRpc, event_bytes, offer
 from services.orchestrator.run import Limits, Toolkit
 from services.orchestrator.standalone import language
@@ -108,7 +113,8 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             )
             stack.push_async_callback(claude.aclose)
             models[ANTHROPIC] = claude
-        router = read_models(models, settings.default_tier)
+        models_file = Path(settings.models_file) if settings.models_file else MODELS_FILE
+        router = read_models(models, settings.default_tier, models_file)
 
         after = AfterWork(tasks_max=WORKS_PER_ANSWER_MAX * settings.answers_max)
         limits = Limits(
@@ -119,7 +125,9 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             cache_per_user=settings.cache_scope == "user",
             output_tokens_min=settings.output_tokens_min,
         )
-        kit = Toolkit(memory, ledger, exact, books, models, after, clock, read_template(), limits, leases)
+        health = Health(time.monotonic, random.random)
+        continuation = read_template(CONTINUE_FILE)
+        kit = Toolkit(memory, ledger, exact, books, models, after, clock, read_template(), limits, leases, health, continuation)
         publisher = Publisher(logs, replica, event_bytes, kept_s=settings.logs_kept_s, bytes_max=settings.logs_bytes_max)
         registry = Registry(
             lambda question, events: produce(question, kit, events),
@@ -141,6 +149,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             "lease": registry.live_forever(),
             "credit leases": leases.live_forever(),
             "cancels": registry.listen_forever(),
+            "models file": reload_forever(router, models_file),
             "interrupted answers": tell_interrupted(logs, outbox.interrupted),
         }
         for name, work in works.items():

@@ -66,8 +66,8 @@ async def first_draft(run: Run, prompt: Prompt) -> Draft:
     where the route escalates. Raises the last failure when nothing is left to try, and the first one after text has left: what was shown
     cannot be unsaid.
     """
-    route = run.route
-    run.holding = route.holds_back or (run.question.whole and route.escalation is not None)
+    route, is_held_already = run.route, run.holding
+    run.holding = is_held_already or route.holds_back or (run.question.whole and route.escalation is not None)
     draft = await _draft_of(run, prompt, route)
     unseen = run.holding or not draft.has_content
     if unseen and route.escalation is not None and (verdict := run.verdict_of(draft)) in HEALABLE:
@@ -80,7 +80,8 @@ async def first_draft(run: Run, prompt: Prompt) -> Draft:
                 raise
             # A doubtful answer is better than none.
             log.warning("escalation_failed", answer_id=run.question.answer_id, reason=failure.reason)
-    run.release(draft.text)
+    if not is_held_already:  # else whoever holds it has more to check
+        run.release(draft.text)
     run.model, run.provider = draft.model, draft.provider
     return draft
 
@@ -264,11 +265,12 @@ def _fared(run: Run, call: _Call, failure: BaseException | None) -> None:
     health, candidate = run.kit.health, call.candidate
     if failure is None or isinstance(failure, ModelRefused):
         health.succeeded(candidate)
+    elif isinstance(failure, DomainError) and OTHER_KEY in failure.metadata:
+        return
     elif isinstance(failure, ModelOverloaded) and failure.retry_after_ms is not None:
         health.pause(candidate, failure.retry_after_ms / 1000)
     elif isinstance(failure, ModelOverloaded | ModelFailed | ModelStalled | ModelMisconfigured):
-        if OTHER_KEY not in failure.metadata:
-            health.failed(candidate)
+        health.failed(candidate)
     elif not call.first_text_at and (deadline := current_deadline.get()) is not None and deadline.remaining_s <= 0:
         health.failed(candidate)  # it had all the time there was and said nothing
 

@@ -18,7 +18,7 @@ log = structlog.get_logger(__name__)
 
 MODELS_FILE = Path(__file__).parent / "models.toml"
 FILE_BYTES_MAX = 1024 * 1024
-MODELS_MAX, TIERS_MAX = 1000, 100
+MODELS_MAX, TIERS_MAX = 1000, 500
 LOOK_S = 1.0
 """How often the file is looked at. Polling a time stamp also sees files that are mounted, where events of the file system do not arrive."""
 
@@ -63,6 +63,8 @@ class _Tier(msgspec.Struct, forbid_unknown_fields=True, rename={"continues": "co
 class _File(msgspec.Struct, forbid_unknown_fields=True):
     models: Annotated[list[_Model], Meta(min_length=1, max_length=MODELS_MAX)]
     tiers: Annotated[dict[_TierName, _Tier], Meta(min_length=1, max_length=TIERS_MAX)]
+    providers: list[Any] = []
+    """Read and checked by whoever speaks to them."""
 
 
 class ModelsFileInvalid(ValueError):

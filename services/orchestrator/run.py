@@ -106,8 +106,10 @@ class Run:
         self.events.append(PassagesFound(passages))
 
     def chose(self, candidate: Candidate, route: Route, reason: str) -> None:
-        """Keep why a model is asked."""
-        self.choices.append(Choice(candidate.model, candidate.provider, route.tier, reason, route.difficulty))
+        """Keep why a model is asked. One that is asked again after tools were called was chosen before."""
+        choice = Choice(candidate.model, candidate.provider, route.tier, reason, route.difficulty)
+        if choice not in self.choices:
+            self.choices.append(choice)
 
     def next_attempt(self) -> int:
         """Number of the next provider call, from 1; none is given twice."""

@@ -127,6 +127,8 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
     records: int = 0
     turns: dict[str, list[ledger_pb.Turn]] = field(default_factory=dict)
     broke: bool = False
+    too_dear: set[str] = field(default_factory=set)
+    """Models that no budget can pay."""
     affordable: int = 1_000_000
     """Most output tokens that the budget can pay for."""
     credit_nanousd: int = 10_000_000_000
@@ -143,7 +145,7 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
         if self.away:
             raise Unavailable("postgres is away", dependency="postgres")
         granted = min(request.output_tokens_max, self.affordable)
-        if self.broke or granted < (request.output_tokens_min or request.output_tokens_max):
+        if self.broke or request.model in self.too_dear or granted < (request.output_tokens_min or request.output_tokens_max):
             raise BudgetExhausted("nothing is left", needed_nanousd=1, left_nanousd=0, scope="tenant")
         price = PRICES.get(request.model)
         if price is None:

@@ -54,6 +54,7 @@ async def answer(run: Run) -> None:
     draft = await first_draft(run, prompt)  # the steps `hold` and `generate`, once for each attempt
     with run.step("validate") as step:
         check(run, draft, step)
+    run.kit.shadows.offer(run, prompt)
     with run.step("remember") as step:
         await remember(run, step)
     return None

@@ -41,6 +41,8 @@ class OrchestratorSettings(ServiceSettings):
 
     models_file: str = Field("", validation_alias="TAILRACE_MODELS_FILE")
     """File of the models and tiers that can be asked for, read again when it changes; see docs/models.md. Empty = the shipped one."""
+    shadow_tenant: str = Field("shadow", pattern=r"^\S{1,128}$", validation_alias="TAILRACE_ORCHESTRATOR_SHADOW_TENANT")
+    """Tenant that pays for shadow answers and whose operations hold what they were compared with; no user of it should be a person."""
     default_tier: str = Field("fast", validation_alias="TAILRACE_ORCHESTRATOR_DEFAULT_TIER")
     """Tier of a question that names neither tier nor model."""
     output_tokens_default: int = Field(1024, ge=1, le=64_000, validation_alias="TAILRACE_ORCHESTRATOR_OUTPUT_TOKENS_DEFAULT")

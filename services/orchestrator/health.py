@@ -14,7 +14,7 @@ FAILURES_IN_A_ROW = 5
 """Open after so many (after Envoy's outlier detection)."""
 SHARE_WINDOW_S, SHARE_CALLS_MIN, SHARE_MAX = 10.0, 20, 0.5
 """Open when more than this share of at least so many calls of the window failed: a model that answers now and then is no model."""
-OPEN_S, OPEN_MAX_S = 1.0, 3.0
+OPEN_S, OPEN_MAX_S = 1.0, 4.0
 """First and longest pause before the next probe; it doubles in between. With the probe itself, recovery takes less than 5 s."""
 OPEN_JITTER = 0.25
 """A pause is shorter by up to this share, so that the replicas do not all probe at once."""

@@ -27,6 +27,8 @@ RETRY_AFTER_NEXT_MAX_S = 1.0
 """The same where another model could answer meanwhile."""
 OTHER_KEY = "other_key"
 """Metadata of a failure that belongs to one key of several: the adapter has put it aside, and the same call goes on with another."""
+PROMPT_TOKENS_LEAST = 4_096
+"""Of a prompt besides its question: instructions and at least one passage."""
 _FIELDS: Mapping[Capability, str] = {"images": "images", "tools": "tools", "schema": "output_schema", "reasoning": "model"}
 """Field of the request that asks for a capability."""
 
@@ -79,6 +81,12 @@ class Wish:
     """Name of the asker's plan; empty = not known here, and then tiers that name plans are closed."""
     plan_tiers: frozenset[str] = frozenset()
     """Tiers the plan may use; empty = all."""
+    output_tokens_max: int = 0
+
+    def fits(self, candidate: Candidate) -> bool:
+        """Whether a prompt with the question, counted as bytes, leaves a model room for the answer."""
+        output = min(self.output_tokens_max, candidate.output_tokens_max)
+        return candidate.context_tokens_max - output >= len(self.text.encode()) + PROMPT_TOKENS_LEAST
 
 
 class Router:
@@ -169,14 +177,15 @@ class Router:
 
     def _plain(self, name: str, wish: Wish) -> Route:
         """The models of a tier that can do what is needed."""
-        tier, able = self._tiers[name], []
-        candidates = self._candidates(name)
-        for candidate in candidates:
-            if wish.needs <= candidate.capabilities:
-                able.append(candidate)
+        tier, candidates = self._tiers[name], self._candidates(name)
+        able = [candidate for candidate in candidates if wish.needs <= candidate.capabilities]
         if not able:
             self._require(candidates, wish.needs, "the tier")
         reason = "first" if able[0] is candidates[0] else "capability"
+        roomy = [candidate for candidate in able if wish.fits(candidate)]
+        if roomy and roomy[0] is not able[0]:
+            reason = "context"
+        able = roomy or able  # if it fits nowhere, whoever writes the prompt says so
         if any(weight for _, weight in tier.models) and len(able) > 1:
             weights = dict(tier.models)
             # Each order as likely as if drawn one after the other by weight (Efraimidis and Spirakis).

@@ -110,7 +110,8 @@ def read_question(request: pb.AnswerRequest, principal: Principal, router: Route
         raise RequestInvalid("deadline_ms is out of bounds", field="deadline_ms", bound=f"1-{DEADLINE_MS_MAX}")
     if request.priority not in _PRIORITIES:
         raise RequestInvalid("there is no such priority", field="priority", bound="0-2")
-    wish = Wish(request.model, request.tier, request.question, _needs(request), principal.plan, principal.tiers)
+    output_tokens_max = request.max_output_tokens if request.HasField("max_output_tokens") else output_tokens_default
+    wish = Wish(request.model, request.tier, request.question, _needs(request), principal.plan, principal.tiers, output_tokens_max)
     route = router.route(wish)
     answer_id = new_answer_id()
     return Question(
@@ -121,7 +122,7 @@ def read_question(request: pb.AnswerRequest, principal: Principal, router: Route
         session_is_new=not request.session_id,
         tier=route.asked,
         candidates=route.candidates,
-        output_tokens_max=request.max_output_tokens if request.HasField("max_output_tokens") else output_tokens_default,
+        output_tokens_max=output_tokens_max,
         collection=request.collection or "default",
         cache=_CACHE_MODES[request.cache],
         created_at=clock.now(),

@@ -34,7 +34,7 @@ from services.orchestrator.domain import (
 )
 from services.orchestrator.health import Health
 from services.orchestrator.log import EventLog
-from services.orchestrator.ports import Books, Credit, ExactCache, Ledger, Memory, Model
+from services.orchestrator.ports import Books, Credit, ExactCache, Ledger, Memory, Model, ShadowSample
 from services.orchestrator.standalone import language
 from services.orchestrator.validate import CitationReader, judge
 
@@ -70,6 +70,7 @@ class Toolkit:
     credit: Credit
     health: Health
     continuation: Template
+    shadows: ShadowSample
 
 
 class Run:

@@ -36,8 +36,9 @@ from services.orchestrator.redis_cache import RedisCache
 from services.orchestrator.redis_logs import RedisLogs
 from services.orchestrator.registry import Bounds, Registry
 from services.orchestrator.router import EXTRACTIVE
-from services.orchestrator.rpc import OrchestratorRpc, event_bytes, offer
+from services.orchestrator.rpc import OrchestratorRpc, event_bytes, new_answer_id, offer
 from services.orchestrator.run import Limits, Toolkit
+from services.orchestrator.shadow import Shadows
 from services.orchestrator.standalone import language
 
 WORKS_PER_ANSWER_MAX = 5
@@ -127,7 +128,8 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
         )
         health = Health(time.monotonic, random.random)
         continuation = read_template(CONTINUE_FILE)
-        kit = Toolkit(memory, ledger, exact, books, models, after, clock, read_template(), limits, leases, health, continuation)
+        shadows = Shadows(settings.shadow_tenant, new_answer_id, random.random)
+        kit = Toolkit(memory, ledger, exact, books, models, after, clock, read_template(), limits, leases, health, continuation, shadows)
         publisher = Publisher(logs, replica, event_bytes, kept_s=settings.logs_kept_s, bytes_max=settings.logs_bytes_max)
         registry = Registry(
             lambda question, events: produce(question, kit, events),
@@ -173,6 +175,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             """Answers first, then what they left to do, then what the ledger has not booked; that much stays on disk."""
             loop = asyncio.get_running_loop()
             ends_at = loop.time() + timeout_s
+            await shadows.stop()
             if stopped := await registry.drain(timeout_s / 2):
                 log.warning("answers_interrupted", answers=stopped)
             abandoned = await after.drain(max(0.5, ends_at - loop.time() - 0.5))

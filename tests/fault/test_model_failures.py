@@ -266,6 +266,9 @@ hold_back = true
 escalate_to = "better"
 [tiers.better]
 models = ["claude-sonnet-5-5"]
+[tiers.watched]
+models = ["claude-haiku-5-5"]
+shadow = { tier = "better", share = 1.0 }
 [tiers.thrifty]
 models = ["claude-sonnet-5-5"]
 cheaper = "alone"
@@ -411,3 +414,34 @@ async def test_models_file_is_read_again_when_it_changes_and_a_broken_one_change
     await asyncio.sleep(1.5)
 
     assert await first_choice() == "claude-sonnet-5-5"
+
+
+async def test_shadow_answer_is_unseen_and_booked_on_its_own_tenant_with_what_it_was_compared_by(claude: World) -> None:
+    """The reader's answer, its cost and its record are what they are without it; the sample's record holds both sides and no text."""
+    claude.provider.rules = [(b"claude-sonnet-5-5", Behaviour(text="The gateway listens on port 8080 [1]."))]
+    only_said = "The gateway listens on port 8080 [77]."
+    claude.provider.rules.append((b"claude-haiku-5-5", Behaviour(text=only_said)))
+    reply = await claude.ask(QUESTION, tier="watched")
+    await until(lambda: len(claude.ledger.operations) == 2)
+    mine = claude.ledger.operations[reply.answer_id]
+    (shadow,) = (operation for operation in claude.ledger.operations.values() if operation.tenant == "shadow")
+    facts = next(dict(step.facts) for step in shadow.steps if step.name == "compare")
+
+    assert (reply.text, reply.done.cost_nanousd) == (only_said, mine.cost_nanousd)
+    assert len(mine.attempts) == len(shadow.attempts) == 1
+    assert (mine.model, shadow.model, shadow.user) == ("claude-haiku-5-5", "claude-sonnet-5-5", "shadow")
+    assert (facts["of"], facts["tier"], facts["other_tier"]) == (reply.answer_id, "watched", "better")
+    assert (facts["verdict"], facts["other_verdict"], facts["agreement"]) == ("citation_unknown", "passed", "1.000")
+    assert int(facts["cost_nanousd"]) == mine.cost_nanousd > 0
+    assert b"8080" not in shadow.SerializeToString()
+
+
+async def test_shadow_answer_that_fails_or_is_refused_touches_nobody(claude: World) -> None:
+    """A budget of its own that is used up, or a provider that fails, ends the sample and nothing else."""
+    claude.ledger.too_dear = {"claude-sonnet-5-5"}
+    reply = await claude.ask(QUESTION, tier="watched")
+    await until(lambda: len(claude.ledger.operations) == 2)
+    (shadow,) = (operation for operation in claude.ledger.operations.values() if operation.tenant == "shadow")
+
+    assert reply.done.verdict == "passed"
+    assert (shadow.status, shadow.error_reason, len(shadow.attempts)) == ("failed", "BUDGET_EXHAUSTED", 0)

@@ -127,6 +127,17 @@ def test_what_a_question_needs_bounds_who_is_asked() -> None:
     assert refused.value.field == "images"
 
 
+def test_question_that_does_not_fit_goes_to_a_model_with_more_room() -> None:
+    """Counted as bytes, with room for the answer; where it fits nowhere the order stays, and the prompt's own bound is told."""
+    small = Candidate("anthropic", "small", 20_000, 8_000)
+    made = Router(Table((small, HAIKU, EXTRACTIVE), {"fast": Tier((("small", 0.0), ("haiku", 0.0)))}), {"anthropic"}, "fast", lambda: 0.5)
+    short, long, longest = (made.route(Wish(text="x" * size, output_tokens_max=8_000)) for size in (7_000, 9_000, 300_000))
+
+    assert (short.candidates, short.reason) == ((small, HAIKU), "first")
+    assert (long.candidates, long.reason) == ((HAIKU,), "context")
+    assert longest.candidates == (small, HAIKU)
+
+
 def test_weights_draw_the_order() -> None:
     """Three to one means about three in four, and the other is the next."""
     draws = iter([0.9, 0.2, 0.1, 0.8] * 2)

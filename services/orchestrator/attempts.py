@@ -138,7 +138,7 @@ async def _draft_of(run: Run, prompt: Prompt, route: Route) -> Draft:
 
 def _going_on(run: Run, route: Route, asked: list[Candidate], call: _Call, failure: DomainError) -> Candidate | None:
     """Who goes on with a text that broke off, if the tier wants that and there is anything left to say."""
-    if not route.continues or call.draft.calls or not call.draft.pieces or isinstance(failure, ModelRefused):
+    if not route.continues or call.draft.calls or not call.draft.pieces or not _is_the_models(failure):
         return None
     following = route.candidates[route.candidates.index(asked[-1]) + 1 :]
     able = (candidate for candidate in following if candidate.provider != EXTRACTIVE and run.kit.health.lets_through(candidate))
@@ -260,6 +260,13 @@ async def _generate(run: Run, call: _Call, step: StepRecord) -> None:
                 running.set_attribute(telemetry.GEN_AI_FINISH_REASONS, (attempt.finish_reason,))
 
 
+def _is_the_models(failure: BaseException) -> bool:
+    """Whether a call failed at its provider, and not at a bound of ours on what it wrote."""
+    if not isinstance(failure, ModelOverloaded | ModelFailed | ModelStalled | ModelMisconfigured):
+        return False
+    return "provider" in failure.metadata
+
+
 def _fared(run: Run, call: _Call, failure: BaseException | None) -> None:
     """Tell what the call says about its model. What belongs to a key, to the question or to whoever stopped it says nothing."""
     health, candidate = run.kit.health, call.candidate
@@ -269,7 +276,7 @@ def _fared(run: Run, call: _Call, failure: BaseException | None) -> None:
         return
     elif isinstance(failure, ModelOverloaded) and failure.retry_after_ms is not None:
         health.pause(candidate, failure.retry_after_ms / 1000)
-    elif isinstance(failure, ModelOverloaded | ModelFailed | ModelStalled | ModelMisconfigured):
+    elif _is_the_models(failure):
         health.failed(candidate)
     elif not call.first_text_at and (deadline := current_deadline.get()) is not None and deadline.remaining_s <= 0:
         health.failed(candidate)  # it had all the time there was and said nothing

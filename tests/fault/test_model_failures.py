@@ -314,6 +314,34 @@ async def test_outage_of_the_first_model_is_no_storm_and_ends_when_it_is_over(cl
     assert time.monotonic() - restored_at < 5
 
 
+async def test_model_is_taken_back_at_the_first_token_and_not_at_the_last(claude: World) -> None:
+    """A probe that streams for a while keeps nobody out meanwhile."""
+    only_first(claude, fault="status", status=500)
+    await asyncio.gather(*(claude.ask(QUESTION, cache=pb.CACHE_MODE_OFF) for _ in range(10)))
+    only_first(claude, tokens=400, tokens_per_s=40)
+    before, asking = len(claude.provider.records), list[asyncio.Task[Reply]]()
+
+    def streaming() -> list[Record]:
+        late = list(claude.provider.records)[before:]
+        return [record for record in late if record.model == "claude-haiku-5-5" and record.first_token_s is not None]
+
+    async with asyncio.timeout(30):
+        while not streaming():
+            asking.append(asyncio.create_task(claude.ask(QUESTION, cache=pb.CACHE_MODE_OFF)))
+            await asyncio.sleep(0.1)
+    probes = len(streaming())
+    asking += [asyncio.create_task(claude.ask(QUESTION, cache=pb.CACHE_MODE_OFF)) for _ in range(5)]
+    await until(lambda: len(streaming()) == probes + 5)
+    still_running = all(record.state == "running" for record in streaming())
+    for task in asking:
+        task.cancel()
+    await asyncio.gather(*asking, return_exceptions=True)
+    for record in list(claude.ledger.holds.values()):
+        await claude.cancel(record.operation_id)
+
+    assert still_running
+
+
 async def test_failing_lone_model_is_not_stormed_either(claude: World) -> None:
     """With nobody to fall over to, each request is one call and few retries, each ends by type, and the first that works is an answer."""
     only_first(claude, fault="status", status=503)

@@ -62,7 +62,8 @@ class Router:
 
 def read_models(providers: Collection[str], default_tier: str, path: Path = MODELS_FILE) -> Router:
     table = tomllib.loads(path.read_text(encoding="utf-8"))
-    return Router([Candidate(**row) for row in table["models"]], table["tiers"], providers, default_tier)
+    models = [Candidate(**{**row, "capabilities": frozenset(row.get("capabilities", ()))}) for row in table["models"]]
+    return Router(models, table["tiers"], providers, default_tier)
 
 
 @dataclass(frozen=True, slots=True)

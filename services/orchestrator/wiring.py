@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import secrets
 from collections.abc import AsyncIterator, Sequence
 
@@ -15,10 +16,8 @@ from services.chassis.errors import DomainError
 from services.chassis.lifecycle import Service
 from services.chassis.passport import Passport
 from services.chassis.server import Server, passport_identity
-from services.orchestrator import spool
+from services.orchestrator import providers, spool
 from services.orchestrator.answer import produce
-from services.orchestrator.claude_model import PROVIDER as ANTHROPIC
-from services.orchestrator.claude_model import ClaudeModel
 from services.orchestrator.clients import RemoteLedger, RemoteMemory, SpooledBooks, ping
 from services.orchestrator.compose import read_template
 from services.orchestrator.config import OrchestratorSettings
@@ -30,7 +29,7 @@ from services.orchestrator.publisher import Publisher
 from services.orchestrator.redis_cache import RedisCache
 from services.orchestrator.redis_logs import RedisLogs
 from services.orchestrator.registry import Bounds, Registry
-from services.orchestrator.router import EXTRACTIVE, read_models
+from services.orchestrator.router import EXTRACTIVE, MODELS_FILE, read_models
 from services.orchestrator.rpc import OrchestratorRpc, event_bytes, offer
 from services.orchestrator.run import Limits, Toolkit
 from services.orchestrator.standalone import language
@@ -98,16 +97,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
         )
 
         models: dict[str, Model] = {EXTRACTIVE: ExtractiveModel(language)}
-        if key := settings.anthropic_api_key.get_secret_value():
-            claude = ClaudeModel(
-                key,
-                settings.anthropic_base_url,
-                connect_s=settings.model_connect_s,
-                first_token_s=settings.model_first_token_s,
-                stall_s=settings.model_stall_s,
-            )
-            stack.push_async_callback(claude.aclose)
-            models[ANTHROPIC] = claude
+        models |= await stack.enter_async_context(providers.opened(settings, MODELS_FILE, os.environ))
         router = read_models(models, settings.default_tier)
 
         after = AfterWork(tasks_max=WORKS_PER_ANSWER_MAX * settings.answers_max)

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.chassis.money import Price, Usage
-from services.orchestrator.event_bytes import EventBytes
 from services.orchestrator.compose import Template, compose
 from services.orchestrator.domain import Draft, Passage, Prompt, Turn
+from services.orchestrator.event_bytes import EventBytes
 from services.orchestrator.redis_cache import normalise
 from services.orchestrator.validate import CitationReader
 

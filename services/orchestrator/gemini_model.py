@@ -64,7 +64,7 @@ NO_SIGNATURE = base64.b64encode(b"skip_thought_signature_validator").decode()
 class _FunctionCall(msgspec.Struct):
     name: str = ""
     id: str | None = None
-    args: msgspec.Raw | None = None
+    args: msgspec.Raw = msgspec.Raw()
 
 
 class _Part(msgspec.Struct, rename="camel"):
@@ -143,7 +143,8 @@ class GeminiReading(Reading):
             number = len(self.draft.calls)
             self.begin_call(number, called.id or f"{self.draft.request_id or 'call'}-{number}", called.name)
             signature = sealed(self.provider, (part.thought_signature or "").encode())
-            self.end_call(number, bytes(called.args).decode() if called.args is not None else "", signature)
+            arguments = bytes(called.args).decode()
+            self.end_call(number, "" if arguments == "null" else arguments, signature)
         elif part.text:
             if part.thought:
                 self.think(part.text)

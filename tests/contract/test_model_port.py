@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 
 import pytest
 
@@ -11,8 +10,8 @@ from bench.simulator import Provider
 from services.orchestrator.claude_model import ClaudeModel
 from services.orchestrator.domain import Candidate, Draft, Message, Passage, Prompt
 from services.orchestrator.extractive_model import ExtractiveModel
-from services.orchestrator.ports import Model
 from services.orchestrator.standalone import language
+from tests.contract.model_subjects import SUBJECTS, Subject, subject_of
 from tests.fakes.orchestrator_world import provider_server, until
 
 TEXT = "The gateway listens on port 8080. The gateway speaks HTTP and gRPC. Holds live for ten minutes."
@@ -24,29 +23,19 @@ def prompt(question: str = "Which port does the gateway listen on?") -> Prompt:
     return Prompt("t", "Answer.", (Message("user", f'<passage n="1">{TEXT}</passage> {question}'),), question, (PASSAGE,), 500)
 
 
-@dataclass
-class Subject:
-    """A model under test."""
-
-    model: Model
-    candidate: Candidate
-
-
 @pytest.fixture
 async def provider() -> Provider:
     return Provider()
 
 
-@pytest.fixture(params=["extractive", "claude"])
+@pytest.fixture(params=["extractive", *SUBJECTS])
 async def subject(request: pytest.FixtureRequest, provider: Provider) -> AsyncIterator[Subject]:
     """Each implementation in turn."""
     if request.param == "extractive":
         yield Subject(ExtractiveModel(language), Candidate("extractive", "extractive", 1_000_000, 64_000))
         return
-    async with provider_server(provider) as url:
-        model = ClaudeModel(["key"], url, connect_s=1, first_token_s=5, stall_s=5)
-        yield Subject(model, Candidate("anthropic", "claude-haiku-5-5", 200_000, 64_000))
-        await model.aclose()
+    async with provider_server(provider) as url, subject_of(request.param, url) as made:
+        yield made
 
 
 def draft(heard: list[str] | None = None, then: Callable[[], None] = lambda: None) -> Draft:

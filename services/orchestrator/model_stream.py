@@ -30,6 +30,10 @@ BRIEF_BELOW_TOKENS = 8192
 """Reasoning is paid from the same bound as the answer: below this one, the usual effort would leave a model nothing to answer with."""
 
 
+UNREADABLE = (msgspec.MsgspecError, UnicodeError, RecursionError)
+"""What the parser raises of bytes that are no event: no JSON or not of this form, no UTF-8, nested without end."""
+
+
 class Silence:
     """How long a call may say nothing: `first_token_s` until its first output, `stall_s` between two pieces of it."""
 
@@ -186,7 +190,7 @@ async def follow(chunks: AsyncIterable[bytes], reading: Reading, silence: Silenc
             try:
                 for data in events.feed(chunk):
                     reading.read(data)
-            except msgspec.MsgspecError as error:
+            except UNREADABLE as error:
                 raise reading.malformed() from error
             finally:
                 reading.flush()  # also what came just before a failure

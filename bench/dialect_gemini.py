@@ -32,10 +32,10 @@ _SIGNATURE = "c2lnbmVk"
 
 
 class Gemini:
-    """`POST /v1beta/models/MODEL:streamGenerateContent?alt=sse` and `:generateContent`."""
+    """`POST /v1/models/MODEL:streamGenerateContent?alt=sse` and `:generateContent`."""
 
     name = "gemini"
-    path = re.compile(rb"/v1beta/models/(?P<model>[\w.-]+):(?P<method>generateContent|streamGenerateContent)\Z")
+    path = re.compile(rb"/v1(?:beta)?/models/(?P<model>[\w.-]+):(?P<method>generateContent|streamGenerateContent)\Z")
     request_id_header = b"x-goog-request-id"
     half_an_event = chunk(b'data: {"candidates": [{"content": {"parts": [{"te\r\n\r\n')
 

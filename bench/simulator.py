@@ -8,7 +8,7 @@ knows Tailrace.
     POST   /v1/messages/count_tokens
     POST   /v1/chat/completions          OpenAI, stream or whole
     POST   /v1/responses
-    POST   /v1beta/models/MODEL:streamGenerateContent?alt=sse, :generateContent     Gemini
+    POST   /v1/models/MODEL:streamGenerateContent?alt=sse, :generateContent     Gemini
     PUT    /control/default              Behaviour: how requests are answered that no rule names
     POST   /control/rules                Rule: for requests that contain a text; newest wins
     DELETE /control                      forget rules, default and records

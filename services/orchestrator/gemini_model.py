@@ -32,7 +32,6 @@ from services.orchestrator.model_stream import (
 from services.orchestrator.provider_keys import ProviderKeys
 
 PROVIDER = "gemini"
-API_VERSION = "v1beta"
 
 FINISH_REASONS = {
     "STOP": "end_turn",
@@ -204,7 +203,6 @@ class GeminiModel:
                 api_key=key,
                 http_options=types.HttpOptions(
                     base_url=base_url,
-                    api_version=API_VERSION,
                     aiohttp_client=self._session,
                     # Named, or the package asks once more by itself, up to ten seconds after a connection that failed.
                     retry_options=types.HttpRetryOptions(attempts=1),

@@ -9,7 +9,12 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
+import anthropic.types.message_create_params
+import openai.types.chat.completion_create_params
+import openai.types.responses.response_create_params
 import pytest
+from google.genai import types
+from pydantic import TypeAdapter
 
 from bench.script import Behaviour, ScriptedCall
 from bench.simulator import Provider
@@ -452,3 +457,51 @@ async def test_another_key_is_used_once_one_is_refused_or_limited(provider: Prov
                     await asked(subject)
                 marks.append("other_key" in failed.value.metadata)
             assert marks == [True, False, False]
+
+
+REQUESTS: dict[str, Any] = {
+    "claude": anthropic.types.message_create_params.MessageCreateParamsStreaming,
+    "openai_chat": openai.types.chat.completion_create_params.CompletionCreateParamsStreaming,
+    "openai_responses": openai.types.responses.response_create_params.ResponseCreateParamsStreaming,
+}
+"""What each package says a request is."""
+
+
+async def test_what_is_sent_is_what_the_vendors_package_knows(subject: Subject, provider: Provider) -> None:
+    """Names, kinds and values, of a request that has everything in it: the simulator reads only what it needs."""
+    provider.default = Behaviour(reasoning="Hm.", text="I will look.", calls=CALLS)
+    first = await asked(subject, tools=(WEATHER,))
+    results = tuple(ToolResult(call.call_id, call.name, "it rains", call.name == "clock") for call in first.calls)
+    foreign = ToolCall("c1", "weather", "no json", b"elsewhere:x")
+    history = (
+        Message("user", "?", images=(PICTURE,)),
+        Message("assistant", first.text, calls=tuple(first.calls)),
+        Message("tool", results=results),
+        Message("assistant", calls=(foreign,)),
+        Message("tool", results=(ToolResult("c1", "weather", "no such city", failed=True),)),
+    )
+    await asked(subject, messages=history, tools=(WEATHER,), output_schema=CLOSED)
+    body = sent(provider)
+
+    if subject.name == "gemini":
+        for content in [*body.pop("contents"), body.pop("systemInstruction")]:
+            types.Content.model_validate(content)
+        for tool in body.pop("tools"):
+            types.Tool.model_validate(tool)
+        types.GenerationConfig.model_validate(body.pop("generationConfig"))
+        assert body == {}
+    else:
+        known = REQUESTS[subject.name]
+        adapter = TypeAdapter(known)  # outlives what it has validated: that refers to it
+        exhausted(adapter.validate_python(body))
+        assert body.keys() <= known.__required_keys__ | known.__optional_keys__
+
+
+def exhausted(value: Any) -> None:
+    """Look at all of a validated value: what is declared as an iterable is only judged as it is read."""
+    if isinstance(value, dict):
+        for inner in value.values():
+            exhausted(inner)
+    elif not isinstance(value, str | bytes) and hasattr(value, "__iter__"):
+        for inner in value:
+            exhausted(inner)

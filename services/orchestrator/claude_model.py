@@ -158,7 +158,7 @@ class ClaudeReading(Reading):
     def _start(self, event: _Event) -> None:
         if event.message is None:
             return
-        self.draft.model = event.message.model or self.draft.model
+        self.named(event.message.model)
         if event.message.usage is not None:
             self._count(event.message.usage)
 

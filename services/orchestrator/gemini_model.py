@@ -123,8 +123,7 @@ class GeminiReading(Reading):
             raise _failed_midway(self.provider, chunk.error)
         if chunk.response_id and not draft.request_id:
             draft.request_id = chunk.response_id
-        if chunk.model_version:
-            draft.model = chunk.model_version
+        self.named(chunk.model_version)
         for answer in chunk.candidates or ():
             if answer.content is not None:
                 for part in answer.content.parts or ():

@@ -106,6 +106,14 @@ class Reading:
             draft.input_tokens is not None
         )
 
+    def named(self, model: str | None) -> None:
+        """The provider has said which model it is. A snapshot of the one that was asked counts, a file or a deployment behind it does not.
+
+        What is booked has to be found in the price list.
+        """
+        if model and model.startswith(self.draft.model):
+            self.draft.model = model
+
     def write(self, text: str) -> None:
         if self._thoughts:
             self.flush()

@@ -90,8 +90,7 @@ class ChatReading(Reading):
             self.draft.usage_is_final &= self.finished  # some servers count along
         if not self.draft.request_id and chunk.id:
             self.draft.request_id = chunk.id
-        if chunk.model:
-            self.draft.model = chunk.model
+        self.named(chunk.model)
 
     def _more(self, chunk: _Chunk, delta: _Delta) -> None:
         if thought := delta.reasoning_content or delta.reasoning:

@@ -89,8 +89,8 @@ class ResponsesReading(Reading):
         elif kind == "response.output_item.done":
             self._item_done(event)
         elif kind == "response.created":
-            if event.response is not None and event.response.model:
-                self.draft.model = event.response.model
+            if event.response is not None:
+                self.named(event.response.model)
         elif kind in ("response.completed", "response.incomplete", "response.failed"):
             self._finish(kind, event.response or _Response())
         elif kind == "error":
@@ -116,8 +116,7 @@ class ResponsesReading(Reading):
 
     def _finish(self, kind: str, response: _Response) -> None:
         draft = self.draft
-        if response.model:
-            draft.model = response.model
+        self.named(response.model)
         if (used := response.usage) is not None:
             count(draft, used.input_tokens, used.output_tokens, used.input_tokens_details)
         if kind == "response.failed":

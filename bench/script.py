@@ -16,6 +16,7 @@ Fault = Literal[
     "cut_after",
     "reset_before_first",
     "reset_after",
+    "cut_at_end",
     "end_after",
     "stall_after",
     "hang",
@@ -33,10 +34,11 @@ Fault = Literal[
 """How one response goes wrong.
 
 `cut_before_first` closes the socket before the response's head; `cut_after` in the body, after `fault_at` tokens; the two resets do the
-same without a goodbye; `end_after` ends the body there politely, but without the answer's end; `stall_after` goes silent there and `hang`
-before the head; `error_in_200` sends an error event there and `malformed` half an event; `status` answers with `status`;
-`late_usage_missing` leaves the last usage out; `zero_usage` reports 0 tokens everywhere and `doubled_usage` everything twice; `slow_drip`
-splits every event over two writes; the last three end with that stop reason.
+same without a goodbye, and `cut_at_end` closes it between the end of the answer and that of the response; `end_after` ends the body after
+`fault_at` tokens politely, but without the answer's end; `stall_after` goes silent there and `hang` before the head; `error_in_200` sends
+an error event there and `malformed` half an event; `status` answers with `status`; `late_usage_missing` leaves the last usage out;
+`zero_usage` reports 0 tokens everywhere and `doubled_usage` everything twice; `slow_drip` splits every event over two
+writes; the last three end with that stop reason.
 """
 
 STRIKING = frozenset({"cut_after", "reset_after", "end_after", "stall_after", "error_in_200", "malformed"})
@@ -85,6 +87,10 @@ class Behaviour(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """HTTP status of the fault `status`."""
     retry_after_s: float | None = None
     """Sent with the fault `status` as `retry-after`."""
+    location: str = ""
+    """Sent with the fault `status` as `location`."""
+    end_after_ms: float = 0.0
+    """How long after the end of the answer the end of the response comes."""
     fail_first: int = 0
     """The fault strikes only the first so many requests of this behaviour. 0 = every one."""
 

@@ -189,6 +189,8 @@ class Answer:
         status, record = self._behaviour.status, self._record
         extra = b"" if self._behaviour.retry_after_s is None else b"retry-after: %g\r\n" % self._behaviour.retry_after_s
         self._record.input_tokens = 0
+        if self._behaviour.location:
+            extra += b"location: %b\r\n" % self._behaviour.location.encode()
         body = self._dialect.refusal(status, f"scripted {status}", record.request_id)
         respond(self._transport, status, body, self._dialect, record.request_id, extra)
         self._end("refused")
@@ -286,8 +288,20 @@ class Answer:
     def _close_stream(self) -> None:
         counts = None if self._fault == "late_usage_missing" else self._counts()
         closing = self._dialect.closing(self._record, self._reason(), self._pieces, counts, self._request)
-        self._transport.write(closing + LAST_CHUNK)
-        self._end("finished")
+        if self._fault == "cut_at_end":
+            self._transport.write(closing)
+            self._end("finished", close=True)
+        elif wait_ms := self._behaviour.end_after_ms:
+            self._transport.write(closing)
+            self._at(self._loop.time() + wait_ms / 1000, self._close_body)
+        else:
+            self._transport.write(closing + LAST_CHUNK)
+            self._end("finished")
+
+    def _close_body(self) -> None:
+        if not self.over:
+            self._transport.write(LAST_CHUNK)
+            self._end("finished")
 
     def _whole(self) -> None:
         record = self._record

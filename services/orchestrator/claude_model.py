@@ -123,7 +123,7 @@ class ClaudeReading(Reading):
         elif event.type == "message_delta":
             self._finish(event)
         elif event.type == "message_stop":
-            self.whole = True
+            self.whole = self.finished = True
         elif event.type == "error":
             self.draft.rejected = not self.began
             raise _failed_midway(self.provider, event)
@@ -198,7 +198,8 @@ class ClaudeModel:
         limits = httpx2.Limits(max_connections=CONNECTIONS_MAX, max_keepalive_connections=100, keepalive_expiry=30)
         # Silence is judged by output and not by bytes, so the transport's own read limit only has to be no shorter.
         timeout = httpx2.Timeout(connect=connect_s, read=max(first_token_s, stall_s) + 5, write=30, pool=connect_s)
-        self._transport = anthropic.DefaultAioHttpClient(limits=limits, timeout=timeout)
+        # The key goes to the address it was given for: no redirect is followed.
+        self._transport = anthropic.DefaultAioHttpClient(limits=limits, timeout=timeout, follow_redirects=False)
         self._keys = ProviderKeys(len(keys))
         self._clients = [
             anthropic.AsyncAnthropic(api_key=key, base_url=base_url, max_retries=0, timeout=timeout, http_client=self._transport)

@@ -203,6 +203,8 @@ class GeminiModel:
                 http_options=types.HttpOptions(
                     base_url=base_url,
                     aiohttp_client=self._session,
+                    # The key goes to the address it was given for.
+                    async_client_args={"allow_redirects": False},
                     # Named, or the package asks once more by itself, up to ten seconds after a connection that failed.
                     retry_options=types.HttpRetryOptions(attempts=1),
                     headers={"accept-encoding": "identity"},  # the bytes are read as they come

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import aiohttp
+import httpx2
 import msgspec
 import orjson
 
@@ -83,10 +84,10 @@ class Reading:
 
     def __init__(self, provider: str, draft: Draft) -> None:
         self.provider, self.draft = provider, draft
-        self.whole = False
-        """Whether the provider has said that the answer is over, so that nothing more needs to be read."""
         self.finished = False
-        """Whether the answer is over unless the stream says more; its end may be the only word on that."""
+        """Whether the answer is over. Some providers say more after that, so that the stream is read to its end if that comes soon."""
+        self.whole = False
+        """Whether the provider has said that nothing more comes."""
         self.progressed = False
         """Whether output has come since this was last set to False."""
         self.open_calls: dict[str | int, _OpenCall] = {}
@@ -185,8 +186,9 @@ class _OpenCall:
         self.pieces: list[str] = []
 
 
-CLOSING_S = 1.0
-"""How long the end of the stream is waited for after the end of the answer, so that the connection can be used again."""
+CLOSING_S = 0.5
+"""How long the end of the stream is waited for after the end of the answer: only then can the connection be used again, and it is there at
+once, as a rule."""
 
 
 async def follow(chunks: AsyncIterable[bytes], reading: Reading, silence: Silence) -> None:
@@ -194,6 +196,8 @@ async def follow(chunks: AsyncIterable[bytes], reading: Reading, silence: Silenc
     events = EventBytes(reading.provider)
     try:
         async for chunk in chunks:
+            if reading.whole:
+                continue
             reading.progressed = False
             try:
                 for data in events.feed(chunk):
@@ -202,14 +206,16 @@ async def follow(chunks: AsyncIterable[bytes], reading: Reading, silence: Silenc
                 raise reading.malformed() from error
             finally:
                 reading.flush()  # also what came just before a failure
-            if reading.whole:
-                return
-            if reading.progressed:
+            if reading.finished:
+                if not silence.finished:
+                    silence.hurry(CLOSING_S)
+            elif reading.progressed:
                 silence.renew()
-            if reading.finished and not silence.finished:
-                silence.hurry(CLOSING_S)
         if not reading.finished:
             raise ModelFailed("the provider ended the stream before its end", provider=reading.provider, cause="cut")
+    except (aiohttp.ClientError, httpx2.HTTPError, OSError):
+        if not reading.finished:  # else there is an answer, whatever becomes of the connection
+            raise
     finally:
         reading.give_up()
 
@@ -232,6 +238,8 @@ def refused(provider: str, status: int, *, busy: bool = False, retry_after_ms: i
         return ModelOverloaded("the provider is overloaded or limits us", **facts)
     if status in KEY_STATUSES:
         return ModelMisconfigured("the provider does not accept our key", provider=provider, status=status)
+    if 300 <= status < 400:
+        return ModelMisconfigured("the provider is at another address", provider=provider, status=status)
     if status == 404:
         return ModelMisconfigured("the provider has no such model for us", provider=provider, status=status)
     if status in (408, 409) or status >= 500:

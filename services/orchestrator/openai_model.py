@@ -109,12 +109,13 @@ class OpenAiModel:
         host = "." + (httpx2.URL(base_url).host or "")
         self.is_vendor = host.endswith(_OWN_HOSTS)
         """Whether OpenAI itself, or Azure for it, is at the other end, and not a server that has taken over its format."""
-        self.keeps_prefixes = host.endswith(".openai.com")
-        """Whether it can be told which part of a prompt to keep; see `marks_prefix`."""
+        self.is_openai = host.endswith(".openai.com")
+        """Whether it is OpenAI itself, which knows what others have not taken over."""
         limits = httpx2.Limits(max_connections=CONNECTIONS_MAX, max_keepalive_connections=100, keepalive_expiry=30)
         # Silence is judged by output and not by bytes, so the transport's own read limit only has to be no shorter.
         timeout = httpx2.Timeout(connect=connect_s, read=max(first_token_s, stall_s) + 5, write=30, pool=connect_s)
-        self._transport = openai.DefaultAioHttpClient(limits=limits, timeout=timeout)
+        # The key goes to the address it was given for: no redirect is followed.
+        self._transport = openai.DefaultAioHttpClient(limits=limits, timeout=timeout, follow_redirects=False)
         self._keys = ProviderKeys(max(1, len(keys)))
         self._clients = [
             openai.AsyncOpenAI(api_key=key, base_url=base_url, max_retries=0, timeout=timeout, http_client=self._transport)
@@ -127,7 +128,7 @@ class OpenAiModel:
     def marks_prefix(self, model: str) -> bool:
         """Whether this model keeps the marked part of a prompt alone. Otherwise the provider keeps all of it, at a price since GPT-5.6."""
         generation = _GENERATION.match(model)
-        return self.keeps_prefixes and generation is not None and (int(generation[1]), int(generation[2] or 0)) >= (5, 6)
+        return self.is_openai and generation is not None and (int(generation[1]), int(generation[2] or 0)) >= (5, 6)
 
     def request(self, prompt: Prompt, candidate: Candidate, output_tokens_max: int, draft: Draft) -> dict[str, Any]:
         """Everything the call is made with."""

@@ -151,7 +151,7 @@ class OpenAiResponsesModel(OpenAiModel):
             "stream": True,
             "extra_headers": {"accept-encoding": "identity"},  # the bytes are read as they come
         }
-        if self.is_vendor:
+        if self.is_openai:
             request["stream_options"] = {"include_obfuscation": False}  # padding of every event, against who can see TLS records
         if self.marks_prefix(candidate.model):
             # The stable prefix, the same for every question, is all that is worth the price of being written to the cache.

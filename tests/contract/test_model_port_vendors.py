@@ -284,10 +284,11 @@ async def test_an_answer_is_bound_to_a_schema_where_the_vendor_can_be(subject: S
         (Behaviour(tokens=0), "end_turn"),
         (Behaviour(tokens=5, fault="slow_drip"), "end_turn"),
         (Behaviour(tokens=5, fault="doubled_usage"), "end_turn"),
+        (Behaviour(tokens=5, fault="cut_at_end"), "end_turn"),
     ],
 )
 async def test_each_end_is_told_and_billed_once(subject: Subject, provider: Provider, behaviour: Behaviour, reason: str) -> None:
-    """Also of an empty answer, of one that drips, and of usage that is said twice."""
+    """Also of an empty answer, of one that drips, of usage that is said twice, and of a connection that breaks when all was said."""
     provider.default = behaviour
     made = await asked(subject)
     usage, estimated = made.usage(prompt())
@@ -505,3 +506,40 @@ def exhausted(value: Any) -> None:
     elif not isinstance(value, str | bytes) and hasattr(value, "__iter__"):
         for inner in value:
             exhausted(inner)
+
+
+async def test_a_connection_is_used_again_although_the_response_ends_after_the_answer(subject: Subject, provider: Provider) -> None:
+    """Its end is another packet; who does not wait for it makes a new connection for every answer."""
+    provider.default = Behaviour(tokens=5, end_after_ms=20)
+    for _ in range(3):
+        await asked(subject)
+
+    assert [record.state for record in provider.records] == ["finished"] * 3
+    assert [record.closed_s for record in provider.records] == [None] * 3
+
+
+async def test_an_answer_is_not_kept_by_a_response_that_does_not_end(subject: Subject, provider: Provider) -> None:
+    """It is whole, and the connection is closed."""
+    provider.default = Behaviour(tokens=5, end_after_ms=60_000)
+    async with asyncio.timeout(5):
+        made = await asked(subject)
+    await until(lambda: provider.records[-1].closed_s is not None)
+
+    assert (made.finish_reason, made.deltas, made.usage(prompt())[1]) == ("end_turn", 5, False)
+
+
+async def test_a_key_goes_nowhere_but_to_the_address_it_was_given_for(subject: Subject, provider: Provider) -> None:
+    """A redirect is not followed."""
+    visits: list[asyncio.StreamWriter] = []
+    elsewhere = await asyncio.start_server(lambda _, writer: visits.append(writer), "127.0.0.1", 0)
+    place = f"http://127.0.0.1:{elsewhere.sockets[0].getsockname()[1]}/v1/messages"
+    async with elsewhere:
+        for status in (302, 307, 308):
+            provider.default = Behaviour(fault="status", status=status, location=place)
+            with pytest.raises(ModelMisconfigured):
+                await asked(subject)
+        for writer in visits:
+            writer.close()
+
+    assert len(provider.records) == 3
+    assert visits == []

@@ -352,6 +352,7 @@ async def test_each_fault_is_one_error_by_type_with_what_came_and_its_bill(subje
         await asked(subject, heard)
     usage, estimated = heard.draft.usage(prompt())
 
+    assert len(provider.records) == 1  # no package asks again by itself
     assert failed.value.metadata["provider"] == subject.name
     assert "scripted" not in failed.value.detail
     assert heard.draft.sent
@@ -391,11 +392,14 @@ async def test_silence_ends_in_a_stall_and_a_closed_socket(provider: Provider, u
 
 
 async def test_a_slow_drip_is_no_silence(provider: Provider, url: str) -> None:
-    """Output renews the patience, however little of it comes at a time: the whole takes many times the limit."""
-    provider.default = Behaviour(tokens=20, tokens_per_s=20)
-    for name in SUBJECTS:
-        async with subject_of(name, url, first_token_s=5, stall_s=0.5) as subject:
-            assert (await asked(subject)).deltas == 20
+    """Output renews the patience: the whole takes longer than either limit."""
+    provider.default = Behaviour(tokens=60, tokens_per_s=20)
+
+    async def dripped(name: str) -> int:
+        async with subject_of(name, url, first_token_s=2, stall_s=2) as subject:
+            return (await asked(subject)).deltas
+
+    assert await asyncio.gather(*map(dripped, SUBJECTS)) == [60] * len(SUBJECTS)
 
 
 async def test_a_cancel_closes_the_socket_wherever_it_comes(subject: Subject, provider: Provider) -> None:

@@ -1,9 +1,7 @@
 """The models file: read, checked and watched. What its tiers mean for a question is decided in `router`, not here."""
 
 import asyncio
-import random
 import tomllib
-from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -140,11 +138,6 @@ def _tier(path: Path, name: str, row: _Tier) -> Tier:
 
 def _invalid(path: Path, what: str) -> ModelsFileInvalid:
     return ModelsFileInvalid(f"{path.name}: {what}")
-
-
-def read_models(providers: Collection[str], default_tier: str, path: Path = MODELS_FILE) -> Router:
-    """A router over the file at `path`. Raises ModelsFileInvalid, ValueError if the default tier is not in it."""
-    return Router(read_table(path), providers, default_tier, random.random)
 
 
 async def reload_forever(router: Router, path: Path, look_s: float = LOOK_S) -> None:

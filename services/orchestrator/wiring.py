@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import random
 import secrets
 import time
@@ -18,10 +19,8 @@ from services.chassis.errors import DomainError
 from services.chassis.lifecycle import Service
 from services.chassis.passport import Passport
 from services.chassis.server import Server, passport_identity
-from services.orchestrator import spool
+from services.orchestrator import providers, spool
 from services.orchestrator.answer import produce
-from services.orchestrator.claude_model import PROVIDER as ANTHROPIC
-from services.orchestrator.claude_model import ClaudeModel
 from services.orchestrator.clients import RemoteLedger, RemoteMemory, SpooledBooks, ping
 from services.orchestrator.compose import CONTINUE_FILE, read_template
 from services.orchestrator.config import OrchestratorSettings
@@ -29,13 +28,13 @@ from services.orchestrator.extractive_model import ExtractiveModel
 from services.orchestrator.health import Health
 from services.orchestrator.leases import Leases
 from services.orchestrator.mirrors import Mirrors, interrupted
-from services.orchestrator.models_file import MODELS_FILE, read_models, reload_forever
+from services.orchestrator.models_file import MODELS_FILE, read_table, reload_forever
 from services.orchestrator.ports import Model, SharedLogs
 from services.orchestrator.publisher import Publisher
 from services.orchestrator.redis_cache import RedisCache
 from services.orchestrator.redis_logs import RedisLogs
 from services.orchestrator.registry import Bounds, Registry
-from services.orchestrator.router import EXTRACTIVE
+from services.orchestrator.router import EXTRACTIVE, Router
 from services.orchestrator.rpc import OrchestratorRpc, event_bytes, new_answer_id, offer
 from services.orchestrator.run import Limits, Toolkit
 from services.orchestrator.shadow import Shadows
@@ -104,18 +103,10 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
         )
 
         models: dict[str, Model] = {EXTRACTIVE: ExtractiveModel(language)}
-        if key := settings.anthropic_api_key.get_secret_value():
-            claude = ClaudeModel(
-                key,
-                settings.anthropic_base_url,
-                connect_s=settings.model_connect_s,
-                first_token_s=settings.model_first_token_s,
-                stall_s=settings.model_stall_s,
-            )
-            stack.push_async_callback(claude.aclose)
-            models[ANTHROPIC] = claude
         models_file = Path(settings.models_file) if settings.models_file else MODELS_FILE
-        router = read_models(models, settings.default_tier, models_file)
+        table = read_table(models_file)
+        models |= await stack.enter_async_context(providers.opened(settings, models_file, os.environ))
+        router = Router(table, models, settings.default_tier, random.random)
 
         after = AfterWork(tasks_max=WORKS_PER_ANSWER_MAX * settings.answers_max)
         limits = Limits(

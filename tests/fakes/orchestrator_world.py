@@ -46,6 +46,8 @@ PRICES = {
     "claude-sonnet-5-5": Price(
         "anthropic", "claude-sonnet-5-5", 1, 2_000_000_000, 10_000_000_000, 100_000_000, 2_500_000_000, 4_000_000_000
     ),
+    "gpt-6-luna": Price("openai", "gpt-6-luna", 1, 100_000_000, 500_000_000, 10_000_000, 125_000_000, 200_000_000),
+    "gemini-3.8-flash": Price("gemini", "gemini-3.8-flash", 1, 750_000_000, 3_750_000_000, 75_000_000, 750_000_000, 750_000_000),
     "extractive": Price("extractive", "extractive"),
 }
 PASSAGES = [
@@ -361,6 +363,9 @@ async def world(folder: Path, redis_url: str, *, with_key: bool = True, **variab
             "REDIS_URL": redis_url,
             "ANTHROPIC_API_KEY": "test-key" if with_key else "",
             "ANTHROPIC_BASE_URL": base_url,
+            "GOOGLE_GEMINI_BASE_URL": base_url,
+            # An address of one's own is a provider, also without a key.
+            **({"OPENAI_BASE_URL": f"{base_url}/v1"} if "OPENAI_API_KEY" in variables else {}),
             **variables,
         }
         yield await stack.enter_async_context(_orchestrator(folder, ledger, retrieval, provider, spans, variables))

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.orchestrator.difficulty import WEIGHTS, difficulty_of, features_of
-from services.orchestrator.models_file import read_models
-from services.orchestrator.router import Wish
+from services.orchestrator.models_file import read_table
+from services.orchestrator.router import Router, Wish
 
 THRESHOLD = 0.3
 
@@ -59,4 +59,5 @@ def test_look_ups_and_tasks_are_told_apart(data_dir: Path) -> None:
     assert sum(score >= THRESHOLD for score in hard) / len(hard) >= 0.8
     assert sum(difficulty_of(text) >= THRESHOLD for text in documents) / len(documents) <= 0.05
     assert sum(difficulty_of(text) >= THRESHOLD for text in bank) / len(bank) <= 0.25
-    assert read_models({"anthropic"}, "fast").route(Wish(tier="auto", text=documents[0])).tier == "fast"
+    shipped = Router(read_table(), {"anthropic"}, "fast", lambda: 0.5)
+    assert shipped.route(Wish(tier="auto", text=documents[0])).tier == "fast"

@@ -20,7 +20,7 @@ from services.chassis.errors import (
 )
 from services.orchestrator.domain import Candidate, Route
 from services.orchestrator.health import FAILURES_IN_A_ROW, RETRIES_SAVED_MAX, Health
-from services.orchestrator.models_file import ModelsFileInvalid, read_models, read_table, table_of
+from services.orchestrator.models_file import ModelsFileInvalid, read_table, table_of
 from services.orchestrator.router import Retry, Router, Table, Tier, Wish, first_choice, next_try
 
 HAIKU = Candidate("anthropic", "haiku", 200_000, 64_000)
@@ -82,8 +82,11 @@ def test_what_is_not_configured_is_unknown(model: str, tier: str) -> None:
 
 def test_shipped_table_is_sound() -> None:
     """Both tiers have a Claude model with a key and the extractive one without."""
-    assert read_models({"anthropic", "extractive"}, "fast").route(Wish(tier="smart")).candidates[0].model == "claude-sonnet-5-5"
-    assert read_models({"extractive"}, "fast").route(Wish(tier="fast")).candidates[0].model == "extractive"
+    shipped = read_table()
+    with_key, without = (Router(shipped, {"extractive", *found}, "fast", lambda: 0.5) for found in (["anthropic"], []))
+
+    assert with_key.route(Wish(tier="smart")).candidates[0].model == "claude-sonnet-5-5"
+    assert without.route(Wish(tier="fast")).candidates[0].model == "extractive"
 
 
 def test_question_chooses_its_tier_by_how_hard_it_looks() -> None:

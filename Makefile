@@ -45,11 +45,17 @@ bench-streams: setup ## show what streams survive, with bars; SEED=… replays, 
 bench-money: setup ## show that no token is lost whatever dies; SEED=… replays, ARGS="away --n 60" picks and shortens
 	$(BIN)/python -m bench.scenarios_command money $(ARGS)
 
+bench-routing: setup ## show what the regret report finds of a scripted choice of tier; ARGS="--n 100" shortens
+	$(BIN)/python -m bench.routing $(ARGS)
+
 bench-ledger: setup ## measure reserve and settle, and how fast a spool drains
 	$(BIN)/python -m bench.ledger $(ARGS)
 
 bench-usage: setup ## usage questions over 5 million operations, with bars; ARGS="--operations 100000" shortens
 	$(BIN)/python -m bench.usage $(ARGS)
+
+bench-adapters: setup ## what a token costs each provider's adapter in CPU, beside Claude's
+	$(BIN)/python -m bench.adapters
 
 bench-retrieval: setup ## what retrieval finds, how fast and how safely, with bars; DATA=../shared/data, ARGS="spans --n 50" picks and shortens
 	$(BIN)/python -m bench.retrieval $(or $(DATA),../shared/data) $(ARGS)
@@ -60,4 +66,4 @@ soak: setup ## mixed load for ten minutes, MINUTES=480 for a night; print what g
 clean: ## remove .venv and caches, but not the data in .tailrace
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-.PHONY: help setup run test check fmt proto bench bench-streams bench-money bench-ledger bench-usage bench-retrieval soak clean
+.PHONY: help setup run test check fmt proto bench bench-streams bench-money bench-routing bench-ledger bench-usage bench-adapters bench-retrieval soak clean

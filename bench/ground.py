@@ -23,7 +23,7 @@ PLAN = {
     "tokens_per_minute": 1_000_000_000,
     "concurrent_answers": 10_000,
     "monthly_budget_usd": "0",
-    "tiers": ["fast", "smart"],
+    "tiers": ["fast", "smart", "best"],
 }
 """So wide that no scenario measures a limit by accident."""
 SETTINGS = {

@@ -1,10 +1,11 @@
-"""What the simulated provider says and how it misbehaves: pure values and bytes. No sockets and no clock here."""
+"""What the simulated provider says and how it misbehaves: pure values. No sockets, no clock and no vendor's format here."""
 
 import functools
 import hashlib
 import itertools
 import re
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import orjson
@@ -13,6 +14,9 @@ Fault = Literal[
     "none",
     "cut_before_first",
     "cut_after",
+    "reset_before_first",
+    "reset_after",
+    "cut_at_end",
     "end_after",
     "stall_after",
     "hang",
@@ -21,6 +25,7 @@ Fault = Literal[
     "status",
     "late_usage_missing",
     "zero_usage",
+    "doubled_usage",
     "slow_drip",
     "refusal",
     "max_tokens",
@@ -28,22 +33,26 @@ Fault = Literal[
 ]
 """How one response goes wrong.
 
-`cut_before_first` closes the socket before the response's head; `cut_after` in the body, after `fault_at` tokens; `end_after` ends the
-body there politely, but without `message_stop`; `stall_after` goes silent there and `hang` before the head; `error_in_200` sends an error
-event there and `malformed` half an event; `status` answers with `status`; `late_usage_missing` leaves the usage out of `message_delta`;
-`zero_usage` reports 0 tokens everywhere; `slow_drip` splits every event over two writes; the last three end with that stop reason.
+`cut_before_first` closes the socket before the response's head; `cut_after` in the body, after `fault_at` tokens; the two resets do the
+same without a goodbye, and `cut_at_end` closes it between the end of the answer and that of the response; `end_after` ends the body after
+`fault_at` tokens politely, but without the answer's end; `stall_after` goes silent there and `hang` before the head; `error_in_200` sends
+an error event there and `malformed` half an event; `status` answers with `status`; `late_usage_missing` leaves the last usage out;
+`zero_usage` reports 0 tokens everywhere and `doubled_usage` everything twice; `slow_drip` splits every event over two
+writes; the last three end with that stop reason.
 """
 
-ERROR_TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    500: "api_error",
-    529: "overloaded_error",
-}
+STRIKING = frozenset({"cut_after", "reset_after", "end_after", "stall_after", "error_in_200", "malformed"})
+"""Faults that strike after `fault_at` tokens."""
+IMAGE_TOKENS = 85
+"""What a picture is billed, whatever its size."""
+
+
+class ScriptedCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A tool call of the answer."""
+
+    name: str
+    arguments: str = "{}"
+    """As the model writes them, in pieces of `CALL_PIECE` characters: a token each."""
 
 
 class Behaviour(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -59,6 +68,16 @@ class Behaviour(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """What to say. Empty = plain words, citing `[1]` when the prompt holds passages."""
     cites: bool | None = None
     """Whether plain words cite `[1]`. Unset = when the prompt holds passages."""
+    reasoning: str = ""
+    """What it is seen to think before it answers, a token a word."""
+    calls: tuple[ScriptedCall, ...] = ()
+    """Tools it calls after its text. With calls, an empty `text` says nothing."""
+    cached_tokens: int = 0
+    """How many of the prompt's tokens come from the cache."""
+    cache_write_tokens: int = 0
+    """How many of them are written to it."""
+    ignores_limit: bool = False
+    """Whether the answer goes on past the bound of the request."""
     echoes_mark: bool = False
     """Whether every eighth token is the prompt's own mark (see `mark_of`), so that a reader can tell whose answer it has."""
     fault: Fault = "none"
@@ -68,6 +87,10 @@ class Behaviour(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """HTTP status of the fault `status`."""
     retry_after_s: float | None = None
     """Sent with the fault `status` as `retry-after`."""
+    location: str = ""
+    """Sent with the fault `status` as `location`."""
+    end_after_ms: float = 0.0
+    """How long after the end of the answer the end of the response comes."""
     fail_first: int = 0
     """The fault strikes only the first so many requests of this behaviour. 0 = every one."""
 
@@ -76,7 +99,7 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     """Which requests behave how. Rules are tried newest first; the default behaviour answers the rest."""
 
     contains: str
-    """Text to look for in the request's JSON, as it is written there."""
+    """Text to look for in the request's JSON, as it is written there, in the key it came with, and in the model's name."""
     behaviour: Behaviour
 
 
@@ -86,6 +109,8 @@ class Record(msgspec.Struct, kw_only=True):
     number: int
     request_id: str
     model: str
+    format: str
+    """Whose format the request came in."""
     stream: bool
     max_tokens: int
     fault: str
@@ -94,9 +119,13 @@ class Record(msgspec.Struct, kw_only=True):
     received_at: float
     """When it was received, on the machine's monotonic clock, which other processes share."""
     input_tokens: int
-    """Billed for the prompt: see `count_input_tokens`. 0 if the request was refused."""
+    """Billed for the prompt, however it was cached: see `count_input_tokens`. 0 if the request was refused."""
+    images: int = 0
+    """Pictures in it."""
+    call_block: int = 0
+    """Where the calls of its answer begin."""
     output_tokens: int = 0
-    """Billed for the answer: tokens that were generated before the response ended or its socket closed."""
+    """Billed for the answer, thoughts and calls included: tokens that were generated before the response ended or its socket closed."""
     state: Literal["running", "finished", "refused", "faulted", "client_closed"] = "running"
     head_s: float | None = None
     first_token_s: float | None = None
@@ -107,10 +136,28 @@ class Record(msgspec.Struct, kw_only=True):
     """When its socket closed. None while it is open, or if a later request used it too."""
 
 
+_PROMPT = ("system", "instructions", "systemInstruction", "messages", "input", "contents")
+"""Where a prompt's texts stand, in one vendor's request or another's."""
+_TEXT = ("text", "content", "parts", "output", "functionResponse", "response", "result", "error")
+
+
 def count_input_tokens(request: dict[str, Any]) -> int:
-    """Count the prompt by the simulator's own rule: one token for every four bytes of UTF-8 text begun, and three for each message."""
-    total = sum(3 for _ in request.get("messages", ()))
-    return total + -(-sum(len(text.encode()) for text in _texts(request)) // 4)
+    """Count the prompt by the simulator's own rule.
+
+    One token for every four bytes of UTF-8 text begun, three for each message, and 85 for each picture.
+    """
+    total = sum(3 for name in ("messages", "input", "contents") for _ in request.get(name, ()))
+    return total + -(-sum(len(text.encode()) for text in _texts(request)) // 4) + IMAGE_TOKENS * count_images(request)
+
+
+def count_images(value: Any) -> int:
+    """Pictures in a request of any vendor's."""
+    if isinstance(value, list):
+        return sum(map(count_images, value))
+    if not isinstance(value, dict):
+        return 0
+    is_one = value.get("type") in ("image", "image_url", "input_image") or "inlineData" in value
+    return int(is_one) + sum(map(count_images, value.values()))
 
 
 def _texts(request: dict[str, Any]) -> list[str]:
@@ -123,12 +170,11 @@ def _texts(request: dict[str, Any]) -> list[str]:
             for item in value:
                 take(item)
         elif isinstance(value, dict):
-            for key in ("text", "content"):
+            for key in _TEXT:
                 take(value.get(key))
 
-    take(request.get("system"))
-    for message in request.get("messages", ()):
-        take(message.get("content") if isinstance(message, dict) else None)
+    for name in _PROMPT:
+        take(request.get(name))
     if tools := request.get("tools"):
         found.append(orjson.dumps(tools).decode())
     return found
@@ -149,14 +195,55 @@ def mark_of(body: bytes) -> str:
     return (_MARK.findall(body) or [b""])[-1].decode()
 
 
-def tokens_of(behaviour: Behaviour, body: bytes) -> list[str]:
-    """The answer as pieces, the same for the same behaviour and request."""
+CALL_PIECE = 7
+
+
+class Piece(NamedTuple):
+    """A token, and where it stands: the answer is a row of blocks, each of one kind."""
+
+    kind: Literal["thought", "text", "call"]
+    text: str
+    block: int
+    first: bool
+    """Whether it begins its block."""
+    last: bool
+    call: ScriptedCall | None = None
+
+
+def pieces_of(behaviour: Behaviour, body: bytes) -> tuple[Piece, ...]:
+    """The answer, the same for the same behaviour and request."""
     if behaviour.echoes_mark and (mark := mark_of(body)):
-        return [f" {mark}" if n % _MARK_EVERY == 0 else word for n, word in enumerate(_plain(behaviour.tokens, cites=False))]
-    if behaviour.text:
-        return re.findall(r"\s*\S+|\s+$", behaviour.text)
+        words = [f" {mark}" if n % _MARK_EVERY == 0 else word for n, word in enumerate(_plain(behaviour.tokens, cites=False))]
+        return _block("text", tuple(words), 0)
+    if behaviour.text or behaviour.reasoning or behaviour.calls:
+        return _scripted(behaviour)
     cites = behaviour.cites if behaviour.cites is not None else _PASSAGE.search(body) is not None
-    return list(_plain(behaviour.tokens, cites))
+    return _block("text", _plain(behaviour.tokens, cites), 0)
+
+
+@functools.lru_cache(256)
+def _block(kind: Literal["thought", "text"], words: tuple[str, ...], block: int) -> tuple[Piece, ...]:
+    return tuple(Piece(kind, word, block, n == 0, n == len(words) - 1) for n, word in enumerate(words))
+
+
+@functools.lru_cache(256)
+def _scripted(behaviour: Behaviour) -> tuple[Piece, ...]:
+    thoughts = tuple(re.findall(r"\s*\S+|\s+$", behaviour.reasoning))
+    words = tuple(re.findall(r"\s*\S+|\s+$", behaviour.text))
+    if not behaviour.text and not behaviour.calls:
+        words = _plain(behaviour.tokens, cites=bool(behaviour.cites))
+    pieces = [*_block("thought", thoughts, 0), *_block("text", words, int(bool(thoughts)))]
+    for number, call in enumerate(behaviour.calls, int(bool(thoughts)) + int(bool(words))):
+        cuts = [call.arguments[at : at + CALL_PIECE] for at in range(0, len(call.arguments), CALL_PIECE)] or [""]
+        pieces += [Piece("call", cut, number, n == 0, n == len(cuts) - 1, call) for n, cut in enumerate(cuts)]
+    return tuple(pieces)
+
+
+def bounded(pieces: Sequence[Piece], behaviour: Behaviour, max_tokens: int) -> Sequence[Piece]:
+    """As much of the answer as the request allows."""
+    if len(pieces) <= max_tokens or behaviour.ignores_limit:
+        return pieces
+    return (*pieces[: max_tokens - 1], pieces[max_tokens - 1]._replace(last=True))
 
 
 @functools.lru_cache(256)
@@ -176,54 +263,3 @@ def answer_text(behaviour: Behaviour, *, cites: bool) -> str:
 def request_id(number: int, seed: str) -> str:
     """An id of the provider's shape, the same for the same seed and number."""
     return "req_" + hashlib.sha256(f"{seed}:{number}".encode()).hexdigest()[:24]
-
-
-def usage(input_tokens: int, output_tokens: int) -> dict[str, Any]:
-    return {
-        "input_tokens": input_tokens,
-        "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": 0,
-        "output_tokens": output_tokens,
-        "service_tier": "standard",
-    }
-
-
-def message(record: Record, text: str, stop_reason: str | None, spent: dict[str, Any]) -> dict[str, Any]:
-    """The body of a response that is not streamed, or the start of one that is."""
-    return {
-        "id": record.request_id.replace("req_", "msg_"),
-        "type": "message",
-        "role": "assistant",
-        "model": record.model,
-        "content": [{"type": "text", "text": text}] if stop_reason else [],
-        "stop_reason": stop_reason,
-        "stop_sequence": None,
-        "usage": spent,
-    }
-
-
-def error_body(kind: str, text: str, request: str) -> bytes:
-    return orjson.dumps({"type": "error", "error": {"type": kind, "message": text}, "request_id": request})
-
-
-def event(name: str, data: dict[str, Any]) -> bytes:
-    """One server-sent event."""
-    return b"event: %b\ndata: %b\n\n" % (name.encode(), orjson.dumps({"type": name, **data}))
-
-
-def chunk(payload: bytes) -> bytes:
-    """`payload` as one chunk of HTTP/1.1 chunked coding."""
-    return b"%x\r\n%b\r\n" % (len(payload), payload)
-
-
-@functools.lru_cache(4096)
-def delta(text: str) -> bytes:
-    """One token as a ready chunk."""
-    return chunk(event("content_block_delta", {"index": 0, "delta": {"type": "text_delta", "text": text}}))
-
-
-BLOCK_START = chunk(event("content_block_start", {"index": 0, "content_block": {"type": "text", "text": ""}}) + event("ping", {}))
-BLOCK_STOP = event("content_block_stop", {"index": 0})
-MESSAGE_STOP = event("message_stop", {})
-HALF_AN_EVENT = chunk(b'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,"delta":{"type":"text_del\n\n')
-LAST_CHUNK = b"0\r\n\r\n"

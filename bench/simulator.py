@@ -1,10 +1,14 @@
-"""A model provider that speaks Anthropic's Messages format over HTTP/1.1, scripted from outside, and keeps books of what it really sent.
+"""A model provider that speaks the formats of Anthropic, OpenAI and Gemini over HTTP/1.1, scripted from outside, with true books.
 
 Run `python -m bench.simulator --port 0`; the first line it prints is its port. A bare asyncio protocol with ready-made bytes, so that it is
-never what a benchmark measures. What is said lives in `bench.script`; nothing here knows Tailrace.
+never what a benchmark measures. What is said lives in `bench.script`, and how each vendor writes it in `bench.dialect_*`; nothing here
+knows Tailrace.
 
-    POST   /v1/messages                  stream or whole
+    POST   /v1/messages                  Anthropic, stream or whole
     POST   /v1/messages/count_tokens
+    POST   /v1/chat/completions          OpenAI, stream or whole
+    POST   /v1/responses
+    POST   /v1/models/MODEL:streamGenerateContent?alt=sse, :generateContent     Gemini
     PUT    /control/default              Behaviour: how requests are answered that no rule names
     POST   /control/rules                Rule: for requests that contain a text; newest wins
     DELETE /control                      forget rules, default and records
@@ -16,7 +20,10 @@ import argparse
 import asyncio
 import collections
 import contextlib
+import socket
+import struct
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import httptools
@@ -25,7 +32,11 @@ import orjson
 import uvloop
 
 from bench import script
-from bench.script import Behaviour, Record, Rule
+from bench.dialect import LAST_CHUNK, Asked, Counts, Dialect, Reason, Refused
+from bench.dialect_anthropic import Anthropic
+from bench.dialect_gemini import Gemini
+from bench.dialect_openai import ChatCompletions, Responses
+from bench.script import Behaviour, Piece, Record, Rule
 
 REQUEST_BYTES_MAX = 32 * 1024 * 1024
 RECORDS_MAX = 20_000
@@ -35,8 +46,10 @@ BURST_TOKENS_MAX = 64
 
 _STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\n"
-    b"request-id: %b\r\ntransfer-encoding: chunked\r\n\r\n"
+    b"%b: %b\r\ntransfer-encoding: chunked\r\n\r\n"
 )
+ANTHROPIC: Dialect = Anthropic()
+DIALECTS: tuple[Dialect, ...] = (ANTHROPIC, ChatCompletions(), Responses(), Gemini())
 DRIP_S = 0.002
 
 
@@ -56,9 +69,10 @@ class Provider:
         self.prompts: collections.deque[bytes] = collections.deque(maxlen=PROMPTS_MAX)
         self._failed: collections.Counter[Behaviour] = collections.Counter()
 
-    def take(self, request: dict[str, Any], body: bytes) -> tuple[Behaviour, Record]:
+    def take(self, dialect: Dialect, asked: Asked, request: dict[str, Any], body: bytes, key: str) -> tuple[Behaviour, Record]:
         """Choose how to answer `request` and open its record."""
-        behaviour = next((behaviour for text, behaviour in reversed(self.rules) if text in body), self.default)
+        searched = b"%b\n%b\n%b" % (body, key.encode(), asked.model.encode()) if self.rules else b""
+        behaviour = next((behaviour for text, behaviour in reversed(self.rules) if text in searched), self.default)
         fault = behaviour.fault
         if behaviour.fail_first and fault != "none":
             self._failed[behaviour] += 1
@@ -68,13 +82,15 @@ class Provider:
         record = Record(
             number=self._numbers,
             request_id=script.request_id(self._numbers, self._seed),
-            model=request["model"],
-            stream=bool(request.get("stream")),
-            max_tokens=request["max_tokens"],
+            model=asked.model,
+            format=dialect.name,
+            stream=asked.stream,
+            max_tokens=asked.max_tokens,
             fault=fault,
             mark=script.mark_of(body),
             received_at=time.monotonic(),
             input_tokens=script.count_input_tokens(request),
+            images=script.count_images(request),
         )
         self.records.append(record)
         self.prompts.append(body)
@@ -98,14 +114,25 @@ class Provider:
 class Answer:
     """One response being written. Ends by itself, by its fault, or when the client leaves."""
 
-    def __init__(self, transport: asyncio.Transport, behaviour: Behaviour, record: Record, tokens: list[str]) -> None:
+    def __init__(
+        self,
+        transport: asyncio.Transport,
+        dialect: Dialect,
+        request: dict[str, Any],
+        behaviour: Behaviour,
+        record: Record,
+        pieces: Sequence[Piece],
+    ) -> None:
         self._transport = transport
+        self._dialect = dialect
+        self._request = request
         self._loop = asyncio.get_running_loop()
         self._behaviour = behaviour
         self._fault = behaviour.fault
         self._record = record
-        self._tokens = tokens[: record.max_tokens]
-        self._cut_by_limit = len(tokens) > record.max_tokens
+        self._pieces = script.bounded(pieces, behaviour, record.max_tokens)
+        self._cut_by_limit = len(self._pieces) < len(pieces)
+        record.call_block = min((piece.block for piece in pieces if piece.call is not None), default=0)
         self._received = self._loop.time()
         self._first_at = self._received + behaviour.ttft_ms / 1000
         self._timer: asyncio.TimerHandle | None = None
@@ -125,6 +152,8 @@ class Answer:
             return
         if self._fault == "cut_before_first":
             self._end("faulted", close=True)
+        elif self._fault == "reset_before_first":
+            self._reset()
         elif self._fault == "status":
             self._refuse()
         elif self._record.stream:
@@ -132,7 +161,7 @@ class Answer:
             self._at(self._first_at, self._stream)
         else:
             rate = self._behaviour.tokens_per_s
-            self._at(self._first_at + (len(self._tokens) / rate if rate else 0), self._whole)
+            self._at(self._first_at + (len(self._pieces) / rate if rate else 0), self._whole)
 
     def pause(self, paused: bool) -> None:
         """The client reads too slowly, or reads again."""
@@ -157,26 +186,34 @@ class Answer:
             self._transport.close()
 
     def _refuse(self) -> None:
-        status = self._behaviour.status
-        kind = script.ERROR_TYPES.get(status, "api_error")
+        status, record = self._behaviour.status, self._record
         extra = b"" if self._behaviour.retry_after_s is None else b"retry-after: %g\r\n" % self._behaviour.retry_after_s
         self._record.input_tokens = 0
-        respond(
-            self._transport, status, script.error_body(kind, f"scripted {kind}", self._record.request_id), self._record.request_id, extra
-        )
+        if self._behaviour.location:
+            extra += b"location: %b\r\n" % self._behaviour.location.encode()
+        body = self._dialect.refusal(status, f"scripted {status}", record.request_id)
+        respond(self._transport, status, body, self._dialect, record.request_id, extra)
         self._end("refused")
 
-    def _head(self) -> None:
-        record = self._record
-        self._record.head_s = self.since_s()
-        begun = 0 if self._fault == "zero_usage" else 1
-        start = script.event("message_start", {"message": script.message(record, "", None, self._usage(begun))})
-        self._transport.write(_STREAM_HEAD % record.request_id.encode() + script.chunk(start) + script.BLOCK_START)
+    def _reset(self) -> None:
+        """Close the socket as a process does that dies: without a goodbye, and with what is unread or unsent lost."""
+        self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._end("faulted")
+        self._transport.abort()
 
-    def _usage(self, output_tokens: int) -> dict[str, Any]:
+    def _head(self) -> None:
+        record, dialect = self._record, self._dialect
+        record.head_s = self.since_s()
+        head = _STREAM_HEAD % (dialect.request_id_header, record.request_id.encode())
+        self._transport.write(head + dialect.opening(record, self._counts(), self._request))
+
+    def _counts(self) -> Counts:
+        """What is billed so far, as it is told."""
+        record, behaviour = self._record, self._behaviour
         if self._fault == "zero_usage":
-            return script.usage(0, 0)
-        return script.usage(self._record.input_tokens, output_tokens)
+            return Counts(0, 0, 0, 0, 0)
+        thoughts = sum(piece.kind == "thought" for piece in self._pieces[: record.output_tokens]) if behaviour.reasoning else 0
+        return Counts(record.input_tokens, behaviour.cached_tokens, behaviour.cache_write_tokens, record.output_tokens, thoughts)
 
     def _stream(self) -> None:
         """Write what is due, then plan the next write."""
@@ -185,8 +222,8 @@ class Answer:
             return
         rate, sent = self._behaviour.tokens_per_s, self._record.output_tokens
         due = 1 + int((self._loop.time() - self._first_at) * rate + 1e-6) if rate else sent + BURST_TOKENS_MAX
-        strikes = self._fault in ("cut_after", "end_after", "stall_after", "error_in_200", "malformed")
-        last = min(len(self._tokens), self._behaviour.fault_at) if strikes else len(self._tokens)
+        strikes = self._fault in script.STRIKING
+        last = min(len(self._pieces), self._behaviour.fault_at) if strikes else len(self._pieces)
         if self._fault == "slow_drip":
             due = sent + 1
         upto = min(max(due, sent), last)
@@ -206,7 +243,7 @@ class Answer:
 
     def _write_tokens(self, sent: int, upto: int) -> None:
         record = self._record
-        payload = b"".join(map(script.delta, self._tokens[sent:upto]))
+        payload = b"".join([self._dialect.piece(record, piece) for piece in self._pieces[sent:upto]])
         if self._fault == "slow_drip":
             middle = len(payload) // 2
             self._transport.write(payload[:middle])
@@ -222,62 +259,70 @@ class Answer:
         if self._fault == "stall_after":
             return
         if self._fault == "error_in_200":
-            data = {"error": {"type": "overloaded_error", "message": "Overloaded"}}
-            self._transport.write(script.chunk(script.event("error", data)) + script.LAST_CHUNK)
+            self._transport.write(self._dialect.error_event() + LAST_CHUNK)
         elif self._fault == "malformed":
-            self._transport.write(script.HALF_AN_EVENT + script.LAST_CHUNK)
+            self._transport.write(self._dialect.half_an_event + LAST_CHUNK)
         elif self._fault == "end_after":
-            self._transport.write(script.LAST_CHUNK)
+            self._transport.write(LAST_CHUNK)
+        elif self._fault == "reset_after":
+            # What was sent has to be on its way first, or a reset takes it along.
+            self._loop.call_later(DRIP_S, self._reset)
+            return
         self._end("faulted", close=self._fault == "cut_after")
 
-    def _stop_reason(self) -> str:
-        if self._fault in ("refusal", "max_tokens"):
-            return self._fault
+    def _reason(self) -> Reason:
+        if self._fault == "refusal":
+            return "refusal"
         if self._fault == "context_window":
-            return "model_context_window_exceeded"
-        return "max_tokens" if self._cut_by_limit else "end_turn"
+            return "context_window"
+        if self._fault == "max_tokens" or self._cut_by_limit:
+            return "max_tokens"
+        return "calls" if self._behaviour.calls else "end"
 
     def _finish(self) -> None:
-        data: dict[str, Any] = {"delta": {"stop_reason": self._stop_reason(), "stop_sequence": None}}
-        if self._fault != "late_usage_missing":
-            data["usage"] = self._usage(self._record.output_tokens)
         if self._fault == "slow_drip":
-            self._loop.call_later(2 * DRIP_S, self._close_stream, data)
+            self._loop.call_later(2 * DRIP_S, self._close_stream)
         else:
-            self._close_stream(data)
+            self._close_stream()
 
-    def _close_stream(self, data: dict[str, Any]) -> None:
-        self._transport.write(
-            script.chunk(script.BLOCK_STOP + script.event("message_delta", data) + script.MESSAGE_STOP) + script.LAST_CHUNK
-        )
-        self._end("finished")
+    def _close_stream(self) -> None:
+        counts = None if self._fault == "late_usage_missing" else self._counts()
+        closing = self._dialect.closing(self._record, self._reason(), self._pieces, counts, self._request)
+        if self._fault == "cut_at_end":
+            self._transport.write(closing)
+            self._end("finished", close=True)
+        elif wait_ms := self._behaviour.end_after_ms:
+            self._transport.write(closing)
+            self._at(self._loop.time() + wait_ms / 1000, self._close_body)
+        else:
+            self._transport.write(closing + LAST_CHUNK)
+            self._end("finished")
+
+    def _close_body(self) -> None:
+        if not self.over:
+            self._transport.write(LAST_CHUNK)
+            self._end("finished")
 
     def _whole(self) -> None:
         record = self._record
-        record.output_tokens = len(self._tokens)
+        record.output_tokens = len(self._pieces)
         record.head_s = record.first_token_s = record.last_token_s = self.since_s()
-        spent = self._usage(record.output_tokens)
+        counts = self._counts()
         if self._fault == "late_usage_missing":
-            spent = {"input_tokens": record.input_tokens, "output_tokens": 0}
-        body = orjson.dumps(script.message(record, "".join(self._tokens), self._stop_reason(), spent))
-        respond(self._transport, 200, body, record.request_id)
+            counts = counts._replace(output=0, thoughts=0)
+        body = self._dialect.whole(record, self._reason(), self._pieces, counts)
+        respond(self._transport, 200, body, self._dialect, record.request_id)
         self._end("finished")
 
 
-def respond(transport: asyncio.Transport, status: int, body: bytes, request_id: str = "", extra: bytes = b"") -> None:
+def respond(
+    transport: asyncio.Transport, status: int, body: bytes, dialect: Dialect = ANTHROPIC, request_id: str = "", extra: bytes = b""
+) -> None:
     """Write a whole response."""
     if request_id:
-        extra += b"request-id: %b\r\n" % request_id.encode()
+        extra += b"%b: %b\r\n" % (dialect.request_id_header, request_id.encode())
     head = b"HTTP/1.1 %d Status\r\ncontent-type: application/json\r\n%bcontent-length: %d\r\n\r\n" % (status, extra, len(body))
     transport.write(head + body)
-
-
-class Refused(Exception):
-    """A request the provider does not accept."""
-
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(text)
-        self.status = status
 
 
 class Connection(asyncio.Protocol):
@@ -313,13 +358,13 @@ class Connection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         self._url, self._body, self._body_bytes = b"", list[bytes](), 0
-        self._header_names = set[bytes]()
+        self._headers = dict[bytes, bytes]()
 
     def on_url(self, url: bytes) -> None:
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._header_names.add(name.lower())
+        self._headers[name.lower()] = value
 
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
@@ -329,29 +374,27 @@ class Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         method, path = self._parser.get_method(), self._url.partition(b"?")[0]
         body = b"".join(self._body)
+        dialect = next((dialect for dialect in DIALECTS if dialect.path.match(path)), ANTHROPIC)
         try:
             if path.startswith(b"/control"):
                 respond(self._transport, 200, orjson.dumps(self._control(method, path, body)))
-            elif (method, path) == (b"POST", b"/v1/messages"):
-                request = self._request(body)
-                behaviour, record = self._provider.take(request, body)
-                self._answer = Answer(self._transport, behaviour, record, script.tokens_of(behaviour, body))
+            elif method == b"POST" and dialect.path.match(path):
+                key, request = dialect.authorised(self._headers), self._read(body)
+                behaviour, record = self._provider.take(dialect, dialect.asked(request, path), request, body, key)
+                pieces = script.pieces_of(behaviour, body)
+                self._answer = Answer(self._transport, dialect, request, behaviour, record, pieces)
                 self._answer.begin()
             elif (method, path) == (b"POST", b"/v1/messages/count_tokens"):
-                counted = script.count_input_tokens(self._request(body, limit=False))
-                respond(self._transport, 200, orjson.dumps({"input_tokens": counted}), script.request_id(0, "count"))
+                ANTHROPIC.authorised(self._headers)
+                counted = script.count_input_tokens(self._read(body))
+                respond(self._transport, 200, orjson.dumps({"input_tokens": counted}), ANTHROPIC, script.request_id(0, "count"))
             else:
                 raise Refused(404, "there is no such path")
         except Refused as refused:
-            kind = script.ERROR_TYPES[refused.status]
             name = script.request_id(0, str(refused))
-            respond(self._transport, refused.status, script.error_body(kind, str(refused), name), name)
+            respond(self._transport, refused.status, dialect.refusal(refused.status, str(refused), name), dialect, name)
 
-    def _request(self, body: bytes, *, limit: bool = True) -> dict[str, Any]:
-        if not self._header_names & {b"x-api-key", b"authorization"}:
-            raise Refused(401, "x-api-key header is required")
-        if b"anthropic-version" not in self._header_names:
-            raise Refused(400, "anthropic-version: header is required")
+    def _read(self, body: bytes) -> dict[str, Any]:
         if self._body_bytes > REQUEST_BYTES_MAX:
             raise Refused(413, "Request exceeds the maximum size")
         try:
@@ -360,10 +403,6 @@ class Connection(asyncio.Protocol):
             raise Refused(400, "The request body is not valid JSON") from None
         if not isinstance(request, dict):
             raise Refused(400, "The request body is not an object")
-        wanted = {"model": str, "messages": list, **({"max_tokens": int} if limit else {})}
-        for field, kind in wanted.items():
-            if not isinstance(request.get(field), kind) or not request[field]:
-                raise Refused(400, f"{field}: Field required")
         return request
 
     def _control(self, method: bytes, path: bytes, body: bytes) -> Any:

@@ -31,6 +31,8 @@ class Passport:
             api_key_id=principal.api_key_id,
             scopes=sorted(principal.scopes),
             groups=sorted(principal.groups),
+            plan=principal.plan,
+            tiers=sorted(principal.tiers),
         )
         message.issued_at.FromMilliseconds(int(time.time() * 1000))
         payload = message.SerializeToString(deterministic=True)
@@ -59,6 +61,8 @@ class Passport:
             message.api_key_id,
             frozenset(message.scopes),
             frozenset(message.groups),
+            message.plan,
+            frozenset(message.tiers),
         )
 
     def _digest(self, payload: bytes) -> bytes:

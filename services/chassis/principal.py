@@ -22,6 +22,10 @@ class Principal:
     """What an API key was narrowed to; empty = everything its roles may do."""
     groups: frozenset[str] = frozenset()
     """Groups of the user inside the tenant; documents can be limited to them."""
+    plan: str = ""
+    """Name of the user's plan; empty = not known here."""
+    tiers: frozenset[str] = frozenset()
+    """Tiers the plan may use; empty = all, or not known here."""
 
     def require(self, role: str) -> None:
         """Raise NotAllowed unless the principal has `role`."""

@@ -3,10 +3,10 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Coroutine, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from services.chassis.principal import current_principal
+from services.chassis.principal import current_principal, set_current
 from services.gateway import deadlines
 from services.gateway.bridge import Bridge, Timing
 from services.gateway.browser import Browser
@@ -63,8 +63,9 @@ class Kit:
             self.shedding.require_room_for_batch()
         principal = current_principal()
         given_ms = request.deadline_ms if request.HasField("deadline_ms") else None
-        plan_ms = (await self.limits.entitlements(principal)).answer_deadline_ms
-        deadline_ms = deadlines.answer_ms(given_ms, asked_ms, plan_ms)
+        given = await self.limits.entitlements(principal)
+        set_current(replace(principal, plan=given.plan, tiers=given.tiers))  # goes with the call: the orchestrator chooses models by it
+        deadline_ms = deadlines.answer_ms(given_ms, asked_ms, given.answer_deadline_ms)
         if deadline_ms is not None:
             request.deadline_ms = deadline_ms
         output_max = request.max_output_tokens if request.HasField("max_output_tokens") else None

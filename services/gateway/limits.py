@@ -49,6 +49,10 @@ class Entitlements:
     key: Allowance = field(default_factory=Allowance)
     answer_deadline_ms: int = 0
     """How long an answer may take if nobody says; 0 = as the orchestrator does."""
+    plan: str = ""
+    """Name of the plan; empty while it is not known."""
+    tiers: frozenset[str] = frozenset()
+    """Tiers it may use; empty while they are not known: money has its own guard."""
 
 
 @dataclass(frozen=True, slots=True)

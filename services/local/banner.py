@@ -6,7 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from services.local.config import LocalSettings
+from services.local.config import MODEL_VARIABLES, LocalSettings
 
 SAMPLE_QUESTION = "What happens when a client disconnects during an answer?"
 """Answered by the sample documents."""
@@ -52,8 +52,10 @@ def banner(settings: LocalSettings, *, signed_in: bool, seconds: float, note: st
         lines.append(
             "  traces    are kept with every operation; OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4317 sends them to Jaeger too"
         )
-    if not any(os.environ.get(name) for name in ("ANTHROPIC_API_KEY", "ANTHROPIC_BASE_URL")):
-        lines.append("  model     extractive, which quotes your documents and costs nothing; set ANTHROPIC_API_KEY for Claude")
+    if not any(os.environ.get(name) for name in MODEL_VARIABLES):
+        lines.append(
+            "  model     extractive, which quotes your documents and costs nothing; set ANTHROPIC_API_KEY, OPENAI_API_KEY or GEMINI_API_KEY"
+        )
     if note:
         lines.append(f"  sample    {note}")
     if signed_in:

@@ -317,6 +317,19 @@ def reconcile(
 
 
 @app.command()
+def regret(limit: Annotated[int, typer.Option(min=1, max=1000, help="Most shadow answers to look at, latest first.")] = 1000) -> None:
+    """What the choice of tier saved and lost, from shadow answers. Wants a token of the tenant they are booked on."""
+    from services.local.regret import pairs_of, regret_of, table
+
+    async def run() -> None:
+        async with connected() as client:
+            pairs = pairs_of([row async for row in client.operations(limit=limit)])
+        typer.echo(table([regret_of(*tiers, found) for tiers, found in sorted(pairs.items())]))
+
+    finish(run())
+
+
+@app.command()
 def operations(
     limit: Annotated[int, typer.Option(min=1, max=1000, help="How many.")] = 20,
     watch: Annotated[bool, typer.Option("--watch", help="Keep the table up to date until Ctrl-C.")] = False,

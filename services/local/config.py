@@ -10,6 +10,9 @@ from pydantic import Field
 from services.chassis.config import ServiceSettings
 from services.local.stores import secret_file
 
+MODEL_VARIABLES = ("ANTHROPIC_API_KEY", "ANTHROPIC_BASE_URL", "OPENAI_API_KEY", "OPENAI_BASE_URL", "GEMINI_API_KEY")
+"""Each of these makes a provider's models available; without any, answers are extractive."""
+
 
 class LocalSettings(ServiceSettings):
     """Settings of `tailrace up`. The services get the same environment."""

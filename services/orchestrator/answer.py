@@ -31,6 +31,8 @@ REMEMBER_WAIT_S = 0.1
 """How long `done` waits for the caches, so that the same question asked again at once is a hit. They go on without us."""
 BOOKED_WAIT_S = 0.1
 """How long `done` waits for the ledger's word, so that the record can be looked up right after it. It is on disk anyway."""
+ENDING_S, ENDING_SHARE = 0.05, 0.1
+"""What the deadline leaves for closing the provider's connection, booking and telling, so that all of it ends about in time."""
 TURN_TRIES_MAX = 16
 TURN_WAIT_MAX_S = 30.0
 """Some minutes in all: the words of a turn wait in memory, so not for ever."""
@@ -54,6 +56,7 @@ async def answer(run: Run) -> None:
     draft = await first_draft(run, prompt)  # the steps `hold` and `generate`, once for each attempt
     with run.step("validate") as step:
         check(run, draft, step)
+    run.kit.shadows.offer(run, prompt)
     with run.step("remember") as step:
         await remember(run, step)
     return None
@@ -68,6 +71,7 @@ async def produce(question: Question, kit: Toolkit, events: EventLog) -> None:
     failure: DomainError | None = None
     try:
         deadline_s = min(kit.limits.deadline_s, question.deadline_s or kit.limits.deadline_s)
+        deadline_s -= min(ENDING_S, ENDING_SHARE * deadline_s)
         current_deadline.set(Deadline.after(deadline_s))
         async with asyncio.timeout(deadline_s):
             run.accept()
@@ -192,8 +196,10 @@ async def find_passages(recalling: Recalling, step: StepRecord) -> tuple[Passage
 def write_prompt(run: Run, passages: tuple[Passage, ...], step: StepRecord) -> Prompt:
     """The prompt, small enough for every candidate; and the passages that are in it, for the reader."""
     asked = run.question
-    room = min(c.context_tokens_max - min(asked.output_tokens_max, c.output_tokens_max) for c in asked.candidates)
-    prompt = compose(run.kit.template, asked.text, passages, run.turns, min(room, run.kit.limits.prompt_tokens_max))
+    ways = [way for way in (run.route, run.route.escalation, run.route.cheaper) if way is not None]
+    rooms = [c.context_tokens_max - min(asked.output_tokens_max, c.output_tokens_max) for way in ways for c in way.candidates]
+    rooms += [way.prompt_tokens_max for way in ways if way.prompt_tokens_max is not None]
+    prompt = compose(run.kit.template, asked.text, passages, run.turns, min(*rooms, run.kit.limits.prompt_tokens_max))
     run.show(prompt.passages)
     step.note(template=prompt.template, passages=len(prompt.passages), messages=len(prompt.messages), tokens_max=prompt.input_tokens_max)
     return prompt
@@ -235,7 +241,8 @@ async def record(run: Run, failure: DomainError | None, step: StepRecord) -> Non
     booked = await run.kit.books.record(run.record(failure))
     run.kit.credit.recorded(run.question.answer_id, run.attempts, booked)
     works = [_keep_turn(run, complete=failure is None and run.verdict == "passed")] if run.pieces else []
-    await _briefly(run.kit, BOOKED_WAIT_S, *works, also=booked)
+    # Whose time is up waits for nothing more.
+    await _briefly(run.kit, 0.0 if isinstance(failure, DeadlineTooShort) else BOOKED_WAIT_S, *works, also=booked)
     step.note(booked=booked.done(), cost_nanousd=run.cost_nanousd)
 
 

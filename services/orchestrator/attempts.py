@@ -2,24 +2,41 @@
 
 import asyncio
 import contextlib
-import random
 import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+import structlog
 from opentelemetry.trace import SpanKind
 
 from services.chassis import telemetry
 from services.chassis.deadline import current_deadline
-from services.chassis.errors import AnswerInterrupted, BudgetExhausted, DeadlineTooShort, DomainError, PriceUnknown, Unavailable
+from services.chassis.errors import (
+    AnswerInterrupted,
+    BudgetExhausted,
+    DeadlineTooShort,
+    DomainError,
+    ModelFailed,
+    ModelMisconfigured,
+    ModelOverloaded,
+    ModelRefused,
+    ModelStalled,
+    PriceUnknown,
+    Unavailable,
+)
 from services.chassis.money import Usage
 from services.chassis.telemetry import StepRecord, span
-from services.orchestrator.domain import Attempt, Candidate, Draft, Hold, OperationRecord, Prompt
-from services.orchestrator.router import next_try
+from services.orchestrator.compose import going_on
+from services.orchestrator.domain import Attempt, Candidate, Draft, Hold, OperationRecord, Prompt, Route
+from services.orchestrator.router import EXTRACTIVE, OTHER_KEY, first_choice, next_try
 from services.orchestrator.run import Run
+
+log = structlog.get_logger(__name__)
 
 GENERATE_LEAST_S = 0.1
 """With less time than this left no provider answers, so none is asked."""
+HEALABLE = frozenset({"empty", "repeated", "citation_unknown", "ungrounded", "schema", "prompt_leaked", "unsafe_markdown"})
+"""Verdicts that another model could escape. A refusal is an answer, and what was cut at the bound would be cut again."""
 MARK_DELTAS_MIN, MARK_DELTAS_MAX, MARK_S = 8, 64, 1.0
 """How much text, or time with text, may pass between two marks of what to book should we die: as much as there is, within these bounds."""
 HOLD_MARGIN_S = 60.0
@@ -43,30 +60,89 @@ class _Call:
 
 
 async def first_draft(run: Run, prompt: Prompt) -> Draft:
-    """Ask the candidates, one call at a time, until one has written an answer.
+    """Ask the models of the question's route until one has written an answer.
 
-    Raises the last failure when nothing is left to try, and the first one after text has left: what was shown cannot be unsaid.
+    Where text is held back, the draft is judged before it is shown, and one that another model could do better is asked for once more
+    where the route escalates. Raises the last failure when nothing is left to try, and the first one after text has left: what was shown
+    cannot be unsaid.
     """
-    candidate, asked = run.question.candidates[0], list[Candidate]()
+    route, is_held_already = run.route, run.holding
+    run.holding = is_held_already or route.holds_back or (run.question.whole and route.escalation is not None)
+    draft = await _draft_of(run, prompt, route)
+    unseen = run.holding or not draft.has_content
+    if unseen and route.escalation is not None and (verdict := run.verdict_of(draft)) in HEALABLE:
+        log.info("answer_escalated", answer_id=run.question.answer_id, verdict=verdict)
+        try:
+            better = await _draft_of(run, prompt, route.escalation)
+            draft = better if better.has_content else draft
+        except DomainError as failure:
+            if not run.holding and run.pieces:
+                raise
+            # A doubtful answer is better than none.
+            log.warning("escalation_failed", answer_id=run.question.answer_id, reason=failure.reason)
+    if not is_held_already:  # else whoever holds it has more to check
+        run.release(draft.text)
+    run.model, run.provider = draft.model, draft.provider
+    return draft
+
+
+async def _draft_of(run: Run, prompt: Prompt, route: Route) -> Draft:
+    """Ask the candidates of one route, one call at a time. Raises the last failure."""
+    health, asked, reason = run.kit.health, list[Candidate](), ""
+    so_far, tokens_so_far = list[str](), 0
+    candidate, given = first_choice(route.candidates, health), prompt
+    if candidate is not route.candidates[0]:
+        reason = "fell_over"
     while True:
         if (deadline := current_deadline.get()) is not None:
             deadline.require("generate", GENERATE_LEAST_S)
+        if candidate not in asked:
+            run.chose(candidate, route, reason or route.reason)
+            health.request(candidate)
         asked.append(candidate)
-        call = _Call(len(asked), candidate, prompt, min(run.question.output_tokens_max, candidate.output_tokens_max), Draft(run.write))
+        tokens_max = min(
+            run.question.output_tokens_max, candidate.output_tokens_max, route.output_tokens_max or candidate.output_tokens_max
+        )
+        call = _Call(run.next_attempt(), candidate, given, max(1, tokens_max - tokens_so_far), Draft(run.write))
         try:
             with run.step("hold") as step:
                 await _hold(run, call, step)
             with run.step("generate") as step:
+                step.note(tier=route.tier, choice=run.choices[-1].reason)
                 await _generate(run, call, step)
-            return call.draft
+        except BudgetExhausted:
+            if route.cheaper is None or so_far:
+                raise
+            return await _draft_of(run, prompt, route.cheaper)
         except DomainError as failure:
-            if call.hold is None or call.draft.pieces:
+            if call.hold is None:
                 raise
-            retry = next_try(run.question.candidates, asked, failure, random.random())  # noqa: S311 - jitter, not a secret
-            if retry is None:
+            if call.draft.has_content and not run.holding:
+                following = _going_on(run, route, asked, call, failure)
+                if following is None:
+                    raise
+                so_far += call.draft.pieces
+                tokens_so_far += call.draft.deltas
+                candidate, reason, given = following, "continued", going_on(run.kit.continuation, prompt, "".join(so_far))
+                continue
+            retry = next_try(route.candidates, asked, failure, run.kit.health.jitter(), health)
+            if retry is None or (deadline is not None and deadline.remaining_s < retry.delay_s + GENERATE_LEAST_S):
                 raise
+        else:
+            call.draft.pieces[:0] = so_far
+            return call.draft
         await asyncio.sleep(retry.delay_s)
-        candidate = retry.candidate
+        if retry.candidate is not candidate:
+            candidate, reason = retry.candidate, "fell_over"
+
+
+def _going_on(run: Run, route: Route, asked: list[Candidate], call: _Call, failure: DomainError) -> Candidate | None:
+    """Who goes on with a text that broke off, if the tier wants that and there is anything left to say."""
+    if not route.continues or call.draft.calls or not call.draft.pieces or not _is_the_models(failure):
+        return None
+    following = route.candidates[route.candidates.index(asked[-1]) + 1 :]
+    able = (candidate for candidate in following if candidate.provider != EXTRACTIVE and run.kit.health.lets_through(candidate))
+    return next(able, None)
 
 
 async def _hold(run: Run, call: _Call, step: StepRecord) -> None:
@@ -144,13 +220,16 @@ async def _generate(run: Run, call: _Call, step: StepRecord) -> None:
         now = time.perf_counter()
         if not call.first_text_at:
             call.first_text_at = now
-        run.write(text)
+            run.kit.health.began_well(candidate)
+        if not run.holding:
+            run.write(text)
         if draft.deltas - call.marked_deltas >= _until_mark(call.marked_deltas) or now - call.marked_at >= MARK_S:
             call.marked_at, call.marked_deltas = now, draft.deltas
             run.kit.books.mark(_unfinished(run, call))
 
     draft.on_text = write
-    run.model, run.provider = candidate.model, candidate.provider
+    draft.provider = run.provider = candidate.provider
+    run.model = candidate.model
     attributes: dict[str, Any] = {
         telemetry.GEN_AI_OPERATION: "chat",
         telemetry.GEN_AI_PROVIDER: candidate.provider,
@@ -166,6 +245,7 @@ async def _generate(run: Run, call: _Call, step: StepRecord) -> None:
             failure = error
             raise
         finally:
+            _fared(run, call, failure)
             attempt = _close(run, call, failure)
             run.model = attempt.model
             step.note(attempt=call.number, provider=candidate.provider, model=attempt.model)
@@ -178,6 +258,28 @@ async def _generate(run: Run, call: _Call, step: StepRecord) -> None:
             running.set_attribute(telemetry.COST_NANOUSD, attempt.cost_nanousd)
             if attempt.finish_reason:
                 running.set_attribute(telemetry.GEN_AI_FINISH_REASONS, (attempt.finish_reason,))
+
+
+def _is_the_models(failure: BaseException) -> bool:
+    """Whether a call failed at its provider, and not at a bound of ours on what it wrote."""
+    if not isinstance(failure, ModelOverloaded | ModelFailed | ModelStalled | ModelMisconfigured):
+        return False
+    return "provider" in failure.metadata
+
+
+def _fared(run: Run, call: _Call, failure: BaseException | None) -> None:
+    """Tell what the call says about its model. What belongs to a key, to the question or to whoever stopped it says nothing."""
+    health, candidate = run.kit.health, call.candidate
+    if failure is None or isinstance(failure, ModelRefused):
+        health.succeeded(candidate)
+    elif isinstance(failure, DomainError) and OTHER_KEY in failure.metadata:
+        return
+    elif isinstance(failure, ModelOverloaded) and failure.retry_after_ms is not None:
+        health.pause(candidate, failure.retry_after_ms / 1000)
+    elif _is_the_models(failure):
+        health.failed(candidate)
+    elif not call.first_text_at and (deadline := current_deadline.get()) is not None and deadline.remaining_s <= 0:
+        health.failed(candidate)  # it had all the time there was and said nothing
 
 
 def _unfinished(run: Run, call: _Call) -> OperationRecord:

@@ -3,26 +3,36 @@
 Typed objects per token would cost three times as much as all the rest of the token's way (DESIGN 13). Nothing is retried here.
 """
 
-import asyncio
-import email.utils
-import time
-from collections.abc import Iterator
+import base64
+from collections.abc import Sequence
 from typing import Any
 
 import aiohttp
 import anthropic
 import httpx2
 import msgspec
+import orjson
 
-from services.chassis.errors import DomainError, ModelFailed, ModelMisconfigured, ModelOverloaded, ModelRefused, ModelStalled
-from services.orchestrator.domain import Candidate, Draft, Prompt
+from services.chassis.errors import DomainError, ModelFailed, ModelMisconfigured, ModelOverloaded, ModelRefused
+from services.orchestrator.domain import Candidate, Draft, Message, Prompt
+from services.orchestrator.model_stream import (
+    BRIEF_BELOW_TOKENS,
+    CONNECTIONS_MAX,
+    Reading,
+    arguments_object,
+    bounded_silence,
+    broken_off,
+    follow,
+    is_closed,
+    refused,
+    retry_after_ms,
+    sealed,
+    unreachable,
+    unsealed,
+)
+from services.orchestrator.provider_keys import ProviderKeys
 
 PROVIDER = "anthropic"
-EVENT_BYTES_MAX = 1024 * 1024
-RENEWAL = 0.1
-"""The limit on silence is renewed this often, as a share of itself, and longer by as much: a timer per token costs more than its text."""
-CONNECTIONS_MAX = 1000
-"""One connection a running answer; above it calls would wait for each other without saying so."""
 
 FINISH_REASONS = {
     "end_turn": "end_turn",
@@ -55,7 +65,17 @@ class _Message(msgspec.Struct):
 class _Delta(msgspec.Struct):
     type: str = ""
     text: str = ""
+    thinking: str = ""
+    signature: str = ""
+    partial_json: str = ""
     stop_reason: str | None = None
+
+
+class _Block(msgspec.Struct):
+    type: str = ""
+    id: str = ""
+    name: str = ""
+    data: str = ""
 
 
 class _Error(msgspec.Struct):
@@ -66,7 +86,9 @@ class _Event(msgspec.Struct):
     """Every event of the stream; only what is read of it. Unknown types and fields pass by."""
 
     type: str
+    index: int = 0
     delta: _Delta | None = None
+    content_block: _Block | None = None
     message: _Message | None = None
     usage: _Usage | None = None
     error: _Error | None = None
@@ -75,200 +97,214 @@ class _Event(msgspec.Struct):
 _decode = msgspec.json.Decoder(_Event).decode
 
 
-class EventBytes:
-    """Cuts a stream's bytes into the data of its events, whatever the chunks; see the HTML standard, server-sent events."""
+class ClaudeReading(Reading):
+    """The Messages API's events.
 
-    def __init__(self) -> None:
-        self._rest = b""
+    Claude wants to see its own thinking again, word for word, with the calls that came of it: the blocks go into the signature of
+    the first call after them.
+    """
 
-    def feed(self, chunk: bytes) -> Iterator[bytes]:
-        """Yield the data of every event that `chunk` completes. Raises ModelFailed if one grows without end."""
-        text = self._rest + chunk if self._rest else chunk
-        if b"\r" in text:
-            keep = b"\r" if text.endswith(b"\r") else b""  # its \n may be in the next chunk
-            text = text[: len(text) - len(keep)].replace(b"\r\n", b"\n").replace(b"\r", b"\n") + keep
-        *blocks, self._rest = text.split(b"\n\n")
-        if len(self._rest) > EVENT_BYTES_MAX:
-            raise ModelFailed("the provider sent an event without end", provider=PROVIDER, cause="malformed")
-        for block in blocks:
-            data = [line[5:].removeprefix(b" ") for line in block.split(b"\n") if line.startswith(b"data:")]
-            if data:
-                yield data[0] if len(data) == 1 else b"\n".join(data)
+    def __init__(self, provider: str, draft: Draft) -> None:
+        super().__init__(provider, draft)
+        self._thinking: dict[int, dict[str, str]] = {}
+
+    def read(self, data: bytes) -> None:
+        event = _decode(data)
+        if event.type == "content_block_delta":
+            if event.delta is not None:
+                self._more(event.index, event.delta)
+        elif event.type == "content_block_start":
+            self._begin(event)
+        elif event.type == "content_block_stop":
+            if event.index in self.open_calls:
+                self.end_call(event.index, signature=self._thoughts_so_far())
+        elif event.type == "message_start":
+            self._start(event)
+        elif event.type == "message_delta":
+            self._finish(event)
+        elif event.type == "message_stop":
+            self.whole = self.finished = True
+        elif event.type == "error":
+            self.draft.rejected = not self.began
+            raise _failed_midway(self.provider, event)
+
+    def _more(self, index: int, delta: _Delta) -> None:
+        if delta.text:
+            self.write(delta.text)
+        elif delta.partial_json:
+            self.argue(index, delta.partial_json)
+        elif delta.thinking:
+            if (block := self._thinking.get(index)) is not None:
+                block["thinking"] += delta.thinking
+            self.think(delta.thinking)
+        elif delta.signature and (block := self._thinking.get(index)) is not None:
+            block["signature"] += delta.signature
+
+    def _begin(self, event: _Event) -> None:
+        block = event.content_block
+        if block is None:
+            return
+        if block.type == "tool_use":
+            self.begin_call(event.index, block.id, block.name)
+        elif block.type == "thinking":
+            self._thinking[event.index] = {"type": "thinking", "thinking": "", "signature": ""}
+        elif block.type == "redacted_thinking":
+            self._thinking[event.index] = {"type": "redacted_thinking", "data": block.data}
+
+    def _thoughts_so_far(self) -> bytes:
+        blocks, self._thinking = list(self._thinking.values()), {}
+        return sealed(self.provider, orjson.dumps(blocks)) if blocks else b""
+
+    def _start(self, event: _Event) -> None:
+        if event.message is None:
+            return
+        self.named(event.message.model)
+        if event.message.usage is not None:
+            self._count(event.message.usage)
+
+    def _finish(self, event: _Event) -> None:
+        if event.delta is not None and event.delta.stop_reason:
+            self.draft.finish_reason = FINISH_REASONS.get(event.delta.stop_reason, "")
+        if event.usage is not None:
+            self._count(event.usage)
+            self.draft.usage_is_final = event.usage.output_tokens is not None
+
+    def _count(self, usage: _Usage) -> None:
+        """Take over what is reported. Later counts replace earlier ones, as they are totals; an absent one changes nothing, a 0 is a 0."""
+        draft = self.draft
+        if usage.input_tokens is not None:
+            draft.input_tokens = max(0, usage.input_tokens)
+        if usage.output_tokens is not None:
+            draft.output_tokens = max(0, usage.output_tokens)
+        if usage.cache_read_input_tokens is not None:
+            draft.cache_read_tokens = max(0, usage.cache_read_input_tokens)
+        if usage.cache_creation_input_tokens is not None:
+            draft.cache_write_tokens = max(0, usage.cache_creation_input_tokens)
+        if usage.cache_creation is not None and usage.cache_creation.ephemeral_1h_input_tokens is not None:
+            draft.cache_write_1h_tokens = max(0, usage.cache_creation.ephemeral_1h_input_tokens)
 
 
 class ClaudeModel:
-    """Calls the Messages API. One instance, one pool of connections. Close it with `aclose`."""
+    """Calls the Messages API. One instance, one pool of connections. Close it with `aclose`.
 
-    def __init__(self, api_key: str, base_url: str, *, connect_s: float, first_token_s: float, stall_s: float) -> None:
+    `keys` are tried in the order of `ProviderKeys`. `provider` is the name it goes by in errors, prices and the capability table.
+    """
+
+    def __init__(
+        self, keys: Sequence[str], base_url: str, *, connect_s: float, first_token_s: float, stall_s: float, provider: str = PROVIDER
+    ) -> None:
+        self._provider = provider
         self._first_token_s, self._stall_s = first_token_s, stall_s
         limits = httpx2.Limits(max_connections=CONNECTIONS_MAX, max_keepalive_connections=100, keepalive_expiry=30)
-        # Silence is judged below, by text and not by bytes, so the transport's own read limit only has to be no shorter.
+        # Silence is judged by output and not by bytes, so the transport's own read limit only has to be no shorter.
         timeout = httpx2.Timeout(connect=connect_s, read=max(first_token_s, stall_s) + 5, write=30, pool=connect_s)
-        self._client = anthropic.AsyncAnthropic(
-            api_key=api_key,
-            base_url=base_url,
-            max_retries=0,
-            timeout=timeout,
-            http_client=anthropic.DefaultAioHttpClient(limits=limits, timeout=timeout),
-        )
+        # The key goes to the address it was given for: no redirect is followed.
+        self._transport = anthropic.DefaultAioHttpClient(limits=limits, timeout=timeout, follow_redirects=False)
+        self._keys = ProviderKeys(len(keys))
+        self._clients = [
+            anthropic.AsyncAnthropic(api_key=key, base_url=base_url, max_retries=0, timeout=timeout, http_client=self._transport)
+            for key in keys
+        ]
 
     async def aclose(self) -> None:
-        await self._client.close()
+        await self._transport.aclose()
 
     async def generate(self, prompt: Prompt, candidate: Candidate, output_tokens_max: int, draft: Draft) -> None:
         draft.sent, draft.model = True, candidate.model
-        began = time.monotonic()
+        key = self._keys.take()
         try:
-            async with asyncio.timeout(self._first_token_s) as silence:
-                await self._stream(prompt, candidate, output_tokens_max, draft, silence)
-        except TimeoutError as error:
-            waited_ms = int((time.monotonic() - began if not draft.deltas else self._stall_s) * 1000)
-            raise ModelStalled("the provider sent nothing for too long", provider=PROVIDER, waited_ms=waited_ms) from error
+            async with bounded_silence(self._provider, self._first_token_s, self._stall_s) as silence:
+                request = _request(self._provider, prompt, candidate, output_tokens_max, draft)
+                async with self._clients[key].messages.with_streaming_response.create(**request) as answer:
+                    draft.request_id = answer.request_id or ""
+                    stream = answer.http_response.stream  # what `aiter_raw` reads, without the layer that cuts it into equal pieces
+                    assert isinstance(stream, httpx2.AsyncByteStream)
+                    await follow(stream, ClaudeReading(self._provider, draft), silence)
+        except DomainError as error:
+            self._keys.note(key, error)
+            raise
         except anthropic.APIStatusError as error:
             draft.rejected = True
             draft.request_id = error.request_id or ""
-            raise _refused(error) from error
+            failure = _refused(self._provider, error)
+            self._keys.note(key, failure)
+            raise failure from error
         except anthropic.APIConnectionError as error:
-            draft.sent = not _never_connected(error)
-            cause = "connect" if not draft.sent else "reset"
-            raise ModelFailed("the provider cannot be reached", provider=PROVIDER, cause=cause) from error
+            raise unreachable(self._provider, draft, error) from error
         except anthropic.AnthropicError as error:
-            raise ModelFailed("the provider's client failed", provider=PROVIDER, cause=type(error).__name__) from error
+            raise ModelFailed("the provider's client failed", provider=self._provider, cause=type(error).__name__) from error
         except (httpx2.HTTPError, httpx2.StreamError, aiohttp.ClientError, OSError) as error:
-            raise ModelFailed("the provider broke the connection off", provider=PROVIDER, cause="reset") from error
-
-    async def _stream(self, prompt: Prompt, candidate: Candidate, output_tokens_max: int, draft: Draft, silence: asyncio.Timeout) -> None:
-        loop = asyncio.get_running_loop()
-        async with self._client.messages.with_streaming_response.create(**_request(prompt, candidate, output_tokens_max)) as answer:
-            response = answer.http_response
-            draft.request_id = answer.request_id or ""
-            events, whole, renew_at = EventBytes(), False, 0.0
-            assert isinstance(response.stream, httpx2.AsyncByteStream)
-            async for chunk in response.stream:  # what `aiter_raw` reads, without the layer that cuts it into equal pieces
-                written: list[str] = []
-                try:
-                    for data in events.feed(chunk):
-                        event = _read(data)
-                        if event.type == "content_block_delta":
-                            if event.delta is not None and event.delta.text:
-                                written.append(event.delta.text)
-                            if (now := loop.time()) >= renew_at:
-                                silence.reschedule(now + self._stall_s * (1 + RENEWAL))
-                                renew_at = now + self._stall_s * RENEWAL
-                        elif event.type == "message_start":
-                            _start(draft, event)
-                        elif event.type == "message_delta":
-                            _finish(draft, event)
-                        elif event.type == "message_stop":
-                            whole = True
-                        elif event.type == "error":
-                            draft.rejected = not (draft.deltas or written) and draft.input_tokens is None
-                            raise _failed_midway(event)
-                finally:
-                    if written:  # what arrived together leaves together, also what came just before a failure
-                        draft.write("".join(written), len(written))
-                if whole:
-                    break
-            if not whole:
-                raise ModelFailed("the provider ended the stream before its end", provider=PROVIDER, cause="cut")
+            raise broken_off(self._provider) from error
 
 
-def _request(prompt: Prompt, candidate: Candidate, output_tokens_max: int) -> dict[str, Any]:
-    return {
+def _request(provider: str, prompt: Prompt, candidate: Candidate, output_tokens_max: int, draft: Draft) -> dict[str, Any]:
+    request: dict[str, Any] = {
         "model": candidate.model,
         "max_tokens": output_tokens_max,
-        # The stable prefix, the same for every question: the provider may keep it.
+        # The stable prefix, the same for every question, tools before it: the provider may keep it.
         "system": [{"type": "text", "text": prompt.system, "cache_control": {"type": "ephemeral"}}],
-        "messages": [{"role": message.role, "content": message.text} for message in prompt.messages],
+        "messages": [made for message in prompt.messages if (made := _message(provider, message))["content"]],
         "stream": True,
         "extra_headers": {"accept-encoding": "identity"},  # the bytes are read as they come
     }
+    if prompt.tools:
+        request["tools"] = [
+            {"name": tool.name, "description": tool.description, "input_schema": dict(tool.input_schema)} for tool in prompt.tools
+        ]
+    output: dict[str, Any] = {}
+    if prompt.output_schema is not None and "schema" in candidate.capabilities and is_closed(prompt.output_schema, all_required=False):
+        output["format"] = {"type": "json_schema", "schema": dict(prompt.output_schema)}
+    if draft.on_reasoning is not None and "reasoning" in candidate.capabilities:
+        request["thinking"] = {"type": "adaptive", "display": "summarized"}
+        if output_tokens_max < BRIEF_BELOW_TOKENS:
+            output["effort"] = "low"
+    if output:
+        request["output_config"] = output
+    return request
 
 
-def _read(data: bytes) -> _Event:
-    try:
-        return _decode(data)
-    except msgspec.MsgspecError as error:
-        raise ModelFailed("the provider broke its own format", provider=PROVIDER, cause="malformed") from error
+def _message(provider: str, message: Message) -> dict[str, Any]:
+    if message.role == "tool":
+        results = [
+            {"type": "tool_result", "tool_use_id": result.call_id, "content": result.text, "is_error": result.failed}
+            for result in message.results
+        ]
+        return {"role": "user", "content": results}
+    if not (message.images or message.calls):
+        return {"role": message.role, "content": message.text}
+    blocks: list[dict[str, Any]] = [
+        {"type": "image", "source": {"type": "base64", "media_type": image.media_type, "data": base64.b64encode(image.data).decode()}}
+        for image in message.images
+    ]
+    said = [{"type": "text", "text": message.text}] if message.text else []
+    for number, call in enumerate(message.calls):
+        if own := unsealed(provider, call.signature):  # what it thought goes before all that came of it
+            blocks += orjson.loads(own)
+        if number == 0:
+            blocks += said
+        blocks.append({"type": "tool_use", "id": call.call_id, "name": call.name, "input": arguments_object(call)})
+    if not message.calls:
+        blocks += said
+    return {"role": message.role, "content": blocks}
 
 
-def _start(draft: Draft, event: _Event) -> None:
-    if event.message is None:
-        return
-    draft.model = event.message.model or draft.model
-    if event.message.usage is not None:
-        _count(draft, event.message.usage)
-
-
-def _finish(draft: Draft, event: _Event) -> None:
-    if event.delta is not None and event.delta.stop_reason:
-        draft.finish_reason = FINISH_REASONS.get(event.delta.stop_reason, "")
-    if event.usage is not None:
-        _count(draft, event.usage)
-        draft.usage_is_final = event.usage.output_tokens is not None
-
-
-def _count(draft: Draft, usage: _Usage) -> None:
-    """Take over what is reported. Later counts replace earlier ones, as they are totals; an absent one changes nothing, a 0 is a 0."""
-    if usage.input_tokens is not None:
-        draft.input_tokens = max(0, usage.input_tokens)
-    if usage.output_tokens is not None:
-        draft.output_tokens = max(0, usage.output_tokens)
-    if usage.cache_read_input_tokens is not None:
-        draft.cache_read_tokens = max(0, usage.cache_read_input_tokens)
-    if usage.cache_creation_input_tokens is not None:
-        draft.cache_write_tokens = max(0, usage.cache_creation_input_tokens)
-    if usage.cache_creation is not None and usage.cache_creation.ephemeral_1h_input_tokens is not None:
-        draft.cache_write_1h_tokens = max(0, usage.cache_creation.ephemeral_1h_input_tokens)
-
-
-def _failed_midway(event: _Event) -> DomainError:
+def _failed_midway(provider: str, event: _Event) -> DomainError:
     """The error inside a stream that began well: its HTTP status was 200, so only the body tells."""
     kind = event.error.type if event.error is not None else ""
     if kind in ("overloaded_error", "rate_limit_error"):
-        return ModelOverloaded("the provider is overloaded", provider=PROVIDER)
+        return ModelOverloaded("the provider is overloaded", provider=provider)
     if kind in ("authentication_error", "permission_error", "billing_error"):
-        return ModelMisconfigured("the provider does not accept our key", provider=PROVIDER)
+        return ModelMisconfigured("the provider does not accept our key", provider=provider)
     if kind == "invalid_request_error":
-        return ModelRefused("the provider refused the request", provider=PROVIDER)
-    return ModelFailed("the provider failed", provider=PROVIDER, cause=kind or "error")
+        return ModelRefused("the provider refused the request", provider=provider)
+    return ModelFailed("the provider failed", provider=provider, cause=kind or "error")
 
 
-def _refused(error: anthropic.APIStatusError) -> DomainError:
-    """An HTTP status as the error of ours. The provider's own words may quote the prompt, so they are not passed on."""
-    status: int = error.status_code
-    if status in (429, 529) or error.type in ("overloaded_error", "rate_limit_error"):
-        facts: dict[str, str | int] = {"provider": PROVIDER}
-        if (wait_ms := _retry_after_ms(error.response.headers)) is not None:
-            facts["retry_after_ms"] = wait_ms
-        return ModelOverloaded("the provider is overloaded or limits us", **facts)
-    if status in (401, 402, 403):
-        return ModelMisconfigured("the provider does not accept our key", provider=PROVIDER, status=status)
-    if status in (408, 409) or status >= 500:
-        return ModelFailed("the provider failed", provider=PROVIDER, cause="status", status=status)
-    return ModelRefused("the provider refused the request", provider=PROVIDER, status=status)
-
-
-def _retry_after_ms(headers: Any) -> int | None:
-    """What the provider asks us to wait; see RFC 9110, section 10.2.3."""
-    try:
-        if (exact := headers.get("retry-after-ms")) is not None:
-            return max(0, int(float(exact)))
-        value = headers.get("retry-after")
-        if value is None:
-            return None
-        if value.strip().replace(".", "", 1).isdigit():
-            return int(float(value) * 1000)
-        return max(0, int((email.utils.parsedate_to_datetime(value).timestamp() - time.time()) * 1000))
-    except (ValueError, TypeError):
-        return None
-
-
-def _never_connected(error: BaseException) -> bool:
-    """Whether the failure came before a connection stood, so that certainly nothing was sent."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError | httpx2.ConnectTimeout):
-            return True
-        cause = cause.__cause__ or cause.__context__
-    return False
+def _refused(provider: str, error: anthropic.APIStatusError) -> DomainError:
+    return refused(
+        provider,
+        error.status_code,
+        busy=error.type in ("overloaded_error", "rate_limit_error"),
+        retry_after_ms=retry_after_ms(error.response.headers),
+        overflow="prompt is too long" in error.message,
+    )

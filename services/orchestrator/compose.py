@@ -3,13 +3,14 @@
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from services.chassis.errors import RequestInvalid
 from services.orchestrator.domain import Message, Passage, Prompt, Turn
 
 TEMPLATE_FILE = Path(__file__).parent / "prompts" / "answer.v1.md"
+CONTINUE_FILE = TEMPLATE_FILE.with_name("continue.v1.md")
 MESSAGE_OVERHEAD_TOKENS = 16
 """What a provider adds around each message; generous."""
 PROMPT_OVERHEAD_TOKENS = 64
@@ -68,6 +69,14 @@ def compose(template: Template, question: str, passages: Sequence[Passage], turn
             raise RequestInvalid(
                 "the question does not fit into the model's context", field="question", bound=f"{prompt_tokens_max} tokens"
             )
+
+
+def going_on(template: Template, prompt: Prompt, text: str) -> Prompt:
+    """`prompt` for a model that goes on where another broke off after `text`: what that one wrote, and the template's words."""
+    more = (Message("assistant", text), Message("user", template.system))
+    size = sum(tokens_max(message.text) + MESSAGE_OVERHEAD_TOKENS for message in more)
+    name = f"{prompt.template}+{template.name}"
+    return replace(prompt, template=name, messages=(*prompt.messages, *more), input_tokens_max=prompt.input_tokens_max + size)
 
 
 def _messages(question: str, passages: Sequence[Passage], turns: Sequence[Turn]) -> tuple[Message, ...]:

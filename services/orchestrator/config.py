@@ -24,21 +24,36 @@ class OrchestratorSettings(ServiceSettings):
     """Redis or Valkey that keeps exact answers, event logs and idempotency keys. Answers without such a key go on without it."""
 
     anthropic_api_key: SecretStr = Field(SecretStr(""), validation_alias="ANTHROPIC_API_KEY")
-    """Key for Claude. Empty = every tier is served by the extractive model."""
+    """Key for Claude, or several with commas between: another is used while one is refused or limited. Without a key of any provider every
+    tier is served by the extractive model."""
     anthropic_base_url: str = Field("https://api.anthropic.com", validation_alias="ANTHROPIC_BASE_URL")
     """Where Claude is reached. The key is sent nowhere else."""
+    openai_api_key: SecretStr = Field(SecretStr(""), validation_alias="OPENAI_API_KEY")
+    """Key for GPT, or several with commas between. A server of one's own at OPENAI_BASE_URL may want none."""
+    openai_base_url: str = Field("https://api.openai.com/v1", validation_alias="OPENAI_BASE_URL")
+    """Where GPT is reached, or a server that speaks like OpenAI. The key is sent nowhere else."""
+    openai_api: Literal["auto", "responses", "chat"] = Field("auto", validation_alias="TAILRACE_ORCHESTRATOR_OPENAI_API")
+    """Which of OpenAI's interfaces is spoken there: auto = Responses to OpenAI itself, Chat Completions to others."""
+    gemini_api_key: SecretStr = Field(SecretStr(""), validation_alias="GEMINI_API_KEY")
+    """Key for Gemini, or several with commas between."""
+    gemini_base_url: str = Field("https://generativelanguage.googleapis.com", validation_alias="GOOGLE_GEMINI_BASE_URL")
+    """Where Gemini is reached. The key is sent nowhere else."""
     model_connect_s: float = Field(5.0, gt=0, le=60, validation_alias="TAILRACE_MODEL_CONNECT_S")
     """Longest wait for a connection to a provider, seconds."""
     model_first_token_s: float = Field(60.0, gt=0, le=600, validation_alias="TAILRACE_MODEL_FIRST_TOKEN_S")
-    """Longest wait from the request to the first piece of text, seconds."""
+    """Longest wait from the request to the first output, be it text, visible reasoning or a call, seconds."""
     model_stall_s: float = Field(20.0, gt=0, le=600, validation_alias="TAILRACE_MODEL_STALL_S")
-    """Longest silence between two pieces of text, seconds. Pings do not count: they are not progress."""
+    """Longest silence between two pieces of output, seconds. Pings do not count: they are not progress."""
     answer_deadline_s: float = Field(300.0, gt=0, le=3000, validation_alias="TAILRACE_ANSWER_DEADLINE_S")
     """Longest time from acceptance to the last token, seconds. Below an hour, the longest life of a hold."""
 
     restart_patience_s: float = Field(10.0, ge=0, le=60, validation_alias="TAILRACE_ORCHESTRATOR_RESTART_PATIENCE_S")
     """How long an accepted answer waits for retrieval or the ledger while they restart, seconds. A store behind them is not waited for."""
 
+    models_file: str = Field("", validation_alias="TAILRACE_MODELS_FILE")
+    """File of the models and tiers that can be asked for, read again when it changes; see docs/models.md. Empty = the shipped one."""
+    shadow_tenant: str = Field("shadow", pattern=r"^\S{1,128}$", validation_alias="TAILRACE_ORCHESTRATOR_SHADOW_TENANT")
+    """Tenant that pays for shadow answers and whose operations hold what they were compared with; no user of it should be a person."""
     default_tier: str = Field("fast", validation_alias="TAILRACE_ORCHESTRATOR_DEFAULT_TIER")
     """Tier of a question that names neither tier nor model."""
     output_tokens_default: int = Field(1024, ge=1, le=64_000, validation_alias="TAILRACE_ORCHESTRATOR_OUTPUT_TOKENS_DEFAULT")

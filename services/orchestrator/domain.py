@@ -35,6 +35,34 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class Route:
+    """The way a question takes through the models: whom to ask, why, and what may be done when that does not go well."""
+
+    tier: str
+    """Tier the candidates are of; another than the one asked for where the question, the plan or the budget chose."""
+    candidates: tuple[Candidate, ...]
+    """In the order they are asked. Never empty."""
+    reason: str = "first"
+    """Why the first of them is asked; see tailrace.orchestrator.v1.Choice."""
+    asked: str = ""
+    """Tier it was asked of; empty for a way beside another one."""
+    difficulty: float | None = None
+    prompt_tokens_max: int | None = None
+    output_tokens_max: int | None = None
+    continues: bool = False
+    """Whether the next candidate goes on where one broke off in the middle of its text."""
+    holds_back: bool = False
+    """Whether nothing is shown before it was checked, also to those who read along."""
+    escalation: "Route | None" = None
+    """Where an answer is asked for that did not pass the checks, as long as nothing of it was shown."""
+    cheaper: "Route | None" = None
+    """Where an answer is asked for that the budget cannot pay here."""
+    shadow: "Route | None" = None
+    """Where a sample of the same prompts is answered as well, to know what the choice of tier costs and saves."""
+    shadow_share: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Image:
     """A picture a question is about."""
 
@@ -107,6 +135,10 @@ class Question:
     """The answer whose turn this one takes the place of."""
     output_schema: Mapping[str, Any] | None = None
     """JSON Schema the text must satisfy."""
+    route: Route | None = None
+    """How the models were chosen; None = `candidates` in their order, and nothing else may be tried."""
+    whole: bool = False
+    """Nobody reads along: text may be held back until it was checked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,6 +324,7 @@ class Draft:
     """Pieces as the provider cut them: at least one token each."""
     model: str = ""
     """Model as the provider calls it."""
+    provider: str = ""
     request_id: str = ""
     sent: bool = False
     """Whether a byte of the request may have reached the provider."""
@@ -322,6 +355,11 @@ class Draft:
     @property
     def text(self) -> str:
         return "".join(self.pieces)
+
+    @property
+    def has_content(self) -> bool:
+        """Whether there is anything that a reader has seen: from then on no other model may begin anew."""
+        return bool(self.pieces or self.calls or (self.reasoned and self.on_reasoning is not None))
 
     def _tokens_received(self) -> int:
         """Estimate of the tokens that came. A provider that cuts text token by token has counted for us; longer pieces say less."""

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 from services.chassis.errors import DomainError
 from services.chassis.principal import Principal
@@ -176,6 +176,14 @@ class Books(Protocol):
     @property
     def has_room(self) -> bool:
         """Whether new work may begin: false while too many records wait for the ledger."""
+        ...
+
+
+class ShadowSample(Protocol):
+    """Where a sample of answers is made a second time, to be compared."""
+
+    def offer(self, run: Any, prompt: Prompt) -> None:
+        """Draw the answer of `run`, a run.Run, or do not. Waits for nothing and never raises."""
         ...
 
 

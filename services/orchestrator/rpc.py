@@ -19,6 +19,7 @@ from services.orchestrator.clients import cache_message, passage_message
 from services.orchestrator.domain import (
     Accepted,
     CacheMode,
+    Capability,
     Citation,
     Done,
     PassagesFound,
@@ -35,7 +36,7 @@ from services.orchestrator.domain import (
 from services.orchestrator.log import EVENTS_MAX, Entry
 from services.orchestrator.ports import Books
 from services.orchestrator.registry import Elsewhere, Found, Registry
-from services.orchestrator.router import Router
+from services.orchestrator.router import Router, Wish
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as pb
 from tailrace.orchestrator.v1 import orchestrator_service_pb2_grpc as pb_grpc
 
@@ -74,13 +75,16 @@ def fingerprint(request: pb.AnswerRequest) -> bytes:
     """Digest of what is asked. How long the caller waits for it, and how it goes away, does not make it another question."""
     asked = pb.AnswerRequest()
     asked.CopyFrom(request)
-    for field in ("deadline_ms", "cancel_on_disconnect", "priority"):
+    for field in ("deadline_ms", "cancel_on_disconnect", "priority", "whole"):
         asked.ClearField(field)
     return hashlib.sha256(asked.SerializeToString(deterministic=True)).digest()
 
 
 def read_question(request: pb.AnswerRequest, principal: Principal, router: Router, clock: Clock, output_tokens_default: int) -> Question:
-    """Check every field of `request`. Raises RequestInvalid that names the field and its bound, ModelUnknown, DeadlineTooShort."""
+    """Check every field of `request`.
+
+    Raises RequestInvalid that names the field and its bound, ModelUnknown, NotAllowed for what the plan has not, DeadlineTooShort.
+    """
     size = len(request.question.encode())
     if size > QUESTION_BYTES_MAX:
         raise RequestInvalid(f"the question has {size} bytes", field="question", bound=f"1-{QUESTION_BYTES_MAX} bytes")
@@ -106,7 +110,9 @@ def read_question(request: pb.AnswerRequest, principal: Principal, router: Route
         raise RequestInvalid("deadline_ms is out of bounds", field="deadline_ms", bound=f"1-{DEADLINE_MS_MAX}")
     if request.priority not in _PRIORITIES:
         raise RequestInvalid("there is no such priority", field="priority", bound="0-2")
-    tier, candidates = router.route(request.model, request.tier)
+    output_tokens_max = request.max_output_tokens if request.HasField("max_output_tokens") else output_tokens_default
+    wish = Wish(request.model, request.tier, request.question, _needs(request), principal.plan, principal.tiers, output_tokens_max)
+    route = router.route(wish)
     answer_id = new_answer_id()
     return Question(
         answer_id=answer_id,
@@ -114,9 +120,9 @@ def read_question(request: pb.AnswerRequest, principal: Principal, router: Route
         principal=principal,
         session_id=request.session_id or answer_id,
         session_is_new=not request.session_id,
-        tier=tier,
-        candidates=candidates,
-        output_tokens_max=request.max_output_tokens if request.HasField("max_output_tokens") else output_tokens_default,
+        tier=route.asked,
+        candidates=route.candidates,
+        output_tokens_max=output_tokens_max,
         collection=request.collection or "default",
         cache=_CACHE_MODES[request.cache],
         created_at=clock.now(),
@@ -124,7 +130,15 @@ def read_question(request: pb.AnswerRequest, principal: Principal, router: Route
         cancel_on_disconnect=request.cancel_on_disconnect,
         priority=_PRIORITIES[request.priority],
         deadline_s=_deadline_s(request),
+        route=route,
+        whole=request.whole,
     )
+
+
+def _needs(request: pb.AnswerRequest) -> frozenset[Capability]:
+    """What a model must be able to do to take the question at all."""
+    wanted: dict[Capability, bool] = {"tools": bool(request.tools or request.server_tools), "images": bool(request.images)}
+    return frozenset(need for need, is_needed in wanted.items() if is_needed)
 
 
 def _deadline_s(request: pb.AnswerRequest) -> float | None:

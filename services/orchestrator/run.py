@@ -17,21 +17,26 @@ from services.orchestrator.domain import (
     Attempt,
     CachedAnswer,
     CacheReceipt,
+    Candidate,
+    Choice,
     Done,
+    Draft,
     Edition,
     Event,
     OperationRecord,
     Passage,
     PassagesFound,
     Question,
+    Route,
     StepChange,
     TextDelta,
     Turn,
 )
+from services.orchestrator.health import Health
 from services.orchestrator.log import EventLog
-from services.orchestrator.ports import Books, Credit, ExactCache, Ledger, Memory, Model
+from services.orchestrator.ports import Books, Credit, ExactCache, Ledger, Memory, Model, ShadowSample
 from services.orchestrator.standalone import language
-from services.orchestrator.validate import CitationReader
+from services.orchestrator.validate import CitationReader, judge
 
 FACTS_MAX = 16
 
@@ -63,6 +68,9 @@ class Toolkit:
     template: Template
     limits: Limits
     credit: Credit
+    health: Health
+    continuation: Template
+    shadows: ShadowSample
 
 
 class Run:
@@ -82,6 +90,11 @@ class Run:
         self.model = self.provider = self.finish_reason = self.verdict = ""
         self.first_token_ms = 0.0
         self.attempts: list[Attempt] = []
+        self.route = question.route or Route(question.tier, question.candidates)
+        self.choices: list[Choice] = []
+        self.holding = False
+        """Whether text is kept from readers until it was checked."""
+        self._attempts_begun = 0
 
     def accept(self) -> None:
         """Say that the question was taken on: the first event."""
@@ -92,6 +105,32 @@ class Run:
         """Say what `[n]` may point at from now on."""
         self.passages, self.citations = passages, CitationReader(passages)
         self.events.append(PassagesFound(passages))
+
+    def chose(self, candidate: Candidate, route: Route, reason: str) -> None:
+        """Keep why a model is asked. One that is asked again after tools were called was chosen before."""
+        choice = Choice(candidate.model, candidate.provider, route.tier, reason, route.difficulty)
+        if choice not in self.choices:
+            self.choices.append(choice)
+
+    def next_attempt(self) -> int:
+        """Number of the next provider call, from 1; none is given twice."""
+        self._attempts_begun += 1
+        return self._attempts_begun
+
+    def verdict_of(self, draft: Draft) -> str:
+        """What the checks will say of a draft that nobody has read. One that calls tools is no answer yet."""
+        if draft.calls:
+            return "passed"
+        reader = CitationReader(self.passages)
+        reader.read(draft.text)
+        return judge(draft.text, draft.finish_reason, reader.unknown)
+
+    def release(self, text: str) -> None:
+        """Show what was held back, if anything was."""
+        if self.holding:
+            self.holding = False
+            if text:
+                self.write(text)
 
     def write(self, text: str) -> None:
         """Pass on a piece of text, then the citations it completes."""
@@ -115,7 +154,7 @@ class Run:
         parts = (
             asked.principal.user if limits.cache_per_user else "",
             asked.tier,
-            *(candidate.model for candidate in asked.candidates),
+            *sorted(candidate.model for candidate in asked.candidates),
             self.kit.template.name,
             language(asked.text),
             str(asked.output_tokens_max),
@@ -151,6 +190,7 @@ class Run:
             verdict=self.verdict,
             first_token_ms=round(self.first_token_ms, 3),
             duration_ms=round(self.trail.elapsed_ms, 3),
+            choices=tuple(self.choices),
         )
 
     def record(self, failure: DomainError | None, *running: Attempt) -> OperationRecord:

@@ -2,8 +2,12 @@
 
 import asyncio
 import contextlib
+import os
+import random
 import secrets
+import time
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 import redis.asyncio as redis
 import structlog
@@ -15,24 +19,25 @@ from services.chassis.errors import DomainError
 from services.chassis.lifecycle import Service
 from services.chassis.passport import Passport
 from services.chassis.server import Server, passport_identity
-from services.orchestrator import spool
+from services.orchestrator import providers, spool
 from services.orchestrator.answer import produce
-from services.orchestrator.claude_model import PROVIDER as ANTHROPIC
-from services.orchestrator.claude_model import ClaudeModel
 from services.orchestrator.clients import RemoteLedger, RemoteMemory, SpooledBooks, ping
-from services.orchestrator.compose import read_template
+from services.orchestrator.compose import CONTINUE_FILE, read_template
 from services.orchestrator.config import OrchestratorSettings
 from services.orchestrator.extractive_model import ExtractiveModel
+from services.orchestrator.health import Health
 from services.orchestrator.leases import Leases
 from services.orchestrator.mirrors import Mirrors, interrupted
+from services.orchestrator.models_file import MODELS_FILE, read_table, reload_forever
 from services.orchestrator.ports import Model, SharedLogs
 from services.orchestrator.publisher import Publisher
 from services.orchestrator.redis_cache import RedisCache
 from services.orchestrator.redis_logs import RedisLogs
 from services.orchestrator.registry import Bounds, Registry
-from services.orchestrator.router import EXTRACTIVE, read_models
-from services.orchestrator.rpc import OrchestratorRpc, event_bytes, offer
+from services.orchestrator.router import EXTRACTIVE, Router
+from services.orchestrator.rpc import OrchestratorRpc, event_bytes, new_answer_id, offer
 from services.orchestrator.run import Limits, Toolkit
+from services.orchestrator.shadow import Shadows
 from services.orchestrator.standalone import language
 
 WORKS_PER_ANSWER_MAX = 5
@@ -98,17 +103,10 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
         )
 
         models: dict[str, Model] = {EXTRACTIVE: ExtractiveModel(language)}
-        if key := settings.anthropic_api_key.get_secret_value():
-            claude = ClaudeModel(
-                key,
-                settings.anthropic_base_url,
-                connect_s=settings.model_connect_s,
-                first_token_s=settings.model_first_token_s,
-                stall_s=settings.model_stall_s,
-            )
-            stack.push_async_callback(claude.aclose)
-            models[ANTHROPIC] = claude
-        router = read_models(models, settings.default_tier)
+        models_file = Path(settings.models_file) if settings.models_file else MODELS_FILE
+        table = read_table(models_file)
+        models |= await stack.enter_async_context(providers.opened(settings, models_file, os.environ))
+        router = Router(table, models, settings.default_tier, random.random)
 
         after = AfterWork(tasks_max=WORKS_PER_ANSWER_MAX * settings.answers_max)
         limits = Limits(
@@ -119,7 +117,10 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             cache_per_user=settings.cache_scope == "user",
             output_tokens_min=settings.output_tokens_min,
         )
-        kit = Toolkit(memory, ledger, exact, books, models, after, clock, read_template(), limits, leases)
+        health = Health(time.monotonic, random.random)
+        continuation = read_template(CONTINUE_FILE)
+        shadows = Shadows(settings.shadow_tenant, new_answer_id, random.random)
+        kit = Toolkit(memory, ledger, exact, books, models, after, clock, read_template(), limits, leases, health, continuation, shadows)
         publisher = Publisher(logs, replica, event_bytes, kept_s=settings.logs_kept_s, bytes_max=settings.logs_bytes_max)
         registry = Registry(
             lambda question, events: produce(question, kit, events),
@@ -141,6 +142,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             "lease": registry.live_forever(),
             "credit leases": leases.live_forever(),
             "cancels": registry.listen_forever(),
+            "models file": reload_forever(router, models_file),
             "interrupted answers": tell_interrupted(logs, outbox.interrupted),
         }
         for name, work in works.items():
@@ -164,6 +166,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             """Answers first, then what they left to do, then what the ledger has not booked; that much stays on disk."""
             loop = asyncio.get_running_loop()
             ends_at = loop.time() + timeout_s
+            await shadows.stop()
             if stopped := await registry.drain(timeout_s / 2):
                 log.warning("answers_interrupted", answers=stopped)
             abandoned = await after.drain(max(0.5, ends_at - loop.time() - 0.5))

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 
 import pytest
 
@@ -11,8 +10,8 @@ from bench.simulator import Provider
 from services.orchestrator.claude_model import ClaudeModel
 from services.orchestrator.domain import Candidate, Draft, Message, Passage, Prompt
 from services.orchestrator.extractive_model import ExtractiveModel
-from services.orchestrator.ports import Model
 from services.orchestrator.standalone import language
+from tests.contract.model_subjects import SUBJECTS, Subject, subject_of
 from tests.fakes.orchestrator_world import provider_server, until
 
 TEXT = "The gateway listens on port 8080. The gateway speaks HTTP and gRPC. Holds live for ten minutes."
@@ -24,29 +23,19 @@ def prompt(question: str = "Which port does the gateway listen on?") -> Prompt:
     return Prompt("t", "Answer.", (Message("user", f'<passage n="1">{TEXT}</passage> {question}'),), question, (PASSAGE,), 500)
 
 
-@dataclass
-class Subject:
-    """A model under test."""
-
-    model: Model
-    candidate: Candidate
-
-
 @pytest.fixture
 async def provider() -> Provider:
     return Provider()
 
 
-@pytest.fixture(params=["extractive", "claude"])
+@pytest.fixture(params=["extractive", *SUBJECTS])
 async def subject(request: pytest.FixtureRequest, provider: Provider) -> AsyncIterator[Subject]:
     """Each implementation in turn."""
     if request.param == "extractive":
         yield Subject(ExtractiveModel(language), Candidate("extractive", "extractive", 1_000_000, 64_000))
         return
-    async with provider_server(provider) as url:
-        model = ClaudeModel("key", url, connect_s=1, first_token_s=5, stall_s=5)
-        yield Subject(model, Candidate("anthropic", "claude-haiku-5-5", 200_000, 64_000))
-        await model.aclose()
+    async with provider_server(provider) as url, subject_of(request.param, url) as made:
+        yield made
 
 
 def draft(heard: list[str] | None = None, then: Callable[[], None] = lambda: None) -> Draft:
@@ -121,7 +110,7 @@ async def test_claude_closes_the_socket_within_a_moment_of_a_cancel(provider: Pr
     """Cancelled before, in and between tokens: the provider sees the socket close, and nothing goes back into the pool half-read."""
     provider.default = Behaviour(tokens=1000, tokens_per_s=100, ttft_ms=30)
     async with provider_server(provider) as url:
-        model = ClaudeModel("key", url, connect_s=1, first_token_s=5, stall_s=5)
+        model = ClaudeModel(["key"], url, connect_s=1, first_token_s=5, stall_s=5)
         for wait_s in (0.01, 0.05, 0.1, 0.15):
             calling = asyncio.create_task(model.generate(prompt(), Candidate("anthropic", "claude-haiku-5-5", 1, 1), 1000, draft()))
             await asyncio.sleep(wait_s)
@@ -140,7 +129,7 @@ async def test_claude_closes_the_socket_within_a_moment_of_a_cancel(provider: Pr
 async def test_claude_sends_the_stable_part_as_a_prefix_that_may_be_kept(provider: Provider) -> None:
     """The system prompt is marked for the provider's cache and holds nothing of the question."""
     async with provider_server(provider) as url:
-        model = ClaudeModel("key", url, connect_s=1, first_token_s=5, stall_s=5)
+        model = ClaudeModel(["key"], url, connect_s=1, first_token_s=5, stall_s=5)
         await model.generate(prompt(), Candidate("anthropic", "claude-haiku-5-5", 1, 1), 10, draft())
         await model.aclose()
     sent = provider.prompts[-1]
@@ -153,7 +142,7 @@ async def test_claude_that_cannot_be_reached_was_sent_nothing() -> None:
     """A refused connection costs nothing, and the draft says so: its hold is given back."""
     from services.chassis.errors import ModelFailed
 
-    model = ClaudeModel("key", "http://127.0.0.1:1", connect_s=1, first_token_s=5, stall_s=5)
+    model = ClaudeModel(["key"], "http://127.0.0.1:1", connect_s=1, first_token_s=5, stall_s=5)
     made = draft()
     with pytest.raises(ModelFailed) as failed:
         await model.generate(prompt(), Candidate("anthropic", "claude-haiku-5-5", 1, 1), 10, made)

@@ -176,3 +176,29 @@ async def test_after_all_refusals_nothing_was_written(suite: Suite) -> None:
     for table in ("operations", "turns", "holds"):
         assert await suite.rows(f"SELECT 1 FROM {table} WHERE tenant = 'refused'") == []
     assert await suite.provider.records() == []
+
+
+async def test_a_tier_that_the_plan_has_not_is_refused_and_so_are_its_models(suite: Suite) -> None:
+    """403 whichever way it is asked for; what the plan has is answered, and no budget is touched by a refusal."""
+    plan = {
+        "requests_per_minute": 100,
+        "tokens_per_minute": 1_000_000,
+        "concurrent_answers": 9,
+        "monthly_budget_usd": "0",
+        "tiers": ["fast"],
+    }
+    async with suite.client("boss", "plans", ("user", "admin")) as admin:
+        (await admin.put("/v1/admin/plans/narrow", json=plan)).raise_for_status()
+        (await admin.put("/v1/admin/subscriptions/ann", json={"plan": "narrow"})).raise_for_status()
+    async with suite.client("ann", "plans") as http:
+        asked = {"question": "What does the river bring?", "stream": False, "cache": "off"}
+        by_tier = await http.post("/v1/answers", json={**asked, "tier": "smart"})
+        by_model = await http.post("/v1/answers", json={**asked, "model": "claude-sonnet-5-5"})
+        allowed = await http.post("/v1/answers", json={**asked, "tier": "fast"})
+        chosen = await http.post(
+            "/v1/answers", json={**asked, "tier": "auto", "question": "Compare both plans and explain why one is dearer."}
+        )
+
+    assert [problem_of(refused, 403)["reason"] for refused in (by_tier, by_model)] == ["NOT_ALLOWED"] * 2
+    assert allowed.status_code == 200
+    assert [(choice["tier"], choice["reason"]) for choice in chosen.json()["choices"]] == [("fast", "plan")]

@@ -46,6 +46,8 @@ PRICES = {
     "claude-sonnet-5-5": Price(
         "anthropic", "claude-sonnet-5-5", 1, 2_000_000_000, 10_000_000_000, 100_000_000, 2_500_000_000, 4_000_000_000
     ),
+    "gpt-6-luna": Price("openai", "gpt-6-luna", 1, 100_000_000, 500_000_000, 10_000_000, 125_000_000, 200_000_000),
+    "gemini-3.8-flash": Price("gemini", "gemini-3.8-flash", 1, 750_000_000, 3_750_000_000, 75_000_000, 750_000_000, 750_000_000),
     "extractive": Price("extractive", "extractive"),
 }
 PASSAGES = [
@@ -127,6 +129,8 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
     records: int = 0
     turns: dict[str, list[ledger_pb.Turn]] = field(default_factory=dict)
     broke: bool = False
+    too_dear: set[str] = field(default_factory=set)
+    """Models that no budget can pay."""
     affordable: int = 1_000_000
     """Most output tokens that the budget can pay for."""
     credit_nanousd: int = 10_000_000_000
@@ -143,7 +147,7 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
         if self.away:
             raise Unavailable("postgres is away", dependency="postgres")
         granted = min(request.output_tokens_max, self.affordable)
-        if self.broke or granted < (request.output_tokens_min or request.output_tokens_max):
+        if self.broke or request.model in self.too_dear or granted < (request.output_tokens_min or request.output_tokens_max):
             raise BudgetExhausted("nothing is left", needed_nanousd=1, left_nanousd=0, scope="tenant")
         price = PRICES.get(request.model)
         if price is None:
@@ -363,6 +367,9 @@ async def world(folder: Path, redis_url: str, *, with_key: bool = True, **variab
             "REDIS_URL": redis_url,
             "ANTHROPIC_API_KEY": "test-key" if with_key else "",
             "ANTHROPIC_BASE_URL": base_url,
+            "GOOGLE_GEMINI_BASE_URL": base_url,
+            # An address of one's own is a provider, also without a key.
+            **({"OPENAI_BASE_URL": f"{base_url}/v1"} if "OPENAI_API_KEY" in variables else {}),
             **variables,
         }
         yield await stack.enter_async_context(_orchestrator(folder, ledger, retrieval, provider, spans, variables))

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.chassis.money import Price, Usage
-from services.orchestrator.claude_model import EventBytes
 from services.orchestrator.compose import Template, compose
 from services.orchestrator.domain import Draft, Passage, Prompt, Turn
+from services.orchestrator.event_bytes import EventBytes
 from services.orchestrator.redis_cache import normalise
 from services.orchestrator.validate import CitationReader
 
@@ -30,7 +30,7 @@ def pieces(whole: str | bytes, cuts: list[int]) -> list[str | bytes]:
 def test_events_are_the_same_however_the_bytes_arrive(datas: list[str], newline: bytes, cuts: list[int]) -> None:
     """Any chunking, any line ending of the standard: the same data in the same order."""
     stream = b"".join(b"event: x" + newline + b"data: " + data.encode() + newline + newline for data in datas)
-    reader = EventBytes()
+    reader = EventBytes("p")
     read = [data for piece in pieces(stream, cuts) for data in reader.feed(piece)]  # type: ignore[arg-type]
     if newline == b"\r":  # a last \r may still be half of \r\n
         read += list(reader.feed(b"\n"))

@@ -258,7 +258,7 @@ async def test_models_are_those_that_are_configured(claude: World, tmp_path: Pat
 
     assert with_key.default_tier == "fast"
     assert {model.model for model in with_key.models} > {"claude-haiku-5-5", "claude-sonnet-5-5"}
-    assert [(model.model, sorted(model.tiers)) for model in without.models] == [("extractive", ["fast", "smart"])]
+    assert [(model.model, sorted(model.tiers)) for model in without.models] == [("extractive", ["auto", "best", "fast", "smart"])]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """The price book, and the figures that come with the project."""
 
 import json
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 
@@ -91,13 +91,34 @@ def test_cache_prices_are_the_stated_multiples_of_the_input_price() -> None:
     """Writes 1.25 and 2 times, reads 0.05 times on Opus 5.5 and Sonnet 5.5 (from 7 October on) and 0.10 times elsewhere."""
     for known in PriceBook(NUMBERED).all_in_force("t", NOW):
         price = known.price
-        if price.provider == "openai":
+        if price.provider in ("openai", "gemini"):
             continue
         share = 20 if price.model in ("claude-opus-5-5", "claude-sonnet-5-5") else 10
 
         assert (price.cache_write_5m * 4, price.cache_write_1h) == (price.input * 5, price.input * 2), price.model
         assert price.cache_read * share == price.input, price.model
         assert price.source
+
+
+def test_gpt_costs_its_multiples_for_cache_and_long_prompts() -> None:
+    """Writes 1.25 and 2 times, reads 0.05 times but on Luna; above 272,000 tokens twice for what goes in, 1.5 times for what comes out."""
+    for model in ("gpt-6.2-astra", "gpt-6.2-sol", "gpt-6.1-terra", "gpt-6-luna"):
+        price = PriceBook(NUMBERED).in_force("t", "openai", model, datetime(2026, 11, 26, tzinfo=UTC)).price
+        long = (price.long_context_above_tokens, price.long_input, price.long_output * 2)
+
+        assert (price.cache_write_5m * 4, price.cache_write_1h) == (price.input * 5, price.input * 2), model
+        assert price.cache_read * (10 if model == "gpt-6-luna" else 20) == price.input, model
+        assert long == (272_000, price.input * 2, price.output * 3), model
+
+
+@pytest.mark.parametrize(("model", "last_day"), [("gemini-4-argon", (2026, 11, 30)), ("gemini-3.8-flash", (2026, 12, 31))])
+def test_gemini_costs_twice_as_much_once_its_introduction_is_over(model: str, last_day: tuple[int, int, int]) -> None:
+    """Both prices are listed ahead, and what is written to the cache costs what any token does."""
+    book, day = PriceBook(NUMBERED), datetime(*last_day, 23, 59, tzinfo=UTC)
+    before, after = (book.in_force("t", "gemini", model, at).price for at in (day, day + timedelta(minutes=1)))
+
+    assert (before.input * 2, before.output * 2, before.cache_read * 2) == (after.input, after.output, after.cache_read)
+    assert (after.cache_write_5m, after.cache_write_1h) == (after.input, after.input)
 
 
 def test_a_cached_token_of_an_embedding_costs_what_any_does() -> None:
@@ -109,7 +130,10 @@ def test_a_cached_token_of_an_embedding_costs_what_any_does() -> None:
             assert price.cost_nanousd(usage) == nanousd(usd)
 
 
-NEWER = {"extractive", "claude-fable-5-1", "claude-opus-5-5", "claude-opus-5", "claude-sonnet-5-5", "claude-haiku-5-5", "claude-haiku-4-5"}
+NEWER = {
+    *("extractive", "claude-fable-5-1", "claude-opus-5-5", "claude-opus-5", "claude-sonnet-5-5", "claude-haiku-5-5", "claude-haiku-4-5"),
+    *("gpt-6.2-astra", "gpt-6.2-sol", "gpt-6.1-terra", "gpt-6-luna", "gemini-4-argon", "gemini-3.8-flash"),
+}
 """What the collected list does not know, because it is of September 2025 or because the model is our own."""
 
 

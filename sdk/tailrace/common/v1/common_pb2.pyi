@@ -34,12 +34,16 @@ class Principal(_message.Message):
     API_KEY_ID_FIELD_NUMBER: _builtins.int
     SCOPES_FIELD_NUMBER: _builtins.int
     GROUPS_FIELD_NUMBER: _builtins.int
+    PLAN_FIELD_NUMBER: _builtins.int
+    TIERS_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     """The tenant every query is bound to. 1-128 characters."""
     user: _builtins.str
     """The user inside the tenant (`sub` of the token). 1-256 characters."""
     api_key_id: _builtins.str
     """Id of the API key that was used; empty for a token."""
+    plan: _builtins.str
+    """Name of the user's plan, where the edge knows it. At most 64 characters; empty = not known."""
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Any of `user`, `service`, `admin`. At most 16."""
@@ -58,6 +62,10 @@ class Principal(_message.Message):
     def groups(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Groups the user belongs to (claim `groups` of the token); documents can be limited to them. At most 64 of 1-128 characters."""
 
+    @_builtins.property
+    def tiers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Tiers the plan may use. Empty = all, or not known. At most 32 of at most 64 characters."""
+
     def __init__(
         self,
         *,
@@ -68,10 +76,12 @@ class Principal(_message.Message):
         api_key_id: _builtins.str = ...,
         scopes: _abc.Iterable[_builtins.str] | None = ...,
         groups: _abc.Iterable[_builtins.str] | None = ...,
+        plan: _builtins.str = ...,
+        tiers: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["issued_at", b"issued_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key_id", b"api_key_id", "groups", b"groups", "issued_at", b"issued_at", "roles", b"roles", "scopes", b"scopes", "tenant", b"tenant", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key_id", b"api_key_id", "groups", b"groups", "issued_at", b"issued_at", "plan", b"plan", "roles", b"roles", "scopes", b"scopes", "tenant", b"tenant", "tiers", b"tiers", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

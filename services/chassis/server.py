@@ -27,7 +27,8 @@ from services.chassis.tls import MutualTls
 
 log = structlog.get_logger(__name__)
 
-MESSAGE_BYTES_MAX = 4 * 1024 * 1024
+MESSAGE_BYTES_MAX = 12 * 1024 * 1024
+"""Room for the pictures of a question, 10 MiB together, and its words."""
 STREAMS_PER_CONNECTION_MAX = 2000
 METADATA_BYTES_MAX = 16 * 1024
 """Of one call, names and values: a token has at most 8 KiB, and a signed principal far less."""

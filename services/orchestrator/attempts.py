@@ -48,11 +48,14 @@ async def first_draft(run: Run, prompt: Prompt) -> Draft:
     Raises the last failure when nothing is left to try, and the first one after text has left: what was shown cannot be unsaid.
     """
     candidate, asked = run.question.candidates[0], list[Candidate]()
+    made = len(run.attempts)  # with tools an answer takes several drafts; each attempt has a number, and a hold, of its own
     while True:
         if (deadline := current_deadline.get()) is not None:
             deadline.require("generate", GENERATE_LEAST_S)
         asked.append(candidate)
-        call = _Call(len(asked), candidate, prompt, min(run.question.output_tokens_max, candidate.output_tokens_max), Draft(run.write))
+        call = _Call(
+            made + len(asked), candidate, prompt, min(run.question.output_tokens_max, candidate.output_tokens_max), Draft(run.write)
+        )
         try:
             with run.step("hold") as step:
                 await _hold(run, call, step)

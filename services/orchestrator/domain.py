@@ -107,6 +107,13 @@ class Question:
     """The answer whose turn this one takes the place of."""
     output_schema: Mapping[str, Any] | None = None
     """JSON Schema the text must satisfy."""
+    resumed: "Suspended | None" = None
+    """What goes on here; `tool_results` has one result for each of its calls then."""
+
+    @property
+    def uses_tools(self) -> bool:
+        """Whether tools may have a part in the answer, which is then true for nobody else and at no other time."""
+        return bool(self.tools or self.server_tools or self.resumed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +232,32 @@ class Prompt:
     @property
     def input_tokens_estimate(self) -> int:
         return -(-self.input_tokens_max // ESTIMATE_BYTES_PER_TOKEN)
+
+
+@dataclass(frozen=True, slots=True)
+class Suspended:
+    """An answer that ended in calls of its client's tools, as it goes on once their results are here."""
+
+    answer_id: str
+    owner: tuple[str, str]
+    """Tenant and user."""
+    session_id: str
+    collection: str
+    tier: str
+    question: str
+    prompt: Prompt
+    """With the message that calls as its last. Its pictures are left out: they come again with the results."""
+    has_images: bool
+    results: tuple[ToolResult, ...]
+    """Of the calls that are not the client's, as the model is to see them."""
+    tools: tuple[ToolSpec, ...]
+    """The client's."""
+    server_tools: tuple[str, ...]
+
+    @property
+    def calls(self) -> tuple[ToolCall, ...]:
+        """All calls that wait for a result or have one, in order."""
+        return self.prompt.messages[-1].calls
 
 
 @dataclass(frozen=True, slots=True)

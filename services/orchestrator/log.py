@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from services.chassis.errors import DomainError, ModelFailed, Overloaded
-from services.orchestrator.domain import Citation, Done, Event, PassagesFound, Recorded, TextDelta
+from services.orchestrator.domain import Citation, Done, Event, PassagesFound, Recorded, TextDelta, ToolCall, ToolResult
 
 EVENTS_MAX = 70_000
 """More than one delta per token of the longest answer that can be asked for, and every citation of a normal one."""
@@ -65,6 +65,8 @@ class EventLog:
                 size = sum(len(passage.text.encode()) for passage in passages)
             case Citation():
                 size = CITATION_BYTES
+            case ToolCall(arguments=part) | ToolResult(text=part):
+                size = len(part.encode()) or 1
             case _:
                 size = 0
         if size and (len(self._entries) >= self._events_max - RESERVED_EVENTS or self.bytes + size > self._bytes_max):

@@ -31,6 +31,7 @@ from services.orchestrator.domain import (
 from services.orchestrator.log import EventLog
 from services.orchestrator.ports import Books, Credit, ExactCache, Ledger, Memory, Model
 from services.orchestrator.standalone import language
+from services.orchestrator.tools.toolbox import Toolset
 from services.orchestrator.validate import CitationReader
 
 FACTS_MAX = 16
@@ -63,6 +64,7 @@ class Toolkit:
     template: Template
     limits: Limits
     credit: Credit
+    tools: Toolset
 
 
 class Run:
@@ -79,6 +81,7 @@ class Run:
         self.edition = Edition(0)
         self.cache = CacheReceipt("off" if question.cache == "off" else "miss", reason="" if question.cache == "use" else "requested")
         self.pieces: list[str] = []
+        self._paragraph_due = False
         self.model = self.provider = self.finish_reason = self.verdict = ""
         self.first_token_ms = 0.0
         self.attempts: list[Attempt] = []
@@ -93,8 +96,15 @@ class Run:
         self.passages, self.citations = passages, CitationReader(passages)
         self.events.append(PassagesFound(passages))
 
+    def begin_paragraph(self) -> None:
+        """Say that what is written next, if anything, is not part of the sentence before: tools were called in between."""
+        self._paragraph_due = bool(self.pieces)
+
     def write(self, text: str) -> None:
         """Pass on a piece of text, then the citations it completes."""
+        if self._paragraph_due:
+            self._paragraph_due = False
+            text = "\n\n" + text
         if not self.first_token_ms:
             self.first_token_ms = self.trail.elapsed_ms
         self.trail.tell()

@@ -19,7 +19,7 @@ from services.orchestrator import spool
 from services.orchestrator.answer import produce
 from services.orchestrator.claude_model import PROVIDER as ANTHROPIC
 from services.orchestrator.claude_model import ClaudeModel
-from services.orchestrator.clients import RemoteLedger, RemoteMemory, SpooledBooks, ping
+from services.orchestrator.clients import RemoteLedger, RemoteMemory, RemoteSearch, SpooledBooks, ping
 from services.orchestrator.compose import read_template
 from services.orchestrator.config import OrchestratorSettings
 from services.orchestrator.extractive_model import ExtractiveModel
@@ -29,11 +29,18 @@ from services.orchestrator.ports import Model, SharedLogs
 from services.orchestrator.publisher import Publisher
 from services.orchestrator.redis_cache import RedisCache
 from services.orchestrator.redis_logs import RedisLogs
+from services.orchestrator.redis_tools import RedisPendingCalls, RedisWords
 from services.orchestrator.registry import Bounds, Registry
 from services.orchestrator.router import EXTRACTIVE, read_models
 from services.orchestrator.rpc import OrchestratorRpc, event_bytes, offer
 from services.orchestrator.run import Limits, Toolkit
 from services.orchestrator.standalone import language
+from services.orchestrator.tools.addresses import parse_hosts
+from services.orchestrator.tools.calculator import Calculator
+from services.orchestrator.tools.confirmations import Confirmations
+from services.orchestrator.tools.current_time import CurrentTime
+from services.orchestrator.tools.document_search import SearchDocuments
+from services.orchestrator.tools.toolbox import Tool, Toolbox, ToolLimits, Toolset
 
 WORKS_PER_ANSWER_MAX = 5
 """Conclusion, turn and two caches of an answer, and one more for those that wait for a ledger that is away."""
@@ -108,6 +115,27 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             )
             stack.push_async_callback(claude.aclose)
             models[ANTHROPIC] = claude
+        search = RemoteSearch(retrieval_channel, Caller(settings.retrieval_target, passport))
+        built_in: list[Tool] = [SearchDocuments(search), Calculator(), CurrentTime(clock)]
+        if hosts := parse_hosts(settings.fetch_hosts):
+            from services.orchestrator.tools.fetch_url import FetchUrl
+
+            built_in.append(FetchUrl(hosts))
+        confirmed = filter(None, (name.strip() for name in settings.tools_confirmed.split(",")))
+        tools = Toolset(
+            Toolbox(built_in, (), confirmed),
+            RedisPendingCalls(
+                cache, kept_s=settings.tools_pending_s, bytes_max=settings.tools_pending_bytes_max, timeout_s=settings.logs_timeout_s
+            ),
+            Confirmations(RedisWords(cache, settings.logs_timeout_s)),
+            ToolLimits(
+                rounds_max=settings.tools_rounds_max,
+                call_s=settings.tools_call_s,
+                confirm_s=settings.tools_confirm_s,
+                result_bytes_max=settings.tools_result_bytes_max,
+                results_bytes_max=settings.tools_results_bytes_max,
+            ),
+        )
         router = read_models(models, settings.default_tier)
 
         after = AfterWork(tasks_max=WORKS_PER_ANSWER_MAX * settings.answers_max)
@@ -119,7 +147,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             cache_per_user=settings.cache_scope == "user",
             output_tokens_min=settings.output_tokens_min,
         )
-        kit = Toolkit(memory, ledger, exact, books, models, after, clock, read_template(), limits, leases)
+        kit = Toolkit(memory, ledger, exact, books, models, after, clock, read_template(), limits, leases, tools)
         publisher = Publisher(logs, replica, event_bytes, kept_s=settings.logs_kept_s, bytes_max=settings.logs_bytes_max)
         registry = Registry(
             lambda question, events: produce(question, kit, events),
@@ -151,7 +179,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
 
         server = Server(passport_identity(passport), reflect=settings.environment == "development", tls=tls)
         handlers = OrchestratorRpc(
-            registry, router, books, clock, output_tokens_default=settings.output_tokens_default, heartbeat_s=settings.heartbeat_s
+            registry, router, books, clock, tools, output_tokens_default=settings.output_tokens_default, heartbeat_s=settings.heartbeat_s
         )
         offer(server, handlers)
 

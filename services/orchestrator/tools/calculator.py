@@ -166,7 +166,10 @@ class _Reader:
         self._close()
         if not least <= len(arguments) <= most:
             raise ToolFailed(f"{token} takes {least} to {most} arguments")
-        return function(*arguments)
+        value = function(*arguments)
+        if not value.is_finite():
+            raise ToolFailed(f"{token} has no value there")
+        return value
 
     def _close(self) -> None:
         if not self._take(")"):

@@ -164,7 +164,9 @@ class Ledger(Peer):
         """What the principal's plan gives."""
         reply = await self.unary(self.stub.GetEntitlements, ledger.GetEntitlementsRequest(), timeout_s=2.0, principal=principal)
         plan = reply.plan
-        return Entitlements(_allowance(plan), _allowance(plan.tenant_limits), _allowance(plan.key_limits), plan.answer_deadline_ms)
+        return Entitlements(
+            _allowance(plan), _allowance(plan.tenant_limits), _allowance(plan.key_limits), plan.answer_deadline_ms, tuple(plan.tools)
+        )
 
     async def resolve_api_key(self, secret: str) -> Principal | None:
         """Whose key this is; None if it is nobody's."""

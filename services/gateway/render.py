@@ -104,6 +104,7 @@ def plan(message: ledger.Plan) -> dict[str, Any]:
         "tenant_limits": _limits(message.tenant_limits),
         "key_limits": _limits(message.key_limits),
         "answer_deadline_ms": message.answer_deadline_ms,
+        "tools": list(message.tools),
     }
 
 

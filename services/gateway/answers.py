@@ -121,7 +121,7 @@ async def _whole(events: AsyncIterator[Any]) -> dict[str, Any]:
             case "step":
                 steps[event.step.name, event.step.started_ms] = render.plain(event.step)  # calls of tools have a name in common
             case "tool_call":
-                calls.append(render.plain(event.tool_call))
+                calls.append(render.tool_call(event.tool_call))
             case "tool_result":
                 results.append(render.plain(event.tool_result))
             case "done":

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import os
 import secrets
+import time
 from collections.abc import AsyncIterator, Sequence
 
 import redis.asyncio as redis
@@ -40,7 +42,7 @@ from services.orchestrator.tools.calculator import Calculator
 from services.orchestrator.tools.confirmations import Confirmations
 from services.orchestrator.tools.current_time import CurrentTime
 from services.orchestrator.tools.document_search import SearchDocuments
-from services.orchestrator.tools.toolbox import Tool, Toolbox, ToolLimits, Toolset
+from services.orchestrator.tools.toolbox import Source, Tool, Toolbox, ToolLimits, Toolset
 
 WORKS_PER_ANSWER_MAX = 5
 """Conclusion, turn and two caches of an answer, and one more for those that wait for a ledger that is away."""
@@ -121,9 +123,17 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             from services.orchestrator.tools.fetch_url import FetchUrl
 
             built_in.append(FetchUrl(hosts))
-        confirmed = filter(None, (name.strip() for name in settings.tools_confirmed.split(",")))
+        confirmed = [name for part in settings.tools_confirmed.split(",") if (name := part.strip())]
+        sources: list[Source] = []
+        if settings.mcp_servers is not None:
+            from services.orchestrator.tools.mcp_servers import open_servers
+
+            for source in open_servers(settings.mcp_servers, os.environ, time.monotonic):
+                stack.push_async_callback(source.aclose)
+                sources.append(source)
+                confirmed += source.confirmed
         tools = Toolset(
-            Toolbox(built_in, (), confirmed),
+            Toolbox(built_in, sources, confirmed),
             RedisPendingCalls(
                 cache, kept_s=settings.tools_pending_s, bytes_max=settings.tools_pending_bytes_max, timeout_s=settings.logs_timeout_s
             ),

@@ -2,8 +2,8 @@
 
 import functools
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from services.chassis import telemetry
 from services.chassis.afterwork import AfterWork
@@ -35,6 +35,8 @@ from services.orchestrator.tools.toolbox import Toolset
 from services.orchestrator.validate import CitationReader
 
 FACTS_MAX = 16
+PASSAGES_MAX = 32
+"""As many as an event has room for by the contract."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,21 @@ class Run:
         """Say what `[n]` may point at from now on."""
         self.passages, self.citations = passages, CitationReader(passages)
         self.events.append(PassagesFound(passages))
+
+    def show_more(self, passages: Sequence[Passage]) -> tuple[Passage, ...]:
+        """Give passages that a tool found numbers to be cited by, and say so; one that is known already keeps its number.
+
+        Returns those that have one: an answer has at most PASSAGES_MAX.
+        """
+        known = {passage.chunk_id: passage for passage in self.passages}
+        for passage in passages:
+            if passage.chunk_id not in known and len(known) < PASSAGES_MAX:
+                known[passage.chunk_id] = replace(passage, number=len(known) + 1)
+        if len(known) > len(self.passages):
+            self.passages = tuple(known.values())
+            self.citations.know(self.passages)
+            self.events.append(PassagesFound(self.passages))
+        return tuple(known[passage.chunk_id] for passage in passages if passage.chunk_id in known)
 
     def begin_paragraph(self) -> None:
         """Say that what is written next, if anything, is not part of the sentence before: tools were called in between."""

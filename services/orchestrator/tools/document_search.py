@@ -1,6 +1,7 @@
 """The tool `search_documents`: the asker's own documents, searched again in the middle of an answer, in the answer's collection only."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from services.orchestrator.domain import Passage, Question, ToolSpec
@@ -9,6 +10,8 @@ from services.orchestrator.tools.toolbox import Output
 
 HITS_MAX = 10
 HIT_CHARACTERS_MAX = 2_000
+HITS_BYTES_MAX = 14_000
+"""Of all of them: a little less than a result may have (`ToolLimits.result_bytes_max`)."""
 PLACE_CHARACTERS_MAX = 200
 
 
@@ -18,7 +21,7 @@ class SearchDocuments:
     spec = ToolSpec(
         "search_documents",
         "Searches the user's documents by meaning and by words. Use it when the passages you were given do not answer the question, with "
-        "other words or for a part of the question. Returns excerpts with the titles of their documents.",
+        "other words or for a part of the question. Returns numbered passages; cite them as you cite the others.",
         {
             "type": "object",
             "properties": {
@@ -38,10 +41,24 @@ class SearchDocuments:
         hits = await self._documents.search(arguments["query"], asked.collection, int(arguments.get("limit", 5)))
         if not hits:
             return Output("Nothing was found.")
-        return Output("\n\n".join(map(_told, hits)), suspicious=any(hit.flags for hit in hits))
+        hits = _fitting(hits)
+        return Output("\n\n".join(map(_told, hits)), suspicious=any(hit.flags for hit in hits), passages=hits)
+
+
+def _fitting(hits: Sequence[Passage]) -> tuple[Passage, ...]:
+    """The best hits, each and all of them within bounds, so that none is cut in the middle and loses its number."""
+    kept: list[Passage] = []
+    left = HITS_BYTES_MAX
+    for hit in hits:
+        hit = replace(hit, text=hit.text[:HIT_CHARACTERS_MAX])
+        left -= len(_told(hit).encode())
+        if left < 0 and kept:
+            break
+        kept.append(hit)
+    return tuple(kept)
 
 
 def _told(hit: Passage) -> str:
     place = " › ".join((hit.title, *hit.heading_path))[:PLACE_CHARACTERS_MAX]
     page = f", page {hit.page}" if hit.page else ""
-    return f"From {place}{page}:\n{hit.text[:HIT_CHARACTERS_MAX]}"
+    return f"From {place}{page}:\n{hit.text}"

@@ -24,7 +24,7 @@ from mcp.client.streamable_http import streamable_http_client
 from mcp.shared.exceptions import MCPError
 
 from services.chassis.errors import Unavailable
-from services.orchestrator.compose import defused
+from services.orchestrator.compose import tool_description
 from services.orchestrator.domain import Question, ToolSpec
 from services.orchestrator.tools.schemas import Schema, SchemaRefused, closed
 from services.orchestrator.tools.toolbox import NAME, Output, Tool, ToolFailed
@@ -227,7 +227,7 @@ class McpServer:
         except SchemaRefused as error:
             log.warning("tool_left_out", server=self.name, cause=str(error)[:120])
             return None
-        description = defused(listed.description or listed.title or "")[:DESCRIPTION_CHARACTERS_MAX]
+        description = tool_description(listed.description or listed.title or "", DESCRIPTION_CHARACTERS_MAX)
         return McpTool(self, listed.name, ToolSpec(name, description, listed.input_schema), listed.output_schema)
 
     async def call(self, tool: str, arguments: Mapping[str, Any]) -> Output:

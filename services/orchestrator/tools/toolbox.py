@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import structlog
 
 from services.chassis.errors import DomainError, RequestInvalid
-from services.orchestrator.domain import Question, ToolCall, ToolSpec
+from services.orchestrator.domain import Passage, Question, ToolCall, ToolSpec
 from services.orchestrator.ports import PendingCalls
 from services.orchestrator.tools.confirmations import Confirmations
 from services.orchestrator.tools.schemas import Schema, SchemaRefused, ValueRefused, closed, parse_object
@@ -36,6 +36,8 @@ class Output:
     """The same as JSON, where the tool promises a shape."""
     suspicious: bool = False
     """Whether it holds text that looks like instructions."""
+    passages: tuple[Passage, ...] = ()
+    """Places in documents that it is made of; their numbers mean nothing yet. `text` has the same for readers, not for the model."""
 
 
 class Tool(Protocol):

@@ -97,6 +97,8 @@ async def test_documents_are_searched_in_the_answers_own_collection() -> None:
     assert documents.asked == [("port", "manuals", 5)] and output.suspicious
     assert output.text == "From Guide › Ports, page 3:\nPort 8080.\n\nFrom Guide › Ports, page 3:\nPort 8080."
     assert (await SearchDocuments(_Documents()).call({"query": "port"}, question())).text == "Nothing was found."
+    long = await SearchDocuments(_Documents(*[replace(hit, text="ä" * 5_000)] * 10)).call({"query": "port"}, question())
+    assert len(long.passages) == 3 and len(long.text.encode()) <= 14_000
 
 
 PNG, JPEG = Image("image/png", b"\x89PNG\r\n\x1a\nrest"), Image("image/jpeg", b"\xff\xd8\xff\xe0")

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -13,6 +12,7 @@ import structlog
 from services.chassis.afterwork import AfterWork
 from services.chassis.channel import Caller, open_channel
 from services.chassis.clock import SystemClock
+from services.chassis.config import environment
 from services.chassis.errors import DomainError
 from services.chassis.lifecycle import Service
 from services.chassis.passport import Passport
@@ -128,7 +128,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
         if settings.mcp_servers is not None:
             from services.orchestrator.tools.mcp_servers import open_servers
 
-            for source in open_servers(settings.mcp_servers, os.environ, time.monotonic):
+            for source in open_servers(settings.mcp_servers, environment(), time.monotonic):
                 stack.push_async_callback(source.aclose)
                 sources.append(source)
                 confirmed += source.confirmed

@@ -11,7 +11,7 @@ import structlog
 
 from services.chassis.afterwork import AfterWork
 from services.chassis.channel import Caller, open_channel
-from services.chassis.clock import SystemClock
+from services.chassis.clock import Clock, SystemClock
 from services.chassis.config import environment
 from services.chassis.errors import DomainError
 from services.chassis.lifecycle import Service
@@ -27,7 +27,7 @@ from services.orchestrator.config import OrchestratorSettings
 from services.orchestrator.extractive_model import ExtractiveModel
 from services.orchestrator.leases import Leases
 from services.orchestrator.mirrors import Mirrors, interrupted
-from services.orchestrator.ports import Model, SharedLogs
+from services.orchestrator.ports import DocumentSearch, Model, SharedLogs
 from services.orchestrator.publisher import Publisher
 from services.orchestrator.redis_cache import RedisCache
 from services.orchestrator.redis_logs import RedisLogs
@@ -86,6 +86,8 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
         )
         cache = await stack.enter_async_context(redis.Redis.from_pool(pool))
         exact = RedisCache(cache, ttl_s=settings.cache_ttl_s, timeout_s=settings.cache_timeout_s)
+        search = RemoteSearch(retrieval_channel, Caller(settings.retrieval_target, passport))
+        tools = open_tools(settings, stack, search, cache, clock)
 
         # Whoever reads another replica's log, and the listener for cancels, holds a connection that waits.
         waiting = redis.BlockingConnectionPool.from_url(
@@ -117,35 +119,6 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             )
             stack.push_async_callback(claude.aclose)
             models[ANTHROPIC] = claude
-        search = RemoteSearch(retrieval_channel, Caller(settings.retrieval_target, passport))
-        built_in: list[Tool] = [SearchDocuments(search), Calculator(), CurrentTime(clock)]
-        if hosts := parse_hosts(settings.fetch_hosts):
-            from services.orchestrator.tools.fetch_url import FetchUrl
-
-            built_in.append(FetchUrl(hosts))
-        confirmed = [name for part in settings.tools_confirmed.split(",") if (name := part.strip())]
-        sources: list[Source] = []
-        if settings.mcp_servers is not None:
-            from services.orchestrator.tools.mcp_servers import open_servers
-
-            for source in open_servers(settings.mcp_servers, environment(), time.monotonic):
-                stack.push_async_callback(source.aclose)
-                sources.append(source)
-                confirmed += source.confirmed
-        tools = Toolset(
-            Toolbox(built_in, sources, confirmed),
-            RedisPendingCalls(
-                cache, kept_s=settings.tools_pending_s, bytes_max=settings.tools_pending_bytes_max, timeout_s=settings.logs_timeout_s
-            ),
-            Confirmations(RedisWords(cache, settings.logs_timeout_s)),
-            ToolLimits(
-                rounds_max=settings.tools_rounds_max,
-                call_s=settings.tools_call_s,
-                confirm_s=settings.tools_confirm_s,
-                result_bytes_max=settings.tools_result_bytes_max,
-                results_bytes_max=settings.tools_results_bytes_max,
-            ),
-        )
         router = read_models(models, settings.default_tier)
 
         after = AfterWork(tasks_max=WORKS_PER_ANSWER_MAX * settings.answers_max)
@@ -225,6 +198,37 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             drain=drain,
             stopping=stopping,
         )
+
+
+def open_tools(
+    settings: OrchestratorSettings, stack: contextlib.AsyncExitStack, search: DocumentSearch, cache: redis.Redis, clock: Clock
+) -> Toolset:
+    """Every tool of this process; no server is asked yet. Raises ValueError, OSError for a file of servers that cannot be used."""
+    built_in: list[Tool] = [SearchDocuments(search), Calculator(), CurrentTime(clock)]
+    if hosts := parse_hosts(settings.fetch_hosts):
+        from services.orchestrator.tools.fetch_url import FetchUrl
+
+        built_in.append(FetchUrl(hosts))
+    confirmed = [name for part in settings.tools_confirmed.split(",") if (name := part.strip())]
+    sources: list[Source] = []
+    if settings.mcp_servers is not None:
+        from services.orchestrator.tools.mcp_servers import open_servers
+
+        for source in open_servers(settings.mcp_servers, environment(), time.monotonic):
+            stack.push_async_callback(source.aclose)
+            sources.append(source)
+            confirmed += source.confirmed
+    pending = RedisPendingCalls(
+        cache, kept_s=settings.tools_pending_s, bytes_max=settings.tools_pending_bytes_max, timeout_s=settings.logs_timeout_s
+    )
+    limits = ToolLimits(
+        rounds_max=settings.tools_rounds_max,
+        call_s=settings.tools_call_s,
+        confirm_s=settings.tools_confirm_s,
+        result_bytes_max=settings.tools_result_bytes_max,
+        results_bytes_max=settings.tools_results_bytes_max,
+    )
+    return Toolset(Toolbox(built_in, sources, confirmed), pending, Confirmations(RedisWords(cache, settings.logs_timeout_s)), limits)
 
 
 async def tell_interrupted(logs: SharedLogs, left: Sequence[tuple[str, str]]) -> None:

@@ -51,6 +51,8 @@ RUNNING_MARGIN_S = 120.0
 """A log that nobody ends goes this long after its answer's deadline."""
 LEASES_RETURN_S = 2.0
 """How long a drain waits at least for the ledger to take leases back; what it does not take expires by itself."""
+FETCH_URL = "fetch_url"
+"""Known by name also where it is not switched on."""
 STREAMS_SHARE = 0.8
 """Of the drain's grace, how much belongs to answers that go on; the rest is for telling and booking that they do not."""
 
@@ -218,6 +220,9 @@ def open_tools(
             stack.push_async_callback(source.aclose)
             sources.append(source)
             confirmed += source.confirmed
+    known = {FETCH_URL, *(tool.spec.name for tool in built_in), *(source.name for source in sources)}
+    if unknown := [name for name in confirmed if name.partition("__")[0] not in known]:  # a slip of the pen would leave a tool unguarded
+        raise ValueError(f"TAILRACE_TOOLS_CONFIRMED names tools that cannot be: {', '.join(unknown)}")
     pending = RedisPendingCalls(
         cache, kept_s=settings.tools_pending_s, bytes_max=settings.tools_pending_bytes_max, timeout_s=settings.logs_timeout_s
     )

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import orjson
+
 from services.chassis.errors import RequestInvalid
 from services.orchestrator.domain import Candidate, Capability, Image, Suspended, ToolResult, ToolSpec
 from services.orchestrator.tools.schemas import Schema, SchemaRefused, closed
@@ -11,8 +13,11 @@ IMAGES_MAX = 8
 IMAGE_BYTES_MAX = 5 * 1024 * 1024
 IMAGES_BYTES_MAX = 10 * 1024 * 1024
 SERVER_TOOLS_MAX = 32
+SCHEMAS_BYTES_MAX = 262_144
+"""Of all tools of a client: it takes about a second to look them through."""
 RESULTS_MAX = 64
 RESULT_BYTES_MAX = 65_536
+RESULTS_BYTES_MAX = 1024 * 1024
 _MAGIC = {
     "image/png": lambda data: data.startswith(b"\x89PNG\r\n\x1a\n"),
     "image/jpeg": lambda data: data.startswith(b"\xff\xd8\xff"),
@@ -47,6 +52,7 @@ def require_tools(tools: Sequence[ToolSpec], server_tools: Sequence[str]) -> Non
     taken = set(server_tools)
     if len(taken) < len(server_tools):
         raise RequestInvalid("a tool is named twice", field="server_tools", bound="each name once")
+    size = 0
     for number, tool in enumerate(tools):
         field = f"tools[{number}]"
         if not NAME.fullmatch(tool.name):
@@ -58,6 +64,9 @@ def require_tools(tools: Sequence[ToolSpec], server_tools: Sequence[str]) -> Non
             raise RequestInvalid(
                 "the description is too long", field=f"{field}.description", bound=f"at most {DESCRIPTION_CHARACTERS_MAX} characters"
             )
+        size += len(orjson.dumps(tool.input_schema))
+        if size > SCHEMAS_BYTES_MAX:
+            raise RequestInvalid("the schemas are too large together", field="tools", bound=f"at most {SCHEMAS_BYTES_MAX} bytes")
         try:
             Schema(closed(tool.input_schema))
         except SchemaRefused as error:
@@ -74,6 +83,8 @@ def results_for(suspended: Suspended, results: Sequence[ToolResult]) -> tuple[To
     names = {call.call_id: call.name for call in suspended.calls}
     have = {result.call_id: result for result in suspended.results}
     wanted = names.keys() - have.keys()
+    if sum(len(result.text.encode()) for result in results) > RESULTS_BYTES_MAX:
+        raise RequestInvalid("the results are too large together", field="tool_results", bound=f"at most {RESULTS_BYTES_MAX} bytes")
     for number, result in enumerate(results):
         field = f"tool_results[{number}]"
         if not 1 <= len(result.call_id) <= CALL_ID_CHARACTERS_MAX or result.call_id not in wanted:

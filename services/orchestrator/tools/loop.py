@@ -73,7 +73,7 @@ async def draft_with_tools(run: Run, prompt: Prompt) -> Draft:
             return draft
         calls = _numbered(draft.calls[:CALLS_PER_ROUND_MAX], used)
         used.rounds += 1
-        judged = [bench.judge(call) for call in calls]
+        judged = await asyncio.to_thread(_judge, bench, calls)  # a stranger's schema may take its time, and other streams go on
         for verdict in judged:
             run.events.append(_readable(verdict.call))
         made = await _make(run, judged, used)
@@ -88,6 +88,10 @@ async def draft_with_tools(run: Run, prompt: Prompt) -> Draft:
             prompt = _plain(prompt)
         if reason := _spent(run, prompt, used):
             return await _last(run, prompt, reason)
+
+
+def _judge(bench: Bench, calls: Sequence[ToolCall]) -> list[Judged]:
+    return [bench.judge(call) for call in calls]
 
 
 def take_up(run: Run, step: StepRecord) -> Prompt:

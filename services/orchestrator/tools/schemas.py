@@ -21,8 +21,8 @@ from pydantic_core.core_schema import str_schema
 from referencing import Registry
 from referencing.exceptions import Unresolvable
 
-SCHEMA_BYTES_MAX = 65_536
-SCHEMA_NODES_MAX = 4_000
+SCHEMA_BYTES_MAX = 32_768
+SCHEMA_NODES_MAX = 2_000
 DEPTH_MAX = 24
 """Of schemas and values. Protobuf, which carries both, stops at a hundred messages, and a level of JSON takes three."""
 VALUE_BYTES_MAX = 65_536
@@ -123,7 +123,7 @@ def closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**schema, "additionalProperties": False}
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=128)
 def _validator(text: bytes) -> Any:
     """The same tools come with every question of a client, so what was looked through once is kept."""
     schema = orjson.loads(text)
@@ -175,9 +175,12 @@ def _look_through(root: Any) -> None:
         raise SchemaRefused("patternProperties together with unevaluatedProperties is not taken")
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=32)
 def _matcher(pattern: object) -> Callable[[str], bool]:
-    """Searches for `pattern` in linear time: Python's own engine can be kept busy for ever by twenty characters."""
+    """Searches for `pattern` in linear time: Python's own engine can be kept busy for ever by twenty characters.
+
+    Few are kept: one of a stranger may take 10 MB, the engine's own bound.
+    """
     if not isinstance(pattern, str) or len(pattern) > PATTERN_CHARACTERS_MAX:
         raise SchemaRefused(f"a pattern is no string of at most {PATTERN_CHARACTERS_MAX} characters")
     try:

@@ -199,3 +199,10 @@ async def test_answers_that_wait_for_their_clients_have_a_bound(tmp_path: Path, 
         await asyncio.sleep(1.2)  # the store's own clock
         with pytest.raises(NotFound):
             await one.ask("", continues=first.answer_id, tool_results=[pb.ToolResult(call_id="w", text="rain")])
+
+
+async def test_a_tool_that_cannot_be_is_not_marked_for_a_word(tmp_path: Path, valkey: Valkey) -> None:
+    """A slip of the pen would leave the right one unguarded, so the process does not start."""
+    with pytest.raises(ValueError, match="TAILRACE_TOOLS_CONFIRMED names tools that cannot be: current_tim, github__"):
+        async with world(tmp_path, valkey.url, TAILRACE_TOOLS_CONFIRMED="current_tim,github__*,fetch_url"):
+            pass

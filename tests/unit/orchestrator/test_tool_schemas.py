@@ -62,8 +62,8 @@ def test_values_are_checked(schema: dict[str, Any], value: object, reason: str) 
         ({"properties": {"a": {"pattern": "a" * 600}}}, "a pattern is no string of at most 512"),
         ({"patternProperties": {"(?!x)": {}}}, "a pattern is not regular"),
         ({"patternProperties": {"x": {}}, "unevaluatedProperties": False}, "patternProperties together"),
-        ({"properties": {f"p{number}": {} for number in range(5_000)}}, "more than 4000"),
-        ({"description": "x" * 70_000}, "larger than 65536 bytes"),
+        ({"properties": {f"p{number}": {} for number in range(2_100)}}, "more than 2000"),
+        ({"description": "x" * 40_000}, "larger than 32768 bytes"),
     ],
 )
 def test_hostile_schemas_are_refused(schema: dict[str, Any], reason: str) -> None:

@@ -1,6 +1,5 @@
 """The orchestrator's RPCs: check what came in, hand it on, render what comes out. No step of an answer happens here."""
 
-import asyncio
 import hashlib
 import os
 import re
@@ -314,9 +313,9 @@ class OrchestratorRpc(pb_grpc.OrchestratorServiceServicer):
 
     async def Answer(self, request: pb.AnswerRequest, context: grpc.aio.ServicerContext) -> None:  # type: ignore[override]
         resumed = await self._resumed(request)
-        given = (request, current_principal(), self._router, self._clock, self._output_tokens_default, self._tools.box, resumed)
-        # A client's schemas may take their time to be looked through, and other streams go on.
-        question = await asyncio.to_thread(read_question, *given) if request.tools else read_question(*given)
+        question = read_question(
+            request, current_principal(), self._router, self._clock, self._output_tokens_default, self._tools.box, resumed
+        )
         if not self._books.has_room:
             raise Overloaded("too many records wait for the ledger", retry_after_ms=5000)
         await self._follow(await self._registry.begin(question, fingerprint(request)), 0, context)

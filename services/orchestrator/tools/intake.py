@@ -14,7 +14,7 @@ IMAGE_BYTES_MAX = 5 * 1024 * 1024
 IMAGES_BYTES_MAX = 10 * 1024 * 1024
 SERVER_TOOLS_MAX = 32
 SCHEMAS_BYTES_MAX = 262_144
-"""Of all tools of a client: it takes about a second to look them through."""
+"""Of all tools of a client: some hundredths of a second to look them through."""
 RESULTS_MAX = 64
 RESULT_BYTES_MAX = 65_536
 RESULTS_BYTES_MAX = 1024 * 1024

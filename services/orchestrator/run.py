@@ -104,11 +104,14 @@ class Run:
         Returns those that have one: an answer has at most PASSAGES_MAX.
         """
         known = {passage.chunk_id: passage for passage in self.passages}
+        fresh: list[Passage] = []
+        last = max((passage.number for passage in self.passages), default=0)
         for passage in passages:
-            if passage.chunk_id not in known and len(known) < PASSAGES_MAX:
-                known[passage.chunk_id] = replace(passage, number=len(known) + 1)
-        if len(known) > len(self.passages):
-            self.passages = tuple(known.values())
+            if passage.chunk_id not in known and len(self.passages) + len(fresh) < PASSAGES_MAX:
+                known[passage.chunk_id] = replace(passage, number=last + len(fresh) + 1)
+                fresh.append(known[passage.chunk_id])
+        if fresh:
+            self.passages = (*self.passages, *fresh)
             self.citations.know(self.passages)
             self.events.append(PassagesFound(self.passages))
         return tuple(known[passage.chunk_id] for passage in passages if passage.chunk_id in known)

@@ -71,7 +71,7 @@ async def draft_with_tools(run: Run, prompt: Prompt) -> Draft:
         draft = await first_draft(run, prompt)
         if not draft.calls or draft.finish_reason not in CALLING:
             return draft
-        calls = _numbered(draft.calls[:CALLS_PER_ROUND_MAX], used)
+        calls = _numbered(draft.calls[: min(CALLS_PER_ROUND_MAX, CALLS_MAX - len(used.call_ids))], used)
         used.rounds += 1
         judged = await asyncio.to_thread(_judge, bench, calls)  # a stranger's schema may take its time, and other streams go on
         for verdict in judged:

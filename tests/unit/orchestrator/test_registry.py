@@ -369,7 +369,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 async def test_pictures_are_kept_while_an_answer_runs_and_no_longer(
-    make: Make, producer: Producer, monkeypatch: pytest.MonkeyPatch
+    replica: Make, producer: Producer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They have a bound together, and what has ended holds none of them, though its events are kept for minutes."""
     monkeypatch.setattr("services.orchestrator.registry.PICTURE_BYTES_MAX", 250)

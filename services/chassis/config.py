@@ -30,6 +30,11 @@ def variable(field: FieldInfo, name: str) -> str:
     return str(alias or name).upper()
 
 
+def environment() -> Mapping[str, str]:
+    """The process's environment, for files that name a variable instead of holding a secret. Settings come through `load`."""
+    return os.environ
+
+
 class ServiceSettings(BaseSettings):
     """What every service is told. Subclasses add their own fields and set `prefix`."""
 

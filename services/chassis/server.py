@@ -27,7 +27,8 @@ from services.chassis.tls import MutualTls
 
 log = structlog.get_logger(__name__)
 
-MESSAGE_BYTES_MAX = 4 * 1024 * 1024
+MESSAGE_BYTES_MAX = 16 * 1024 * 1024
+"""Room for a question with all that may come with it: pictures of 10 MiB, tools of 4 MiB, results of 1 MiB."""
 STREAMS_PER_CONNECTION_MAX = 2000
 METADATA_BYTES_MAX = 16 * 1024
 """Of one call, names and values: a token has at most 8 KiB, and a signed principal far less."""

@@ -36,6 +36,7 @@ GEN_AI_OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
 GEN_AI_CACHE_READ_TOKENS = "gen_ai.usage.cache_read.input_tokens"
 GEN_AI_TIME_TO_FIRST_CHUNK = "gen_ai.response.time_to_first_chunk"
 GEN_AI_CONVERSATION = "gen_ai.conversation.id"
+GEN_AI_TOOL_NAME = "gen_ai.tool.name"
 RPC_SYSTEM = "rpc.system.name"
 RPC_METHOD = "rpc.method"
 RPC_STATUS = "rpc.response.status_code"
@@ -154,8 +155,8 @@ class Trail:
         self._prefix = prefix
         self._changed = changed or (lambda _: None)
         self._began = time.perf_counter()
-        self._begun: StepRecord | None = None
-        """The step whose beginning is still to be told."""
+        self._begun: list[StepRecord] = []
+        """The steps whose beginnings are still to be told: more than one where steps run side by side."""
         self.steps: list[StepRecord] = []
 
     @property
@@ -163,17 +164,16 @@ class Trail:
         return (time.perf_counter() - self._began) * 1000
 
     def tell(self) -> None:
-        """Tell now of a step that has begun: before anything it brings forth is told."""
-        if (begun := self._begun) is not None:
-            self._begun = None
-            self._changed(begun)
+        """Tell now of the steps that have begun: before anything they bring forth is told."""
+        while self._begun:
+            self._changed(self._begun.pop(0))
 
     @contextlib.contextmanager
     def step(self, name: str, **attributes: Any) -> Iterator[StepRecord]:
         """Time the block as step `name`, inside a span `<prefix>.<name>`."""
         record = StepRecord(name, round(self.elapsed_ms, 3))
         self.steps.append(record)
-        self._begun = record
+        self._begun.append(record)
         beginning = asyncio.get_running_loop().call_soon(self.tell)
         with span(f"{self._prefix}.{name}", **attributes) as running:
             try:
@@ -183,7 +183,7 @@ class Trail:
                 raise
             finally:
                 beginning.cancel()
-                self._begun = None
+                self._begun = [other for other in self._begun if other is not record]
                 record.duration_ms = round(self.elapsed_ms - record.started_ms, 3)
                 if record.status == "running":
                     record.status = "done"

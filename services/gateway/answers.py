@@ -19,7 +19,9 @@ async def ask(exchange: Exchange, kit: Kit) -> None:
     """POST /v1/answers"""
     try:
         exchange.query(())
-        body = bodies.parse(await exchange.json(), bodies.AnswerBody)
+        # Only pictures make a question large, so a large one says early that it has some.
+        content = await exchange.json(larger_with=b'"images"', larger_bytes_max=bodies.ANSWER_BYTES_MAX)
+        body = bodies.parse(content, bodies.AnswerBody)
         request = body.message(_idempotency_key(exchange))
         asked_ms = deadlines.requested_ms(exchange.header("request-timeout"))
     except RequestInvalid:
@@ -50,6 +52,16 @@ async def cancel(exchange: Exchange, kit: Kit) -> None:
     request = orchestrator.CancelAnswerRequest(answer_id=exchange.params["id"])
     reply = await kit.backends.orchestrator.unary(kit.backends.orchestrator.stub.CancelAnswer, request)
     await exchange.respond_json({"answer_id": exchange.params["id"], "was_running": reply.was_running}, 202)
+
+
+async def confirm(exchange: Exchange, kit: Kit) -> None:
+    """POST /v1/answers/{id}/tool-calls/{call_id}"""
+    exchange.query(())
+    word = bodies.parse(await exchange.json(), bodies.ToolWordBody)
+    answer_id, call_id = exchange.params["id"], exchange.params["call_id"]
+    request = orchestrator.ConfirmToolCallRequest(answer_id=answer_id, call_id=call_id, allowed=word.allowed)
+    reply = await kit.backends.orchestrator.unary(kit.backends.orchestrator.stub.ConfirmToolCall, request, idempotent=False)
+    await exchange.respond_json({"answer_id": answer_id, "call_id": call_id, "was_waiting": reply.was_waiting})
 
 
 async def show(exchange: Exchange, kit: Kit) -> None:
@@ -92,7 +104,9 @@ async def _whole(events: AsyncIterator[Any]) -> dict[str, Any]:
     text: list[str] = []
     citations: list[dict[str, Any]] = []
     passages: list[dict[str, Any]] = []
-    steps: dict[str, dict[str, Any]] = {}
+    calls: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
+    steps: dict[tuple[str, float], dict[str, Any]] = {}
     session_id = ""
     async for event in events:
         match event.WhichOneof("event"):
@@ -105,7 +119,11 @@ async def _whole(events: AsyncIterator[Any]) -> dict[str, Any]:
             case "passages":
                 passages = [render.plain(passage) for passage in event.passages.passages]
             case "step":
-                steps[event.step.name] = render.plain(event.step)
+                steps[event.step.name, event.step.started_ms] = render.plain(event.step)  # calls of tools have a name in common
+            case "tool_call":
+                calls.append(render.tool_call(event.tool_call))
+            case "tool_result":
+                results.append(render.plain(event.tool_result))
             case "done":
                 return {
                     **render.plain(event.done),
@@ -114,6 +132,8 @@ async def _whole(events: AsyncIterator[Any]) -> dict[str, Any]:
                     "citations": citations,
                     "passages": passages,
                     "steps": list(steps.values()),
+                    "tool_calls": calls,
+                    "tool_results": results,
                 }
     raise AnswerInterrupted("the answer ended before it was done")
 

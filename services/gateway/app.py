@@ -54,6 +54,7 @@ ROUTES = (
     Route("GET", "/v1/answers/{id}", answers.show),
     Route("GET", "/v1/answers/{id}/events", answers.resume),
     Route("POST", "/v1/answers/{id}/cancel", answers.cancel),
+    Route("POST", "/v1/answers/{id}/tool-calls/{call_id}", answers.confirm),
     Route("GET", "/v1/models", answers.models),
     Route("POST", "/v1/documents", documents.upload),
     Route("POST", "/v1/documents:bulk", documents.upload_lines),

@@ -3,6 +3,7 @@
 Nothing is read here that is not in a shape; tenant and user are in none.
 """
 
+import base64
 import re
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -12,6 +13,7 @@ from google.protobuf.struct_pb2 import Struct, Value
 from services.chassis.errors import PayloadTooLarge, RequestInvalid
 from services.gateway import usd
 from services.gateway.deadlines import DEADLINE_MS_MAX
+from services.gateway.limits import HARMLESS_TOOLS
 from services.gateway.queries import at
 from tailrace.common.v1 import common_pb2 as common
 from tailrace.ledger.v1 import ledger_service_pb2 as ledger
@@ -23,12 +25,20 @@ DOCUMENT_BYTES_MAX = 20 * 1024 * 1024
 SCHEMA_DEPTH_MAX = 24
 """A level of JSON is three nested messages, and protobuf stops at a hundred."""
 KEY_LENGTH_MAX = 256
+IMAGES_MAX = 8
+IMAGE_BYTES_MAX = 5 * 1024 * 1024
+IMAGES_BYTES_MAX = 10 * 1024 * 1024
+RESULT_BYTES_MAX = 65_536
+ANSWER_BYTES_MAX = 20 * 1024 * 1024
+"""The body of a question: its pictures in base64, the results of tools, and its words."""
 
 Name = Annotated[str, msgspec.Meta(max_length=64, pattern=r"^[A-Za-z0-9_-]*\Z")]
 Usd = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,9}(\.[0-9]{1,9})?\Z")]
+ToolName = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+\Z")]
 Tier = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 UserName = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 FrameId = Annotated[str, msgspec.Meta(max_length=128)]
+PlanTool = Annotated[str, msgspec.Meta(pattern=r"^(\*|[A-Za-z0-9_-]{1,64}|[A-Za-z0-9-]{1,64}__\*)\Z")]
 PlanName = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[a-z0-9_-]+\Z")]
 Role = Literal["user", "service", "admin"]
 Scope = Literal["answers", "search", "documents:read", "documents:write", "records", "admin"]
@@ -43,15 +53,52 @@ class Body(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True
 class ToolBody(Body, frozen=True, kw_only=True):
     """A tool as the model sees it."""
 
-    name: Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+\Z")]
+    name: ToolName
     description: Annotated[str, msgspec.Meta(max_length=4096)] = ""
     input_schema: dict[str, Any] = {}
+
+
+class ImageBody(Body, frozen=True, kw_only=True):
+    """A picture, in base64."""
+
+    media_type: Literal["image/png", "image/jpeg", "image/gif", "image/webp"]
+    data: Annotated[str, msgspec.Meta(max_length=IMAGE_BYTES_MAX * 4 // 3 + 4)]
+
+    def message(self, field: str) -> orchestrator.Image:
+        """As the orchestrator takes it, which looks whether it is what it is called. Raises RequestInvalid."""
+        try:
+            data = base64.b64decode(self.data, validate=True)
+        except ValueError:
+            raise RequestInvalid("the picture is not base64", field=f"{field}.data", bound="base64 with padding (RFC 4648, 4)") from None
+        if not 0 < len(data) <= IMAGE_BYTES_MAX:
+            raise RequestInvalid("the picture is empty or too large", field=f"{field}.data", bound=f"1-{IMAGE_BYTES_MAX} bytes")
+        return orchestrator.Image(media_type=self.media_type, data=data)
+
+
+class ToolResultBody(Body, frozen=True, kw_only=True):
+    """What a tool of the client returned."""
+
+    call_id: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+    text: Annotated[str, msgspec.Meta(max_length=RESULT_BYTES_MAX)] = ""
+    failed: bool = False
+
+    def message(self, field: str) -> orchestrator.ToolResult:
+        """As the orchestrator takes it. Raises RequestInvalid."""
+        if len(self.text.encode()) > RESULT_BYTES_MAX:
+            raise RequestInvalid("the result is too large", field=f"{field}.text", bound=f"at most {RESULT_BYTES_MAX} bytes")
+        return orchestrator.ToolResult(call_id=self.call_id, text=self.text, failed=self.failed)
+
+
+class ToolWordBody(Body, frozen=True, kw_only=True):
+    """A person's word on a call that waits for it."""
+
+    allowed: bool
 
 
 class AnswerBody(Body, frozen=True, kw_only=True):
     """A question."""
 
-    question: str
+    question: str = ""
     session_id: Name = ""
     model: Annotated[str, msgspec.Meta(max_length=128)] = ""
     tier: Annotated[str, msgspec.Meta(max_length=64)] = ""
@@ -62,10 +109,15 @@ class AnswerBody(Body, frozen=True, kw_only=True):
     stream: bool = True
     output_schema: dict[str, Any] | None = None
     tools: Annotated[list[ToolBody], msgspec.Meta(max_length=64)] = []
+    server_tools: Annotated[list[ToolName], msgspec.Meta(max_length=32)] = []
+    images: Annotated[list[ImageBody], msgspec.Meta(max_length=IMAGES_MAX)] = []
+    tool_results: Annotated[list[ToolResultBody], msgspec.Meta(max_length=64)] = []
+    continues: Annotated[str, msgspec.Meta(max_length=128)] = ""
 
     def message(self, idempotency_key: str) -> orchestrator.AnswerRequest:
         """As the orchestrator takes it. Raises RequestInvalid."""
-        _require_text(self.question, "question")
+        if self.question or not self.continues:  # what goes on need not be asked again
+            _require_text(self.question, "question")
         request = orchestrator.AnswerRequest(
             question=self.question,
             session_id=self.session_id,
@@ -78,7 +130,13 @@ class AnswerBody(Body, frozen=True, kw_only=True):
             idempotency_key=idempotency_key,
             cancel_on_disconnect=not self.stream,
             whole=not self.stream,
+            server_tools=self.server_tools,
+            images=[image.message(f"images[{number}]") for number, image in enumerate(self.images)],
+            tool_results=[result.message(f"tool_results[{number}]") for number, result in enumerate(self.tool_results)],
+            continues=self.continues,
         )
+        if sum(len(image.data) for image in request.images) > IMAGES_BYTES_MAX:
+            raise RequestInvalid("the pictures are too large together", field="images", bound=f"at most {IMAGES_BYTES_MAX} bytes")
         if self.output_schema is not None:
             request.output_schema.CopyFrom(_struct(self.output_schema, "output_schema"))
         for number, tool in enumerate(self.tools):
@@ -256,6 +314,7 @@ class PlanBody(Body, frozen=True, kw_only=True):
     tenant_limits: LimitsBody = LimitsBody()
     key_limits: LimitsBody = LimitsBody()
     answer_deadline_ms: Annotated[int, msgspec.Meta(ge=0, le=DEADLINE_MS_MAX)] = 0
+    tools: Annotated[list[PlanTool], msgspec.Meta(max_length=64)] = msgspec.field(default_factory=lambda: list(HARMLESS_TOOLS))
 
     def message(self, name: str) -> ledger.PutPlanRequest:
         plan = ledger.Plan(
@@ -268,6 +327,7 @@ class PlanBody(Body, frozen=True, kw_only=True):
             tenant_limits=self.tenant_limits.message(),
             key_limits=self.key_limits.message(),
             answer_deadline_ms=self.answer_deadline_ms,
+            tools=self.tools,
         )
         return ledger.PutPlanRequest(plan=plan)
 

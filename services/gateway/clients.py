@@ -171,6 +171,7 @@ class Ledger(Peer):
             plan.answer_deadline_ms,
             plan.name,
             frozenset(plan.tiers),
+            tuple(plan.tools),
         )
 
     async def resolve_api_key(self, secret: str) -> Principal | None:

@@ -127,11 +127,22 @@ class Exchange:
         """The whole body. Raises as `chunks`."""
         return b"".join([chunk async for chunk in self.chunks(bytes_max, field)])
 
-    async def json(self, bytes_max: int = JSON_BYTES_MAX) -> bytes:
-        """The whole body, which the client calls JSON or does not name. Raises MediaTypeUnsupported."""
+    async def json(self, bytes_max: int = JSON_BYTES_MAX, *, larger_with: bytes = b"", larger_bytes_max: int = 0) -> bytes:
+        """The whole body, which the client calls JSON or does not name. Raises MediaTypeUnsupported.
+
+        It may have `larger_bytes_max` if `larger_with` stands in the first `bytes_max` of it.
+        """
         if self.media_type() not in ("application/json", ""):
             raise MediaTypeUnsupported("send application/json", accepts="application/json")
-        return await self.body(bytes_max)
+        if not larger_with:
+            return await self.body(bytes_max)
+        body = bytearray()
+        async for chunk in self.chunks(larger_bytes_max):
+            small = len(body) <= bytes_max
+            body += chunk
+            if small and len(body) > bytes_max and larger_with not in body:
+                raise _too_large(bytes_max, "body")
+        return bytes(body)
 
     async def until_client_leaves(self) -> None:
         """Return when the client is gone. What it still sends is thrown away."""

@@ -57,13 +57,14 @@ class Kit:
     async def answering(self, request: orchestrator.AnswerRequest, asked_ms: int | None) -> AsyncIterator[tuple[Admission, float]]:
         """Admit an answer of the current principal and put its deadline into `request`; yield what was admitted and the call's timeout.
 
-        `asked_ms` is how long the caller gives it. Raises LimitReached, Overloaded, RequestInvalid.
+        `asked_ms` is how long the caller gives it. Raises LimitReached, NotAllowed, Overloaded, RequestInvalid.
         """
         if request.priority == orchestrator.PRIORITY_BATCH:
             self.shedding.require_room_for_batch()
         principal = current_principal()
         given_ms = request.deadline_ms if request.HasField("deadline_ms") else None
         given = await self.limits.entitlements(principal)
+        given.require_tools(request.server_tools)
         set_current(replace(principal, plan=given.plan, tiers=given.tiers))  # goes with the call: the orchestrator chooses models by it
         deadline_ms = deadlines.answer_ms(given_ms, asked_ms, given.answer_deadline_ms)
         if deadline_ms is not None:

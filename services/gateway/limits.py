@@ -9,14 +9,14 @@ import contextlib
 import hashlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import structlog
 
 from services.chassis.afterwork import AfterWork
-from services.chassis.errors import DomainError, Overloaded, RateLimited, Unavailable
+from services.chassis.errors import DomainError, NotAllowed, Overloaded, RateLimited, Unavailable
 from services.chassis.principal import Principal
 from services.gateway.limiter import LEASE_US, WINDOW_US, Charge, Correction, Kind, LocalLimiter, Outcome, Verdict
 from services.gateway.memo import Memo
@@ -27,6 +27,8 @@ PLAN_AGE_MAX_S = 5.0
 """How long a changed plan may go unnoticed."""
 SUBJECTS_MAX = 10_000
 QUESTION_BYTES_PER_TOKEN = 3
+HARMLESS_TOOLS = ("calculator", "current_time", "search_documents")
+"""Those that reach nothing but the user's own documents: of plans that do not say, and while nobody can be asked for the plan."""
 PROBE_PAUSE_S = 1.0
 """How often Redis is tried while it is away."""
 
@@ -53,6 +55,14 @@ class Entitlements:
     """Name of the plan; empty while it is not known."""
     tiers: frozenset[str] = frozenset()
     """Tiers it may use; empty while they are not known: money has its own guard."""
+    tools: tuple[str, ...] = HARMLESS_TOOLS
+    """Our own tools that answers may use: names, `server__*` for all of a server, `*` for all."""
+
+    def require_tools(self, names: Iterable[str]) -> None:
+        """Raise NotAllowed for the first of `names` that the plan has not."""
+        for name in names:
+            if not {name, f"{name.partition('__')[0]}__*", "*"} & set(self.tools):
+                raise NotAllowed("the plan does not have this tool", needs=name[:64])
 
 
 @dataclass(frozen=True, slots=True)

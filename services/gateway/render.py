@@ -43,7 +43,21 @@ def answer_frame(event: orchestrator.AnswerEvent, tags: bytes) -> str:
 
 def _data(event: orchestrator.AnswerEvent, kind: str) -> bytes:
     # Sorted: protobuf keeps no order of a map's keys, and a replay must have the bytes of the first reading, through any gateway.
-    return orjson.dumps(plain(getattr(event, kind)), option=orjson.OPT_SORT_KEYS)
+    value = tool_call(event.tool_call) if kind == "tool_call" else plain(getattr(event, kind))
+    return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+
+
+def tool_call(message: orchestrator.ToolCall) -> dict[str, Any]:
+    """A call with whole numbers written as such: a Struct has floating ones alone, and not every client's parser takes 3.0 for 3."""
+    return {**plain(message), "input": _whole(plain(message.input))}
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return int(value)
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    return {name: _whole(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
 def is_done(event: orchestrator.AnswerEvent) -> bool:
@@ -104,6 +118,7 @@ def plan(message: ledger.Plan) -> dict[str, Any]:
         "tenant_limits": _limits(message.tenant_limits),
         "key_limits": _limits(message.key_limits),
         "answer_deadline_ms": message.answer_deadline_ms,
+        "tools": list(message.tools),
     }
 
 

@@ -51,6 +51,7 @@ ROUTE_RULES = {
     "GET /v1/answers/{id}": ANSWERS,
     "GET /v1/answers/{id}/events": ANSWERS,
     "POST /v1/answers/{id}/cancel": ANSWERS,
+    "POST /v1/answers/{id}/tool-calls/{call_id}": ANSWERS,
     "GET /v1/answers/ws": ANSWERS,
     "GET /v1/models": ANSWERS,
     "POST /v1/documents": UPLOAD,

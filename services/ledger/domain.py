@@ -92,6 +92,8 @@ class Plan:
     tenant_limits: Limits = NO_LIMITS
     key_limits: Limits = NO_LIMITS
     answer_deadline_ms: int = 0
+    tools: tuple[str, ...] = ()
+    """Our own tools that answers may use: names, `server__*` for all of a server, `*` for all."""
 
 
 @dataclass(frozen=True, slots=True)

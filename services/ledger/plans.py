@@ -28,6 +28,7 @@ def parse_plans(text: str) -> list[Plan]:
             tenant_limits=Limits(**row.get("tenant_limits", {})),
             key_limits=Limits(**row.get("key_limits", {})),
             answer_deadline_ms=row.get("answer_deadline_ms", 0),
+            tools=tuple(row.get("tools", ())),
         )
         for name, row in tomllib.loads(text).items()
     ]

@@ -15,13 +15,13 @@ import structlog
 from services.chassis.deadline import Deadline, current_deadline
 from services.chassis.errors import AnswerCancelled, DeadlineTooShort, DomainError, Internal, Overloaded, Unavailable
 from services.chassis.telemetry import StepRecord
-from services.orchestrator.attempts import first_draft
 from services.orchestrator.compose import compose
 from services.orchestrator.domain import CachedAnswer, CacheReceipt, Draft, HeldAnswer, Passage, Prompt, Question, Turn
 from services.orchestrator.log import EventLog
 from services.orchestrator.ports import Recalling
 from services.orchestrator.run import Run, Toolkit
 from services.orchestrator.standalone import depends_on_history, depends_on_time
+from services.orchestrator.tools.loop import draft_with_tools, take_up
 from services.orchestrator.validate import judge
 
 log = structlog.get_logger(__name__)
@@ -40,6 +40,10 @@ TURN_WAIT_MAX_S = 30.0
 
 async def answer(run: Run) -> None:
     """Answer `run.question`: each line one step, one span. Returns once the text has left and was checked; `conclude` does the rest."""
+    if run.question.resumed is not None:
+        with run.step("resume") as step:
+            prompt = take_up(run, step)
+        return await write(run, prompt)
     with run.step("history") as step:
         run.turns = await read_history(run, step)
     async with AsyncExitStack() as opened:
@@ -53,13 +57,17 @@ async def answer(run: Run) -> None:
             passages = await find_passages(recalling, step)
     with run.step("compose") as step:
         prompt = write_prompt(run, passages, step)
-    draft = await first_draft(run, prompt)  # the steps `hold` and `generate`, once for each attempt
+    return await write(run, prompt)
+
+
+async def write(run: Run, prompt: Prompt) -> None:
+    """The second half of `answer`, which is all that an answer has that goes on with the results of its client's tools."""
+    draft = await draft_with_tools(run, prompt)  # the steps `hold` and `generate`, once for each attempt, and `tool` for each call
     with run.step("validate") as step:
         check(run, draft, step)
     run.kit.shadows.offer(run, prompt)
     with run.step("remember") as step:
         await remember(run, step)
-    return None
 
 
 async def produce(question: Question, kit: Toolkit, events: EventLog) -> None:
@@ -120,7 +128,9 @@ async def read_history(run: Run, step: StepRecord) -> tuple[Turn, ...]:
 async def find_exact(run: Run) -> HeldAnswer | None:
     """The exact tier, unless no cached answer may be served at all."""
     asked = run.question
-    if run.cache.reason == "" and run.turns:
+    if run.cache.reason == "" and (asked.uses_tools or asked.images):
+        run.cache = replace(run.cache, reason="tools" if asked.uses_tools else "images")
+    elif run.cache.reason == "" and run.turns:
         run.cache = replace(run.cache, reason="context_dependent")
     elif run.cache.reason == "" and depends_on_time(asked.text):
         run.cache = replace(run.cache, reason="time_dependent")
@@ -208,6 +218,9 @@ def write_prompt(run: Run, passages: tuple[Passage, ...], step: StepRecord) -> P
 def check(run: Run, draft: Draft, step: StepRecord) -> None:
     """Judge the whole text. What fails is told in the receipt and not remembered; it has been read already."""
     run.finish_reason = draft.finish_reason
+    if draft.finish_reason == "tool_use":  # it goes on when its client has called: there is nothing whole to judge yet
+        run.verdict = "passed"
+        return
     run.verdict = judge(run.text, draft.finish_reason, run.citations.unknown)
     step.note(verdict=run.verdict, cited=len(run.citations.cited))
 
@@ -217,6 +230,8 @@ async def remember(run: Run, step: StepRecord) -> None:
     may_be_kept = run.cache.verdict == "miss" and run.cache.reason not in ("context_dependent", "time_dependent")
     if not may_be_kept or run.turns or depends_on_time(run.question.text):
         return step.skip(run.cache.reason)
+    if run.question.uses_tools or run.question.images:
+        return step.skip("tools" if run.question.uses_tools else "images")
     if run.verdict != "passed":
         return step.skip(run.verdict)
     if any(passage.flags for passage in run.passages):
@@ -240,7 +255,8 @@ async def record(run: Run, failure: DomainError | None, step: StepRecord) -> Non
     """Make the record durable; then give the ledger a moment to book it and to keep the turn. Raises Unavailable if the disk fails."""
     booked = await run.kit.books.record(run.record(failure))
     run.kit.credit.recorded(run.question.answer_id, run.attempts, booked)
-    works = [_keep_turn(run, complete=failure is None and run.verdict == "passed")] if run.pieces else []
+    kept_whole = failure is None and run.verdict == "passed" and run.finish_reason != "tool_use"
+    works = [_keep_turn(run, complete=kept_whole)] if run.pieces else []
     # Whose time is up waits for nothing more.
     await _briefly(run.kit, 0.0 if isinstance(failure, DeadlineTooShort) else BOOKED_WAIT_S, *works, also=booked)
     step.note(booked=booked.done(), cost_nanousd=run.cost_nanousd)

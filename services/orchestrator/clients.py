@@ -40,6 +40,7 @@ from tailrace.retrieval.v1 import retrieval_service_pb2_grpc as retrieval_rpc
 SERVICE = Principal("tailrace", "orchestrator", frozenset({"service"}))
 """Who the orchestrator is when it writes what it alone knows."""
 RECALL_TIMEOUT_S = 15.0
+SEARCH_TIMEOUT_S = 15.0
 RECORD_STREAM_S = 3600.0
 ACK_TIMEOUT_S = 30.0
 RESERVE_TIMEOUT_S, RESERVE_HURRIED_S = 5.0, 2.0
@@ -313,6 +314,20 @@ class RemoteMemory:
         with _named("retrieval"):
             reply = await self._caller.unary(self._stub.RememberAnswer, request, timeout_s=10)
         return "" if reply.remembered else reply.reason or "refused"
+
+
+class RemoteSearch:
+    """DocumentSearch at the retrieval service."""
+
+    def __init__(self, channel: grpc.aio.Channel, caller: Caller) -> None:
+        self._stub = retrieval_rpc.RetrievalServiceStub(channel)
+        self._caller = caller
+
+    async def search(self, query: str, collection: str, limit: int) -> tuple[Passage, ...]:
+        request = retrieval_pb.SearchRequest(query=query, collection=collection, limit=limit)
+        with _named("retrieval"):
+            async with self._caller.stream(self._stub.Search, request, timeout_s=SEARCH_TIMEOUT_S) as rows:
+                return tuple([passage_value(row.hit) async for row in rows])
 
 
 class RemoteLedger:

@@ -1,10 +1,12 @@
 """What the orchestrator is told from outside. Nothing here has a meaning for another service."""
 
+from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, field_validator
 
 from services.chassis.config import ServiceSettings
+from services.orchestrator.tools.addresses import parse_hosts
 
 
 class OrchestratorSettings(ServiceSettings):
@@ -95,8 +97,35 @@ class OrchestratorSettings(ServiceSettings):
     cache_timeout_s: float = Field(0.25, gt=0, le=5, validation_alias="TAILRACE_ORCHESTRATOR_CACHE_TIMEOUT_S")
     """Longest wait for the exact cache, seconds. A slow cache is worse than none."""
 
+    mcp_servers: Path | None = Field(None, validation_alias="TAILRACE_MCP_SERVERS")
+    """TOML file of the MCP servers whose tools answers may use; see docs/tools.md. Unset = none."""
+    fetch_hosts: str = Field("", validation_alias="TAILRACE_FETCH_HOSTS")
+    """Hosts the tool `fetch_url` may fetch from, comma-separated: `example.com`, `*.example.com`. Empty = there is no such tool."""
+    tools_confirmed: str = Field("", validation_alias="TAILRACE_TOOLS_CONFIRMED")
+    """Tools, comma-separated, each call of which a person must allow; `server__*` = all of a server. Besides those its file marks so."""
+    tools_rounds_max: int = Field(8, ge=1, le=16, validation_alias="TAILRACE_TOOLS_ROUNDS_MAX")
+    """Rounds of calls in one answer. Then the model is told to answer without."""
+    tools_call_s: float = Field(20.0, gt=0, le=300, validation_alias="TAILRACE_TOOLS_CALL_S")
+    """Longest time of one call, seconds; never more than half of what is left of the answer's deadline."""
+    tools_confirm_s: float = Field(60.0, gt=0, le=600, validation_alias="TAILRACE_TOOLS_CONFIRM_S")
+    """How long a call waits for a person's word before it counts as refused, seconds."""
+    tools_result_bytes_max: int = Field(16_384, ge=256, le=65_536, validation_alias="TAILRACE_TOOLS_RESULT_BYTES_MAX")
+    """Of one result; what is longer is cut."""
+    tools_results_bytes_max: int = Field(131_072, ge=256, le=1_048_576, validation_alias="TAILRACE_TOOLS_RESULTS_BYTES_MAX")
+    """Of all results of one answer."""
+    tools_pending_s: float = Field(900.0, ge=1, le=86_400, validation_alias="TAILRACE_TOOLS_PENDING_S")
+    """How long an answer waits for the results of its client's tools, seconds."""
+    tools_pending_bytes_max: int = Field(64 * 1024 * 1024, ge=0, le=2**40, validation_alias="TAILRACE_TOOLS_PENDING_BYTES_MAX")
+    """Room in Redis for such answers of this replica; beyond it they end in an error."""
+
     credit_leases_max: int = Field(500, ge=0, le=10_000, validation_alias="TAILRACE_ORCHESTRATOR_CREDIT_LEASES_MAX")
     """Users and keys for whom a slice of budget is held ready, so that they are answered while the ledger is out of reach; 0 = none."""
 
     spool_records_max: int = Field(100_000, ge=1, le=10_000_000, validation_alias="TAILRACE_ORCHESTRATOR_SPOOL_RECORDS_MAX")
     """Records that may wait for the ledger; above it new answers are refused, and nothing is dropped."""
+
+    @field_validator("fetch_hosts")
+    @classmethod
+    def _hosts_can_be_read(cls, hosts: str) -> str:
+        parse_hosts(hosts)
+        return hosts

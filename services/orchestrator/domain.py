@@ -139,6 +139,13 @@ class Question:
     """How the models were chosen; None = `candidates` in their order, and nothing else may be tried."""
     whole: bool = False
     """Nobody reads along: text may be held back until it was checked."""
+    resumed: "Suspended | None" = None
+    """What goes on here; `tool_results` has one result for each of its calls then."""
+
+    @property
+    def uses_tools(self) -> bool:
+        """Whether tools may have a part in the answer, which is then true for nobody else and at no other time."""
+        return bool(self.tools or self.server_tools or self.resumed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +264,32 @@ class Prompt:
     @property
     def input_tokens_estimate(self) -> int:
         return -(-self.input_tokens_max // ESTIMATE_BYTES_PER_TOKEN)
+
+
+@dataclass(frozen=True, slots=True)
+class Suspended:
+    """An answer that ended in calls of its client's tools, as it goes on once their results are here."""
+
+    answer_id: str
+    owner: tuple[str, str]
+    """Tenant and user."""
+    session_id: str
+    collection: str
+    tier: str
+    question: str
+    prompt: Prompt
+    """With the message that calls as its last. Its pictures are left out: they come again with the results."""
+    has_images: bool
+    results: tuple[ToolResult, ...]
+    """Of the calls that are not the client's, as the model is to see them."""
+    tools: tuple[ToolSpec, ...]
+    """The client's."""
+    server_tools: tuple[str, ...]
+
+    @property
+    def calls(self) -> tuple[ToolCall, ...]:
+        """All calls that wait for a result or have one, in order."""
+        return self.prompt.messages[-1].calls
 
 
 @dataclass(frozen=True, slots=True)

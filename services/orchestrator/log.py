@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from services.chassis.errors import DomainError, ModelFailed, Overloaded
-from services.orchestrator.domain import Citation, Done, Event, PassagesFound, Recorded, TextDelta
+from services.orchestrator.domain import Citation, Done, Event, PassagesFound, Recorded, TextDelta, ToolCall, ToolResult
 
 EVENTS_MAX = 70_000
 """More than one delta per token of the longest answer that can be asked for, and every citation of a normal one."""
@@ -39,10 +39,10 @@ class EventLog:
         self.stopping: DomainError | None = None
         """How it shall end if whoever makes it is stopped. None = the owner stopped it."""
         self.shown = False
-        """Whether text has been appended."""
+        """Whether text, or a call of a tool, has been appended."""
         self.bytes = 0
         self.on_change: Callable[[EventLog], None] | None = None
-        """Told of every event from the first text on, and of the end. Must be quick."""
+        """Told of every event from when something is `shown` on, and of the end. Must be quick."""
         self._entries: list[Entry] = []
         self._events_max, self._bytes_max, self._readers_max = events_max, bytes_max, readers_max
         self._readers: set[Reader] = set()
@@ -65,6 +65,9 @@ class EventLog:
                 size = sum(len(passage.text.encode()) for passage in passages)
             case Citation():
                 size = CITATION_BYTES
+            case ToolCall(arguments=part) | ToolResult(text=part):
+                self.shown = True
+                size = len(part.encode()) or 1
             case _:
                 size = 0
         if size and (len(self._entries) >= self._events_max - RESERVED_EVENTS or self.bytes + size > self._bytes_max):

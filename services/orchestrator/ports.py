@@ -28,6 +28,7 @@ from services.orchestrator.domain import (
     RecallVerdict,
     SharedAnswer,
     SharedEvents,
+    Suspended,
     Turn,
 )
 
@@ -240,6 +241,46 @@ class SharedLogs(Protocol):
 
     def cancels(self, replica: str) -> AsyncIterator[str]:
         """Ids of the answers that shall be stopped, as others ask. Ends in Unavailable; what was asked meanwhile is with the logs."""
+        ...
+
+
+class DocumentSearch(Protocol):
+    """The documents, for a search in the middle of an answer. Raises Unavailable(dependency="retrieval") while they are away."""
+
+    async def search(self, query: str, collection: str, limit: int) -> tuple[Passage, ...]:
+        """The best passages that the current principal may read, best first."""
+        ...
+
+
+class PendingCalls(Protocol):
+    """Answers that wait for what their clients' tools return. Raises Unavailable(dependency="redis") while the store is away."""
+
+    async def keep(self, suspended: Suspended) -> None:
+        """Keep it for a while, for every replica. Raises Overloaded if too much is kept already."""
+        ...
+
+    async def find(self, owner: tuple[str, str], answer_id: str) -> Suspended | None:
+        """The owner's own; None for a foreign or unknown one, and one that has waited too long."""
+        ...
+
+
+class SharedWords(Protocol):
+    """What people say to calls that wait for their word, at whatever replica. Raises Unavailable(dependency="redis")."""
+
+    async def ask(self, answer_id: str, call_id: str, life_s: float) -> None:
+        """Make it known for `life_s` that a call waits."""
+        ...
+
+    async def say(self, answer_id: str, call_id: str, allowed: bool) -> bool:
+        """Say the word; return whether the call was waiting. The first word counts."""
+        ...
+
+    async def hear(self, answer_id: str, call_id: str) -> bool | None:
+        """The word, if it was said."""
+        ...
+
+    async def end(self, answer_id: str, call_id: str) -> bool | None:
+        """Wait no more; the word that was said before that, if any."""
         ...
 
 

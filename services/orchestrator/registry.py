@@ -9,7 +9,7 @@ import contextlib
 import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from uuid import UUID
 
 import structlog
@@ -36,6 +36,8 @@ log = structlog.get_logger(__name__)
 
 ENDED_EVENTS_MAX = 250_000
 """Events of all ended answers together, about 60 MB: a busy hour of long answers must not fill the memory."""
+PICTURE_BYTES_MAX = 256 * 1024 * 1024
+"""Of the questions of all running answers."""
 BATCH_SHARE = 0.8
 """Of all answers, how many there may be for one more that nobody waits for."""
 FOLLOWED_ELSEWHERE_S = 5.0
@@ -122,6 +124,8 @@ class Registry:
         """Answers that are about to begin: they count too while their key is claimed."""
         self._draining = False
         self._ended_events = 0
+        self._picture_bytes = 0
+        """Of all running answers' questions."""
         self._asides: set[asyncio.Task[None]] = set()
 
     @property
@@ -160,6 +164,7 @@ class Registry:
         return self._start(question, fingerprint, registered=True)
 
     def _admit(self, question: Question) -> None:
+        pictures = sum(len(image.data) for image in question.images)
         answers, mine = len(self._running) + self._beginning, self._by_user[owner_of(question.principal)]
         most = self._bounds.answers_max if question.priority == "interactive" else int(self._bounds.answers_max * BATCH_SHARE)
         if self._draining:
@@ -168,12 +173,15 @@ class Registry:
             raise Overloaded("too many answers are being made", retry_after_ms=1000)
         if mine >= self._bounds.answers_per_user_max:
             raise Overloaded("too many answers are being made for this user", retry_after_ms=1000)
+        if pictures and self._picture_bytes + pictures > PICTURE_BYTES_MAX:
+            raise Overloaded("too many pictures are being looked at", retry_after_ms=1000)
 
     def _start(self, question: Question, fingerprint: bytes, *, registered: bool) -> Kept:
         events = EventLog(question.answer_id)
         task = asyncio.create_task(self._run(question, events), name=f"answer {question.answer_id}")
         kept = self._running[question.answer_id] = Kept(question, fingerprint, events, task)
         self._by_user[kept.owner] += 1
+        self._picture_bytes += sum(len(image.data) for image in question.images)
 
         def stop(fenced: bool) -> None:
             _stop(kept, interrupted(question.answer_id) if fenced else None)
@@ -339,6 +347,9 @@ class Registry:
             kept.events.end(kept.events.stopping or AnswerCancelled("the answer was stopped", answer_id=answer_id))
         if kept.alarm is not None:
             kept.alarm.cancel()
+        self._picture_bytes -= sum(len(image.data) for image in kept.question.images)
+        # Whoever reads it again needs its events; what it was made from may be a thousand times as large.
+        kept.question = replace(kept.question, images=(), tools=(), tool_results=(), resumed=None)
         self._ended[answer_id] = kept
         kept.alarm = asyncio.get_running_loop().call_later(self._bounds.kept_s, self._forget, answer_id)
         kept.counted = len(kept.events)

@@ -1,7 +1,7 @@
 """Which models are asked for a question and why, and what is tried next when one fails. Pure: it neither calls nor waits."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from services.chassis.errors import (
     DomainError,
@@ -29,8 +29,6 @@ OTHER_KEY = "other_key"
 """Metadata of a failure that belongs to one key of several: the adapter has put it aside, and the same call goes on with another."""
 PROMPT_TOKENS_LEAST = 4_096
 """Of a prompt besides its question: instructions and at least one passage."""
-_FIELDS: Mapping[Capability, str] = {"images": "images", "tools": "tools", "schema": "output_schema", "reasoning": "model"}
-"""Field of the request that asks for a capability."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +74,8 @@ class Wish:
     model: str = ""
     tier: str = ""
     text: str = ""
-    needs: frozenset[Capability] = frozenset()
+    needs: Mapping[Capability, str] = field(default_factory=dict)
+    """What a model must be able to do, each with the field of the request that asks for it."""
     plan: str = ""
     """Name of the asker's plan; empty = not known here, and then tiers that name plans are closed."""
     plan_tiers: frozenset[str] = frozenset()
@@ -178,7 +177,7 @@ class Router:
     def _plain(self, name: str, wish: Wish) -> Route:
         """The models of a tier that can do what is needed."""
         tier, candidates = self._tiers[name], self._candidates(name)
-        able = [candidate for candidate in candidates if wish.needs <= candidate.capabilities]
+        able = [candidate for candidate in candidates if wish.needs.keys() <= candidate.capabilities]
         if not able:
             self._require(candidates, wish.needs, "the tier")
         reason = "first" if able[0] is candidates[0] else "capability"
@@ -223,12 +222,12 @@ class Router:
             return ()
         return tuple(self._models[model] for model, _ in tier.models if model in self._models) or (self._fallback,)
 
-    def _require(self, candidates: Sequence[Candidate], needs: frozenset[Capability], whose: str) -> None:
+    def _require(self, candidates: Sequence[Candidate], needs: Mapping[Capability, str], whose: str) -> None:
         """Raise RequestInvalid that names the first thing that none of `candidates` can do."""
         for need in sorted(needs):
             if not any(need in candidate.capabilities for candidate in candidates):
-                raise RequestInvalid(f"no model of {whose} can do this: {need}", field=_FIELDS[need])
-        if needs and not any(needs <= candidate.capabilities for candidate in candidates):
+                raise RequestInvalid(f"no model of {whose} can do this: {need}", field=needs[need])
+        if needs and not any(needs.keys() <= candidate.capabilities for candidate in candidates):
             raise RequestInvalid(f"no model of {whose} can do all of this at once: {', '.join(sorted(needs))}", field="model")
 
 

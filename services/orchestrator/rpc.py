@@ -4,10 +4,12 @@ import hashlib
 import os
 import re
 import time
+from typing import Any
 from uuid import UUID
 
 import grpc
 import orjson
+from google.protobuf.struct_pb2 import Struct, Value
 
 from services.chassis.clock import Clock
 from services.chassis.deadline import current_deadline
@@ -22,21 +24,26 @@ from services.orchestrator.domain import (
     Capability,
     Citation,
     Done,
+    Image,
     PassagesFound,
     Priority,
     Question,
     Reasoned,
     Recorded,
     StepChange,
+    Suspended,
     TextDelta,
     ToolCall,
     ToolConfirmation,
     ToolResult,
+    ToolSpec,
 )
 from services.orchestrator.log import EVENTS_MAX, Entry
 from services.orchestrator.ports import Books
-from services.orchestrator.registry import Elsewhere, Found, Registry
+from services.orchestrator.registry import Elsewhere, Found, Registry, owner_of
 from services.orchestrator.router import Router, Wish
+from services.orchestrator.tools.intake import RESULTS_MAX, require_images, require_tools, results_for
+from services.orchestrator.tools.toolbox import CALL_ID_CHARACTERS_MAX, Toolbox, Toolset
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as pb
 from tailrace.orchestrator.v1 import orchestrator_service_pb2_grpc as pb_grpc
 
@@ -80,15 +87,23 @@ def fingerprint(request: pb.AnswerRequest) -> bytes:
     return hashlib.sha256(asked.SerializeToString(deterministic=True)).digest()
 
 
-def read_question(request: pb.AnswerRequest, principal: Principal, router: Router, clock: Clock, output_tokens_default: int) -> Question:
-    """Check every field of `request`.
+def read_question(
+    request: pb.AnswerRequest,
+    principal: Principal,
+    router: Router,
+    clock: Clock,
+    output_tokens_default: int,
+    box: Toolbox,
+    resumed: Suspended | None = None,
+) -> Question:
+    """Check every field of `request`, which goes on with `resumed`, if anything.
 
     Raises RequestInvalid that names the field and its bound, ModelUnknown, NotAllowed for what the plan has not, DeadlineTooShort.
     """
     size = len(request.question.encode())
     if size > QUESTION_BYTES_MAX:
         raise RequestInvalid(f"the question has {size} bytes", field="question", bound=f"1-{QUESTION_BYTES_MAX} bytes")
-    if not request.question.strip():
+    if not request.question.strip() and resumed is None:
         raise RequestInvalid("the question is empty", field="question", bound=f"1-{QUESTION_BYTES_MAX} bytes")
     if "\x00" in request.question:
         raise RequestInvalid("the question holds a NUL character", field="question", bound="no U+0000")
@@ -104,26 +119,40 @@ def read_question(request: pb.AnswerRequest, principal: Principal, router: Route
         raise RequestInvalid("there is no such cache mode", field="cache", bound="0-3")
     if request.HasField("output_schema"):
         raise RequestInvalid("no configured model can be bound to a schema", field="output_schema")
-    if request.tools:
-        raise RequestInvalid("no configured model can call tools", field="tools")
     if request.HasField("deadline_ms") and not 1 <= request.deadline_ms <= DEADLINE_MS_MAX:
         raise RequestInvalid("deadline_ms is out of bounds", field="deadline_ms", bound=f"1-{DEADLINE_MS_MAX}")
     if request.priority not in _PRIORITIES:
         raise RequestInvalid("there is no such priority", field="priority", bound="0-2")
+    tools, server_tools, results = _tools(request, box, resumed)
+    images = tuple(Image(image.media_type, image.data) for image in request.images)
+    require_images(images)
+    if resumed is not None and resumed.has_images and not images:
+        raise RequestInvalid("the pictures must come again with the results", field="images", bound="the pictures of the question")
+    needs: dict[Capability, str] = {"images": "images"} if images else {}
+    if tools or server_tools or results:
+        needs["tools"] = "tools" if tools else "server_tools" if server_tools else "tool_results"
     output_tokens_max = request.max_output_tokens if request.HasField("max_output_tokens") else output_tokens_default
-    wish = Wish(request.model, request.tier, request.question, _needs(request), principal.plan, principal.tiers, output_tokens_max)
+    wish = Wish(
+        request.model,
+        request.tier or (resumed.tier if resumed is not None else ""),
+        request.question,
+        needs,
+        principal.plan,
+        principal.tiers,
+        output_tokens_max,
+    )
     route = router.route(wish)
     answer_id = new_answer_id()
     return Question(
         answer_id=answer_id,
-        text=request.question,
+        text=request.question if resumed is None or request.question.strip() else resumed.question,
         principal=principal,
-        session_id=request.session_id or answer_id,
-        session_is_new=not request.session_id,
+        session_id=request.session_id or (resumed.session_id if resumed is not None else answer_id),
+        session_is_new=not request.session_id and resumed is None,
         tier=route.asked,
         candidates=route.candidates,
         output_tokens_max=output_tokens_max,
-        collection=request.collection or "default",
+        collection=request.collection or (resumed.collection if resumed is not None else "default"),
         cache=_CACHE_MODES[request.cache],
         created_at=clock.now(),
         idempotency_key=request.idempotency_key,
@@ -132,13 +161,58 @@ def read_question(request: pb.AnswerRequest, principal: Principal, router: Route
         deadline_s=_deadline_s(request),
         route=route,
         whole=request.whole,
+        images=images,
+        tools=tools,
+        server_tools=server_tools,
+        tool_results=results,
+        continues=request.continues,
+        replaces=request.replaces,
+        resumed=resumed,
     )
 
 
-def _needs(request: pb.AnswerRequest) -> frozenset[Capability]:
-    """What a model must be able to do to take the question at all."""
-    wanted: dict[Capability, bool] = {"tools": bool(request.tools or request.server_tools), "images": bool(request.images)}
-    return frozenset(need for need, is_needed in wanted.items() if is_needed)
+def _tools(
+    request: pb.AnswerRequest, box: Toolbox, resumed: Suspended | None
+) -> tuple[tuple[ToolSpec, ...], tuple[str, ...], tuple[ToolResult, ...]]:
+    """Tools of the client, names of ours, and results. What goes on has the tools it began with, unless the request brings others."""
+    if resumed is None and (request.tool_results or request.continues):
+        present, missing = ("tool_results", "continues") if request.tool_results else ("continues", "tool_results")
+        raise RequestInvalid(f"{present} comes without {missing}", field=missing, bound="both or neither")
+    tools = tuple(
+        ToolSpec(tool.name, tool.description, _object(tool.input_schema) or {"type": "object", "properties": {}}) for tool in request.tools
+    )
+    server_tools = tuple(request.server_tools)
+    require_tools(tools, server_tools)
+    box.require(server_tools)
+    if resumed is None:
+        return tools, server_tools, ()
+    if request.session_id and request.session_id != resumed.session_id:
+        raise RequestInvalid("the answer belongs to another session", field="continues", bound="an answer of the same session")
+    results = tuple(ToolResult(result.call_id, "", result.text, result.failed) for result in request.tool_results[: RESULTS_MAX + 1])
+    results_for(resumed, results)
+    return tools or resumed.tools, server_tools or resumed.server_tools, results
+
+
+def _object(struct: Struct) -> dict[str, Any]:
+    """JSON that came as a Struct, with whole numbers as such: a Struct has only floating ones."""
+    return {name: _value(value) for name, value in struct.fields.items()}
+
+
+def _value(value: Value) -> Any:
+    match value.WhichOneof("kind"):
+        case "number_value":
+            number = value.number_value
+            return int(number) if number.is_integer() and abs(number) < 2**53 else number
+        case "string_value":
+            return value.string_value
+        case "bool_value":
+            return value.bool_value
+        case "list_value":
+            return [_value(item) for item in value.list_value.values]
+        case "struct_value":
+            return _object(value.struct_value)
+        case _:
+            return None
 
 
 def _deadline_s(request: pb.AnswerRequest) -> float | None:
@@ -235,13 +309,24 @@ class OrchestratorRpc(pb_grpc.OrchestratorServiceServicer):
     """Handlers write into their stream and are never generators: grpc.aio does not close those."""
 
     def __init__(
-        self, registry: Registry, router: Router, books: Books, clock: Clock, *, output_tokens_default: int, heartbeat_s: float
+        self,
+        registry: Registry,
+        router: Router,
+        books: Books,
+        clock: Clock,
+        tools: Toolset,
+        *,
+        output_tokens_default: int,
+        heartbeat_s: float,
     ) -> None:
-        self._registry, self._router, self._books, self._clock = registry, router, books, clock
+        self._registry, self._router, self._books, self._clock, self._tools = registry, router, books, clock, tools
         self._output_tokens_default, self._heartbeat_s = output_tokens_default, heartbeat_s
 
     async def Answer(self, request: pb.AnswerRequest, context: grpc.aio.ServicerContext) -> None:  # type: ignore[override]
-        question = read_question(request, current_principal(), self._router, self._clock, self._output_tokens_default)
+        resumed = await self._resumed(request)
+        question = read_question(
+            request, current_principal(), self._router, self._clock, self._output_tokens_default, self._tools.box, resumed
+        )
         if not self._books.has_room:
             raise Overloaded("too many records wait for the ledger", retry_after_ms=5000)
         await self._follow(await self._registry.begin(question, fingerprint(request)), 0, context)
@@ -256,7 +341,20 @@ class OrchestratorRpc(pb_grpc.OrchestratorServiceServicer):
         return pb.CancelAnswerResponse(was_running=await self._registry.cancel(current_principal(), _answer_id(request.answer_id)))
 
     async def ConfirmToolCall(self, request: pb.ConfirmToolCallRequest, context: grpc.aio.ServicerContext) -> pb.ConfirmToolCallResponse:
-        raise NotFound("no call of this answer waits for a word", kind="tool call")
+        answer_id = _answer_id(request.answer_id)
+        if not 1 <= len(request.call_id) <= CALL_ID_CHARACTERS_MAX:
+            raise RequestInvalid("the call id is missing or too long", field="call_id", bound=f"1-{CALL_ID_CHARACTERS_MAX} characters")
+        await self._registry.find(current_principal(), answer_id)
+        return pb.ConfirmToolCallResponse(was_waiting=await self._tools.confirmations.say(answer_id, request.call_id, request.allowed))
+
+    async def _resumed(self, request: pb.AnswerRequest) -> Suspended | None:
+        """The answer that the request goes on with. Raises NotFound for a foreign or unknown one, and one that has waited too long."""
+        if not (request.continues and request.tool_results):
+            return None
+        resumed = await self._tools.pending.find(owner_of(current_principal()), _answer_id(request.continues))
+        if resumed is None:
+            raise NotFound("no answer of this id waits for the results of tools", kind="answer")
+        return resumed
 
     async def GetPrompts(self, request: pb.GetPromptsRequest, context: grpc.aio.ServicerContext) -> pb.GetPromptsResponse:
         current_principal().require("admin")

@@ -2,8 +2,8 @@
 
 import functools
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from services.chassis import telemetry
 from services.chassis.afterwork import AfterWork
@@ -36,9 +36,12 @@ from services.orchestrator.health import Health
 from services.orchestrator.log import EventLog
 from services.orchestrator.ports import Books, Credit, ExactCache, Ledger, Memory, Model, ShadowSample
 from services.orchestrator.standalone import language
+from services.orchestrator.tools.toolbox import Toolset
 from services.orchestrator.validate import CitationReader, judge
 
 FACTS_MAX = 16
+PASSAGES_MAX = 32
+"""As many as an event has room for by the contract."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,7 @@ class Toolkit:
     health: Health
     continuation: Template
     shadows: ShadowSample
+    tools: Toolset
 
 
 class Run:
@@ -87,6 +91,7 @@ class Run:
         self.edition = Edition(0)
         self.cache = CacheReceipt("off" if question.cache == "off" else "miss", reason="" if question.cache == "use" else "requested")
         self.pieces: list[str] = []
+        self._paragraph_due = False
         self.model = self.provider = self.finish_reason = self.verdict = ""
         self.first_token_ms = 0.0
         self.attempts: list[Attempt] = []
@@ -132,8 +137,33 @@ class Run:
             if text:
                 self.write(text)
 
+    def show_more(self, passages: Sequence[Passage]) -> tuple[Passage, ...]:
+        """Give passages that a tool found numbers to be cited by, and say so; one that is known already keeps its number.
+
+        Returns those that have one: an answer has at most PASSAGES_MAX.
+        """
+        known = {passage.chunk_id: passage for passage in self.passages}
+        fresh: list[Passage] = []
+        last = max((passage.number for passage in self.passages), default=0)
+        for passage in passages:
+            if passage.chunk_id not in known and len(self.passages) + len(fresh) < PASSAGES_MAX:
+                known[passage.chunk_id] = replace(passage, number=last + len(fresh) + 1)
+                fresh.append(known[passage.chunk_id])
+        if fresh:
+            self.passages = (*self.passages, *fresh)
+            self.citations.know(self.passages)
+            self.events.append(PassagesFound(self.passages))
+        return tuple(known[passage.chunk_id] for passage in passages if passage.chunk_id in known)
+
+    def begin_paragraph(self) -> None:
+        """Say that what is written next, if anything, is not part of the sentence before: tools were called in between."""
+        self._paragraph_due = bool(self.pieces)
+
     def write(self, text: str) -> None:
         """Pass on a piece of text, then the citations it completes."""
+        if self._paragraph_due:
+            self._paragraph_due = False
+            text = "\n\n" + text
         if not self.first_token_ms:
             self.first_token_ms = self.trail.elapsed_ms
         self.trail.tell()

@@ -23,6 +23,10 @@ class CitationReader:
         self.unknown: set[int] = set()
         """Numbers that no passage has."""
 
+    def know(self, passages: Sequence[Passage]) -> None:
+        """What may be cited from here on: `passages` have all that there were, under the same numbers, and more."""
+        self._passages = {passage.number: passage for passage in passages}
+
     def read(self, piece: str) -> list[Citation]:
         """Return the citations that `piece` completes, in order."""
         if not self._held and "[" not in piece:  # nearly every piece

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 import random
 import secrets
 import time
@@ -14,14 +13,15 @@ import structlog
 
 from services.chassis.afterwork import AfterWork
 from services.chassis.channel import Caller, open_channel
-from services.chassis.clock import SystemClock
+from services.chassis.clock import Clock, SystemClock
+from services.chassis.config import environment
 from services.chassis.errors import DomainError
 from services.chassis.lifecycle import Service
 from services.chassis.passport import Passport
 from services.chassis.server import Server, passport_identity
 from services.orchestrator import providers, spool
 from services.orchestrator.answer import produce
-from services.orchestrator.clients import RemoteLedger, RemoteMemory, SpooledBooks, ping
+from services.orchestrator.clients import RemoteLedger, RemoteMemory, RemoteSearch, SpooledBooks, ping
 from services.orchestrator.compose import CONTINUE_FILE, read_template
 from services.orchestrator.config import OrchestratorSettings
 from services.orchestrator.extractive_model import ExtractiveModel
@@ -29,16 +29,23 @@ from services.orchestrator.health import Health
 from services.orchestrator.leases import Leases
 from services.orchestrator.mirrors import Mirrors, interrupted
 from services.orchestrator.models_file import MODELS_FILE, read_table, reload_forever
-from services.orchestrator.ports import Model, SharedLogs
+from services.orchestrator.ports import DocumentSearch, Model, SharedLogs
 from services.orchestrator.publisher import Publisher
 from services.orchestrator.redis_cache import RedisCache
 from services.orchestrator.redis_logs import RedisLogs
+from services.orchestrator.redis_tools import RedisPendingCalls, RedisWords
 from services.orchestrator.registry import Bounds, Registry
 from services.orchestrator.router import EXTRACTIVE, Router
 from services.orchestrator.rpc import OrchestratorRpc, event_bytes, new_answer_id, offer
 from services.orchestrator.run import Limits, Toolkit
 from services.orchestrator.shadow import Shadows
 from services.orchestrator.standalone import language
+from services.orchestrator.tools.addresses import parse_hosts
+from services.orchestrator.tools.calculator import Calculator
+from services.orchestrator.tools.confirmations import Confirmations
+from services.orchestrator.tools.current_time import CurrentTime
+from services.orchestrator.tools.document_search import SearchDocuments
+from services.orchestrator.tools.toolbox import Source, Tool, Toolbox, ToolLimits, Toolset
 
 WORKS_PER_ANSWER_MAX = 5
 """Conclusion, turn and two caches of an answer, and one more for those that wait for a ledger that is away."""
@@ -47,6 +54,8 @@ RUNNING_MARGIN_S = 120.0
 """A log that nobody ends goes this long after its answer's deadline."""
 LEASES_RETURN_S = 2.0
 """How long a drain waits at least for the ledger to take leases back; what it does not take expires by itself."""
+FETCH_URL = "fetch_url"
+"""Known by name also where it is not switched on."""
 STREAMS_SHARE = 0.8
 """Of the drain's grace, how much belongs to answers that go on; the rest is for telling and booking that they do not."""
 
@@ -82,6 +91,8 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
         )
         cache = await stack.enter_async_context(redis.Redis.from_pool(pool))
         exact = RedisCache(cache, ttl_s=settings.cache_ttl_s, timeout_s=settings.cache_timeout_s)
+        search = RemoteSearch(retrieval_channel, Caller(settings.retrieval_target, passport))
+        tools = open_tools(settings, stack, search, cache, clock)
 
         # Whoever reads another replica's log, and the listener for cancels, holds a connection that waits.
         waiting = redis.BlockingConnectionPool.from_url(
@@ -105,7 +116,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
         models: dict[str, Model] = {EXTRACTIVE: ExtractiveModel(language)}
         models_file = Path(settings.models_file) if settings.models_file else MODELS_FILE
         table = read_table(models_file)
-        models |= await stack.enter_async_context(providers.opened(settings, models_file, os.environ))
+        models |= await stack.enter_async_context(providers.opened(settings, models_file, environment()))
         router = Router(table, models, settings.default_tier, random.random)
 
         after = AfterWork(tasks_max=WORKS_PER_ANSWER_MAX * settings.answers_max)
@@ -120,7 +131,9 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
         health = Health(time.monotonic, random.random)
         continuation = read_template(CONTINUE_FILE)
         shadows = Shadows(settings.shadow_tenant, new_answer_id, random.random)
-        kit = Toolkit(memory, ledger, exact, books, models, after, clock, read_template(), limits, leases, health, continuation, shadows)
+        kit = Toolkit(
+            memory, ledger, exact, books, models, after, clock, read_template(), limits, leases, health, continuation, shadows, tools
+        )
         publisher = Publisher(logs, replica, event_bytes, kept_s=settings.logs_kept_s, bytes_max=settings.logs_bytes_max)
         registry = Registry(
             lambda question, events: produce(question, kit, events),
@@ -153,7 +166,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
 
         server = Server(passport_identity(passport), reflect=settings.environment == "development", tls=tls)
         handlers = OrchestratorRpc(
-            registry, router, books, clock, output_tokens_default=settings.output_tokens_default, heartbeat_s=settings.heartbeat_s
+            registry, router, books, clock, tools, output_tokens_default=settings.output_tokens_default, heartbeat_s=settings.heartbeat_s
         )
         offer(server, handlers)
 
@@ -190,6 +203,40 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             drain=drain,
             stopping=stopping,
         )
+
+
+def open_tools(
+    settings: OrchestratorSettings, stack: contextlib.AsyncExitStack, search: DocumentSearch, cache: redis.Redis, clock: Clock
+) -> Toolset:
+    """Every tool of this process; no server is asked yet. Raises ValueError, OSError for a file of servers that cannot be used."""
+    built_in: list[Tool] = [SearchDocuments(search), Calculator(), CurrentTime(clock)]
+    if hosts := parse_hosts(settings.fetch_hosts):
+        from services.orchestrator.tools.fetch_url import FetchUrl
+
+        built_in.append(FetchUrl(hosts))
+    confirmed = [name for part in settings.tools_confirmed.split(",") if (name := part.strip())]
+    sources: list[Source] = []
+    if settings.mcp_servers is not None:
+        from services.orchestrator.tools.mcp_servers import open_servers
+
+        for source in open_servers(settings.mcp_servers, environment(), time.monotonic):
+            stack.push_async_callback(source.aclose)
+            sources.append(source)
+            confirmed += source.confirmed
+    known = {FETCH_URL, *(tool.spec.name for tool in built_in), *(source.name for source in sources)}
+    if unknown := [name for name in confirmed if name.partition("__")[0] not in known]:  # a slip of the pen would leave a tool unguarded
+        raise ValueError(f"TAILRACE_TOOLS_CONFIRMED names tools that cannot be: {', '.join(unknown)}")
+    pending = RedisPendingCalls(
+        cache, kept_s=settings.tools_pending_s, bytes_max=settings.tools_pending_bytes_max, timeout_s=settings.logs_timeout_s
+    )
+    limits = ToolLimits(
+        rounds_max=settings.tools_rounds_max,
+        call_s=settings.tools_call_s,
+        confirm_s=settings.tools_confirm_s,
+        result_bytes_max=settings.tools_result_bytes_max,
+        results_bytes_max=settings.tools_results_bytes_max,
+    )
+    return Toolset(Toolbox(built_in, sources, confirmed), pending, Confirmations(RedisWords(cache, settings.logs_timeout_s)), limits)
 
 
 async def tell_interrupted(logs: SharedLogs, left: Sequence[tuple[str, str]]) -> None:

@@ -92,6 +92,12 @@ class FakeRetrieval(retrieval_rpc.RetrievalServiceServicer):
     """What each recall might take."""
     away: bool = False
     audience: str = ""
+    searches: list[tuple[retrieval_pb.SearchRequest, Principal]] = field(default_factory=list)
+
+    async def Search(self, request: retrieval_pb.SearchRequest, context: grpc.aio.ServicerContext) -> None:
+        self.searches.append((request, current_principal()))
+        for passage in self.passages[: request.limit]:
+            await context.write(retrieval_pb.SearchResponse(hit=passage))
 
     async def Recall(self, request: retrieval_pb.RecallRequest, context: grpc.aio.ServicerContext) -> None:
         if self.away:

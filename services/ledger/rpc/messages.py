@@ -41,6 +41,7 @@ STATUSES = ("done", "failed", "cancelled")
 STEP_STATUSES = ("done", "skipped", "failed")
 VERDICTS = ("", "miss", "exact", "semantic", "coalesced", "off")
 PLAN_NAME = re.compile(r"[a-z0-9_-]{1,64}")
+PLAN_TOOL = re.compile(r"\*|[A-Za-z0-9_-]{1,64}|[A-Za-z0-9-]{1,64}__\*")
 TRACE_ID = re.compile(r"([0-9a-f]{32})?")
 
 
@@ -55,6 +56,7 @@ def plan_message(plan: Plan) -> pb.Plan:
         tenant_limits=_limits_message(plan.tenant_limits),
         key_limits=_limits_message(plan.key_limits),
         answer_deadline_ms=plan.answer_deadline_ms,
+        tools=plan.tools,
     )
 
 
@@ -70,6 +72,7 @@ def _limits_message(limits: Limits) -> pb.Limits | None:
 
 def plan_value(message: pb.Plan) -> Plan:
     checks.between(len(message.tiers), "plan.tiers", 1, 32)
+    checks.between(len(message.tools), "plan.tools", 0, 64)
     return Plan(
         checks.matching(message.name, "plan.name", PLAN_NAME, "1-64 of [a-z0-9_-]"),
         checks.between(message.requests_per_minute, "plan.requests_per_minute", 1, 1_000_000),
@@ -80,6 +83,7 @@ def plan_value(message: pb.Plan) -> Plan:
         _limits_value(message.tenant_limits, "plan.tenant_limits"),
         _limits_value(message.key_limits, "plan.key_limits"),
         checks.between(message.answer_deadline_ms, "plan.answer_deadline_ms", 0, 3_000_000),
+        tuple(dict.fromkeys(checks.matching(tool, "plan.tools", PLAN_TOOL, "a name, `server__*` or `*`") for tool in message.tools)),
     )
 
 

@@ -105,6 +105,12 @@ class FakeOrchestrator(OrchestratorServiceServicer):
             raise NotFound("no such answer", kind="answer")
         return orchestrator.CancelAnswerResponse(was_running=True)
 
+    async def ConfirmToolCall(self, request: Any, context: Any) -> Any:
+        self.seen.note("ConfirmToolCall", request)
+        if request.answer_id != ANSWER:
+            raise NotFound("no such answer", kind="answer")
+        return orchestrator.ConfirmToolCallResponse(was_waiting=True)
+
     async def ListModels(self, request: Any, context: Any) -> Any:
         self.seen.note("ListModels", request)
         model = orchestrator.Model(model="m-1", provider="extractive", tiers=["fast"], context_tokens_max=1000, output_tokens_max=100)

@@ -72,6 +72,20 @@ async def test_a_tenants_plan_is_its_own(ledger: Ledger, ann: Principal, boss: P
         await ledger.ask("PutSubscription", pb.PutSubscriptionRequest(user="eve", plan="team"), stranger)
 
 
+async def test_a_plan_says_which_tools_its_answers_may_use(ledger: Ledger, ann: Principal, boss: Principal) -> None:
+    """As put, each once, in force with the next question; what is no name of a tool is refused."""
+    assert list((await plan_of(ledger, ann)).tools) == ["calculator", "current_time", "search_documents"]
+    await ledger.ask("PutPlan", put_plan(tools=["calculator", "github__*", "calculator"]), boss)
+    await ledger.ask("PutSubscription", pb.PutSubscriptionRequest(user="ann", plan="team"), boss)
+    assert list((await plan_of(ledger, ann)).tools) == ["calculator", "github__*"]
+    await ledger.ask("PutPlan", put_plan(), boss)
+    assert list((await plan_of(ledger, ann)).tools) == []
+    for wrong in (["a b"], [""], ["*__*"], ["calc*"], ["x" * 65], ["a"] * 65):
+        with pytest.raises(RequestInvalid) as raised:
+            await ledger.ask("PutPlan", put_plan(tools=wrong), boss)
+        assert raised.value.field == "plan.tools"
+
+
 async def test_a_plan_keeps_the_limits_of_tenant_and_keys_and_its_deadline(ledger: Ledger, ann: Principal, boss: Principal) -> None:
     """Each figure in its own place, in force with the next question, listed as put, and taken back by a plan without them."""
     plan = pb.Plan()

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -19,7 +20,7 @@ from services.chassis.errors import (
     Unavailable,
 )
 from services.chassis.principal import Principal
-from services.orchestrator.domain import Candidate, Claim, Priority, Question, TextDelta
+from services.orchestrator.domain import Candidate, Claim, Image, Priority, Question, TextDelta
 from services.orchestrator.log import Entry, EventLog
 from services.orchestrator.mirrors import Mirrors
 from services.orchestrator.publisher import Publisher
@@ -365,3 +366,20 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
         while not condition():  # noqa: ASYNC110 - tasks of the registry make it true
             await asyncio.sleep(0.001)
+
+
+async def test_pictures_are_kept_while_an_answer_runs_and_no_longer(
+    replica: Make, producer: Producer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have a bound together, and what has ended holds none of them, though its events are kept for minutes."""
+    monkeypatch.setattr("services.orchestrator.registry.PICTURE_BYTES_MAX", 250)
+    one, picture = replica(), (Image("image/png", bytes(100)),)
+    kept = [await one.answers.begin(replace(question(new_answer_id()), images=picture), b"") for _ in range(2)]
+    with pytest.raises(Overloaded):
+        await one.answers.begin(replace(question(new_answer_id()), images=picture), b"")
+    await one.answers.begin(question(new_answer_id()), b"")
+    producer.go.set()
+    await until(lambda: one.answers.running == 0)
+
+    assert all(isinstance(found, Kept) and found.question.images == () for found in kept)
+    await one.answers.begin(replace(question(new_answer_id()), images=picture * 2), b"")

@@ -18,7 +18,7 @@ from services.chassis.errors import (
     NotAllowed,
     RequestInvalid,
 )
-from services.orchestrator.domain import Candidate, Route
+from services.orchestrator.domain import Candidate, Capability, Route
 from services.orchestrator.health import FAILURES_IN_A_ROW, RETRIES_SAVED_MAX, Health
 from services.orchestrator.models_file import ModelsFileInvalid, read_table, table_of
 from services.orchestrator.router import Retry, Router, Table, Tier, Wish, first_choice, next_try
@@ -119,12 +119,12 @@ def test_plan_bounds_what_may_be_asked_by_tier_and_by_model() -> None:
 
 def test_what_a_question_needs_bounds_who_is_asked() -> None:
     """Who cannot see pictures is not shown any; if nobody can, the field is named."""
-    needs = frozenset({"images"})
+    needs: dict[Capability, str] = {"images": "images"}
     tiers = {"fast": Tier((("haiku", 0.0),)), "any": Tier((("haiku", 0.0), ("sonnet", 0.0)))}
     made = router("anthropic", tiers=tiers)  # type: ignore[arg-type]
-    route = made.route(Wish(tier="any", needs=needs))  # type: ignore[arg-type]
+    route = made.route(Wish(tier="any", needs=needs))
     with pytest.raises(RequestInvalid) as refused:
-        made.route(Wish(tier="fast", needs=needs))  # type: ignore[arg-type]
+        made.route(Wish(tier="fast", needs=needs))
 
     assert (route.candidates, route.reason) == ((SONNET,), "capability")
     assert refused.value.field == "images"

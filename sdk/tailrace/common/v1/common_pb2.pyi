@@ -224,7 +224,7 @@ class CacheReceipt(_message.Message):
     """What the first answer cost and this one did not, nano-USD. 0 without a hit."""
     reason: _builtins.str
     """Why there was no hit, in a word: `no_candidate`, `below_threshold`, `guard_numbers`, `guard_negation`,
-    `context_dependent`, `time_dependent`, `requested`, `expired`. Empty on a hit. The other guards: `guard_language`,
+    `context_dependent`, `time_dependent`, `tools`, `images`, `requested`, `expired`. Empty on a hit. The other guards: `guard_language`,
     `guard_quoted`, `guard_dates`, `guard_names`, `guard_question`, `guard_tense`, `guard_opposite`, `guard_words`, `guard_order`.
     """
     def __init__(
@@ -293,7 +293,9 @@ class StepTiming(_message.Message):
     DURATION_MS_FIELD_NUMBER: _builtins.int
     FACTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """`recall`, `passages`, `history`, `compose`, `hold`, `generate`, `validate`, `record`, `remember`."""
+    """`recall`, `passages`, `history`, `compose`, `hold`, `generate`, `validate`, `record`, `remember`; with tools also `tools`, `tool` (each
+    call), `suspend` and `resume`.
+    """
     status: _builtins.str
     """`done`, `skipped` or `failed`."""
     started_ms: _builtins.float

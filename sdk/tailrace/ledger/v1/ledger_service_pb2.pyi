@@ -959,6 +959,7 @@ class Plan(_message.Message):
     TENANT_LIMITS_FIELD_NUMBER: _builtins.int
     KEY_LIMITS_FIELD_NUMBER: _builtins.int
     ANSWER_DEADLINE_MS_FIELD_NUMBER: _builtins.int
+    TOOLS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name: `free`, `pro`, … 1-64 of [a-z0-9_-]."""
     requests_per_minute: _builtins.int
@@ -983,6 +984,12 @@ class Plan(_message.Message):
     def key_limits(self) -> Global___Limits:
         """Limits of each API key. Unset = none of its own; those of its user count anyway."""
 
+    @_builtins.property
+    def tools(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The suite's own tools that answers may use: names, `server__*` for all of an MCP server, `*` for all. At most 64, of at most 67
+        characters. Empty = none. A client's own tools need no leave.
+        """
+
     def __init__(
         self,
         *,
@@ -995,10 +1002,11 @@ class Plan(_message.Message):
         tenant_limits: Global___Limits | None = ...,
         key_limits: Global___Limits | None = ...,
         answer_deadline_ms: _builtins.int = ...,
+        tools: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key_limits", b"key_limits", "tenant_limits", b"tenant_limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_deadline_ms", b"answer_deadline_ms", "concurrent_answers", b"concurrent_answers", "key_limits", b"key_limits", "monthly_budget_nanousd", b"monthly_budget_nanousd", "name", b"name", "requests_per_minute", b"requests_per_minute", "tenant_limits", b"tenant_limits", "tiers", b"tiers", "tokens_per_minute", b"tokens_per_minute"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_deadline_ms", b"answer_deadline_ms", "concurrent_answers", b"concurrent_answers", "key_limits", b"key_limits", "monthly_budget_nanousd", b"monthly_budget_nanousd", "name", b"name", "requests_per_minute", b"requests_per_minute", "tenant_limits", b"tenant_limits", "tiers", b"tiers", "tokens_per_minute", b"tokens_per_minute", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,328 @@
+"""Tools of MCP servers, over streamable HTTP, in both revisions of the protocol: with a session (2025-11-25) and without (2026-07-28).
+
+Nothing a server says is trusted: its schemas are looked through, its texts are bounded, and it learns no user's name. Each list and each
+call has a connection of its own, so that no session, and nothing a server keeps in one, is shared between users; what was learnt of a
+server's revision is kept, so that one without sessions is asked once and not twice.
+"""
+
+import contextlib
+import logging
+import re
+import tomllib
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import mcp_types
+import orjson
+import structlog
+from mcp.client.session import ClientSession
+from mcp.client.streamable_http import streamable_http_client
+from mcp.shared.exceptions import MCPError
+
+from services.chassis.errors import Unavailable
+from services.orchestrator.compose import tool_description
+from services.orchestrator.domain import Question, ToolSpec
+from services.orchestrator.tools.schemas import Schema, SchemaRefused, closed
+from services.orchestrator.tools.toolbox import NAME, Output, Tool, ToolFailed
+
+log = structlog.get_logger(__name__)
+
+SERVERS_MAX = 32
+LISTED_MAX = 256
+PAGES_MAX = 16
+DESCRIPTION_CHARACTERS_MAX = 2_000
+RESPONSE_BYTES_MAX = 4 * 1024 * 1024
+EVENT_BYTES_MAX = 1024 * 1024
+CONNECT_S, READ_S = 5.0, 60.0
+CONNECTIONS_MAX = 32
+AWAY_S = 5.0
+"""How long a server that could not be reached is left alone before its tools are asked for again."""
+_SERVER_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,23}")
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_UNNAMABLE = re.compile(r"[^A-Za-z0-9_-]")
+_KEYS = frozenset({"url", "headers", "tools", "confirm", "list_life_s"})
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """One server of the file."""
+
+    name: str
+    url: str
+    headers: Mapping[str, str] = field(repr=False)
+    """May hold secrets."""
+    tools: frozenset[str] | None
+    """Names that may be used, as the server has them; None = all."""
+    confirm: frozenset[str]
+    """Of these, a person must allow each call; `*` = of all."""
+    list_life_s: float
+
+    @property
+    def confirmed(self) -> list[str]:
+        """As the toolbox takes them."""
+        return [f"{self.name}__*" if tool == "*" else _whole_name(self.name, tool) for tool in sorted(self.confirm)]
+
+
+def read_servers(path: Path, environ: Mapping[str, str]) -> tuple[ServerSettings, ...]:
+    """Read the servers of a TOML file; `${NAME}` in a header is a variable of `environ`. Raises ValueError, OSError."""
+    table = tomllib.loads(path.read_text(encoding="utf-8")).get("servers", {})
+    if not isinstance(table, dict) or len(table) > SERVERS_MAX:
+        raise ValueError(f"servers: a table of at most {SERVERS_MAX}")
+    return tuple(_server(name, row, environ) for name, row in table.items())
+
+
+def _server(name: str, row: Any, environ: Mapping[str, str]) -> ServerSettings:
+    where = f"servers.{name}"
+    if not _SERVER_NAME.fullmatch(name):
+        raise ValueError(f"{where}: a name is 1-24 of [a-z0-9-]")
+    if not isinstance(row, dict) or (unknown := sorted(row.keys() - _KEYS)):
+        raise ValueError(
+            f"{where}: unknown {', '.join(unknown) if isinstance(row, dict) else 'value'}; there are: {', '.join(sorted(_KEYS))}"
+        )
+    url = row.get("url", "")
+    if not isinstance(url, str) or not re.fullmatch(r"https?://[^\s/@]+(/\S*)?", url):
+        raise ValueError(f"{where}.url: an http or https address without a user name; a server that is a program is not started from here")
+    headers = row.get("headers", {})
+    if not isinstance(headers, dict) or not all(isinstance(value, str) for value in headers.values()):
+        raise ValueError(f"{where}.headers: a table of texts")
+
+    def variable(match: re.Match[str]) -> str:
+        if match[1] not in environ:
+            raise ValueError(f"{where}.headers: the variable {match[1]} is not set")
+        return environ[match[1]]
+
+    tools, confirm, life_s = row.get("tools"), row.get("confirm", []), row.get("list_life_s", 300)
+    for key, names in (("tools", tools or []), ("confirm", confirm)):
+        if not isinstance(names, list) or not all(isinstance(one, str) and one for one in names):
+            raise ValueError(f"{where}.{key}: a list of names")
+    if isinstance(life_s, bool) or not isinstance(life_s, int | float) or not 1 <= life_s <= 86_400:
+        raise ValueError(f"{where}.list_life_s: 1-86400 seconds")
+    return ServerSettings(
+        name=name,
+        url=url,
+        headers={key: _VARIABLE.sub(variable, value) for key, value in headers.items()},
+        tools=None if tools is None else frozenset(tools),
+        confirm=frozenset(confirm),
+        list_life_s=float(life_s),
+    )
+
+
+def _whole_name(server: str, tool: str) -> str:
+    """A tool's name as models and plans know it."""
+    return f"{server}__{_UNNAMABLE.sub('_', tool)}"
+
+
+class _Bounded(httpx2.AsyncBaseTransport):
+    """Ends a response that is larger than anything a tool may say."""
+
+    def __init__(self, inner: httpx2.AsyncBaseTransport) -> None:
+        self._inner = inner
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        response = await self._inner.handle_async_request(request)
+        assert isinstance(response.stream, httpx2.AsyncByteStream)
+        response.stream = _BoundedStream(response.stream)
+        return response
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
+class _BoundedStream(httpx2.AsyncByteStream):
+    def __init__(self, inner: httpx2.AsyncByteStream) -> None:
+        self._inner = inner
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        left = RESPONSE_BYTES_MAX
+        async for chunk in self._inner:
+            left -= len(chunk)
+            if left < 0:
+                raise httpx2.ReadError("the response is too large")
+            yield chunk
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
+class _Session(ClientSession):
+    """A session that leaves the check of results to us: the package's own runs patterns of strangers without a bound."""
+
+    async def validate_tool_result(self, name: str, result: mcp_types.CallToolResult) -> None:
+        return None
+
+
+class McpServer:
+    """Source: one server. `now` is a monotonic clock, in seconds."""
+
+    def __init__(self, settings: ServerSettings, now: Callable[[], float]) -> None:
+        self.name = settings.name
+        self._settings, self._now = settings, now
+        self._client = httpx2.AsyncClient(
+            headers=dict(settings.headers),
+            transport=_Bounded(httpx2.AsyncHTTPTransport(limits=httpx2.Limits(max_connections=CONNECTIONS_MAX, keepalive_expiry=30))),
+            timeout=httpx2.Timeout(READ_S, connect=CONNECT_S),
+            trust_env=False,
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # one that a server sets would follow other users
+        )
+        self._discovered: mcp_types.DiscoverResult | None = None
+        """What a server without sessions said of itself."""
+        self._has_sessions = False
+        self._tools: dict[str, Tool] = {}
+        self._listed_at: float | None = None
+        self._away_until = 0.0
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
+
+    @property
+    def confirmed(self) -> list[str]:
+        """Tools each call of which a person must allow; see Toolbox."""
+        return self._settings.confirmed
+
+    def knows(self, tool: str) -> bool:
+        return self._settings.tools is None or tool in {_UNNAMABLE.sub("_", name) for name in self._settings.tools}
+
+    async def tools(self) -> Mapping[str, Tool]:
+        """The list, at most `list_life_s` old; an older one while the server is away, whose calls fail then."""
+        if self._listed_at is not None and self._now() - self._listed_at < self._settings.list_life_s:
+            return self._tools
+        if self._now() >= self._away_until:
+            try:
+                self._tools, self._listed_at = await self._listed(), self._now()
+            except (Unavailable, ToolFailed):
+                self._away_until = self._now() + AWAY_S
+        if self._listed_at is None:
+            raise Unavailable("the tool server cannot be reached", dependency=self.name)
+        return self._tools
+
+    async def _listed(self) -> dict[str, Tool]:
+        found: dict[str, Tool] = {}
+        async with self._connected() as session:
+            cursor: str | None = None
+            for _ in range(PAGES_MAX):
+                params = mcp_types.PaginatedRequestParams(cursor=cursor) if cursor else None
+                page = await session.list_tools(params=params)
+                for listed in page.tools:
+                    tool = self._tool(listed)
+                    if tool is not None and tool.spec.name not in found and len(found) < LISTED_MAX:
+                        found[tool.spec.name] = tool
+                cursor = page.next_cursor
+                if not cursor:
+                    break
+        return found
+
+    def _tool(self, listed: mcp_types.Tool) -> "McpTool | None":
+        """A tool that may be offered; None for one that is not allowed, cannot be named, or has a schema that is not taken."""
+        name = _whole_name(self.name, listed.name)
+        if (self._settings.tools is not None and listed.name not in self._settings.tools) or not NAME.fullmatch(name):
+            return None
+        try:
+            Schema(closed(listed.input_schema))
+            if listed.output_schema is not None:
+                Schema(listed.output_schema)
+        except SchemaRefused as error:
+            log.warning("tool_left_out", server=self.name, cause=str(error)[:120])
+            return None
+        description = tool_description(listed.description or listed.title or "", DESCRIPTION_CHARACTERS_MAX)
+        return McpTool(self, listed.name, ToolSpec(name, description, listed.input_schema), listed.output_schema)
+
+    async def call(self, tool: str, arguments: Mapping[str, Any]) -> Output:
+        """Call a tool. Never again after a failure: it may have done what it does. Raises ToolFailed, Unavailable."""
+        async with self._connected() as session:
+            try:
+                result = await session.call_tool(tool, dict(arguments))
+            except MCPError as error:
+                if error.code != mcp_types.HEADER_MISMATCH:
+                    raise
+                # The server wants arguments in headers, as its list says; it has not made the call.
+                await session.list_tools()
+                result = await session.call_tool(tool, dict(arguments))
+        text = _text(result)
+        if result.is_error:
+            raise ToolFailed(text or "the tool failed")
+        return Output(text, result.structured_content)
+
+    @contextlib.asynccontextmanager
+    async def _connected(self) -> AsyncIterator[ClientSession]:
+        """A session of its own, open for the block. Whatever the network does to it is Unavailable, what the server says ToolFailed."""
+        try:
+            async with (
+                streamable_http_client(self._settings.url, http_client=self._client, max_sse_event_size=EVENT_BYTES_MAX) as (read, write),
+                _Session(read, write, client_info=mcp_types.Implementation(name="tailrace", version="1")) as session,
+            ):
+                await self._greet(session)
+                yield session
+        except BaseException as error:
+            reason = _first(error)
+            if isinstance(reason, ToolFailed | Unavailable):
+                raise reason from None
+            if isinstance(reason, Exception):
+                self._discovered, self._has_sessions = None, False  # it may be of another revision now
+            if isinstance(reason, MCPError) and reason.code not in (mcp_types.CONNECTION_CLOSED, mcp_types.REQUEST_TIMEOUT):
+                raise ToolFailed(f"the tool server refused: {reason.error.message[:300]}") from None
+            if isinstance(reason, Exception) and not isinstance(reason, TimeoutError):
+                log.warning("tool_server_failed", server=self.name, error=type(reason).__name__)
+                raise Unavailable("the tool server cannot be reached", dependency=self.name) from None
+            raise
+
+    async def _greet(self, session: ClientSession) -> None:
+        """Agree on a revision. One without sessions needs no word once it is known."""
+        if self._discovered is not None:
+            session.adopt(self._discovered)
+        elif self._has_sessions:
+            await session.initialize()
+        else:
+            try:
+                self._discovered = await session.discover()
+            except (MCPError, RuntimeError, ValueError):  # it knows no such question, or speaks no such revision
+                await session.initialize()
+                self._has_sessions = True
+
+
+@dataclass(frozen=True, slots=True)
+class McpTool:
+    """Tool: one of a server's."""
+
+    server: McpServer
+    name: str
+    """As the server has it."""
+    spec: ToolSpec
+    output_schema: Mapping[str, Any] | None
+
+    async def call(self, arguments: Mapping[str, Any], asked: Question) -> Output:
+        return await self.server.call(self.name, arguments)
+
+
+def _first(error: BaseException) -> BaseException:
+    """The first thing that went wrong in a group of tasks."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _text(result: mcp_types.CallToolResult) -> str:
+    """The texts of a result; what is no text is named."""
+    parts = []
+    for block in result.content:
+        if isinstance(block, mcp_types.TextContent):
+            parts.append(block.text)
+        elif isinstance(block, mcp_types.EmbeddedResource) and isinstance(block.resource, mcp_types.TextResourceContents):
+            parts.append(block.resource.text)
+        elif isinstance(block, mcp_types.ResourceLink):
+            parts.append(f"({block.name}: {block.uri})")
+        else:
+            parts.append(f"({block.type}, left out)")
+    if not parts and result.structured_content is not None:
+        parts.append(orjson.dumps(result.structured_content).decode())
+    return "\n".join(parts)
+
+
+def open_servers(path: Path, environ: Mapping[str, str], now: Callable[[], float]) -> list[McpServer]:
+    """The servers of a file, none of them asked yet. Raises ValueError, OSError."""
+    logging.getLogger("mcp").setLevel(logging.CRITICAL)  # it writes what servers say, and their addresses
+    logging.getLogger("client").setLevel(logging.CRITICAL)  # as the package names its session's
+    return [McpServer(settings, now) for settings in read_servers(path, environ)]

@@ -71,7 +71,7 @@ class Provider:
 
     def take(self, dialect: Dialect, asked: Asked, request: dict[str, Any], body: bytes, key: str) -> tuple[Behaviour, Record]:
         """Choose how to answer `request` and open its record."""
-        searched = b"%b\n%b" % (body, key.encode()) if self.rules else b""
+        searched = b"%b\n%b\n%b" % (body, key.encode(), asked.model.encode()) if self.rules else b""
         behaviour = next((behaviour for text, behaviour in reversed(self.rules) if text in searched), self.default)
         fault = behaviour.fault
         if behaviour.fail_first and fault != "none":

@@ -135,3 +135,8 @@ class ServiceSettings(BaseSettings):
         """Every variable with its value, one a line, secrets masked."""
         names = {field_name: name for name, field_name in self.variables().items()}
         return "\n".join(f"{names[field]}={getattr(self, field)}" for field in type(self).model_fields)
+
+
+def process_environment() -> Mapping[str, str]:
+    """The variables of this process, for those that a file names, such as a provider's key. Everything else is a setting."""
+    return os.environ

@@ -307,7 +307,8 @@ def _refused(provider: str, error: errors.APIError) -> DomainError:
     if waits_ms is None and (delay := _found(error, "retryDelay")) is not None:
         waits_ms = _milliseconds(delay)
     overflow = "token count" in (error.message or "") and "exceeds" in (error.message or "")
-    return refused(provider, status, retry_after_ms=waits_ms, overflow=overflow)
+    # What Google calls unavailable is a model that is overloaded.
+    return refused(provider, status, busy=error.status == "UNAVAILABLE", retry_after_ms=waits_ms, overflow=overflow)
 
 
 def _found(error: errors.APIError, name: str) -> str | None:

@@ -222,7 +222,7 @@ async def follow(chunks: AsyncIterable[bytes], reading: Reading, silence: Silenc
 
 # What a provider's refusal means to us.
 
-BUSY_STATUSES = frozenset({429, 503, 529})
+BUSY_STATUSES = frozenset({429, 529})
 KEY_STATUSES = frozenset({401, 402, 403})
 
 

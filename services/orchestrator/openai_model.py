@@ -174,4 +174,10 @@ def _refused(provider: str, error: openai.APIStatusError) -> DomainError:
     kinds = {error.code or "", error.type or ""}
     if kinds & _KEY:  # an account without money answers 429 as well, but waiting does not fill it
         return ModelMisconfigured("the provider does not accept our key", provider=provider, status=error.status_code)
-    return refused(provider, error.status_code, retry_after_ms=retry_after_ms(error.response.headers), overflow=bool(kinds & _OVERFLOW))
+    return refused(
+        provider,
+        error.status_code,
+        busy=bool(kinds & _BUSY),
+        retry_after_ms=retry_after_ms(error.response.headers),
+        overflow=bool(kinds & _OVERFLOW),
+    )

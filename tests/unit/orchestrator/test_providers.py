@@ -1,14 +1,19 @@
 """Which providers there are, what they are reached by, and which of their keys is used."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from services.chassis.errors import DomainError, ModelFailed, ModelMisconfigured, ModelOverloaded
 from services.orchestrator.config import OrchestratorSettings
+from services.orchestrator.domain import Candidate, Draft, Message, Prompt
 from services.orchestrator.models_file import MODELS_FILE
+from services.orchestrator.openai_chat_model import OpenAiChatModel
+from services.orchestrator.openai_responses_model import OpenAiResponsesModel
 from services.orchestrator.provider_keys import LIMITED_S, REFUSED_S, ProviderKeys, split_keys
-from services.orchestrator.providers import PROVIDERS_MAX, Provider, ProvidersInvalid, configured
+from services.orchestrator.providers import PROVIDERS_MAX, Provider, ProvidersInvalid, configured, opened
 
 KEY = {"TAILRACE_INTERNAL_KEY": "an internal key for tests"}
 
@@ -186,3 +191,50 @@ def test_what_is_not_the_keys_fault_does_not_change_the_key(error: DomainError) 
 
     assert keys.take() == 0
     assert "other_key" not in error.metadata
+
+
+async def test_each_kind_is_opened_with_its_adapter_under_its_own_name(table: Path) -> None:
+    """Errors name the provider as the table does."""
+    kinds = ("anthropic", "gemini", "openai_chat", "openai_responses")
+    table.write_text("".join(f"[[providers]]\nname='my-{kind}'\nkind='{kind}'\nbase_url='http://127.0.0.1:1'\n" for kind in kinds))
+    asked = Prompt("t", "s", (Message("user", "?"),), "?", (), 10)
+    async with opened(settings(), table, {}) as models:
+        for name, model in models.items():
+            with pytest.raises(ModelFailed) as failed:
+                await model.generate(asked, Candidate(name, "m", 10, 10), 10, Draft(lambda text: None))
+            assert failed.value.metadata == {"provider": name, "cause": "connect"}
+
+    assert [type(model).__name__ for model in models.values()] == ["ClaudeModel", "GeminiModel", "OpenAiChatModel", "OpenAiResponsesModel"]
+
+
+def test_a_vendors_package_is_imported_only_for_its_provider() -> None:
+    """Together they take seconds of a start and a hundred megabytes that an orchestrator without keys does not need."""
+    names = "('anthropic', 'openai', 'google.genai')"
+    code = f"import sys, services.orchestrator.wiring; print([name for name in {names} if name in sys.modules])"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+
+    assert ran.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("url", "bound", "is_openai"),
+    [
+        ("https://api.openai.com/v1", "max_completion_tokens", True),
+        ("https://me.openai.azure.com/openai/v1", "max_completion_tokens", False),
+        ("http://127.0.0.1:11434/v1", "max_tokens", False),
+        ("https://openai.com.example.org/v1", "max_tokens", False),
+    ],
+)
+async def test_openais_own_words_are_kept_from_servers_that_may_not_know_them(url: str, bound: str, is_openai: bool) -> None:
+    """The bound's name, the marks of the cache and the padding of events; old models of OpenAI do not know the marks either."""
+    asked, draft = Prompt("t", "s", (Message("user", "?"),), "?", (), 10), Draft(lambda text: None)
+    chat = OpenAiChatModel(("k",), url, connect_s=1, first_token_s=1, stall_s=1)
+    responses = OpenAiResponsesModel(("k",), url, connect_s=1, first_token_s=1, stall_s=1)
+    told = chat.request(asked, Candidate("openai", "m", 10, 10), 7, draft)
+    new, old = (responses.request(asked, Candidate("openai", model, 10, 10), 7, draft) for model in ("gpt-6-luna", "gpt-5.5"))
+    await chat.aclose()
+    await responses.aclose()
+
+    assert told[bound] == 7 and len(told.keys() & {"max_tokens", "max_completion_tokens"}) == 1
+    assert ("stream_options" in new, "prompt_cache_options" in new, "prompt_cache_options" in old) == (is_openai, is_openai, False)
+    assert ("prompt_cache_breakpoint" in new["input"][0]["content"][0]) == is_openai

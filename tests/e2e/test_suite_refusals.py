@@ -46,6 +46,11 @@ BAD_BODIES: list[tuple[str, Any, str]] = [
     ("/v1/answers", {"question": "?", "collection": "a b"}, "collection"),
     ("/v1/answers", {"question": "?", "cache": "maybe"}, "cache"),
     ("/v1/answers", {"question": "?", "stream": "yes"}, "stream"),
+    ("/v1/answers", {"question": "?", "tools": [{"name": "a", "input_schema": {"$ref": "https://x/"}}]}, "tools[0].input_schema"),
+    ("/v1/answers", {"question": "?", "tools": [{"name": "a b"}]}, "tools[...].name"),
+    ("/v1/answers", {"question": "?", "images": [{"media_type": "image/png", "data": "AAAA"}]}, "images[0].data"),
+    ("/v1/answers", {"question": "?", "continues": "x"}, "tool_results"),
+    ("/v1/answers", {"question": "?", "tool_results": [{"call_id": "a"}]}, "continues"),
     ("/v1/search", {"query": ""}, "query"),
     ("/v1/search", {"query": "?", "limit": 0}, "limit"),
     ("/v1/search", {"query": "?", "mode": "psychic"}, "mode"),
@@ -53,6 +58,17 @@ BAD_BODIES: list[tuple[str, Any, str]] = [
     ("/v1/documents", {"title": "T", "text": ""}, "text"),
     ("/v1/documents", {"title": "T"}, "text"),
 ]
+
+
+async def test_a_tool_that_the_plan_has_not_is_refused(client: httpx.AsyncClient) -> None:
+    """By the ledger's own plan, before anything is done; an answer that nobody waits for is not there to go on with."""
+    refused = problem_of(await client.post("/v1/answers", json={"question": "?", "server_tools": ["calculator", "fetch_url"]}), 403)
+    gone = {"continues": UNKNOWN_ID, "tool_results": [{"call_id": "a"}]}
+
+    assert (refused["reason"], refused["needs"]) == ("NOT_ALLOWED", "fetch_url")
+    assert problem_of(await client.post("/v1/answers", json=gone), 404)["reason"] == "NOT_FOUND"
+    word = await client.post(f"/v1/answers/{UNKNOWN_ID}/tool-calls/a", json={"allowed": True})
+    assert problem_of(word, 404)["reason"] == "NOT_FOUND"
 
 
 @pytest.mark.parametrize(("path", "body", "field"), BAD_BODIES)

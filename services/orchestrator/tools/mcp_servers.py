@@ -99,6 +99,8 @@ def _server(name: str, row: Any, environ: Mapping[str, str]) -> ServerSettings:
     for key, names in (("tools", tools or []), ("confirm", confirm)):
         if not isinstance(names, list) or not all(isinstance(one, str) and one for one in names):
             raise ValueError(f"{where}.{key}: a list of names")
+    if tools is not None and (strange := sorted(set(confirm) - {*tools, "*"})):  # a slip of the pen would leave a tool unguarded
+        raise ValueError(f"{where}.confirm: {', '.join(strange)} is not among its tools")
     if isinstance(life_s, bool) or not isinstance(life_s, int | float) or not 1 <= life_s <= 86_400:
         raise ValueError(f"{where}.list_life_s: 1-86400 seconds")
     return ServerSettings(
@@ -171,7 +173,7 @@ class McpServer:
         self._discovered: mcp_types.DiscoverResult | None = None
         """What a server without sessions said of itself."""
         self._has_sessions = False
-        self._tools: dict[str, Tool] = {}
+        self._tools: Mapping[str, Tool] = {}
         self._listed_at: float | None = None
         self._away_until = 0.0
 
@@ -199,8 +201,8 @@ class McpServer:
             raise Unavailable("the tool server cannot be reached", dependency=self.name)
         return self._tools
 
-    async def _listed(self) -> dict[str, Tool]:
-        found: dict[str, Tool] = {}
+    async def _listed(self) -> "dict[str, McpTool]":
+        found: dict[str, McpTool] = {}
         async with self._connected() as session:
             cursor: str | None = None
             for _ in range(PAGES_MAX):
@@ -213,6 +215,8 @@ class McpServer:
                 cursor = page.next_cursor
                 if not cursor:
                     break
+        if missing := self._settings.confirm - {"*", *(tool.name for tool in found.values())}:
+            log.warning("confirmed_tools_missing", server=self.name, tools=sorted(missing))
         return found
 
     def _tool(self, listed: mcp_types.Tool) -> "McpTool | None":

@@ -196,6 +196,7 @@ def test_servers_are_read_from_a_file(tmp_path: Path) -> None:
         ('[servers.a]\nurl = "https://x/"\nheaders = { A = "${NONE}" }', "the variable NONE is not set"),
         ('[servers.a]\nurl = "https://x/"\nheaders = { A = 1 }', "servers.a.headers"),
         ('[servers.a]\nurl = "https://x/"\ntools = "all"', "servers.a.tools"),
+        ('[servers.a]\nurl = "https://x/"\ntools = ["send"]\nconfirm = ["sent"]', "servers.a.confirm: sent is not among its tools"),
         ('[servers.a]\nurl = "https://x/"\nlist_life_s = 0', "servers.a.list_life_s"),
         ("servers = 1", "servers: a table"),
         ("[servers.a", "Expected"),

@@ -22,7 +22,6 @@ from services.orchestrator.log import EventLog
 from services.orchestrator.ports import Recalling
 from services.orchestrator.run import Run, Toolkit
 from services.orchestrator.standalone import depends_on_history, depends_on_time
-from services.orchestrator.validate import judge
 
 log = structlog.get_logger(__name__)
 
@@ -202,8 +201,10 @@ def write_prompt(run: Run, passages: tuple[Passage, ...], step: StepRecord) -> P
 def check(run: Run, draft: Draft, step: StepRecord) -> None:
     """Judge the whole text. What fails is told in the receipt and not remembered; it has been read already."""
     run.finish_reason = draft.finish_reason
-    run.verdict = judge(run.text, draft.finish_reason, run.citations.unknown)
-    step.note(verdict=run.verdict, cited=len(run.citations.cited))
+    run.verdict = run.verdict_of(draft)
+    step.note(verdict=run.verdict, cited=len(run.citations.cited), sentences_judged=run.citations.judged)
+    if run.citations.groundedness is not None:
+        step.note(groundedness=round(run.citations.groundedness, 3))
 
 
 async def remember(run: Run, step: StepRecord) -> None:

@@ -11,6 +11,7 @@ from services.chassis.clock import Clock
 from services.chassis.errors import AnswerCancelled, DomainError
 from services.chassis.money import Usage
 from services.chassis.telemetry import StepRecord, Trail
+from services.orchestrator.citations import CitationReader
 from services.orchestrator.compose import Template
 from services.orchestrator.domain import (
     Accepted,
@@ -18,6 +19,7 @@ from services.orchestrator.domain import (
     CachedAnswer,
     CacheReceipt,
     Done,
+    Draft,
     Edition,
     Event,
     OperationRecord,
@@ -28,10 +30,11 @@ from services.orchestrator.domain import (
     TextDelta,
     Turn,
 )
+from services.orchestrator.leaks import instructions
 from services.orchestrator.log import EventLog
 from services.orchestrator.ports import Books, Credit, ExactCache, Ledger, Memory, Model
 from services.orchestrator.standalone import language
-from services.orchestrator.validate import CitationReader
+from services.orchestrator.validate import danger, judge
 
 FACTS_MAX = 16
 
@@ -82,6 +85,8 @@ class Run:
         self.model = self.provider = self.finish_reason = self.verdict = ""
         self.first_token_ms = 0.0
         self.attempts: list[Attempt] = []
+        self.holding = False
+        """Whether text is kept from readers until it was checked."""
 
     def accept(self) -> None:
         """Say that the question was taken on: the first event."""
@@ -92,6 +97,16 @@ class Run:
         """Say what `[n]` may point at from now on."""
         self.passages, self.citations = passages, CitationReader(passages)
         self.events.append(PassagesFound(passages))
+
+    def verdict_of(self, draft: Draft) -> str:
+        """What the checks say of a draft, whether it has been shown or not."""
+        citations = self.citations
+        if self.holding:
+            citations = CitationReader(self.passages)
+            citations.read(draft.text)
+        given = instructions(self.kit.template.system)
+        earlier = (part for turn in self.turns for part in (turn.question, turn.text))
+        return danger(draft.text, given, self.question.text, self.passages, earlier) or judge(draft.text, draft.finish_reason, citations)
 
     def write(self, text: str) -> None:
         """Pass on a piece of text, then the citations it completes."""
@@ -151,6 +166,8 @@ class Run:
             verdict=self.verdict,
             first_token_ms=round(self.first_token_ms, 3),
             duration_ms=round(self.trail.elapsed_ms, 3),
+            groundedness=self.citations.groundedness,
+            sentences_judged=self.citations.judged,
         )
 
     def record(self, failure: DomainError | None, *running: Attempt) -> OperationRecord:

@@ -3,7 +3,8 @@
 import pytest
 
 from services.orchestrator.domain import Candidate, Draft, Passage, Prompt
-from services.orchestrator.extractive_model import ExtractiveModel, choose, clean, split_sentences, written
+from services.orchestrator.extractive_model import ExtractiveModel, choose, written
+from services.orchestrator.reading import clean, split_sentences
 from services.orchestrator.standalone import language
 
 GUIDE = """# Gateway

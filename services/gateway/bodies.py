@@ -77,6 +77,7 @@ class AnswerBody(Body, frozen=True, kw_only=True):
             priority=_PRIORITIES[self.priority],
             idempotency_key=idempotency_key,
             cancel_on_disconnect=not self.stream,
+            whole=not self.stream,
         )
         if self.output_schema is not None:
             request.output_schema.CopyFrom(_struct(self.output_schema, "output_schema"))

@@ -5,7 +5,7 @@ Steps raise what went wrong; none knows a wire format, a provider's SDK or a sto
 
 import asyncio
 import random
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import replace
 from typing import Any
@@ -13,15 +13,18 @@ from typing import Any
 import structlog
 
 from services.chassis.deadline import Deadline, current_deadline
-from services.chassis.errors import AnswerCancelled, DeadlineTooShort, DomainError, Internal, Overloaded, Unavailable
+from services.chassis.errors import AnswerCancelled, DeadlineTooShort, DomainError, Internal, OutputInvalid, Overloaded, Unavailable
 from services.chassis.telemetry import StepRecord
 from services.orchestrator.attempts import first_draft
 from services.orchestrator.compose import compose
 from services.orchestrator.domain import CachedAnswer, CacheReceipt, Draft, HeldAnswer, Passage, Prompt, Question, Turn
+from services.orchestrator.json_watch import JsonWatch
 from services.orchestrator.log import EventLog
+from services.orchestrator.output_schema import asked_again, problems_of, tokens_max_of, told, unfenced
 from services.orchestrator.ports import Recalling
 from services.orchestrator.run import Run, Toolkit
 from services.orchestrator.standalone import depends_on_history, depends_on_time
+from services.orchestrator.validate import WHOLE
 
 log = structlog.get_logger(__name__)
 
@@ -50,7 +53,7 @@ async def answer(run: Run) -> None:
             passages = await find_passages(recalling, step)
     with run.step("compose") as step:
         prompt = write_prompt(run, passages, step)
-    draft = await first_draft(run, prompt)  # the steps `hold` and `generate`, once for each attempt
+    draft = await fitting_draft(run, prompt)  # the steps `hold` and `generate`, once for each attempt
     with run.step("validate") as step:
         check(run, draft, step)
     with run.step("remember") as step:
@@ -192,10 +195,46 @@ def write_prompt(run: Run, passages: tuple[Passage, ...], step: StepRecord) -> P
     """The prompt, small enough for every candidate; and the passages that are in it, for the reader."""
     asked = run.question
     room = min(c.context_tokens_max - min(asked.output_tokens_max, c.output_tokens_max) for c in asked.candidates)
-    prompt = compose(run.kit.template, asked.text, passages, run.turns, min(room, run.kit.limits.prompt_tokens_max))
+    schema_tokens = tokens_max_of(asked.output_schema)
+    prompt = compose(run.kit.template, asked.text, passages, run.turns, min(room, run.kit.limits.prompt_tokens_max) - schema_tokens)
+    if asked.output_schema is not None:
+        prompt = told(prompt, asked.output_schema)
     run.show(prompt.passages)
     step.note(template=prompt.template, passages=len(prompt.passages), messages=len(prompt.messages), tokens_max=prompt.input_tokens_max)
     return prompt
+
+
+async def fitting_draft(run: Run, prompt: Prompt) -> Draft:
+    """A draft; where a schema is asked for, one that satisfies it, or one that its model did not end by itself.
+
+    What nobody has read yet is repaired once by the model. What is read as it comes cannot be unsaid: it ends where it goes wrong.
+    Raises OutputInvalid.
+    """
+    schema = run.question.output_schema
+    if schema is None:
+        return await first_draft(run, prompt)
+    run.holding, run.watch = run.question.whole, None if run.question.whole else JsonWatch(schema)
+    draft = await first_draft(run, prompt)
+    problems = await _problems(run, draft, schema)
+    if problems and run.holding:
+        draft = await first_draft(run, asked_again(prompt, draft.text, problems))
+        problems = await _problems(run, draft, schema)
+    if problems:
+        keyword = problems[0][0]
+        raise OutputInvalid("what the model wrote does not satisfy the schema", keyword=keyword)
+    run.release(unfenced(draft.text))
+    return draft
+
+
+async def _problems(run: Run, draft: Draft, schema: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What is wrong with a draft by the schema. A cut draft or a refusal is told as that. In a thread: large texts take their time."""
+    if draft.calls or draft.finish_reason not in WHOLE:
+        return []
+    with run.step("validate") as step:
+        text = unfenced(draft.text) if run.holding else draft.text
+        problems = await asyncio.to_thread(problems_of, text, schema)
+        step.note(problems=len(problems))
+        return problems
 
 
 def check(run: Run, draft: Draft, step: StepRecord) -> None:

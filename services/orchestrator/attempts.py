@@ -52,7 +52,9 @@ async def first_draft(run: Run, prompt: Prompt) -> Draft:
         if (deadline := current_deadline.get()) is not None:
             deadline.require("generate", GENERATE_LEAST_S)
         asked.append(candidate)
-        call = _Call(len(asked), candidate, prompt, min(run.question.output_tokens_max, candidate.output_tokens_max), Draft(run.write))
+        call = _Call(
+            len(run.attempts) + 1, candidate, prompt, min(run.question.output_tokens_max, candidate.output_tokens_max), Draft(run.write)
+        )
         try:
             with run.step("hold") as step:
                 await _hold(run, call, step)
@@ -144,7 +146,8 @@ async def _generate(run: Run, call: _Call, step: StepRecord) -> None:
         now = time.perf_counter()
         if not call.first_text_at:
             call.first_text_at = now
-        run.write(text)
+        if not run.holding:
+            run.write(text)
         if draft.deltas - call.marked_deltas >= _until_mark(call.marked_deltas) or now - call.marked_at >= MARK_S:
             call.marked_at, call.marked_deltas = now, draft.deltas
             run.kit.books.mark(_unfinished(run, call))

@@ -107,6 +107,8 @@ class Question:
     """The answer whose turn this one takes the place of."""
     output_schema: Mapping[str, Any] | None = None
     """JSON Schema the text must satisfy."""
+    whole: bool = False
+    """Nobody reads along: text may be held back until it was checked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,7 @@ class Passage:
     document_version: int = 1
     page: int = 0
     flags: tuple[str, ...] = ()
+    similarity: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

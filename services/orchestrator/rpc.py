@@ -4,10 +4,12 @@ import hashlib
 import os
 import re
 import time
+from typing import Any
 from uuid import UUID
 
 import grpc
 import orjson
+from google.protobuf.json_format import MessageToDict
 
 from services.chassis.clock import Clock
 from services.chassis.deadline import current_deadline
@@ -15,6 +17,7 @@ from services.chassis.errors import NotFound, Overloaded, RequestInvalid
 from services.chassis.principal import Principal, current_principal
 from services.chassis.server import Server
 from services.chassis.wire import timestamp, usage_message
+from services.orchestrator import schema_rules
 from services.orchestrator.clients import cache_message, passage_message
 from services.orchestrator.domain import (
     Accepted,
@@ -35,7 +38,7 @@ from services.orchestrator.domain import (
 from services.orchestrator.log import EVENTS_MAX, Entry
 from services.orchestrator.ports import Books
 from services.orchestrator.registry import Elsewhere, Found, Registry
-from services.orchestrator.router import Router
+from services.orchestrator.router import EXTRACTIVE, Router
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as pb
 from tailrace.orchestrator.v1 import orchestrator_service_pb2_grpc as pb_grpc
 
@@ -74,7 +77,7 @@ def fingerprint(request: pb.AnswerRequest) -> bytes:
     """Digest of what is asked. How long the caller waits for it, and how it goes away, does not make it another question."""
     asked = pb.AnswerRequest()
     asked.CopyFrom(request)
-    for field in ("deadline_ms", "cancel_on_disconnect", "priority"):
+    for field in ("deadline_ms", "cancel_on_disconnect", "priority", "whole"):
         asked.ClearField(field)
     return hashlib.sha256(asked.SerializeToString(deterministic=True)).digest()
 
@@ -98,8 +101,6 @@ def read_question(request: pb.AnswerRequest, principal: Principal, router: Route
         raise RequestInvalid("the idempotency key is too long", field="idempotency_key", bound=f"0-{KEY_CHARACTERS_MAX} characters")
     if request.cache not in _CACHE_MODES:
         raise RequestInvalid("there is no such cache mode", field="cache", bound="0-3")
-    if request.HasField("output_schema"):
-        raise RequestInvalid("no configured model can be bound to a schema", field="output_schema")
     if request.tools:
         raise RequestInvalid("no configured model can call tools", field="tools")
     if request.HasField("deadline_ms") and not 1 <= request.deadline_ms <= DEADLINE_MS_MAX:
@@ -107,6 +108,11 @@ def read_question(request: pb.AnswerRequest, principal: Principal, router: Route
     if request.priority not in _PRIORITIES:
         raise RequestInvalid("there is no such priority", field="priority", bound="0-2")
     tier, candidates = router.route(request.model, request.tier)
+    schema = _output_schema(request)
+    if schema is not None:
+        candidates = tuple(candidate for candidate in candidates if candidate.provider != EXTRACTIVE)
+        if not candidates:
+            raise RequestInvalid("no configured model writes JSON", field="output_schema")
     answer_id = new_answer_id()
     return Question(
         answer_id=answer_id,
@@ -124,7 +130,27 @@ def read_question(request: pb.AnswerRequest, principal: Principal, router: Route
         cancel_on_disconnect=request.cancel_on_disconnect,
         priority=_PRIORITIES[request.priority],
         deadline_s=_deadline_s(request),
+        whole=request.whole,
+        output_schema=schema,
     )
+
+
+def _output_schema(request: pb.AnswerRequest) -> dict[str, Any] | None:
+    """The schema as JSON has it; None if there is none. Raises RequestInvalid for one that must not be asked for."""
+    if not request.HasField("output_schema"):
+        return None
+    schema: dict[str, Any] = _whole_numbers(MessageToDict(request.output_schema))
+    schema_rules.require(schema, "output_schema")
+    return schema
+
+
+def _whole_numbers(value: Any) -> Any:
+    """`value` with 3 for 3.0: a Struct has no integers, but providers want them where JSON Schema does."""
+    if isinstance(value, dict):
+        return {key: _whole_numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_whole_numbers(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _deadline_s(request: pb.AnswerRequest) -> float | None:

@@ -5,10 +5,12 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import orjson
+
 from services.chassis import telemetry
 from services.chassis.afterwork import AfterWork
 from services.chassis.clock import Clock
-from services.chassis.errors import AnswerCancelled, DomainError
+from services.chassis.errors import AnswerCancelled, DomainError, OutputInvalid
 from services.chassis.money import Usage
 from services.chassis.telemetry import StepRecord, Trail
 from services.orchestrator.citations import CitationReader
@@ -30,6 +32,7 @@ from services.orchestrator.domain import (
     TextDelta,
     Turn,
 )
+from services.orchestrator.json_watch import JsonWatch
 from services.orchestrator.leaks import instructions
 from services.orchestrator.log import EventLog
 from services.orchestrator.ports import Books, Credit, ExactCache, Ledger, Memory, Model
@@ -87,6 +90,8 @@ class Run:
         self.attempts: list[Attempt] = []
         self.holding = False
         """Whether text is kept from readers until it was checked."""
+        self.watch: JsonWatch | None = None
+        """Set where text of a schema is shown as it comes: what cannot satisfy it any more is not shown."""
 
     def accept(self) -> None:
         """Say that the question was taken on: the first event."""
@@ -101,21 +106,34 @@ class Run:
     def verdict_of(self, draft: Draft) -> str:
         """What the checks say of a draft, whether it has been shown or not."""
         citations = self.citations
-        if self.holding:
+        if self.holding and self.question.output_schema is None:
             citations = CitationReader(self.passages)
             citations.read(draft.text)
         given = instructions(self.kit.template.system)
         earlier = (part for turn in self.turns for part in (turn.question, turn.text))
-        return danger(draft.text, given, self.question.text, self.passages, earlier) or judge(draft.text, draft.finish_reason, citations)
+        shown = (self.question.text, *(part for found in self.passages for part in (found.title, found.source_uri, found.text)), *earlier)
+        is_markdown = self.question.output_schema is None
+        return danger(draft.text, given, shown, is_markdown=is_markdown) or judge(draft.text, draft.finish_reason, citations)
+
+    def release(self, text: str) -> None:
+        """Show what was held back, if anything was."""
+        if self.holding:
+            self.holding = False
+            if text:
+                self.write(text)
 
     def write(self, text: str) -> None:
-        """Pass on a piece of text, then the citations it completes."""
+        """Pass on a piece of text, then the citations it completes. Raises OutputInvalid before a piece that rules out the schema."""
         if not self.first_token_ms:
             self.first_token_ms = self.trail.elapsed_ms
         self.trail.tell()
         self.pieces.append(text)
+        if self.watch is not None and (wrong := self.watch.feed(text)):
+            raise OutputInvalid("what the model writes cannot satisfy the schema any more", keyword=wrong)
         event: Event = TextDelta(text)
         self.events.append(event)
+        if self.question.output_schema is not None:
+            return  # `[1]` in JSON is an array
         for event in self.citations.read(text):
             self.events.append(event)
 
@@ -135,6 +153,7 @@ class Run:
             language(asked.text),
             str(asked.output_tokens_max),
             str(limits.passages_max),
+            "" if asked.output_schema is None else orjson.dumps(asked.output_schema, option=orjson.OPT_SORT_KEYS).decode(),
         )
         return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()
 

@@ -42,7 +42,7 @@ _HOST = re.compile(r"\b(?:[a-z0-9-]{1,63}\.){1,8}[a-z]{2,24}\b", re.IGNORECASE)
 _UNSEEN = re.compile("[\x00-\x20\x7f-\xa0\u200b-\u200f\u2028-\u202f\u2060-\u206f\ufeff]")
 
 
-class Shown:
+class _Shown:
     """The addresses and hosts of what the model was shown."""
 
     def __init__(self, texts: Iterable[str]) -> None:
@@ -53,10 +53,11 @@ class Shown:
             self.hosts |= {found[0].casefold() for found in _HOST.finditer(text)}
 
 
-def carries_out(text: str, shown: Shown) -> bool:
-    """Whether a reader of `text` who sees it rendered may send data away, or run what it brings."""
+def carries_out(text: str, material: Iterable[str]) -> bool:
+    """Whether a reader of `text` who sees it rendered may send data away, or run what it brings. `material`: what the model was shown."""
     if "](" not in text and "://" not in text and "<" not in text and "]:" not in text and "www." not in text.casefold():
         return False  # nearly every answer
+    shown = _Shown(material)
     seen = _CODE.sub(" ", _FENCE.sub("\n", text))
     images = {_label(match[2] or match[1]) for match in _IMAGE_REFERENCE.finditer(seen)}
     for count, (address, is_image) in enumerate(_addresses(seen, images)):
@@ -80,7 +81,7 @@ def _addresses(seen: str, images: set[str]) -> Iterable[tuple[str, bool]]:
             yield match[1], False
 
 
-def _has_active_html(seen: str, shown: Shown) -> bool:
+def _has_active_html(seen: str, shown: _Shown) -> bool:
     for count, tag in enumerate(_TAG.finditer(seen)):
         name = tag[1].casefold()
         if count == ADDRESSES_MAX or name in _ACTIVE_TAGS:
@@ -95,7 +96,7 @@ def _has_active_html(seen: str, shown: Shown) -> bool:
     return False
 
 
-def _unsafe(address: str, shown: Shown, *, is_image: bool) -> bool:
+def _unsafe(address: str, shown: _Shown, *, is_image: bool) -> bool:
     plain = _readable(address)
     if not plain or plain.startswith("#"):
         return False

@@ -1,13 +1,12 @@
 """What is wrong with a finished answer, as one word. Pure; it never changes a text. What each check looks at lives in its own module."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from services.orchestrator.citations import CitationReader
-from services.orchestrator.domain import Passage
 from services.orchestrator.grounding import GROUNDEDNESS_MIN
 from services.orchestrator.leaks import Instructions
 from services.orchestrator.repetition import repeats
-from services.orchestrator.unsafe_markdown import Shown, carries_out
+from services.orchestrator.unsafe_markdown import carries_out
 
 WHOLE = frozenset({"end_turn", "stop_sequence"})
 """Finish reasons of an answer that said all it had to say."""
@@ -30,9 +29,12 @@ def judge(text: str, finish_reason: str, citations: CitationReader) -> str:
     return "ungrounded" if groundedness is not None and groundedness < GROUNDEDNESS_MIN else "passed"
 
 
-def danger(text: str, instructions: Instructions, question: str, passages: Sequence[Passage], earlier: Iterable[str] = ()) -> str:
-    """Return `prompt_leaked` or `unsafe_markdown` if showing the text may do harm, else nothing. `earlier`: turns that were shown too."""
-    shown = [question, *(part for passage in passages for part in (passage.text, passage.source_uri, passage.title)), *earlier]
-    if instructions.leak_into(text, shown):
+def danger(text: str, instructions: Instructions, shown: Iterable[str], *, is_markdown: bool) -> str:
+    """Return `prompt_leaked` or `unsafe_markdown` if showing the text may do harm, else nothing.
+
+    `shown`: what else the model was shown and may quote: question, passages, earlier turns.
+    """
+    material = tuple(shown)
+    if instructions.leak_into(text, material):
         return "prompt_leaked"
-    return "unsafe_markdown" if carries_out(text, Shown(shown)) else ""
+    return "unsafe_markdown" if is_markdown and carries_out(text, material) else ""

@@ -103,7 +103,7 @@ class Searcher:
             records, seen = await self._ranked(encoding.chunks, replace(query, limit=limit * REFILL_FACTOR), weight)
             kept = (await self._registry.current(reach.viewer, records))[:limit]
         return [
-            Hit(_passage(number, stored, document, score), stored, document, seen[stored.chunk_id], weight)
+            Hit(_passage(number, stored, document, score, seen[stored.chunk_id]), stored, document, seen[stored.chunk_id], weight)
             for number, (stored, document, score) in enumerate(kept, 1)
         ]
 
@@ -136,7 +136,7 @@ class Searcher:
         return meaning * known / (meaning * known + words) if meaning * known + words else 0.0
 
 
-def _passage(number: int, stored: StoredChunk, document: Document, score: float) -> Passage:
+def _passage(number: int, stored: StoredChunk, document: Document, score: float, seen: Fused) -> Passage:
     chunk = stored.chunk
     return Passage(
         number=number,
@@ -152,4 +152,5 @@ def _passage(number: int, stored: StoredChunk, document: Document, score: float)
         document_version=document.version,
         page=chunk.page,
         flags=chunk.flags,
+        similarity=seen.dense_score,
     )

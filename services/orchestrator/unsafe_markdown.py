@@ -129,8 +129,9 @@ def _carries_nothing(bare: str) -> bool:
 
 
 def _readable(address: str) -> str:
-    """An address as a browser takes it: entities and escapes resolved, unseen characters gone."""
-    return _UNSEEN.sub("", re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", html.unescape(address))).replace("\\", "/")
+    """An address as a browser takes it: entities and escapes resolved, unseen characters gone, slashes put right."""
+    plain = _UNSEEN.sub("", re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", html.unescape(address))).replace("\\", "/")
+    return re.sub(r"\A(https?):/*", r"\1://", plain, count=1, flags=re.IGNORECASE)
 
 
 def _trimmed(address: str) -> str:

@@ -15,10 +15,18 @@ from services.orchestrator.reading import content_words, split_sentences
 
 SENTENCES_MAX = 4
 COVERAGE_MIN = 0.34
-"""Share of the question's weight that the best sentence, with its headings, must cover before anything is called an answer."""
+"""Share of the question's weight that the best sentence, with its headings, must cover before anything is called an answer, where passages
+were found by words alone."""
+EVIDENCE_MIN = 0.6
+"""Where they were found by meaning too: the best passage's similarity to the question and half of what the best sentence covers must come
+to this. Measured with the default embedder; `make bench-checks` prints what it answers and what it declines."""
+COVERAGE_SHARE = 0.5
+RANK_SHARE, MEANING_SHARE, HEADINGS_SHARE, NUMBER_SHARE = 0.5, 0.5, 0.5, 0.15
+"""What a sentence gains, besides the words of the question it has: as the best passage's rank and similarity, for words in its headings,
+and for a figure where one is asked for."""
 UNSEEN_WEIGHT = 0.6
 """What a word of the question weighs that no passage has, against the rarest that one has."""
-RELATIVE_SCORE_MIN = 0.55
+RELATIVE_SCORE_MIN = 0.7
 """A further sentence must be this good, measured by the best one."""
 OVERLAP_MAX = 0.6
 """Sentences that share more of their words than this say the same."""
@@ -36,6 +44,7 @@ _DANGLING = re.compile(
     re.IGNORECASE,
 )
 """Openings that lean on the sentence before, or lead elsewhere."""
+_WANTS_NUMBER = re.compile(r"\s*(?:how (?:many|much|long|old|large|big|often|fast)|when|what (?:port|size|number|version|year))\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +81,8 @@ def choose(question: str, passages: Sequence[Passage]) -> list[Sentence]:
         return sum(weight[word] for word in asked if word in words) / total
 
     best_score = max((passage.score for passage in passages), default=0.0)
-    wants_number = re.match(
-        r"\s*(?:how (?:many|much|long|old|large|big|often|fast)|when|what (?:port|size|number|version|year))\b", question.casefold()
-    )
+    nearest = max((passage.similarity or 0.0 for passage in passages), default=0.0)
+    wants_number = _WANTS_NUMBER.match(question.casefold())
 
     def score(sentence: Sentence) -> float:
         own = covered(sentence.words)
@@ -83,17 +91,21 @@ def choose(question: str, passages: Sequence[Passage]) -> list[Sentence]:
         passage = passages[sentence.passage]
         context = covered(sentence.words | headings[sentence.passage]) - own
         rank = (passage.score / best_score) if best_score > 0 else 1.0 / (1 + sentence.passage)
-        value = own + 0.5 * context + 0.15 * max(0.0, rank)
+        meaning = (passage.similarity or 0.0) / nearest if nearest > 0 else 0.0
+        value = own + HEADINGS_SHARE * context + RANK_SHARE * max(0.0, rank) + MEANING_SHARE * max(0.0, meaning)
         if wants_number and any(letter.isdigit() for letter in sentence.text):
-            value += 0.15
+            value += NUMBER_SHARE
         if _DANGLING.match(sentence.text):
             value *= 0.85
         words = len(sentence.text.split())
         return value * (1.0 if words >= 5 else 0.8) / (1.0 + max(0, words - 45) / 60)
 
     ranked = sorted(((score(sentence), sentence) for sentence in sentences), key=lambda pair: (-pair[0], pair[1].passage, pair[1].position))
-    top, best = ranked[0]
-    if covered(best.words | headings[best.passage]) < COVERAGE_MIN or top == 0.0:
+    top = ranked[0][0]
+    coverage = max(covered(sentence.words | headings[sentence.passage]) for sentence in sentences)
+    by_meaning = any(passage.similarity is not None for passage in passages)
+    enough = nearest + COVERAGE_SHARE * coverage >= EVIDENCE_MIN if by_meaning else coverage >= COVERAGE_MIN
+    if not enough or top == 0.0:
         return []
     chosen: list[Sentence] = []
     for value, sentence in ranked:

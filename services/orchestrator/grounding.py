@@ -24,6 +24,8 @@ SAME_WORDS_MIN, NEARLY_SAME_WORDS_MIN = 0.4, 0.7
 """Share of its words that a sentence must have in common with one of the passage for an opposite, or a negation, to be told from chance."""
 PASSAGE_CHARACTERS_MAX = 20_000
 """Beyond this a passage is not read; chunks are a tenth of it."""
+_JAPANESE = {"hiragana": "cjk", "katakana": "cjk"}
+"""Scripts that one sentence mixes."""
 
 
 class Evidence:
@@ -85,16 +87,24 @@ def support(claim: str, evidence: Evidence) -> float | None:
 
 def _turned(said: str, words: frozenset[str], evidence: Evidence) -> bool:
     """Whether the sentence that is most alike says the opposite."""
-    alike, nearest = max(((len(words & theirs), sentence) for theirs, sentence in evidence.sentences), default=(0, ""))
+    alike, theirs, nearest = max(
+        ((len(words & theirs), theirs, sentence) for theirs, sentence in evidence.sentences),
+        key=lambda found: found[0],
+        default=(0, words, ""),
+    )
     share = alike / len(words)
-    if share >= NEARLY_SAME_WORDS_MIN and (negations(said) > 0) != (negations(nearest) > 0):
+    if share < SAME_WORDS_MIN:
+        return False
+    if opposed(all_words(said), all_words(nearest)):
         return True
-    return share >= SAME_WORDS_MIN and opposed(all_words(said), all_words(nearest))
+    # A claim may leave out the part of a sentence that is negated, but not add a negation of its own.
+    mine, its = negations(said) > 0, negations(nearest) > 0
+    return mine != its and min(share, 1.0 if mine else alike / len(theirs)) >= NEARLY_SAME_WORDS_MIN
 
 
 def _foreign(said: str, evidence: Evidence) -> bool:
     """Whether the languages of the two are known, and are not the same."""
-    mine, theirs = language(said), evidence.language
+    mine, theirs = (_JAPANESE.get(code, code) for code in (language(said), evidence.language))
     return mine != theirs and not {mine, theirs} & {"latin", "none"}
 
 

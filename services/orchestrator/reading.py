@@ -15,7 +15,7 @@ _WORD = re.compile(r"[^\W_]+")
 _WIDE = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 """Letters of scripts that put no space between words."""
 _NUMBER = re.compile(r"(?<![\w.,])(?<![^\W\d_]-)\d+(?:[.,]\d+)*(?![\d]*[^\W\d_]{3})")
-"""A figure, perhaps with its unit; neither the tail of a name such as `IL-2` or `utf8`, nor an ordinal's or a code's head."""
+"""A figure, perhaps with its unit; neither the tail of a name such as `IL-2` or `utf8`, nor a code's head."""
 _LIST_MARK = re.compile(r"^\s{0,6}(?:[-*+•]|\d{1,3}[.)])\s+")
 _LINK = re.compile(r"!?\[([^\]]*)\]\((?:[^()]|\([^()]*\))*\)")
 _REFERENCE_LINK = re.compile(r"!?\[([^\]]+)\]\[[^\]]*\]")
@@ -23,7 +23,8 @@ _TAG = re.compile(r"</?[A-Za-z][^<>]{0,200}>|<!--.*?-->", re.DOTALL)
 _EMPHASIS = re.compile(r"(?<!\w)(\*{1,3}|_{1,3})(?=\S)(.+?)(?<=\S)\1(?!\w)")
 _MARKER = re.compile(r"\[\^?\d{1,3}\]")
 _SENTENCE_END = re.compile(r"(?<=[.!?。！？])[\"'”’)\]]*\s+(?=[\"'“‘(\[`]?[A-Z0-9À-ÞА-Я\u3040-\u9fff`])")
-_BLOCK_START = re.compile(r"(?:\n\s*\n|(?:\A|\n)[ \t]{0,6}(?:[-*+•]|\d{1,3}[.)]|#{1,6}|>|\|)(?=[ \t]))[ \t]*")
+_BLOCK_MARK = r"(?:[-*+•]|\d{1,3}[.)]|#{1,6}|>|\|)[ \t]+"
+_BLOCK_START = re.compile(rf"\n\s*\n[ \t]*(?:{_BLOCK_MARK})?|(?:\A|\n)[ \t]{{0,6}}{_BLOCK_MARK}")
 ABBREVIATION_CHARACTERS_MAX = 16
 _ABBREVIATION = re.compile(
     r"(?:\b(?:e\.g|i\.e|etc|cf|vs|approx|no|nr|fig|mr|mrs|ms|dr|st|inc|ltd|co|z\.B|d\.h|bzw|usw)|\b[A-Z])\.$", re.IGNORECASE

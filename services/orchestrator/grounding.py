@@ -11,19 +11,23 @@ from services.orchestrator.domain import Passage
 from services.orchestrator.reading import all_words, clean, content_words, negations, numbers, opposed, split_sentences
 from services.orchestrator.standalone import language
 
-SUPPORT_MIN = 0.22
+SUPPORT_MIN = 0.2
 """A sentence with less than this does not follow from what it cites; `make bench-checks` prints what that finds and what it spares."""
 GROUNDEDNESS_MIN = 0.5
 """An answer fewer of whose judged sentences are borne out is not grounded."""
 ALIKE = 0.7
 """What a word counts whose beginning alone the passage has: `induction` for `inductive`."""
 ALIKE_LETTERS_MIN, ALIKE_SHARE_MIN = 5, 0.6
-CONTRADICTED = 0.2
+CONTRADICTED = 0.15
 """What is left of a support whose figures the passage has not, or where the passage says the opposite in the same words."""
 SAME_WORDS_MIN, NEARLY_SAME_WORDS_MIN = 0.4, 0.7
 """Share of its words that a sentence must have in common with one of the passage for an opposite, or a negation, to be told from chance."""
 PASSAGE_CHARACTERS_MAX = 20_000
 """Beyond this a passage is not read; chunks are a tenth of it."""
+LANGUAGE_CHARACTERS = 300
+"""So much of a passage tells its language."""
+_ONE = frozenset({"1"})
+"""There are too many other words for it."""
 _JAPANESE = {"hiragana": "cjk", "katakana": "cjk"}
 """Scripts that one sentence mixes."""
 
@@ -66,7 +70,7 @@ class Evidence:
 
     @cached_property
     def language(self) -> str:
-        return language(self.text)
+        return language(self.text[:LANGUAGE_CHARACTERS])
 
 
 def support(claim: str, evidence: Evidence) -> float | None:
@@ -80,7 +84,7 @@ def support(claim: str, evidence: Evidence) -> float | None:
     if not words or _foreign(said, evidence):
         return None
     value = sum(_found(word, evidence) for word in words) / len(words)
-    if not numbers(said) <= evidence.numbers or _turned(said, frozenset(words), evidence):
+    if value >= SUPPORT_MIN and (not numbers(said) - _ONE <= evidence.numbers or _turned(said, frozenset(words), evidence)):
         value *= CONTRADICTED
     return round(value, 4)
 

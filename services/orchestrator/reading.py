@@ -2,6 +2,7 @@
 far as word endings go; what follows from a comparison is decided elsewhere.
 """
 
+import functools
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -11,11 +12,13 @@ from services.orchestrator.words import NEGATIONS, NUMBERS, OPPOSITES, STOP
 SENTENCE_CHARACTERS_MAX = 420
 """A longer one is a table or a list that lost its lines."""
 SENTENCE_WORDS_MIN = 4
+STEMS_KEPT_MAX = 16_384
+"""The words of a few hundred passages: the same ones are asked for again and again."""
 _WORD = re.compile(r"[^\W_]+")
 _WIDE = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 """Letters of scripts that put no space between words."""
-_NUMBER = re.compile(r"(?<![\w.,])(?<![^\W\d_]-)\d+(?:[.,]\d+)*(?![\d]*[^\W\d_]{3})")
-"""A figure, perhaps with its unit; neither the tail of a name such as `IL-2` or `utf8`, nor a code's head."""
+_NUMBER = re.compile(r"(?<![\w.,])(?<![^\W\d_]-)(?<![A-Z]{2} )\d+(?:[.,]\d+)*(?=[^\W\d_]{0,3}(?!\w))")
+"""A figure, perhaps with its unit; not the number in a name such as `IL-2`, `utf8`, `3T3` or `BRCA 1`."""
 _LIST_MARK = re.compile(r"^\s{0,6}(?:[-*+•]|\d{1,3}[.)])\s+")
 _LINK = re.compile(r"!?\[([^\]]*)\]\((?:[^()]|\([^()]*\))*\)")
 _REFERENCE_LINK = re.compile(r"!?\[([^\]]+)\]\[[^\]]*\]")
@@ -36,6 +39,7 @@ _BOILERPLATE = re.compile(
 )
 
 
+@functools.lru_cache(maxsize=STEMS_KEPT_MAX)
 def stem(word: str) -> str:
     """Cut the commonest English endings, so that `caches` finds `cache` and `indexed` finds `index`."""
     if len(word) > 4 and word.endswith("ies"):
@@ -58,7 +62,7 @@ def content_words(text: str) -> list[str]:
     folded = unicodedata.normalize("NFKC", text).casefold()
     found: list[str] = []
     for word in _WORD.findall(folded):
-        if _WIDE.search(word):
+        if not word.isascii() and _WIDE.search(word):
             found += [word[place : place + 2] for place in range(max(1, len(word) - 1))]
         elif word not in STOP:
             found.append(stem(word))
@@ -67,9 +71,9 @@ def content_words(text: str) -> list[str]:
 
 def numbers(text: str) -> frozenset[str]:
     """The numbers of a text, one way of writing for each: `1,000`, `1000` and `1000.0` are one, and so are `two` and `2`."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    found = {_plain_number(digits) for digits in _NUMBER.findall(folded)}
-    return frozenset(found | {NUMBERS[word] for word in _WORD.findall(folded) if word in NUMBERS})
+    normal = unicodedata.normalize("NFKC", text)
+    found = {_plain_number(digits) for digits in _NUMBER.findall(normal)}
+    return frozenset(found | {NUMBERS[word] for word in _WORD.findall(normal.casefold()) if word in NUMBERS})
 
 
 def _plain_number(digits: str) -> str:

@@ -71,7 +71,7 @@ def test_headings_are_evidence_too() -> None:
 def test_numbers_are_compared_by_value() -> None:
     """However they are written; a name's number is none."""
     assert numbers("1,000 or 1000.0, two of 2, 0.50 and 3 kg") == {"1000", "2", "0.5", "3"}
-    assert numbers("IL-2, utf8 and 2abc") == set()
+    assert numbers("IL-2, utf8, NIH 3T3 and BRCA 1") == set()
 
 
 def test_scripts_without_spaces_are_compared_by_pairs() -> None:

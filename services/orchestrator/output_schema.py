@@ -4,7 +4,7 @@ The schema was let in by `schema_rules`; what is checked here was written by a m
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,12 +17,10 @@ from referencing import Registry
 
 from services.orchestrator.compose import MESSAGE_OVERHEAD_TOKENS, tokens_max
 from services.orchestrator.domain import Message, Prompt
-from services.orchestrator.schema_rules import steps
+from services.orchestrator.schema_rules import matcher
 
 CHECKS_MAX = 100_000
 """Keywords looked at for one text; about as many microseconds, times three."""
-PATTERN_STEPS_MAX = 2_000_000
-"""What all patterns together may take on one text, in steps of the matcher."""
 PROBLEMS_MAX = 8
 PROBLEM_CHARACTERS_MAX = 300
 JSON = "json"
@@ -91,43 +89,62 @@ class _Left:
     """What may still be spent on the text that is being checked."""
 
     checks: int = CHECKS_MAX
-    pattern_steps: int = PATTERN_STEPS_MAX
 
     def spend(self, checks: int) -> None:
         self.checks -= checks
         if self.checks < 0:
             raise TooMuch
 
-    def match(self, pattern: str, text: str) -> None:
-        self.pattern_steps -= len(text) ** max(1, _steps(pattern))
-        if self.pattern_steps < 0:
-            raise TooMuch
-
 
 _left: ContextVar[_Left] = ContextVar("_left")
-_steps = functools.lru_cache(maxsize=1024)(steps)
 
 
 @functools.cache
 def _checker() -> Any:
-    """The validator of the library, with every keyword counted; it fetches nothing, and asserts no `format`."""
-    counted = {keyword: _counted(check) for keyword, check in Draft202012Validator.VALIDATORS.items()}
-    return validators.extend(Draft202012Validator, {**counted, "uniqueItems": _unique})  # type: ignore[no-untyped-call]
+    """The validator of the library, with every keyword counted and patterns matched in linear time; it fetches nothing."""
+    own = {
+        "pattern": _pattern,
+        "patternProperties": _pattern_properties,
+        "additionalProperties": _additional_properties,
+        "uniqueItems": _unique,
+    }
+    counted = {keyword: _counted(check) for keyword, check in {**Draft202012Validator.VALIDATORS, **own}.items()}
+    return validators.extend(Draft202012Validator, counted)  # type: ignore[no-untyped-call]
 
 
-def _counted(check: Callable[..., Iterator[ValidationError] | None]) -> Callable[..., Iterator[ValidationError]]:
+def _counted(check: Callable[..., Iterable[ValidationError] | None]) -> Callable[..., Iterator[ValidationError]]:
     def counting(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
-        left = _left.get()
-        left.spend(1 + (len(value) // 8 if isinstance(value, list | dict) else 0))
-        if check is Draft202012Validator.VALIDATORS["pattern"] and isinstance(instance, str):
-            left.match(value, instance)
-        if isinstance(instance, dict) and isinstance(patterns := schema.get("patternProperties"), dict):
-            for pattern in patterns:
-                for key in instance:
-                    left.match(pattern, key)
+        _left.get().spend(1 + (len(value) // 8 if isinstance(value, list | dict) else 0))
         yield from check(validator, value, instance, schema) or ()
 
     return counting
+
+
+def _pattern(_validator: Any, pattern: str, instance: Any, _schema: Any) -> Iterator[ValidationError]:
+    if isinstance(instance, str) and not matcher(pattern)(instance):
+        yield ValidationError(f"it does not match {pattern!r}")
+
+
+def _pattern_properties(validator: Any, patterns: Mapping[str, Any], instance: Any, _schema: Any) -> Iterator[ValidationError]:
+    for pattern, inner in patterns.items() if isinstance(instance, dict) else ():
+        _left.get().spend(len(instance))
+        for name, value in instance.items():
+            if matcher(pattern)(name):
+                yield from validator.descend(value, inner, path=name, schema_path=pattern)
+
+
+def _additional_properties(validator: Any, inner: Any, instance: Any, schema: Mapping[str, Any]) -> Iterator[ValidationError]:
+    if not isinstance(instance, dict):
+        return
+    listed, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
+    _left.get().spend(len(instance) * (1 + len(patterns)))
+    for name, value in instance.items():
+        if name in listed or any(matcher(pattern)(name) for pattern in patterns):
+            continue
+        if inner is False:
+            yield ValidationError(f"there is no property {name!r}")
+        else:
+            yield from validator.descend(value, inner, path=name)
 
 
 def _unique(_validator: Any, wanted: bool, instance: Any, _schema: Any) -> Iterator[ValidationError]:

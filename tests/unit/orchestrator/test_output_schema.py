@@ -10,7 +10,7 @@ from services.chassis.errors import RequestInvalid
 from services.orchestrator.domain import Message, Prompt
 from services.orchestrator.json_watch import JsonWatch
 from services.orchestrator.output_schema import asked_again, problems_of, tokens_max_of, told, unfenced
-from services.orchestrator.schema_rules import NODES_MAX, require, steps
+from services.orchestrator.schema_rules import NODES_MAX, require
 
 PERSON: dict[str, Any] = {
     "type": "object",
@@ -42,20 +42,12 @@ def deep(levels: int) -> dict[str, Any]:
         {"$dynamicRef": "#a"},
         {"$schema": "https://example.org/dialect"},
         {"unevaluatedProperties": False},
-        {"pattern": "^(a+)+$"},
-        {"pattern": "(a|aa)+$"},
-        {"pattern": "(.*)*"},
-        {"pattern": "(a{0,20}){20}"},
-        {"pattern": "^" + "a{0,30}" * 4 + "$"},
-        {"pattern": "^(a|b|ab){20}$"},
-        {"pattern": "^(a+b){20}$"},
-        {"pattern": r"(\w+\s?)*$"},
-        {"pattern": "a+b+c+d+"},
         {"pattern": "(?=a)b"},
         {"pattern": r"(a)\1"},
         {"pattern": "a" * 513},
         {"pattern": "["},
-        {"patternProperties": {"(x+)+": {}}},
+        {"pattern": "((a{1,100}){1,100}){1,100}"},
+        {"patternProperties": {"(?<=x)y": {}}},
         {"type": "nothing"},
         {"type": 3},
         {"properties": []},
@@ -86,17 +78,12 @@ def test_hostile_schema_is_refused_by_name(schema: dict[str, Any]) -> None:
         {"pattern": r"^[^@\s]+@[^@\s]+$"},
         {"pattern": "^(red|green)$"},
         {"pattern": r"^(\d{1,3}\.){3}\d{1,3}$"},
+        {"pattern": "^[a-z0-9]+(-[a-z0-9]+)*$"},
     ],
 )
 def test_ordinary_schema_is_let_in(schema: dict[str, Any]) -> None:
     """Recursion, dates and addresses included."""
     require(schema, "output_schema")
-
-
-@pytest.mark.parametrize(("pattern", "powers"), [("^abc$", 0), ("abc", 1), ("^a+$", 1), ("a+b*", 3), ("^(a+|b+c+)$", 2), ("^a{1,9}$", 0)])
-def test_growth_of_a_pattern_is_counted(pattern: str, powers: int) -> None:
-    """A repeat without end, and a beginning that is looked for, is one power each."""
-    assert steps(pattern) == powers
 
 
 @pytest.mark.parametrize(
@@ -127,7 +114,11 @@ def test_what_is_wrong_is_named_by_the_place_in_the_schema(text: str, keyword: s
     [
         ({"$ref": "#"}, "1"),
         ({"type": "array", "items": {"anyOf": [{"const": n} for n in range(400)]}}, json.dumps([-1] * 20_000)),
-        ({"items": {"pattern": "^a+b*$"}}, json.dumps(["a" * 3_000 + "c"] * 50)),
+        ({"items": {"pattern": "^(a+)+$"}}, json.dumps(["a" * 3_000 + "c"] * 50)),
+        (
+            {"patternProperties": {f"{n}(a|aa)+$": False for n in range(300)}},
+            json.dumps({f"{n}aaaaaaaaaaaaaaaaaaaaaaaa": 1 for n in range(3000)}),
+        ),
         ({"$defs": {"a": {"items": {"$ref": "#/$defs/a"}}}, "$ref": "#/$defs/a"}, "[" * 900 + "]" * 900),
     ],
 )

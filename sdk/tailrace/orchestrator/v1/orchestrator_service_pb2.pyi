@@ -132,7 +132,7 @@ class AnswerRequest(_message.Message):
     @_builtins.property
     def output_schema(self) -> _struct_pb2.Struct:
         """JSON Schema (2020-12) the answer must satisfy; the text is JSON then, and cites nothing. At most 32 KiB and 24 levels, no reference out
-        of itself, no pattern that may take long. Refused with REQUEST_INVALID beyond that, and where no model writes JSON.
+        of itself, no pattern with look-around or references back. Refused with REQUEST_INVALID beyond that, and where no model writes JSON.
         """
 
     @_builtins.property

@@ -163,7 +163,7 @@ class Passage:
     page: int = 0
     flags: tuple[str, ...] = ()
     similarity: float | None = None
-    """Cosine of question and passage; None = it is not among those nearest in meaning, or meaning was not asked."""
+    """Cosine of question and passage; None = it is not among those nearest in meaning, or the embedder hardly knows the language."""
 
 
 @dataclass(frozen=True, slots=True)

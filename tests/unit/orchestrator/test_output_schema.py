@@ -113,7 +113,7 @@ def test_what_is_wrong_is_named_by_the_place_in_the_schema(text: str, keyword: s
     ("schema", "text"),
     [
         ({"$ref": "#"}, "1"),
-        ({"type": "array", "items": {"anyOf": [{"const": n} for n in range(400)]}}, json.dumps([-1] * 20_000)),
+        ({"type": "array", "items": {"anyOf": [{"const": n} for n in range(400)]}}, json.dumps([399] * 20_000)),
         ({"items": {"pattern": "^(a+)+$"}}, json.dumps(["a" * 3_000 + "c"] * 50)),
         (
             {"patternProperties": {f"{n}(a|aa)+$": False for n in range(300)}},

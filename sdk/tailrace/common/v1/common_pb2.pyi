@@ -355,7 +355,7 @@ class CitedPassage(_message.Message):
     """Page the passage begins on, from 1. 0 = the document has no pages."""
     similarity: _builtins.float
     """Cosine similarity of the question and the passage by the collection's embedder, -1 to 1. Unset = the passage is not among those nearest
-    in meaning, or meaning was not asked.
+    in meaning, or the embedder hardly knows the question's language.
     """
     @_builtins.property
     def heading_path(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:

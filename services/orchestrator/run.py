@@ -124,12 +124,12 @@ class Run:
 
     def write(self, text: str) -> None:
         """Pass on a piece of text, then the citations it completes. Raises OutputInvalid before a piece that rules out the schema."""
+        if self.watch is not None and (wrong := self.watch.feed(text)):
+            raise OutputInvalid("what the model writes cannot satisfy the schema any more", keyword=wrong)
         if not self.first_token_ms:
             self.first_token_ms = self.trail.elapsed_ms
         self.trail.tell()
         self.pieces.append(text)
-        if self.watch is not None and (wrong := self.watch.feed(text)):
-            raise OutputInvalid("what the model writes cannot satisfy the schema any more", keyword=wrong)
         event: Event = TextDelta(text)
         self.events.append(event)
         if self.question.output_schema is not None:

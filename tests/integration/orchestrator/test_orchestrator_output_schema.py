@@ -11,7 +11,7 @@ from bench.script import Behaviour
 from services.chassis.errors import OutputInvalid, RequestInvalid
 from services.local.stores import Valkey
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as pb
-from tests.fakes.orchestrator_world import Reply, World, world
+from tests.fakes.orchestrator_world import Reply, World, until, world
 
 PORT = {"type": "object", "properties": {"port": {"type": "integer", "minimum": 1}}, "required": ["port"], "additionalProperties": False}
 QUESTION = "Which port does the gateway listen on?"
@@ -84,6 +84,8 @@ async def test_stream_ends_where_the_text_goes_wrong(claude: World) -> None:
 
     assert failed.value.metadata["keyword"] == "additionalProperties"
     assert read.text == "{"
+    await until(lambda: bool(claude.ledger.turns))
+    assert [turn.text for turns in claude.ledger.turns.values() for turn in turns] == ["{"]
     assert record.state == "client_closed"
     assert record.output_tokens < 300
     assert operation.attempts[0].error_reason == "OUTPUT_INVALID"

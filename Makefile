@@ -60,10 +60,13 @@ bench-adapters: setup ## what a token costs each provider's adapter in CPU, besi
 bench-retrieval: setup ## what retrieval finds, how fast and how safely, with bars; DATA=../shared/data, ARGS="spans --n 50" picks and shortens
 	$(BIN)/python -m bench.retrieval $(or $(DATA),../shared/data) $(ARGS)
 
+bench-checks: setup ## what the checks of answers find and spare, and what the extractive model answers, with bars; DATA=../shared/data
+	$(BIN)/python -m bench.checks $(or $(DATA),../shared/data) $(ARGS)
+
 soak: setup ## mixed load for ten minutes, MINUTES=480 for a night; print what grew
 	$(BIN)/python -m bench.soak --minutes $(or $(MINUTES),10)
 
 clean: ## remove .venv and caches, but not the data in .tailrace
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-.PHONY: help setup run test check fmt proto bench bench-streams bench-money bench-routing bench-ledger bench-usage bench-adapters bench-retrieval soak clean
+.PHONY: help setup run test check fmt proto bench bench-streams bench-money bench-routing bench-ledger bench-usage bench-adapters bench-retrieval bench-checks soak clean

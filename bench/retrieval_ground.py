@@ -61,7 +61,7 @@ class Service:
         self.process = process
         self.folder = folder
         self._stub = pb_grpc.RetrievalServiceStub(self.channel)
-        self._caller = Caller(target, Passport(_KEY.encode()))
+        self._caller = Caller(target, Passport(KEY.encode()))
 
     async def until_serving(self) -> None:
         health = health_pb2_grpc.HealthStub(self.channel)
@@ -145,7 +145,7 @@ class Filling:
         await self._registry.replace(draft, chunks, dense, sparse)
 
 
-_KEY = "a key that only benchmarks know"
+KEY = "a key that only benchmarks know"
 
 
 @contextlib.asynccontextmanager
@@ -200,7 +200,7 @@ def _environment(folder: Path, port: int, redis_url: str) -> dict[str, str]:
     return {
         **kept,
         "TAILRACE_STATE_DIR": str(folder),
-        "TAILRACE_INTERNAL_KEY": _KEY,
+        "TAILRACE_INTERNAL_KEY": KEY,
         "TAILRACE_RETRIEVAL_PORT": str(port),
         "QDRANT_URL": "",
         "REDIS_URL": redis_url,

@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-import itertools
+import random
 import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -182,8 +182,10 @@ def _texts(request: dict[str, Any]) -> list[str]:
 
 _PASSAGE = re.compile(rb"""(?:\\n|")\[1\]|\b(?:number|index|n|id)=\\?["']1\\?["']""")
 """A passage numbered 1 in the request's JSON: as an attribute, or `[1]` at the start of a line. Instructions may speak of `[1]` too."""
-_OPENING = "According to the documents this is what they say [1]:"
+_OPENING = "All of this is in there [1]:"
+"""What it cites claims nothing, whatever the passage: it does not fail the checks."""
 _FILLING = "the water flows through the turbine and then a quiet channel carries it away from the wheel"
+"""Said once in order and then in any: a text that goes round in circles fails the checks."""
 
 
 _MARK = re.compile(rb"mark-[a-z0-9]+-[a-z0-9]+")
@@ -249,7 +251,9 @@ def bounded(pieces: Sequence[Piece], behaviour: Behaviour, max_tokens: int) -> S
 @functools.lru_cache(256)
 def _plain(count: int, cites: bool) -> tuple[str, ...]:
     opening = [word for word in _OPENING.split() if cites or word != "[1]:"]
-    words = list(itertools.islice(itertools.chain(opening, itertools.cycle(_FILLING.split())), count))
+    filling, chance = _FILLING.split(), random.Random(count)
+    more = max(0, count - len(opening) - len(filling))
+    words = (opening + filling + chance.choices(filling, k=more))[:count]
     if cites and count < len(opening):
         words[-1:] = ["[1]"]
     return tuple(word if i == 0 else f" {word}" for i, word in enumerate(words))

@@ -100,7 +100,15 @@ class BudgetExhausted(TailraceError):
 
 
 class ModelFailed(TailraceError):
-    reasons = ("MODEL_OVERLOADED", "MODEL_REFUSED", "MODEL_FAILED", "MODEL_STALLED", "MODEL_MISCONFIGURED", "PRICE_UNKNOWN")
+    reasons = (
+        "MODEL_OVERLOADED",
+        "MODEL_REFUSED",
+        "MODEL_FAILED",
+        "MODEL_STALLED",
+        "MODEL_MISCONFIGURED",
+        "OUTPUT_INVALID",
+        "PRICE_UNKNOWN",
+    )
 
 
 class Unavailable(TailraceError):

@@ -8,6 +8,7 @@ DomainError
 ├── IdempotencyConflict                                        same key, other body
 ├── RateLimited, Overloaded, BudgetExhausted, PriceUnknown     not now, or not for this money
 ├── ModelOverloaded, ModelRefused, ModelFailed, ModelStalled, ModelMisconfigured   the provider
+├── OutputInvalid                                              what the model wrote is not of the shape that was asked for
 ├── AnswerCancelled, AnswerInterrupted                         the answer's own end
 ├── Unavailable, DeadlineTooShort                              a dependency, or time
 ├── Internal                                                   our bug: no text, only a trace id
@@ -138,6 +139,12 @@ class ModelStalled(DomainError):
 
 class ModelMisconfigured(DomainError):
     reason, code, title = "MODEL_MISCONFIGURED", "FAILED_PRECONDITION", "The model's provider does not accept our key"
+
+
+class OutputInvalid(DomainError):
+    """The text does not satisfy the schema. Metadata: `keyword`, the place in the schema; never anything of the text."""
+
+    reason, code, title, retryable = "OUTPUT_INVALID", "UNAVAILABLE", "The model's output does not satisfy the schema", True
 
 
 class AnswerCancelled(DomainError):

@@ -5,7 +5,7 @@ Steps raise what went wrong; none knows a wire format, a provider's SDK or a sto
 
 import asyncio
 import random
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import replace
 from typing import Any
@@ -13,16 +13,18 @@ from typing import Any
 import structlog
 
 from services.chassis.deadline import Deadline, current_deadline
-from services.chassis.errors import AnswerCancelled, DeadlineTooShort, DomainError, Internal, Overloaded, Unavailable
+from services.chassis.errors import AnswerCancelled, DeadlineTooShort, DomainError, Internal, OutputInvalid, Overloaded, Unavailable
 from services.chassis.telemetry import StepRecord
 from services.orchestrator.compose import compose
 from services.orchestrator.domain import CachedAnswer, CacheReceipt, Draft, HeldAnswer, Passage, Prompt, Question, Turn
+from services.orchestrator.json_watch import JsonWatch
 from services.orchestrator.log import EventLog
+from services.orchestrator.output_schema import asked_again, problems_of, tokens_max_of, told, unfenced
 from services.orchestrator.ports import Recalling
 from services.orchestrator.run import Run, Toolkit
 from services.orchestrator.standalone import depends_on_history, depends_on_time
 from services.orchestrator.tools.loop import draft_with_tools, take_up
-from services.orchestrator.validate import judge
+from services.orchestrator.validate import WHOLE
 
 log = structlog.get_logger(__name__)
 
@@ -62,7 +64,7 @@ async def answer(run: Run) -> None:
 
 async def write(run: Run, prompt: Prompt) -> None:
     """The second half of `answer`, which is all that an answer has that goes on with the results of its client's tools."""
-    draft = await draft_with_tools(run, prompt)  # the steps `hold` and `generate`, once for each attempt, and `tool` for each call
+    draft = await fitting_draft(run, prompt)  # the steps `hold` and `generate`, once for each attempt, and `tool` for each call
     with run.step("validate") as step:
         check(run, draft, step)
     run.kit.shadows.offer(run, prompt)
@@ -209,10 +211,46 @@ def write_prompt(run: Run, passages: tuple[Passage, ...], step: StepRecord) -> P
     ways = [way for way in (run.route, run.route.escalation, run.route.cheaper) if way is not None]
     rooms = [c.context_tokens_max - min(asked.output_tokens_max, c.output_tokens_max) for way in ways for c in way.candidates]
     rooms += [way.prompt_tokens_max for way in ways if way.prompt_tokens_max is not None]
-    prompt = compose(run.kit.template, asked.text, passages, run.turns, min(*rooms, run.kit.limits.prompt_tokens_max))
+    room = min(*rooms, run.kit.limits.prompt_tokens_max) - tokens_max_of(asked.output_schema)
+    prompt = compose(run.kit.template, asked.text, passages, run.turns, room)
+    if asked.output_schema is not None:
+        prompt = told(prompt, asked.output_schema)
     run.show(prompt.passages)
     step.note(template=prompt.template, passages=len(prompt.passages), messages=len(prompt.messages), tokens_max=prompt.input_tokens_max)
     return prompt
+
+
+async def fitting_draft(run: Run, prompt: Prompt) -> Draft:
+    """A draft; where a schema is asked for, one that satisfies it, or one that its model did not end by itself.
+
+    What nobody has read yet is repaired once by the model. What is read as it comes cannot be unsaid: it ends where it goes wrong.
+    Raises OutputInvalid.
+    """
+    schema = run.question.output_schema
+    if schema is None:
+        return await draft_with_tools(run, prompt)
+    run.holding, run.watch = run.question.whole, None if run.question.whole else JsonWatch(schema)
+    draft = await draft_with_tools(run, prompt)
+    problems = await _problems(run, draft, schema)
+    if problems and run.holding:
+        draft = await first_draft(run, asked_again(prompt, draft.text, problems))
+        problems = await _problems(run, draft, schema)
+    if problems:
+        keyword = problems[0][0]
+        raise OutputInvalid("what the model wrote does not satisfy the schema", keyword=keyword)
+    run.release(unfenced(draft.text))
+    return draft
+
+
+async def _problems(run: Run, draft: Draft, schema: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What is wrong with a draft by the schema. A cut draft or a refusal is told as that. In a thread: large texts take their time."""
+    if draft.calls or draft.finish_reason not in WHOLE:
+        return []
+    with run.step("validate") as step:
+        text = unfenced(draft.text) if run.holding else draft.text
+        problems = await asyncio.to_thread(problems_of, text, schema)
+        step.note(problems=len(problems))
+        return problems
 
 
 def check(run: Run, draft: Draft, step: StepRecord) -> None:
@@ -221,8 +259,10 @@ def check(run: Run, draft: Draft, step: StepRecord) -> None:
     if draft.finish_reason == "tool_use":  # it goes on when its client has called: there is nothing whole to judge yet
         run.verdict = "passed"
         return
-    run.verdict = judge(run.text, draft.finish_reason, run.citations.unknown)
-    step.note(verdict=run.verdict, cited=len(run.citations.cited))
+    run.verdict = run.verdict_of(draft)
+    step.note(verdict=run.verdict, cited=len(run.citations.cited), sentences_judged=run.citations.judged)
+    if run.citations.groundedness is not None:
+        step.note(groundedness=round(run.citations.groundedness, 3))
 
 
 async def remember(run: Run, step: StepRecord) -> None:

@@ -73,6 +73,7 @@ def passage_value(message: common_pb2.CitedPassage) -> Passage:
         document_version=message.document_version,
         page=message.page,
         flags=tuple(message.flags),
+        similarity=message.similarity if message.HasField("similarity") else None,
     )
 
 
@@ -91,6 +92,7 @@ def passage_message(passage: Passage) -> common_pb2.CitedPassage:
         document_version=passage.document_version,
         page=passage.page,
         flags=passage.flags,
+        similarity=passage.similarity,
     )
 
 

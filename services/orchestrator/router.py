@@ -266,3 +266,17 @@ def next_try(
             backoff_s = jitter * min(BACKOFF_MAX_S, BACKOFF_BASE_S * 2 ** (tries - 1))
             return Retry(last, wanted_s + backoff_s)
     return next((Retry(candidate, 0.0) for candidate in following if health.lets_through(candidate)), None)
+
+
+def writing(route: Route) -> Route | None:
+    """The same way with models alone that write what they are asked for; None if there is none. The extractive one quotes."""
+    candidates = tuple(candidate for candidate in route.candidates if candidate.provider != EXTRACTIVE)
+    if not candidates:
+        return None
+    return replace(
+        route,
+        candidates=candidates,
+        escalation=route.escalation and writing(route.escalation),
+        cheaper=route.cheaper and writing(route.cheaper),
+        shadow=route.shadow and writing(route.shadow),
+    )

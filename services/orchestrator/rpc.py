@@ -17,6 +17,7 @@ from services.chassis.errors import NotFound, Overloaded, RequestInvalid
 from services.chassis.principal import Principal, current_principal
 from services.chassis.server import Server
 from services.chassis.wire import timestamp, usage_message
+from services.orchestrator import schema_rules
 from services.orchestrator.clients import cache_message, passage_message
 from services.orchestrator.domain import (
     Accepted,
@@ -30,6 +31,7 @@ from services.orchestrator.domain import (
     Question,
     Reasoned,
     Recorded,
+    Route,
     StepChange,
     Suspended,
     TextDelta,
@@ -41,7 +43,7 @@ from services.orchestrator.domain import (
 from services.orchestrator.log import EVENTS_MAX, Entry
 from services.orchestrator.ports import Books
 from services.orchestrator.registry import Elsewhere, Found, Registry, owner_of
-from services.orchestrator.router import Router, Wish
+from services.orchestrator.router import Router, Wish, writing
 from services.orchestrator.tools.intake import RESULTS_MAX, require_images, require_tools, results_for
 from services.orchestrator.tools.toolbox import CALL_ID_CHARACTERS_MAX, Toolbox, Toolset
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as pb
@@ -117,8 +119,6 @@ def read_question(
         raise RequestInvalid("the idempotency key is too long", field="idempotency_key", bound=f"0-{KEY_CHARACTERS_MAX} characters")
     if request.cache not in _CACHE_MODES:
         raise RequestInvalid("there is no such cache mode", field="cache", bound="0-3")
-    if request.HasField("output_schema"):
-        raise RequestInvalid("no configured model can be bound to a schema", field="output_schema")
     if request.HasField("deadline_ms") and not 1 <= request.deadline_ms <= DEADLINE_MS_MAX:
         raise RequestInvalid("deadline_ms is out of bounds", field="deadline_ms", bound=f"1-{DEADLINE_MS_MAX}")
     if request.priority not in _PRIORITIES:
@@ -131,6 +131,7 @@ def read_question(
     needs: dict[Capability, str] = {"images": "images"} if images else {}
     if tools or server_tools or results:
         needs["tools"] = "tools" if tools else "server_tools" if server_tools else "tool_results"
+    schema = _output_schema(request)
     output_tokens_max = request.max_output_tokens if request.HasField("max_output_tokens") else output_tokens_default
     wish = Wish(
         request.model,
@@ -142,6 +143,8 @@ def read_question(
         output_tokens_max,
     )
     route = router.route(wish)
+    if schema is not None:
+        route = _writing(route)
     answer_id = new_answer_id()
     return Question(
         answer_id=answer_id,
@@ -167,6 +170,7 @@ def read_question(
         tool_results=results,
         continues=request.continues,
         replaces=request.replaces,
+        output_schema=schema,
         resumed=resumed,
     )
 
@@ -191,6 +195,21 @@ def _tools(
     results = tuple(ToolResult(result.call_id, "", result.text, result.failed) for result in request.tool_results[: RESULTS_MAX + 1])
     results_for(resumed, results)
     return tools or resumed.tools, server_tools or resumed.server_tools, results
+
+
+def _writing(route: Route) -> Route:
+    if (left := writing(route)) is None:
+        raise RequestInvalid("no configured model writes JSON", field="output_schema")
+    return left
+
+
+def _output_schema(request: pb.AnswerRequest) -> dict[str, Any] | None:
+    """The schema as JSON has it; None if there is none. Raises RequestInvalid for one that must not be asked for."""
+    if not request.HasField("output_schema"):
+        return None
+    schema = _object(request.output_schema)
+    schema_rules.require(schema, "output_schema")
+    return schema
 
 
 def _object(struct: Struct) -> dict[str, Any]:

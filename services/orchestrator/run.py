@@ -5,12 +5,15 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import orjson
+
 from services.chassis import telemetry
 from services.chassis.afterwork import AfterWork
 from services.chassis.clock import Clock
-from services.chassis.errors import AnswerCancelled, DomainError
+from services.chassis.errors import AnswerCancelled, DomainError, OutputInvalid
 from services.chassis.money import Usage
 from services.chassis.telemetry import StepRecord, Trail
+from services.orchestrator.citations import CitationReader
 from services.orchestrator.compose import Template
 from services.orchestrator.domain import (
     Accepted,
@@ -33,11 +36,13 @@ from services.orchestrator.domain import (
     Turn,
 )
 from services.orchestrator.health import Health
+from services.orchestrator.json_watch import JsonWatch
+from services.orchestrator.leaks import instructions
 from services.orchestrator.log import EventLog
 from services.orchestrator.ports import Books, Credit, ExactCache, Ledger, Memory, Model, ShadowSample
 from services.orchestrator.standalone import language
 from services.orchestrator.tools.toolbox import Toolset
-from services.orchestrator.validate import CitationReader, judge
+from services.orchestrator.validate import danger, judge
 
 FACTS_MAX = 16
 PASSAGES_MAX = 32
@@ -99,6 +104,8 @@ class Run:
         self.choices: list[Choice] = []
         self.holding = False
         """Whether text is kept from readers until it was checked."""
+        self.watch: JsonWatch | None = None
+        """Set where text of a schema is shown as it comes: what cannot satisfy it any more is not shown."""
         self._attempts_begun = 0
 
     def accept(self) -> None:
@@ -123,12 +130,18 @@ class Run:
         return self._attempts_begun
 
     def verdict_of(self, draft: Draft) -> str:
-        """What the checks will say of a draft that nobody has read. One that calls tools is no answer yet."""
+        """What the checks say of a draft, whether it has been shown or not. One that calls tools is no answer yet."""
         if draft.calls:
             return "passed"
-        reader = CitationReader(self.passages)
-        reader.read(draft.text)
-        return judge(draft.text, draft.finish_reason, reader.unknown)
+        citations = self.citations
+        if self.holding and self.question.output_schema is None:
+            citations = CitationReader(self.passages)
+            citations.read(draft.text)
+        given = instructions(self.kit.template.system)
+        earlier = (part for turn in self.turns for part in (turn.question, turn.text))
+        shown = (self.question.text, *(part for found in self.passages for part in (found.title, found.source_uri, found.text)), *earlier)
+        is_markdown = self.question.output_schema is None
+        return danger(draft.text, given, shown, is_markdown=is_markdown) or judge(draft.text, draft.finish_reason, citations)
 
     def release(self, text: str) -> None:
         """Show what was held back, if anything was."""
@@ -160,16 +173,20 @@ class Run:
         self._paragraph_due = bool(self.pieces)
 
     def write(self, text: str) -> None:
-        """Pass on a piece of text, then the citations it completes."""
+        """Pass on a piece of text, then the citations it completes. Raises OutputInvalid before a piece that rules out the schema."""
         if self._paragraph_due:
             self._paragraph_due = False
             text = "\n\n" + text
+        if self.watch is not None and (wrong := self.watch.feed(text)):
+            raise OutputInvalid("what the model writes cannot satisfy the schema any more", keyword=wrong)
         if not self.first_token_ms:
             self.first_token_ms = self.trail.elapsed_ms
         self.trail.tell()
         self.pieces.append(text)
         event: Event = TextDelta(text)
         self.events.append(event)
+        if self.question.output_schema is not None:
+            return  # `[1]` in JSON is an array
         for event in self.citations.read(text):
             self.events.append(event)
 
@@ -189,6 +206,7 @@ class Run:
             language(asked.text),
             str(asked.output_tokens_max),
             str(limits.passages_max),
+            "" if asked.output_schema is None else orjson.dumps(asked.output_schema, option=orjson.OPT_SORT_KEYS).decode(),
         )
         return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()
 
@@ -221,6 +239,8 @@ class Run:
             first_token_ms=round(self.first_token_ms, 3),
             duration_ms=round(self.trail.elapsed_ms, 3),
             choices=tuple(self.choices),
+            groundedness=self.citations.groundedness,
+            sentences_judged=self.citations.judged,
         )
 
     def record(self, failure: DomainError | None, *running: Attempt) -> OperationRecord:

@@ -9,4 +9,7 @@ POINTERS = frozenset(_TABLE["pointers"].split())
 CONVERSATION = frozenset(_TABLE["conversation"].split())
 LITTLE = frozenset(_TABLE["little"].split())
 STOP = frozenset(_TABLE["stop"].split())
+NEGATIONS = frozenset(_TABLE["negations"].split())
+OPPOSITES = tuple(tuple(pair.split(":")) for pair in _TABLE["opposites"].split())
+NUMBERS: dict[str, str] = _TABLE["numbers"]
 LANGUAGES = {code: frozenset(words.split()) for code, words in _TABLE["languages"].items()}

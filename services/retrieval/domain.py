@@ -162,6 +162,8 @@ class Passage:
     document_version: int = 1
     page: int = 0
     flags: tuple[str, ...] = ()
+    similarity: float | None = None
+    """Cosine of question and passage; None = it is not among those nearest in meaning, or the embedder hardly knows the language."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -211,7 +211,7 @@ async def test_answer_with_an_invented_citation_is_told_and_not_remembered(claud
 
 @pytest.mark.parametrize(
     ("fault", "finish_reason", "verdict"),
-    [("refusal", "refusal", "refused"), ("max_tokens", "max_tokens", "cut"), ("context_window", "context_window", "cut")],
+    [("refusal", "refusal", "refused"), ("max_tokens", "max_tokens", "cut"), ("context_window", "context_window", "context_overflow")],
 )
 async def test_stop_reasons_are_told_and_only_whole_answers_remembered(claude: World, fault: str, finish_reason: str, verdict: str) -> None:
     """A refusal or a cut answer ends with its reason and is not kept."""

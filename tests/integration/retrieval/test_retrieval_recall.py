@@ -38,6 +38,9 @@ async def test_an_answer_is_found_again_in_other_words(retrieval: Retrieval, ann
     assert usage == answer.usage
     assert [(passage.number, passage.text) for passage in passages] == [(passage.number, passage.text) for passage in answer.passages]
     assert 0.9 < verdict.similarity <= 1.0
+    assert all(passage.HasField("similarity") for passage in (*passages, *again))
+    for passage in (*passages, *again):
+        passage.ClearField("similarity")  # each question's own
     assert passages == again
 
 
@@ -124,6 +127,7 @@ async def test_a_recall_gives_only_what_was_asked_for(retrieval: Retrieval, ann:
     await retrieval.ingest(ann, PAGE)
     _, verdict, passages = await retrieval.recall(ann, QUESTION, want_cached=False, cache_scope="")
     assert ("requested", 1) == (verdict.reason, len(passages))
+    assert 0 < passages[0].similarity <= 1
 
     _, verdict, passages = await retrieval.recall(ann, QUESTION, passages_max=0)
     assert ("no_candidate", []) == (verdict.reason, passages)

@@ -40,6 +40,7 @@ async def test_a_hit_explains_its_place(retrieval: Retrieval, ann: Principal) ->
     assert "heron" in best.hit.text
     assert (1, 1) == (best.explanation.dense_rank, best.explanation.sparse_rank)
     assert best.explanation.fused_score == best.hit.score
+    assert best.explanation.dense_score == best.hit.similarity
     assert "en" == best.explanation.language
     assert 0.4 < best.explanation.dense_weight <= 0.5
     assert not (await rows(retrieval, ann, "heron"))[0].HasField("explanation")
@@ -52,6 +53,7 @@ async def test_meaning_counts_for_nothing_in_a_script_the_embedder_cannot_read(r
     best = (await rows(retrieval, ann, "Где живёт выдра?", explain=True))[0]
     assert "ru.md" == best.hit.source_uri
     assert 0.0 == best.explanation.dense_weight
+    assert not best.hit.HasField("similarity")
 
 
 async def test_neighbours_stand_around_their_hit(retrieval: Retrieval, ann: Principal) -> None:

@@ -1,9 +1,12 @@
 """The model without a key: whole sentences of the passages, cited, or an honest no."""
 
+from dataclasses import replace
+
 import pytest
 
 from services.orchestrator.domain import Candidate, Draft, Passage, Prompt
-from services.orchestrator.extractive_model import ExtractiveModel, choose, clean, split_sentences, written
+from services.orchestrator.extractive_model import ExtractiveModel, choose, written
+from services.orchestrator.reading import clean, split_sentences
 from services.orchestrator.standalone import language
 
 GUIDE = """# Gateway
@@ -99,3 +102,30 @@ async def test_answer_longer_than_allowed_is_cut_and_says_so() -> None:
 
     assert draft.finish_reason == "max_tokens"
     assert len(draft.pieces) == 1
+
+
+def similar(similarity: float | None, *texts: str) -> list[Passage]:
+    return [replace(passage, similarity=similarity) for passage in passages(*texts)]
+
+
+@pytest.mark.parametrize(
+    ("question", "similarity", "is_answered"),
+    [
+        ("How long do holds live?", 0.5, True),
+        ("How long do holds live?", 0.05, False),
+        ("What happens to reservations after their lifetime when swept?", 0.7, True),
+        ("What happens to reservations after their lifetime when swept?", 0.3, False),
+        ("Who painted the Sistine Chapel?", 0.7, False),
+    ],
+)
+def test_meaning_and_words_together_are_evidence(question: str, similarity: float, is_answered: bool) -> None:
+    """Close in meaning makes up for other words, and the same words for little likeness; where no word is in common nothing is found."""
+    assert bool(choose(question, similar(similarity, GUIDE, LEDGER))) is is_answered
+
+
+def test_sentence_of_the_passage_nearer_in_meaning_is_preferred() -> None:
+    """Of two that have the same words of the question."""
+    far, near = similar(0.4, "The mill holds the corn of two farmers.")[0], similar(0.8, "", "The pond holds the water of one summer.")[1]
+    (best, *_) = sorted(choose("What holds the summer?", [far, near]), key=lambda sentence: -sentence.passage)
+
+    assert best.passage == 1

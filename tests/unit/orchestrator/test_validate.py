@@ -2,30 +2,38 @@
 
 import pytest
 
+from services.orchestrator.citations import CitationReader
 from services.orchestrator.domain import Passage
-from services.orchestrator.validate import CitationReader, judge
+from services.orchestrator.validate import judge
 
 PASSAGES = [Passage(n, f"d{n}", f"c{n}", "", "", "", 0, 1, 1.0) for n in (1, 2, 12)]
 
 
 @pytest.mark.parametrize(
-    ("text", "finish_reason", "unknown", "verdict"),
+    ("text", "finish_reason", "verdict"),
     [
-        ("Yes [1].", "end_turn", set(), "passed"),
-        ("Yes [1].", "stop_sequence", set(), "passed"),
-        ("Yes [9].", "end_turn", {9}, "citation_unknown"),
-        ("Yes", "max_tokens", set(), "cut"),
-        ("Yes", "context_window", set(), "cut"),
-        ("Yes", "tool_use", set(), "cut"),
-        ("Yes", "", set(), "cut"),
-        (" \n", "end_turn", set(), "empty"),
-        ("", "refusal", set(), "refused"),
-        ("I cannot", "refusal", set(), "refused"),
+        ("Gateways listen [1].", "end_turn", "passed"),
+        ("Gateways listen [1].", "stop_sequence", "passed"),
+        ("No citation at all.", "end_turn", "passed"),
+        ("Gateways listen [9].", "end_turn", "citation_unknown"),
+        ("Elephants migrate southwards in autumn [1].", "end_turn", "ungrounded"),
+        ("Yes", "max_tokens", "cut"),
+        ("Yes", "context_window", "context_overflow"),
+        ("", "context_window", "context_overflow"),
+        ("Yes", "tool_use", "cut"),
+        ("Yes", "", "cut"),
+        (" \n", "end_turn", "empty"),
+        ("", "refusal", "refused"),
+        ("I cannot", "refusal", "refused"),
+        ("and then the gateway went on and on " * 12, "max_tokens", "repeated"),
     ],
 )
-def test_only_a_whole_answer_with_real_citations_passes(text: str, finish_reason: str, unknown: set[int], verdict: str) -> None:
+def test_only_a_whole_and_sound_answer_passes(text: str, finish_reason: str, verdict: str) -> None:
     """Every other end has its own word."""
-    assert judge(text, finish_reason, unknown) == verdict
+    citations = CitationReader([Passage(1, "d", "c", "", "", "The gateways listen on port 8080.", 0, 1, 1.0)])
+    citations.read(text)
+
+    assert judge(text, finish_reason, citations) == verdict
 
 
 def test_marker_with_many_numbers_is_many_citations_of_one_place() -> None:

@@ -342,6 +342,7 @@ class CitedPassage(_message.Message):
     DOCUMENT_VERSION_FIELD_NUMBER: _builtins.int
     PAGE_FIELD_NUMBER: _builtins.int
     FLAGS_FIELD_NUMBER: _builtins.int
+    SIMILARITY_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """The number the answer's text uses: `[1]` is 1. >= 1."""
     document_id: _builtins.str
@@ -364,6 +365,10 @@ class CitedPassage(_message.Message):
     """Version of the document the passage was taken from. >= 1."""
     page: _builtins.int
     """Page the passage begins on, from 1. 0 = the document has no pages."""
+    similarity: _builtins.float
+    """Cosine similarity of the question and the passage by the collection's embedder, -1 to 1. Unset = the passage is not among those nearest
+    in meaning, or the embedder hardly knows the question's language.
+    """
     @_builtins.property
     def heading_path(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Headings above the passage, outermost first."""
@@ -390,11 +395,14 @@ class CitedPassage(_message.Message):
         document_version: _builtins.int = ...,
         page: _builtins.int = ...,
         flags: _abc.Iterable[_builtins.str] | None = ...,
+        similarity: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_similarity", b"_similarity", "similarity", b"similarity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_id", b"chunk_id", "document_id", b"document_id", "document_version", b"document_version", "end", b"end", "flags", b"flags", "heading_path", b"heading_path", "number", b"number", "page", b"page", "score", b"score", "source_uri", b"source_uri", "start", b"start", "text", b"text", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_similarity", b"_similarity", "chunk_id", b"chunk_id", "document_id", b"document_id", "document_version", b"document_version", "end", b"end", "flags", b"flags", "heading_path", b"heading_path", "number", b"number", "page", b"page", "score", b"score", "similarity", b"similarity", "source_uri", b"source_uri", "start", b"start", "text", b"text", "title", b"title"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__similarity: _TypeAlias = _typing.Literal["similarity"]  # noqa: Y015
+    _WhichOneofArgType__similarity: _TypeAlias = _typing.Literal["_similarity", b"_similarity"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__similarity) -> _WhichOneofReturnType__similarity | None: ...
 
 Global___CitedPassage: _TypeAlias = CitedPassage  # noqa: Y015

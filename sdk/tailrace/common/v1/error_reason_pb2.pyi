@@ -74,6 +74,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The answer was stopped by its owner. {"metadata": {"answer_id": "…"}}"""
     ERROR_REASON_ANSWER_INTERRUPTED: _ErrorReason.ValueType  # 56
     """The answer ended without a terminal event: its process died. {"metadata": {"answer_id": "…"}}"""
+    ERROR_REASON_OUTPUT_INVALID: _ErrorReason.ValueType  # 57
+    """What the model wrote does not satisfy the schema that was asked for. `keyword` is the place in that schema, as a JSON pointer, or `json`.
+    {"metadata": {"keyword": "/properties/name/type"}}
+    """
     ERROR_REASON_UNAVAILABLE: _ErrorReason.ValueType  # 60
     """A store or service this call needs is away. Comes with RetryInfo. {"metadata": {"dependency": "postgres"}}"""
     ERROR_REASON_DEADLINE_TOO_SHORT: _ErrorReason.ValueType  # 61
@@ -133,6 +137,10 @@ ERROR_REASON_ANSWER_CANCELLED: ErrorReason.ValueType  # 55
 """The answer was stopped by its owner. {"metadata": {"answer_id": "…"}}"""
 ERROR_REASON_ANSWER_INTERRUPTED: ErrorReason.ValueType  # 56
 """The answer ended without a terminal event: its process died. {"metadata": {"answer_id": "…"}}"""
+ERROR_REASON_OUTPUT_INVALID: ErrorReason.ValueType  # 57
+"""What the model wrote does not satisfy the schema that was asked for. `keyword` is the place in that schema, as a JSON pointer, or `json`.
+{"metadata": {"keyword": "/properties/name/type"}}
+"""
 ERROR_REASON_UNAVAILABLE: ErrorReason.ValueType  # 60
 """A store or service this call needs is away. Comes with RetryInfo. {"metadata": {"dependency": "postgres"}}"""
 ERROR_REASON_DEADLINE_TOO_SHORT: ErrorReason.ValueType  # 61

@@ -131,7 +131,9 @@ class AnswerRequest(_message.Message):
     """The caller reads only the whole answer, not its stream: text may be held back until it was checked, and asked for once more."""
     @_builtins.property
     def output_schema(self) -> _struct_pb2.Struct:
-        """JSON Schema the answer must satisfy. Refused with REQUEST_INVALID where the model cannot."""
+        """JSON Schema (2020-12) the answer must satisfy; the text is JSON then, and cites nothing. At most 32 KiB and 24 levels, no reference out
+        of itself, no pattern with look-around or references back. Refused with REQUEST_INVALID beyond that, and where no model writes JSON.
+        """
 
     @_builtins.property
     def tools(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolDefinition]:

@@ -1,0 +1,172 @@
+"""Text taken apart for comparing: words by their stems, numbers, negations, and the sentences of a passage. Pure, and for any language as
+far as word endings go; what follows from a comparison is decided elsewhere.
+"""
+
+import functools
+import re
+import unicodedata
+from collections.abc import Iterable
+
+from services.orchestrator.words import NEGATIONS, NUMBERS, OPPOSITES, STOP
+
+SENTENCE_CHARACTERS_MAX = 420
+"""A longer one is a table or a list that lost its lines."""
+SENTENCE_WORDS_MIN = 4
+STEMS_KEPT_MAX = 16_384
+"""The words of a few hundred passages: the same ones are asked for again and again."""
+_WORD = re.compile(r"[^\W_]+")
+_WIDE = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
+"""Letters of scripts that put no space between words."""
+_NUMBER = re.compile(r"(?<![\w.,])(?<![^\W\d_]-)(?<![A-Z]{2} )\d+(?:[.,]\d+)*(?=[^\W\d_]{0,3}(?!\w))")
+"""A figure, perhaps with its unit; not the number in a name such as `IL-2`, `utf8`, `3T3` or `BRCA 1`."""
+_LIST_MARK = re.compile(r"^\s{0,6}(?:[-*+•]|\d{1,3}[.)])\s+")
+_LINK = re.compile(r"!?\[([^\]]*)\]\((?:[^()]|\([^()]*\))*\)")
+_REFERENCE_LINK = re.compile(r"!?\[([^\]]+)\]\[[^\]]*\]")
+_TAG = re.compile(r"</?[A-Za-z][^<>]{0,200}>|<!--.*?-->", re.DOTALL)
+_EMPHASIS = re.compile(r"(?<!\w)(\*{1,3}|_{1,3})(?=\S)(.+?)(?<=\S)\1(?!\w)")
+_MARKER = re.compile(r"\[\^?\d{1,3}\]")
+_SENTENCE_END = re.compile(r"(?<=[.!?。！？])[\"'”’)\]]*\s+(?=[\"'“‘(\[`]?[A-Z0-9À-ÞА-Я\u3040-\u9fff`])")
+_BLOCK_MARK = r"(?:[-*+•]|\d{1,3}[.)]|#{1,6}|>|\|)[ \t]+"
+_BLOCK_START = re.compile(rf"\n\s*\n[ \t]*(?:{_BLOCK_MARK})?|(?:\A|\n)[ \t]{{0,6}}{_BLOCK_MARK}")
+ABBREVIATION_CHARACTERS_MAX = 16
+_ABBREVIATION = re.compile(
+    r"(?:\b(?:e\.g|i\.e|etc|cf|vs|approx|no|nr|fig|mr|mrs|ms|dr|st|inc|ltd|co|z\.B|d\.h|bzw|usw)|\b[A-Z])\.$", re.IGNORECASE
+)
+_BOILERPLATE = re.compile(
+    r"^(?:table of contents|contents|see also|copyright|all rights reserved|©|\(c\)|click here|back to top|edit (?:this|on)|sign in|log in"
+    r"|subscribe|skip to|cookie|share this|next:|previous:|note:?$|example:?$|warning:?$)",
+    re.IGNORECASE,
+)
+
+
+@functools.lru_cache(maxsize=STEMS_KEPT_MAX)
+def stem(word: str) -> str:
+    """Cut the commonest English endings, so that `caches` finds `cache` and `indexed` finds `index`."""
+    if len(word) > 4 and word.endswith("ies"):
+        return word[:-3] + "y"
+    for ending in ("ations", "ation", "ings", "ing", "ers", "ed", "es", "er", "ly", "s"):
+        if word.endswith(ending) and len(word) - len(ending) >= 3 and not word.endswith("ss"):
+            word = word[: -len(ending)]
+            break
+    return word.removesuffix("e") if len(word) > 3 else word
+
+
+_OPPOSITES: dict[str, frozenset[str]] = {}
+for _one, _other in OPPOSITES:
+    for _word, _opposite in ((_one, _other), (_other, _one)):
+        _OPPOSITES[stem(_word)] = _OPPOSITES.get(stem(_word), frozenset()) | {stem(_opposite)}
+
+
+def content_words(text: str) -> list[str]:
+    """Stemmed words that carry meaning, in their order; of scripts without spaces, pairs of neighbouring letters."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    found: list[str] = []
+    for word in _WORD.findall(folded):
+        if not word.isascii() and _WIDE.search(word):
+            found += [word[place : place + 2] for place in range(max(1, len(word) - 1))]
+        elif word not in STOP:
+            found.append(stem(word))
+    return found
+
+
+def numbers(text: str) -> frozenset[str]:
+    """The numbers of a text, one way of writing for each: `1,000`, `1000` and `1000.0` are one, and so are `two` and `2`."""
+    normal = unicodedata.normalize("NFKC", text)
+    found = {_plain_number(digits) for digits in _NUMBER.findall(normal)}
+    return frozenset(found | {NUMBERS[word] for word in _WORD.findall(normal.casefold()) if word in NUMBERS})
+
+
+def _plain_number(digits: str) -> str:
+    if re.fullmatch(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?", digits):
+        digits = digits.replace(",", "")
+    whole, dot, fraction = digits.replace(",", ".").partition(".")
+    fraction = fraction.rstrip("0")
+    return (whole.lstrip("0") or "0") + (dot + fraction if fraction else "")
+
+
+def opposed(left: Iterable[str], right: Iterable[str]) -> bool:
+    """Whether a stemmed word on the left has its opposite, and not itself, on the right."""
+    said, other = set(left), set(right)
+    return any(_OPPOSITES.get(word, frozenset()) & other - said for word in said - other)
+
+
+def all_words(text: str) -> list[str]:
+    """Stemmed words, also those that carry little meaning."""
+    return [stem(word) for word in _WORD.findall(unicodedata.normalize("NFKC", text).casefold())]
+
+
+def negations(text: str) -> int:
+    """How many words of a text turn its meaning round."""
+    folded = unicodedata.normalize("NFKC", text).casefold().replace("’", "'")
+    return sum(word in NEGATIONS for word in _WORD.findall(folded.replace("n't", " not")))
+
+
+def clean(text: str) -> str:
+    """Markdown as plain reading text: links by their words, no emphasis marks, no tags, no footnote marks of its own."""
+    text = _TAG.sub(" ", text)
+    text = _REFERENCE_LINK.sub(r"\1", _LINK.sub(r"\1", text))
+    text = _MARKER.sub("", _EMPHASIS.sub(r"\2", text))
+    text = _LIST_MARK.sub("", text).strip().lstrip(">").strip().strip("|").strip()
+    return re.sub(r"\s+", " ", text)
+
+
+def split_sentences(text: str) -> list[str]:
+    """Whole sentences of a passage in reading order. Headings, code blocks, tables' rules and menus are left out."""
+    blocks: list[str] = []
+    fenced = False
+    paragraph: list[str] = []
+
+    def close() -> None:
+        if paragraph:
+            blocks.append(" ".join(paragraph))
+            paragraph.clear()
+
+    for line in text.splitlines():
+        stripped = line.strip()
+        if stripped.startswith(("```", "~~~")):
+            fenced = not fenced
+            close()
+        elif fenced or stripped.startswith("#") or (stripped and not any(letter.isalnum() for letter in stripped)) or not stripped:
+            close()
+        elif _LIST_MARK.match(line) or stripped.startswith("|"):
+            close()
+            paragraph.append(stripped)
+            if stripped.startswith("|"):
+                close()
+        else:
+            paragraph.append(stripped)
+    close()
+    sentences = []
+    for block in blocks:
+        readable = clean(block)
+        begin = 0
+        for end in _SENTENCE_END.finditer(readable):
+            if not _ABBREVIATION.search(readable[begin : end.start()].rstrip("\"'”’)]")):
+                sentences.append(readable[begin : end.start()].strip())
+                begin = end.end()
+        sentences.append(readable[begin:].strip())
+    return [sentence for sentence in sentences if _readable(sentence)]
+
+
+def sentence_start(text: str) -> int:
+    """Where the last sentence of a Markdown text begins, in code points: after the end of another, a blank line or a list's mark."""
+    start = 0
+    for line in _BLOCK_START.finditer(text):
+        start = line.end()
+    for end in _SENTENCE_END.finditer(text, start):
+        if not _ABBREVIATION.search(text[max(start, end.start() - ABBREVIATION_CHARACTERS_MAX) : end.start()].rstrip("\"'”’)]")):
+            start = end.end()
+    return start + len(text[start:]) - len(text[start:].lstrip(" \t\n.,;:!?。！？)\"'”’"))
+
+
+def _readable(sentence: str) -> bool:
+    letters = sum(character.isalpha() for character in sentence)
+    words = len(sentence.split())
+    has_wide_script = any("\u3040" <= character <= "\u9fff" for character in sentence)
+    return (
+        (words >= SENTENCE_WORDS_MIN or has_wide_script)
+        and len(sentence) <= SENTENCE_CHARACTERS_MAX
+        and letters >= 0.5 * len(sentence.replace(" ", ""))
+        and not _BOILERPLATE.match(sentence)
+        and not sentence.endswith((":", "?"))
+    )

@@ -15,6 +15,7 @@ import structlog
 from services.chassis.deadline import Deadline, current_deadline
 from services.chassis.errors import AnswerCancelled, DeadlineTooShort, DomainError, Internal, OutputInvalid, Overloaded, Unavailable
 from services.chassis.telemetry import StepRecord
+from services.orchestrator.attempts import first_draft
 from services.orchestrator.compose import compose
 from services.orchestrator.domain import CachedAnswer, CacheReceipt, Draft, HeldAnswer, Passage, Prompt, Question, Turn
 from services.orchestrator.json_watch import JsonWatch

@@ -13,6 +13,7 @@ from services.orchestrator.reading import sentence_start
 
 SENTENCE_CHARACTERS_MAX = 2_000
 """How far back from its marker a cited sentence may begin."""
+LEARNT_CHARACTERS_MAX = 16_384
 JUDGED_MAX = 500
 """Sentences of one answer that are judged; it is some milliseconds of work for each thousand characters cited."""
 _MARKER = re.compile(r"\[(\d{1,3}(?:\s?,\s?\d{1,3}){0,31})\]")
@@ -42,6 +43,8 @@ class CitationReader:
     def __init__(self, passages: Sequence[Passage]) -> None:
         self._passages = {passage.number: passage for passage in passages}
         self._evidence: dict[int, Evidence] = {}
+        self._learnt = ""
+        """What tools have returned: a sentence may rest on it as well as on the passage that it cites."""
         self._before = ""
         """Text before `_held`: at least as much as a cited sentence may have."""
         self._held = ""
@@ -58,6 +61,11 @@ class CitationReader:
     def know(self, passages: Sequence[Passage]) -> None:
         """What may be cited from here on: `passages` have all that there were, under the same numbers, and more."""
         self._passages = {passage.number: passage for passage in passages}
+
+    def learn(self, text: str) -> None:
+        """Let what is read from here on rest on `text` too. Of the latest LEARNT_CHARACTERS_MAX."""
+        self._learnt = f"{self._learnt}\n\n{text}"[-LEARNT_CHARACTERS_MAX:]
+        self._evidence.clear()
 
     def read(self, piece: str) -> list[Citation]:
         """Return the citations that `piece` completes, in order."""
@@ -138,7 +146,7 @@ class CitationReader:
         if self._judged >= JUDGED_MAX:
             return None
         if number not in self._evidence:
-            self._evidence[number] = Evidence((self._passages[number],))
+            self._evidence[number] = Evidence((self._passages[number],), self._learnt)
         return support(sentence, self._evidence[number])
 
     def _verdict(self) -> bool | None:
@@ -150,7 +158,7 @@ class CitationReader:
             return None
         if max(alone) >= SUPPORT_MIN or len(alone) == 1:
             return max(alone) >= SUPPORT_MIN
-        together = support(self._sentence.text, Evidence(self._passages[number] for number in self._sentence.numbers))
+        together = support(self._sentence.text, Evidence((self._passages[number] for number in self._sentence.numbers), self._learnt))
         return together is None or together >= SUPPORT_MIN
 
     def _close(self) -> None:

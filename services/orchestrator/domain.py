@@ -147,9 +147,6 @@ class Question:
         """Whether tools may have a part in the answer, which is then true for nobody else and at no other time."""
         return bool(self.tools or self.server_tools or self.resumed)
 
-    whole: bool = False
-    """Nobody reads along: text may be held back until it was checked."""
-
 
 @dataclass(frozen=True, slots=True)
 class Passage:

@@ -33,10 +33,11 @@ _JAPANESE = {"hiragana": "cjk", "katakana": "cjk"}
 
 
 class Evidence:
-    """A passage, or several as one, taken apart once it is asked for."""
+    """A passage, or several as one, and what is known beside them; taken apart once it is asked for."""
 
-    def __init__(self, passages: Iterable[Passage]) -> None:
+    def __init__(self, passages: Iterable[Passage], beside: str = "") -> None:
         self._passages = tuple(passages)
+        self._beside = beside
 
     @cached_property
     def headings(self) -> frozenset[str]:
@@ -44,7 +45,7 @@ class Evidence:
 
     @cached_property
     def text(self) -> str:
-        return "\n\n".join(passage.text[:PASSAGE_CHARACTERS_MAX] for passage in self._passages)
+        return "\n\n".join((*(passage.text[:PASSAGE_CHARACTERS_MAX] for passage in self._passages), self._beside))
 
     @cached_property
     def words(self) -> frozenset[str]:

@@ -33,6 +33,7 @@ from services.orchestrator.domain import (
     Route,
     StepChange,
     TextDelta,
+    ToolResult,
     Turn,
 )
 from services.orchestrator.health import Health
@@ -167,6 +168,12 @@ class Run:
             self.citations.know(self.passages)
             self.events.append(PassagesFound(self.passages))
         return tuple(known[passage.chunk_id] for passage in passages if passage.chunk_id in known)
+
+    def returned(self, result: ToolResult) -> None:
+        """Show what a tool returned; what is written from now on may rest on it."""
+        self.events.append(result)
+        if not result.failed:
+            self.citations.learn(result.text)
 
     def begin_paragraph(self) -> None:
         """Say that what is written next, if anything, is not part of the sentence before: tools were called in between."""

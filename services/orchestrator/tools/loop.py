@@ -103,7 +103,7 @@ def take_up(run: Run, step: StepRecord) -> Prompt:
     theirs = {result.call_id for result in asked.tool_results}
     for result in results:
         if result.call_id in theirs:
-            run.events.append(result)
+            run.returned(result)
     fenced = [replace(result, text=fenced_result(result.text)) if result.call_id in theirs else result for result in results]
     prompt = _answered(suspended.prompt, fenced)
     if asked.text != suspended.question:
@@ -175,7 +175,7 @@ async def _make(run: Run, judged: Sequence[Judged], used: _Used) -> list[_Made |
 
     async def one(place: int, verdict: Allowed | Refused) -> None:
         made[place] = result = await _call(run, verdict, used)
-        run.events.append(result.shown)
+        run.returned(result.shown)
 
     try:
         async with asyncio.TaskGroup() as calling:

@@ -108,6 +108,8 @@ class Run:
         self.watch: JsonWatch | None = None
         """Set where text of a schema is shown as it comes: what cannot satisfy it any more is not shown."""
         self._attempts_begun = 0
+        self._returned: list[str] = []
+        """Texts of tools, which the answer may repeat as it may its passages."""
 
     def accept(self) -> None:
         """Say that the question was taken on: the first event."""
@@ -140,7 +142,12 @@ class Run:
             citations.read(draft.text)
         given = instructions(self.kit.template.system)
         earlier = (part for turn in self.turns for part in (turn.question, turn.text))
-        shown = (self.question.text, *(part for found in self.passages for part in (found.title, found.source_uri, found.text)), *earlier)
+        shown = (
+            self.question.text,
+            *(part for found in self.passages for part in (found.title, found.source_uri, found.text)),
+            *self._returned,
+            *earlier,
+        )
         is_markdown = self.question.output_schema is None
         return danger(draft.text, given, shown, is_markdown=is_markdown) or judge(draft.text, draft.finish_reason, citations)
 
@@ -174,6 +181,7 @@ class Run:
         self.events.append(result)
         if not result.failed:
             self.citations.learn(result.text)
+            self._returned.append(result.text)
 
     def begin_paragraph(self) -> None:
         """Say that what is written next, if anything, is not part of the sentence before: tools were called in between."""

@@ -252,7 +252,7 @@ async def test_a_call_of_a_clients_tool_ends_the_answer_and_its_result_goes_on_w
     """Ours of the same round are made; the next answer has all results in order, the passages and the same session."""
     tool, pending = FakeTool("double", "42"), Pending()
     asked = question(server_tools=("double",), tools=(WEATHER,))
-    model = ScriptedModel([["One moment.", call("weather", "w", town="Oslo"), call("double", "d")], "Cold [1]."])
+    model = ScriptedModel([["One moment.", call("weather", "w", town="Oslo"), call("double", "d")], "It is minus 3 [1]."])
     first = await answered(model, [tool], asked=asked, pending=pending)
 
     assert first.failure is None and first.events[-1].finish_reason == "tool_use"
@@ -262,7 +262,7 @@ async def test_a_call_of_a_clients_tool_ends_the_answer_and_its_result_goes_on_w
     follow = question(answer_id="answer-2", server_tools=("double",), tools=(WEATHER,), tool_results=results, resumed=kept)
     second = await answered(model, [tool], asked=follow, pending=pending)
 
-    assert second.failure is None and second.text == "Cold [1]." and second.events[-1].finish_reason == "end_turn"
+    assert second.failure is None and second.text == "It is minus 3 [1]." and second.events[-1].finish_reason == "end_turn"
     assert second.events[-1].verdict == "passed" and [WEATHER.name] == [spec.name for spec in model.prompts[1].tools if spec == WEATHER]
     assert ["w", "d"] == [result.call_id for result in model.prompts[1].messages[-1].results]
     assert model.prompts[1].messages[-1].results[0] == ToolResult("w", "weather", "<tool_result>\nminus 3\n</tool_result>")

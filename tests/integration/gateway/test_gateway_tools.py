@@ -71,7 +71,7 @@ async def test_mistakes_name_their_field(client: httpx.AsyncClient, part: dict[s
     """Before anything is asked of anybody."""
     problem = problem_of(await client.post("/v1/answers", json={"question": "x", **part}), 400, "REQUEST_INVALID")
 
-    assert problem["field"].replace("[...]", "[0]") == field and problem["bound"]
+    assert problem["field"] == field and problem["bound"]
 
 
 async def test_pictures_may_be_larger_than_words(front: Front, client: httpx.AsyncClient) -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 import secrets
 from collections.abc import AsyncIterator, Sequence
 
@@ -97,7 +96,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
         )
 
         models: dict[str, Model] = {EXTRACTIVE: ExtractiveModel(language)}
-        models |= await stack.enter_async_context(providers.opened(settings, MODELS_FILE, os.environ))
+        models |= await stack.enter_async_context(providers.opened(settings, MODELS_FILE))
         router = read_models(models, settings.default_tier)
 
         after = AfterWork(tasks_max=WORKS_PER_ANSWER_MAX * settings.answers_max)

@@ -116,7 +116,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
         models: dict[str, Model] = {EXTRACTIVE: ExtractiveModel(language)}
         models_file = Path(settings.models_file) if settings.models_file else MODELS_FILE
         table = read_table(models_file)
-        models |= await stack.enter_async_context(providers.opened(settings, models_file, environment()))
+        models |= await stack.enter_async_context(providers.opened(settings, models_file))
         router = Router(table, models, settings.default_tier, random.random)
 
         after = AfterWork(tasks_max=WORKS_PER_ANSWER_MAX * settings.answers_max)

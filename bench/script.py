@@ -99,7 +99,7 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     """Which requests behave how. Rules are tried newest first; the default behaviour answers the rest."""
 
     contains: str
-    """Text to look for in the request's JSON, as it is written there, in the key it came with, and in the model's name."""
+    """Text to look for in the request's JSON, as it is written there, in the key it came with, and in the model, wherever that stands."""
     behaviour: Behaviour
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal, Self, TypeVar
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import AliasChoices, Field, PrivateAttr, SecretStr, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -61,6 +61,8 @@ class ServiceSettings(BaseSettings):
     """Wait between turning not ready and refusing calls, so that balancers notice. 0 on one machine."""
     drain_grace_ms: int = Field(10_000, ge=0, le=600_000, validation_alias="TAILRACE_DRAIN_GRACE_MS")
     """How long running calls may go on after a stop signal."""
+
+    _environ: Mapping[str, str] = PrivateAttr(default_factory=dict)
 
     @classmethod
     def settings_customise_sources(
@@ -129,14 +131,24 @@ class ServiceSettings(BaseSettings):
                 mistakes.append(f"{by_field.get(place, place)}: {mistake['msg']}".removeprefix(": "))
         if mistakes:
             raise SettingsError("\n".join(mistakes))
+        settings._environ = environ
         return settings
+
+    def secret_named(self, name: str) -> SecretStr:
+        """The secret in a variable whose name a configuration file chooses, or in the file that NAME_FILE names; empty if there is none.
+
+        Raises SettingsError.
+        """
+        if value := self._environ.get(name):
+            return SecretStr(value)
+        if path := self._environ.get(f"{name}_FILE"):
+            try:
+                return SecretStr(Path(path).read_text().strip())
+            except OSError as error:
+                raise SettingsError(f"{name}_FILE: {error.strerror}: {path}") from error
+        return SecretStr("")
 
     def described(self) -> str:
         """Every variable with its value, one a line, secrets masked."""
         names = {field_name: name for name, field_name in self.variables().items()}
         return "\n".join(f"{names[field]}={getattr(self, field)}" for field in type(self).model_fields)
-
-
-def process_environment() -> Mapping[str, str]:
-    """The variables of this process, for those that a file names, such as a provider's key. Everything else is a setting."""
-    return os.environ

@@ -88,6 +88,7 @@ class _Usage(msgspec.Struct, rename="camel"):
     cached_content_token_count: int | None = None
     candidates_token_count: int | None = None
     thoughts_token_count: int | None = None
+    total_token_count: int | None = None
 
 
 class _Feedback(msgspec.Struct, rename="camel"):
@@ -159,13 +160,15 @@ class GeminiReading(Reading):
     def _count(self, usage: _Usage) -> None:
         """Take over what is reported, always totals. Thoughts are output, cached tokens are part of the prompt's; zeros are left out."""
         draft = self.draft
+        prompt = (usage.prompt_token_count or 0) + (usage.tool_use_prompt_token_count or 0)
         if usage.prompt_token_count is not None:
             cached = max(0, usage.cached_content_token_count or 0)
-            prompt = usage.prompt_token_count + (usage.tool_use_prompt_token_count or 0)
             draft.input_tokens, draft.cache_read_tokens = max(0, prompt - cached), cached
         spoken, thought = usage.candidates_token_count, usage.thoughts_token_count
         if spoken is None and thought is None and (draft.deltas or self._text or draft.calls):
-            return  # left out, although it cannot be zero
+            if usage.total_token_count is None:
+                return  # left out, although it can hardly be zero
+            spoken = usage.total_token_count - prompt
         draft.output_tokens = max(0, (spoken or 0) + (thought or 0))
         draft.usage_is_final = self.finished
 

@@ -7,7 +7,7 @@ configured: each brings its vendor's package, which takes most of a second and t
 import contextlib
 import tomllib
 import urllib.parse
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -68,11 +68,11 @@ class ProvidersInvalid(ValueError):
     """`[[providers]]` cannot be used. The text names the file, the place in it and the bound."""
 
 
-def configured(settings: OrchestratorSettings, path: Path, environ: Mapping[str, str]) -> tuple[Provider, ...]:
+def configured(settings: OrchestratorSettings, path: Path) -> tuple[Provider, ...]:
     """Every provider that can be asked, each name once.
 
-    A provider of the table whose `key_variable` is not set in `environ` is left out, like one of the settings without a key. Raises
-    ProvidersInvalid.
+    A provider of the table whose `key_variable` is not set is left out, like one of the settings without a key. Raises ProvidersInvalid,
+    SettingsError.
     """
     found = []
     if keys := split_keys(settings.anthropic_api_key.get_secret_value()):
@@ -83,18 +83,18 @@ def configured(settings: OrchestratorSettings, path: Path, environ: Mapping[str,
     if keys := split_keys(settings.gemini_api_key.get_secret_value()):
         found.append(Provider(GEMINI, "gemini", settings.gemini_base_url, keys))
     for row in _rows(path):
-        keys = split_keys(environ.get(row.key_variable, "")) if row.key_variable else ()
+        keys = split_keys(settings.secret_named(row.key_variable).get_secret_value()) if row.key_variable else ()
         if keys or not row.key_variable:
             found.append(Provider(row.name, row.kind, row.base_url, keys))
     return tuple(found)
 
 
 @contextlib.asynccontextmanager
-async def opened(settings: OrchestratorSettings, path: Path, environ: Mapping[str, str]) -> AsyncIterator[dict[str, Model]]:
-    """Adapters of all configured providers, by name, and closed when the block is left. Raises ProvidersInvalid."""
+async def opened(settings: OrchestratorSettings, path: Path) -> AsyncIterator[dict[str, Model]]:
+    """Adapters of all configured providers, by name, and closed when the block is left. Raises ProvidersInvalid, SettingsError."""
     async with contextlib.AsyncExitStack() as stack:
         models: dict[str, Model] = {}
-        for provider in configured(settings, path, environ):
+        for provider in configured(settings, path):
             model = _adapter(
                 provider,
                 connect_s=settings.model_connect_s,

@@ -14,7 +14,6 @@ import structlog
 from services.chassis.afterwork import AfterWork
 from services.chassis.channel import Caller, open_channel
 from services.chassis.clock import SystemClock
-from services.chassis.config import process_environment
 from services.chassis.errors import DomainError
 from services.chassis.lifecycle import Service
 from services.chassis.passport import Passport
@@ -105,7 +104,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
         models: dict[str, Model] = {EXTRACTIVE: ExtractiveModel(language)}
         models_file = Path(settings.models_file) if settings.models_file else MODELS_FILE
         table = read_table(models_file)
-        models |= await stack.enter_async_context(providers.opened(settings, models_file, process_environment()))
+        models |= await stack.enter_async_context(providers.opened(settings, models_file))
         router = Router(table, models, settings.default_tier, random.random)
 
         after = AfterWork(tasks_max=WORKS_PER_ANSWER_MAX * settings.answers_max)

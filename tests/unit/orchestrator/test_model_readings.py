@@ -252,3 +252,14 @@ def test_a_schema_is_bound_only_where_every_object_is_closed(schema: dict[str, A
 def test_the_wait_a_provider_asks_for_is_read_in_every_form(headers: dict[str, str], wait_ms: int | None) -> None:
     """What is none is no wait."""
     assert retry_after_ms(headers) == wait_ms
+
+
+@pytest.mark.parametrize(
+    ("total", "output", "final"), [({}, None, False), ({"totalTokenCount": 5}, 0, True), ({"totalTokenCount": 9}, 4, True)]
+)
+def test_a_count_that_gemini_leaves_out_is_what_its_sum_says(total: dict[str, int], output: int | None, final: bool) -> None:
+    """Zeros are left out there; without a sum nobody has said that a text cost nothing."""
+    said = {"content": {"parts": [{"text": "a"}]}, "finishReason": "STOP"}
+    made = reading(GeminiReading, {"candidates": [said], "usageMetadata": {"promptTokenCount": 5, **total}}).draft
+
+    assert (made.output_tokens, made.usage_is_final) == (output, final)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from services.chassis.config import SettingsError
 from services.chassis.errors import DomainError, ModelFailed, ModelMisconfigured, ModelOverloaded
 from services.orchestrator.config import OrchestratorSettings
 from services.orchestrator.domain import Candidate, Draft, Message, Prompt
@@ -22,8 +23,8 @@ def settings(**variables: str) -> OrchestratorSettings:
     return OrchestratorSettings.load({**KEY, **variables})
 
 
-def found(path: Path = MODELS_FILE, environ: dict[str, str] | None = None, **variables: str) -> dict[str, Provider]:
-    return {provider.name: provider for provider in configured(settings(**variables), path, environ or {})}
+def found(path: Path = MODELS_FILE, **variables: str) -> dict[str, Provider]:
+    return {provider.name: provider for provider in configured(settings(**variables), path)}
 
 
 @pytest.fixture
@@ -78,7 +79,17 @@ def test_the_table_adds_providers_with_their_keys_from_the_environment(table: Pa
         "[[providers]]\nname='proxy'\nkind='anthropic'\nbase_url='https://proxy.example'\nkey_variable='PROXY_KEY'\n"
     )
     assert set(found(table)) == {"local"}
-    assert found(table, {"PROXY_KEY": "x,y"})["proxy"] == Provider("proxy", "anthropic", "https://proxy.example", ("x", "y"))
+    assert found(table, PROXY_KEY="x,y")["proxy"] == Provider("proxy", "anthropic", "https://proxy.example", ("x", "y"))
+
+
+def test_a_key_of_the_table_may_stand_in_a_file(table: Path, tmp_path: Path) -> None:
+    """As every secret may; a file that is not there is a mistake."""
+    table.write_text("[[providers]]\nname='proxy'\nkind='anthropic'\nbase_url='https://proxy.example'\nkey_variable='PROXY_KEY'\n")
+    (tmp_path / "key").write_text("from-a-file\n")
+
+    assert found(table, PROXY_KEY_FILE=str(tmp_path / "key"))["proxy"].keys == ("from-a-file",)
+    with pytest.raises(SettingsError, match="PROXY_KEY_FILE"):
+        found(table, PROXY_KEY_FILE=str(tmp_path / "none"))
 
 
 @pytest.mark.parametrize(
@@ -198,7 +209,7 @@ async def test_each_kind_is_opened_with_its_adapter_under_its_own_name(table: Pa
     kinds = ("anthropic", "gemini", "openai_chat", "openai_responses")
     table.write_text("".join(f"[[providers]]\nname='my-{kind}'\nkind='{kind}'\nbase_url='http://127.0.0.1:1'\n" for kind in kinds))
     asked = Prompt("t", "s", (Message("user", "?"),), "?", (), 10)
-    async with opened(settings(), table, {}) as models:
+    async with opened(settings(), table) as models:
         for name, model in models.items():
             with pytest.raises(ModelFailed) as failed:
                 await model.generate(asked, Candidate(name, "m", 10, 10), 10, Draft(lambda text: None))

@@ -62,6 +62,7 @@ class AnswerBody(Body, frozen=True, kw_only=True):
     stream: bool = True
     output_schema: dict[str, Any] | None = None
     tools: Annotated[list[ToolBody], msgspec.Meta(max_length=64)] = []
+    replaces: Annotated[str, msgspec.Meta(max_length=128)] = ""
 
     def message(self, idempotency_key: str) -> orchestrator.AnswerRequest:
         """As the orchestrator takes it. Raises RequestInvalid."""
@@ -77,6 +78,7 @@ class AnswerBody(Body, frozen=True, kw_only=True):
             priority=_PRIORITIES[self.priority],
             idempotency_key=idempotency_key,
             cancel_on_disconnect=not self.stream,
+            replaces=self.replaces,
         )
         if self.output_schema is not None:
             request.output_schema.CopyFrom(_struct(self.output_schema, "output_schema"))
@@ -84,6 +86,21 @@ class AnswerBody(Body, frozen=True, kw_only=True):
             schema = _struct(tool.input_schema, f"tools[{number}].input_schema")
             request.tools.add(name=tool.name, description=tool.description, input_schema=schema)
         return request
+
+
+class SessionPatchBody(Body, frozen=True, kw_only=True):
+    """What shall be different about a conversation."""
+
+    title: Annotated[str, msgspec.Meta(min_length=1, max_length=120)] | None = None
+    head_answer_id: Annotated[str, msgspec.Meta(min_length=1, max_length=128)] | None = None
+
+    def message(self, session_id: str) -> ledger.UpdateSessionRequest:
+        """As the ledger takes it. Raises RequestInvalid."""
+        if self.title is None and self.head_answer_id is None:
+            raise RequestInvalid("nothing shall be changed", field="title", bound="title or head_answer_id")
+        if self.title is not None:
+            _require_text(self.title, "title")
+        return ledger.UpdateSessionRequest(session_id=session_id, title=self.title, head_answer_id=self.head_answer_id or "")
 
 
 class AskFrame(AnswerBody, frozen=True, kw_only=True, tag_field="type", tag="ask"):

@@ -248,6 +248,10 @@ class OrchestratorRpc(pb_grpc.OrchestratorServiceServicer):
         current_principal().require("admin")
         raise NotFound("no prompts are kept of this answer", kind="prompts")
 
+    async def ForgetPrompts(self, request: pb.ForgetPromptsRequest, context: grpc.aio.ServicerContext) -> pb.ForgetPromptsResponse:
+        current_principal().require("admin")
+        return pb.ForgetPromptsResponse()
+
     async def ListModels(self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext) -> pb.ListModelsResponse:
         models = [
             pb.Model(

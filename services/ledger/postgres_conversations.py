@@ -13,7 +13,6 @@ from services.chassis.principal import Principal
 from services.ledger.domain import Citation, Session, Summary, Turn
 from services.ledger.paging import Page
 from services.ledger.postgres_database import Database
-from services.ledger.titles import title_of
 
 _SESSION = (
     "s.user_id, s.session_id, s.title, s.created_at, s.updated_at, s.turns, s.title_by,"
@@ -32,6 +31,7 @@ SUMMARY = (
 )
 """Columns of `summaries m`, as `summary_of` reads them."""
 _OWN = "tenant = $1 AND user_id = $2 AND session_id = $3"
+TITLE_CHARACTERS_MAX = 120
 WAY_MAX = 200
 """How far back a summary is looked for: twice as far as turns are counted that have none."""
 
@@ -47,7 +47,7 @@ class PostgresConversations:
             "SELECT * FROM append_turn($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
             *(principal.tenant, principal.user, session_id, UUID(turn.answer_id), turn.question, turn.text),
             *(orjson.dumps([asdict(citation) for citation in turn.citations]).decode(), turn.complete, turn.created_at),
-            *(title_of(turn.question), replaces),
+            *(turn.question[:TITLE_CHARACTERS_MAX], replaces),
         )
         if place is None:
             raise NotFound("the conversation has no such turn", kind="turn")

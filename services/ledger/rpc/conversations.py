@@ -12,11 +12,11 @@ from services.ledger.paging import moment_and_id, token_of
 from services.ledger.ports import Conversations
 from services.ledger.rpc import checks, messages
 from services.ledger.rpc.callers import Writer
-from services.ledger.titles import TITLE_CHARACTERS_MAX
 from tailrace.ledger.v1 import ledger_service_pb2 as pb
 
 SESSION_CHARACTERS_MAX = 128
 TURNS_SHOWN_MAX = 200
+TITLE_CHARACTERS_MAX = 120
 TURNS_DEFAULT = 20
 PAGE = 100
 """Rows read at once; a reader that is slow holds no more than these."""

@@ -192,10 +192,10 @@ async def test_a_title_is_the_first_question_until_somebody_gives_another(ledger
         session = (await ledger.ask("UpdateSession", request, ann)).session
         return session.title, session.title_by
 
-    await say(ledger, ann, "## Which port,\nplease?")
+    await say(ledger, ann, "Which port, please? " + "x" * 200)
     by_rule = (await shown(ledger, ann)).session
 
-    assert (by_rule.title, by_rule.title_by) == ("Which port,", "rule")
+    assert (by_rule.title, by_rule.title_by) == ("Which port, please? " + "x" * 100, "rule")
     assert await rename("Ports", "claude") == ("Ports", "model")
     assert await rename("Other", "claude") == ("Ports", "model")
     assert await rename("My ports") == ("My ports", "user")

@@ -1850,7 +1850,7 @@ class Session(_message.Message):
     session_id: _builtins.str
     """Its id."""
     title: _builtins.str
-    """At most 120 characters: the first question, cut between words, until somebody gives it another."""
+    """The first question, cut to 120 characters, until somebody gives it another."""
     turns: _builtins.int
     """Turns so far, in all branches."""
     head_answer_id: _builtins.str

@@ -16,12 +16,15 @@ from services.chassis.deadline import Deadline, current_deadline
 from services.chassis.errors import AnswerCancelled, DeadlineTooShort, DomainError, Internal, Overloaded, Unavailable
 from services.chassis.telemetry import StepRecord
 from services.orchestrator.attempts import first_draft
-from services.orchestrator.compose import compose
+from services.orchestrator.compose import compose, recent
+from services.orchestrator.conversation import look_after, rewrite
 from services.orchestrator.domain import CachedAnswer, CacheReceipt, Draft, HeldAnswer, Passage, Prompt, Question, Turn
 from services.orchestrator.log import EventLog
+from services.orchestrator.packing import pack
 from services.orchestrator.ports import Recalling
 from services.orchestrator.run import Run, Toolkit
-from services.orchestrator.standalone import depends_on_history, depends_on_time
+from services.orchestrator.standalone import depends_on_history, depends_on_time, language
+from services.orchestrator.templates import filled
 from services.orchestrator.validate import judge
 
 log = structlog.get_logger(__name__)
@@ -39,7 +42,10 @@ TURN_WAIT_MAX_S = 30.0
 async def answer(run: Run) -> None:
     """Answer `run.question`: each line one step, one span. Returns once the text has left and was checked; `conclude` does the rest."""
     with run.step("history") as step:
-        run.turns = await read_history(run, step)
+        run.turns, run.summary = await read_history(run, step)
+    if run.turns:
+        with run.step("rewrite") as step:
+            run.form = await rewrite(run, step)
     async with AsyncExitStack() as opened:
         with run.step("recall") as step:
             held = await find_exact(run)
@@ -102,15 +108,30 @@ async def conclude(run: Run, failure: DomainError | None) -> None:
     run.events.end(failure)
 
 
-async def read_history(run: Run, step: StepRecord) -> tuple[Turn, ...]:
-    """The conversation, if the question leans on it. Then no cache is asked: the same words mean something else elsewhere."""
+async def read_history(run: Run, step: StepRecord) -> tuple[tuple[Turn, ...], str]:
+    """The latest turns, and a summary of those before them, if the question leans on them. Then no cache is asked: the same words mean
+    something else elsewhere. A question that takes the place of another is told what that one was told.
+    """
     asked, turns_max = run.question, run.kit.limits.history_turns_max
-    if asked.session_is_new or turns_max == 0 or not depends_on_history(asked.text):
+    leans = turns_max > 0 and depends_on_history(asked.text)
+    if asked.session_is_new or not (leans or asked.replaces):
         step.skip("new_session" if asked.session_is_new else "stands_alone")
-        return ()
-    turns = await run.kit.ledger.turns(asked.session_id, turns_max)
-    step.note(turns=len(turns))
-    return turns
+        return (), ""
+    # What no summary covers yet may be twice what is kept whole.
+    history = await run.kit.ledger.history(asked.session_id, 2 * turns_max + 1 if leans else 1, asked.replaces)
+    turns = history.turns
+    if asked.replaces:
+        *before, replaced = turns
+        turns = tuple(before)
+        step.note(replaces=True)
+        if replaced.question == asked.text and not run.cache.reason:
+            run.cache = replace(run.cache, reason="regenerated")  # who asks again wants no copy of what there is
+    if not leans:
+        return (), ""
+    covered = next((place + 1 for place, turn in enumerate(turns) if history.summary and turn.answer_id == history.summary.through), 0)
+    turns = recent(turns[min(covered, max(0, len(turns) - turns_max)) :][-2 * turns_max :], run.kit.limits.history_bytes_max)
+    step.note(turns=len(turns), summary=history.summary is not None)
+    return turns, history.summary.text if history.summary is not None else ""
 
 
 async def find_exact(run: Run) -> HeldAnswer | None:
@@ -126,25 +147,13 @@ async def find_exact(run: Run) -> HeldAnswer | None:
 def begin_recall(run: Run, held: HeldAnswer | None) -> AbstractAsyncContextManager[Recalling]:
     """Ask the memory once for all: edition, cached answer, passages. If the answer we hold is still true, the edition is all it says."""
     return run.kit.memory.recall(
-        search_query(run),
+        run.form if len(run.form.encode()) <= QUERY_BYTES_MAX else run.question.text,
         run.question.collection,
         run.scope,
         want_cached=run.cache.reason == "",
         passages_max=run.kit.limits.passages_max,
         held=held.edition if held is not None else None,
     )
-
-
-def search_query(run: Run) -> str:
-    """What to search for: the question, after those it leans on, back to the last that stood alone. "How long?" alone finds nothing."""
-    asked = run.question.text
-    questions = [asked]
-    for turn in reversed(run.turns):
-        questions.insert(0, turn.question)
-        if not depends_on_history(turn.question):
-            break
-    query = "\n".join(questions)
-    return query if len(query.encode()) <= QUERY_BYTES_MAX else asked
 
 
 async def look_up(run: Run, recalling: Recalling, held: HeldAnswer | None, step: StepRecord) -> CachedAnswer | None:
@@ -193,7 +202,11 @@ def write_prompt(run: Run, passages: tuple[Passage, ...], step: StepRecord) -> P
     """The prompt, small enough for every candidate; and the passages that are in it, for the reader."""
     asked = run.question
     room = min(c.context_tokens_max - min(asked.output_tokens_max, c.output_tokens_max) for c in asked.candidates)
-    prompt = compose(run.kit.template, asked.text, passages, run.turns, min(room, run.kit.limits.prompt_tokens_max))
+    said = {"collection": asked.collection, "language": language(asked.text), "tier": asked.tier}
+    template = filled(run.kit.templates.answer(asked.tier), said)
+    packed = pack(passages, run.kit.limits.passages_bytes_max)
+    room = min(room, run.kit.limits.prompt_tokens_max)
+    prompt = compose(template, asked.text, packed, run.turns, room, summary=run.summary, form=run.form)
     run.show(prompt.passages)
     step.note(template=prompt.template, passages=len(prompt.passages), messages=len(prompt.messages), tokens_max=prompt.input_tokens_max)
     return prompt
@@ -235,6 +248,8 @@ async def record(run: Run, failure: DomainError | None, step: StepRecord) -> Non
     booked = await run.kit.books.record(run.record(failure))
     run.kit.credit.recorded(run.question.answer_id, run.attempts, booked)
     works = [_keep_turn(run, complete=failure is None and run.verdict == "passed")] if run.pieces else []
+    if run.prompts:
+        works.append(_keep_prompts(run))
     await _briefly(run.kit, BOOKED_WAIT_S, *works, also=booked)
     step.note(booked=booked.done(), cost_nanousd=run.cost_nanousd)
 
@@ -244,7 +259,9 @@ async def _keep_turn(run: Run, *, complete: bool) -> None:
     asked = run.question
     for tries in range(TURN_TRIES_MAX):
         try:
-            await run.kit.ledger.append_turn(asked.session_id, run.turn(complete=complete), asked.principal)
+            kept = await run.kit.ledger.append_turn(asked.session_id, run.turn(complete=complete), asked.principal, asked.replaces)
+            if complete:
+                look_after(run, kept)
             return
         except (Unavailable, DeadlineTooShort):
             await asyncio.sleep(random.uniform(0.1, min(TURN_WAIT_MAX_S, 0.25 * 2**tries)))  # noqa: S311 - jitter, not a secret
@@ -252,6 +269,14 @@ async def _keep_turn(run: Run, *, complete: bool) -> None:
             log.error("turn_rejected", answer_id=asked.answer_id, reason=error.reason)
             return
     log.error("turn_lost", answer_id=asked.answer_id, tries=TURN_TRIES_MAX)
+
+
+async def _keep_prompts(run: Run) -> None:
+    assert run.kit.shelf is not None
+    try:
+        await run.kit.shelf.keep(run.question.principal, run.question.answer_id, run.prompts)
+    except DomainError as error:
+        log.warning("prompts_not_kept", answer_id=run.question.answer_id, reason=error.reason)
 
 
 async def _briefly(kit: Toolkit, wait_s: float, *works: Coroutine[Any, Any, None], also: "asyncio.Future[None] | None" = None) -> None:

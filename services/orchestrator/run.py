@@ -4,6 +4,7 @@ import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from services.chassis import telemetry
 from services.chassis.afterwork import AfterWork
@@ -11,7 +12,7 @@ from services.chassis.clock import Clock
 from services.chassis.errors import AnswerCancelled, DomainError
 from services.chassis.money import Usage
 from services.chassis.telemetry import StepRecord, Trail
-from services.orchestrator.compose import Template
+from services.orchestrator.compose import shown
 from services.orchestrator.domain import (
     Accepted,
     Attempt,
@@ -23,14 +24,18 @@ from services.orchestrator.domain import (
     OperationRecord,
     Passage,
     PassagesFound,
+    Prompt,
     Question,
+    SentPrompt,
     StepChange,
     TextDelta,
     Turn,
 )
+from services.orchestrator.errands import Errands
 from services.orchestrator.log import EventLog
-from services.orchestrator.ports import Books, Credit, ExactCache, Ledger, Memory, Model
+from services.orchestrator.ports import Books, Credit, ExactCache, Ledger, Memory, Model, PromptShelf
 from services.orchestrator.standalone import language
+from services.orchestrator.templates import Templates
 from services.orchestrator.validate import CitationReader
 
 FACTS_MAX = 16
@@ -44,8 +49,13 @@ class Limits:
     prompt_tokens_max: int
     passages_max: int
     history_turns_max: int
+    history_bytes_max: int
+    passages_bytes_max: int
     cache_per_user: bool
     output_tokens_min: int
+    rewrites: Literal["model", "rule"]
+    titles: Literal["model", "rule"]
+    summaries: Literal["model", "rule", "off"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +70,12 @@ class Toolkit:
     """By provider."""
     after: AfterWork
     clock: Clock
-    template: Template
+    templates: Templates
     limits: Limits
     credit: Credit
+    errands: Errands
+    shelf: PromptShelf | None
+    """Where prompts are kept to be seen; None = they are not."""
 
 
 class Run:
@@ -74,6 +87,12 @@ class Run:
         self.step = self.trail.step
         self.trace_id = telemetry.current_trace_id()
         self.turns: tuple[Turn, ...] = ()
+        self.summary = ""
+        """Of the turns before `turns`."""
+        self.form = question.text
+        """The question as it can be understood without the conversation."""
+        self.prompts: list[SentPrompt] = []
+        """What was sent, if that is kept."""
         self.passages: tuple[Passage, ...] = ()
         self.citations = CitationReader(())
         self.edition = Edition(0)
@@ -92,6 +111,12 @@ class Run:
         """Say what `[n]` may point at from now on."""
         self.passages, self.citations = passages, CitationReader(passages)
         self.events.append(PassagesFound(passages))
+
+    def sent(self, attempt: int, model: str, prompt: Prompt) -> None:
+        """Note what a provider call is made with, if that is kept."""
+        if self.kit.shelf is not None:
+            messages = tuple((message.role, shown(message)) for message in prompt.messages)
+            self.prompts.append(SentPrompt(attempt, model, prompt.template, prompt.system, messages))
 
     def write(self, text: str) -> None:
         """Pass on a piece of text, then the citations it completes."""
@@ -116,7 +141,7 @@ class Run:
             asked.principal.user if limits.cache_per_user else "",
             asked.tier,
             *(candidate.model for candidate in asked.candidates),
-            self.kit.template.name,
+            self.kit.templates.answer(asked.tier).name,
             language(asked.text),
             str(asked.output_tokens_max),
             str(limits.passages_max),

@@ -11,7 +11,7 @@ import structlog
 from services.chassis.afterwork import AfterWork
 from services.chassis.channel import Caller, open_channel
 from services.chassis.clock import SystemClock
-from services.chassis.errors import DomainError
+from services.chassis.errors import DomainError, ModelUnknown
 from services.chassis.lifecycle import Service
 from services.chassis.passport import Passport
 from services.chassis.server import Server, passport_identity
@@ -20,8 +20,9 @@ from services.orchestrator.answer import produce
 from services.orchestrator.claude_model import PROVIDER as ANTHROPIC
 from services.orchestrator.claude_model import ClaudeModel
 from services.orchestrator.clients import RemoteLedger, RemoteMemory, SpooledBooks, ping
-from services.orchestrator.compose import read_template
 from services.orchestrator.config import OrchestratorSettings
+from services.orchestrator.domain import Candidate
+from services.orchestrator.errands import Errands
 from services.orchestrator.extractive_model import ExtractiveModel
 from services.orchestrator.leases import Leases
 from services.orchestrator.mirrors import Mirrors, interrupted
@@ -29,14 +30,17 @@ from services.orchestrator.ports import Model, SharedLogs
 from services.orchestrator.publisher import Publisher
 from services.orchestrator.redis_cache import RedisCache
 from services.orchestrator.redis_logs import RedisLogs
+from services.orchestrator.redis_prompts import RedisPrompts
 from services.orchestrator.registry import Bounds, Registry
-from services.orchestrator.router import EXTRACTIVE, read_models
-from services.orchestrator.rpc import OrchestratorRpc, event_bytes, offer
+from services.orchestrator.router import EXTRACTIVE, Router, read_models
+from services.orchestrator.rpc import OrchestratorRpc, event_bytes, new_answer_id, offer
 from services.orchestrator.run import Limits, Toolkit
 from services.orchestrator.standalone import language
+from services.orchestrator.templates import FOLDER, read_templates
 
-WORKS_PER_ANSWER_MAX = 5
-"""Conclusion, turn and two caches of an answer, and one more for those that wait for a ledger that is away."""
+WORKS_PER_ANSWER_MAX = 8
+"""Rewrite, conclusion, turn, prompts, two caches and a summary or title of an answer, and one more for those that wait for a ledger that
+is away."""
 REDIS_CONNECTIONS_MAX = 200
 RUNNING_MARGIN_S = 120.0
 """A log that nobody ends goes this long after its answer's deadline."""
@@ -118,8 +122,28 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             history_turns_max=settings.history_turns_max,
             cache_per_user=settings.cache_scope == "user",
             output_tokens_min=settings.output_tokens_min,
+            history_bytes_max=settings.history_tokens_max,
+            passages_bytes_max=settings.passages_tokens_max,
+            rewrites=settings.rewrites,
+            titles=settings.titles,
+            summaries=settings.summaries,
         )
-        kit = Toolkit(memory, ledger, exact, books, models, after, clock, read_template(), limits, leases)
+        shelf = RedisPrompts(cache, kept_s=settings.prompts_kept_s)
+        folder = settings.prompts_dir or FOLDER
+        kit = Toolkit(
+            memory,
+            ledger,
+            exact,
+            books,
+            models,
+            after,
+            clock,
+            read_templates(settings.answer_prompts, folder),
+            limits,
+            leases,
+            Errands(ledger, books, models, errand_candidate(router, settings.errands_tier), clock, new_answer_id),
+            shelf if settings.prompts_kept_s else None,
+        )
         publisher = Publisher(logs, replica, event_bytes, kept_s=settings.logs_kept_s, bytes_max=settings.logs_bytes_max)
         registry = Registry(
             lambda question, events: produce(question, kit, events),
@@ -151,7 +175,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
 
         server = Server(passport_identity(passport), reflect=settings.environment == "development", tls=tls)
         handlers = OrchestratorRpc(
-            registry, router, books, clock, output_tokens_default=settings.output_tokens_default, heartbeat_s=settings.heartbeat_s
+            registry, router, books, clock, shelf, output_tokens_default=settings.output_tokens_default, heartbeat_s=settings.heartbeat_s
         )
         offer(server, handlers)
 
@@ -187,6 +211,17 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             drain=drain,
             stopping=stopping,
         )
+
+
+def errand_candidate(router: Router, tier: str) -> Candidate | None:
+    """Who does small calls: the first of the tier. Nobody, if there is no such tier or no provider of it is configured."""
+    if not tier:
+        return None
+    try:
+        _, candidates = router.route("", tier)
+    except ModelUnknown:
+        return None
+    return candidates[0] if candidates[0].provider != EXTRACTIVE else None
 
 
 async def tell_interrupted(logs: SharedLogs, left: Sequence[tuple[str, str]]) -> None:

@@ -10,3 +10,4 @@ CONVERSATION = frozenset(_TABLE["conversation"].split())
 LITTLE = frozenset(_TABLE["little"].split())
 STOP = frozenset(_TABLE["stop"].split())
 LANGUAGES = {code: frozenset(words.split()) for code, words in _TABLE["languages"].items()}
+GRAMMAR = {role: frozenset(words.split()) for role, words in _TABLE["grammar"].items()}

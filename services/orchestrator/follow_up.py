@@ -121,6 +121,9 @@ def _counterpart(what: str, place: str, before: str) -> _Phrase | None:
 
 def _with_names(question: str, before: str, answer: str) -> str | None:
     """`question` with its first pointer named; None if it has none that can be."""
+    front, comma, _ = question.partition(",")
+    if comma and any(phrase.kind != "number" for phrase in _phrases(_OPENER.sub("", front))):
+        return None  # "and the ledger, what does it keep?": it is named already
     for match in _WORD.finditer(question):
         word = match[0].casefold().replace("’", "'")
         plain, is_short_for = word.removesuffix("'s"), word.endswith("'s")

@@ -16,8 +16,10 @@ from services.chassis.telemetry import StepRecord
 from services.orchestrator.compose import compose_errand
 from services.orchestrator.domain import KeptTurn, Summary, Turn
 from services.orchestrator.follow_up import self_contained
+from services.orchestrator.router import EXTRACTIVE
 from services.orchestrator.run import Run
 from services.orchestrator.summaries import SUMMARY_CHARACTERS_MAX, by_rule
+from services.orchestrator.words import LITTLE, POINTERS, STOP
 
 log = structlog.get_logger(__name__)
 
@@ -31,6 +33,8 @@ LATER_WAIT_S = 30.0
 """How long a title or a summary may take: nobody waits for it."""
 SUMMARISED_TURNS_MAX = 100
 """Turns that go into one summary at most."""
+STEM_CHARACTERS = 4
+"""Words that begin alike are taken for forms of one."""
 _QUOTES = "\"'“”„«»‘’`*#_ "
 _SPACE = re.compile(r"\s+")
 
@@ -43,7 +47,7 @@ async def rewrite(run: Run, step: StepRecord) -> str:
     began, asked = time.perf_counter(), run.question
     by_our_rule = self_contained(asked.text, run.turns)
     form, by = by_our_rule, "rule"
-    if run.kit.limits.rewrites == "model" and run.kit.errands.model:
+    if run.kit.limits.rewrites == "model" and _may_ask(run):
         prompt = compose_errand(run.kit.templates.rewrite, run.turns, summary=run.summary, question=asked.text)
         errand = run.kit.errands.run(asked, "rewrite", prompt, REWRITE_TOKENS_MAX, REWRITE_WAIT_S)
         try:
@@ -53,16 +57,33 @@ async def rewrite(run: Run, step: StepRecord) -> str:
             step.note(model=run.kit.errands.model)
         except Overloaded:
             written = ""
-        if 0 < len(written) <= REWRITE_CHARACTERS_MAX:
+        if 0 < len(written) <= REWRITE_CHARACTERS_MAX and _is_about(asked.text, written):
             form, by = written, "model"
     step.note(by=by, ms=round((time.perf_counter() - began) * 1000))
     return form
 
 
+def _may_ask(run: Run) -> bool:
+    """Whether a model may be asked for the sake of this answer: who asks the model that costs nothing pays for none."""
+    return bool(run.kit.errands.model) and run.question.candidates[0].provider != EXTRACTIVE
+
+
+def _is_about(question: str, form: str) -> bool:
+    """Whether a rewritten question still says what was asked: half of its words at least, in any form. An answer to it would not."""
+    words = [word for word in _words(question) if word not in STOP | LITTLE | POINTERS]
+    beginnings = {word[:STEM_CHARACTERS] for word in _words(form)}
+    return 2 * sum(word[:STEM_CHARACTERS] in beginnings for word in words) >= len(words)
+
+
+def _words(text: str) -> list[str]:
+    """Words of languages that write them apart with plain letters; what others say cannot be compared like that."""
+    return [word for word in re.findall(r"\w+", text.casefold()) if word.isascii()]
+
+
 def look_after(run: Run, kept: KeptTurn) -> None:
     """Begin what a conversation needs once a turn of it is kept, as work that outlives us. Nothing waits for it."""
     limits = run.kit.limits
-    if kept.ordinal == 1 and limits.titles == "model" and run.kit.errands.model:
+    if kept.ordinal == 1 and limits.titles == "model" and _may_ask(run):
         _begin(run, _suggest_title(run), "title")
     if limits.summaries != "off" and limits.history_turns_max and kept.unsummarised >= 2 * limits.history_turns_max:
         _begin(run, _summarise(run, kept.unsummarised), "summary")
@@ -107,7 +128,7 @@ async def _summarise(run: Run, unsummarised: int) -> None:
 async def _summary(run: Run, earlier: str, turns: tuple[Turn, ...]) -> tuple[str, str]:
     """The summary, and who made it."""
     kit = run.kit
-    if kit.limits.summaries == "model" and kit.errands.model:
+    if kit.limits.summaries == "model" and _may_ask(run):
         prompt = compose_errand(kit.templates.summary, turns, summary=earlier)
         written = (await _text_or_nothing(kit.errands.run(run.question, "summary", prompt, SUMMARY_TOKENS_MAX, LATER_WAIT_S))).strip()
         if written:

@@ -17,6 +17,7 @@ from services.chassis.money import Usage
 from services.chassis.telemetry import Trail
 from services.orchestrator.domain import Attempt, CacheReceipt, Candidate, Draft, Hold, OperationRecord, Prompt, Question, StepChange
 from services.orchestrator.ports import Books, Ledger, Model
+from services.orchestrator.validate import WHOLE
 
 Purpose = Literal["rewrite", "summary", "title"]
 HOLD_MARGIN_S = 60.0
@@ -44,7 +45,9 @@ class Errands:
         return self._candidate.model if self._candidate is not None else ""
 
     async def run(self, asked: Question, purpose: Purpose, prompt: Prompt, output_tokens_max: int, within_s: float) -> str:
-        """Make one call for the user and the conversation of `asked`; return its text. It is never tried again.
+        """Make one call for the user and the conversation of `asked`; return its text, nothing if that was cut or refused.
+
+        It is never tried again.
 
         Raises what reserving and the model raise, DeadlineTooShort after `within_s`, Unavailable if there is no model or no room in the
         books. Cancellation: the provider's connection is closed and what was used is booked before CancelledError leaves.
@@ -101,7 +104,7 @@ class _Errand:
             with self._trail.step("generate") as step:
                 step.note(provider=self._candidate.provider, model=self._candidate.model)
                 await self._generated()
-            return self._draft.text
+            return self._draft.text if self._draft.finish_reason in WHOLE else ""
         except (BudgetExhausted, PriceUnknown) as error:
             failure, attempted = error, False  # there is no hold, and there was no call
             raise

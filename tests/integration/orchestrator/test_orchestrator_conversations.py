@@ -130,18 +130,38 @@ async def test_a_slow_model_is_not_waited_for_and_is_booked_all_the_same(claude:
     await until(lambda: not claude.ledger.open_holds)
 
 
-@pytest.mark.parametrize("behaviour", [{"fault": "status", "status": 529}, {"text": " \n "}, {"text": "x" * 3_000}, {"fault": "refusal"}])
+@pytest.mark.parametrize(
+    "behaviour",
+    [
+        {"fault": "status", "status": 529},
+        {"text": " \n "},
+        {"text": "How does it handle retries? " * 200},
+        {"text": "It tries again."},
+        {"fault": "malformed"},
+    ],
+)
 async def test_whatever_the_model_does_the_question_is_answered(claude: World, behaviour: dict[str, Any]) -> None:
-    """An overload, nothing, too much: the rule stands in, and what was used is booked."""
+    """An overload, nothing, too much, an answer instead of the question: the rule stands in, and what was used is booked."""
     says(claude, REWRITE, **behaviour)
     await claude.ask(PORT, session_id="s1")
-    reply = await claude.ask("Why does it?", session_id="s1")
+    reply = await claude.ask("How does it handle retries?", session_id="s1")
     await errands(claude, "rewrite")
 
     assert reply.done.verdict == "passed"
-    if "status" in behaviour or "text" in behaviour:
-        assert step(reply, "rewrite")["by"] == "rule"
+    assert step(reply, "rewrite")["by"] == "rule"
+    assert claude.retrieval.recalls[-1].question == "How does the gateway handle retries?"
     await until(lambda: not claude.ledger.open_holds)
+
+
+async def test_who_asks_the_model_that_costs_nothing_pays_for_no_other(claude: World) -> None:
+    """Rewritten by rule, without a title of a model."""
+    await claude.ask(PORT, session_id="s1", model="extractive")
+    reply = await claude.ask("How does it handle retries?", session_id="s1", model="extractive")
+    await claude.booked(reply.answer_id)
+
+    assert step(reply, "rewrite")["by"] == "rule"
+    assert not claude.provider.prompts
+    assert not any(operation.purpose for operation in claude.ledger.operations.values())
 
 
 async def test_who_cannot_pay_for_a_rewrite_is_answered_by_rule(claude: World) -> None:

@@ -13,12 +13,12 @@ from typing import Any
 import structlog
 
 from services.chassis.deadline import Deadline, current_deadline
-from services.chassis.errors import AnswerCancelled, DeadlineTooShort, DomainError, Internal, Overloaded, Unavailable
+from services.chassis.errors import AnswerCancelled, DeadlineTooShort, DomainError, Internal, NotFound, Overloaded, Unavailable
 from services.chassis.telemetry import StepRecord
 from services.orchestrator.attempts import first_draft
 from services.orchestrator.compose import compose, recent
 from services.orchestrator.conversation import look_after, rewrite
-from services.orchestrator.domain import CachedAnswer, CacheReceipt, Draft, HeldAnswer, Passage, Prompt, Question, Turn
+from services.orchestrator.domain import CachedAnswer, CacheReceipt, Draft, HeldAnswer, History, Passage, Prompt, Question, Turn
 from services.orchestrator.log import EventLog
 from services.orchestrator.packing import pack
 from services.orchestrator.ports import Recalling
@@ -34,6 +34,8 @@ REMEMBER_WAIT_S = 0.1
 """How long `done` waits for the caches, so that the same question asked again at once is a hit. They go on without us."""
 BOOKED_WAIT_S = 0.1
 """How long `done` waits for the ledger's word, so that the record can be looked up right after it. It is on disk anyway."""
+TURN_WAITS_S = (0.1, 0.2, 0.4)
+"""How long a turn that is not there is waited for. One that somebody else has takes just as long as one that nobody has."""
 TURN_TRIES_MAX = 16
 TURN_WAIT_MAX_S = 30.0
 """Some minutes in all: the words of a turn wait in memory, so not for ever."""
@@ -118,7 +120,7 @@ async def read_history(run: Run, step: StepRecord) -> tuple[tuple[Turn, ...], st
         step.skip("new_session" if asked.session_is_new else "stands_alone")
         return (), ""
     # What no summary covers yet may be twice what is kept whole.
-    history = await run.kit.ledger.history(asked.session_id, 2 * turns_max + 1 if leans else 1, asked.replaces)
+    history = await _history(run, 2 * turns_max + 1 if leans else 1)
     turns = history.turns
     if asked.replaces:
         *before, replaced = turns
@@ -132,6 +134,17 @@ async def read_history(run: Run, step: StepRecord) -> tuple[tuple[Turn, ...], st
     turns = recent(turns[min(covered, max(0, len(turns) - turns_max)) :][-2 * turns_max :], run.kit.limits.history_bytes_max)
     step.note(turns=len(turns), summary=history.summary is not None)
     return turns, history.summary.text if history.summary is not None else ""
+
+
+async def _history(run: Run, limit: int) -> History:
+    """As the ledger has it. A turn that is to be replaced may be on its way still: an answer's end does not wait long for its turn."""
+    asked = run.question
+    for wait_s in TURN_WAITS_S if asked.replaces else ():
+        try:
+            return await run.kit.ledger.history(asked.session_id, limit, asked.replaces)
+        except NotFound:
+            await asyncio.sleep(wait_s)
+    return await run.kit.ledger.history(asked.session_id, limit, asked.replaces)
 
 
 async def find_exact(run: Run) -> HeldAnswer | None:

@@ -129,6 +129,8 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
     summaries: dict[str, ledger_pb.Summary] = field(default_factory=dict)
     """By the answer they reach."""
     titles: dict[str, str] = field(default_factory=dict)
+    asked_in_vain: int = 0
+    """How often the way to an answer was asked for that no conversation has."""
     broke: bool = False
     affordable: int = 1_000_000
     """Most output tokens that the budget can pay for."""
@@ -137,10 +139,15 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
     leases: dict[str, ledger_pb.LendCreditRequest] = field(default_factory=dict)
     """Open leases."""
     returned: list[ledger_pb.ReturnCreditRequest] = field(default_factory=list)
+    keeping: asyncio.Event = field(default_factory=asyncio.Event)
+    """While it is not set, turns arrive and are not kept yet."""
     away: bool = False
     reject: str = ""
     recording: bool = True
     """While false, records arrive and are neither booked nor acknowledged."""
+
+    def __post_init__(self) -> None:
+        self.keeping.set()
 
     async def Reserve(self, request: ledger_pb.ReserveRequest, context: grpc.aio.ServicerContext) -> ledger_pb.ReserveResponse:
         if self.away:
@@ -213,6 +220,7 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
     async def ListTurns(self, request: ledger_pb.ListTurnsRequest, context: grpc.aio.ServicerContext) -> None:
         turns = self.branch(request.session_id, request.until_answer_id)
         if request.until_answer_id and not turns:
+            self.asked_in_vain += 1
             raise NotFound("the conversation has no such turn", kind="turn")
         through = [turn.answer_id for turn in turns if turn.answer_id in self.summaries]
         if request.with_summary and through:
@@ -223,6 +231,7 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
     async def AppendTurn(self, request: ledger_pb.AppendTurnRequest, context: grpc.aio.ServicerContext) -> ledger_pb.AppendTurnResponse:
         if self.away:
             raise Unavailable("postgres is away", dependency="postgres")
+        await self.keeping.wait()
         turns = self.turns.setdefault(request.session_id, [])
         parents = {turn.answer_id: turn.parent_answer_id for turn in turns}
         if request.replaces and request.replaces not in parents:

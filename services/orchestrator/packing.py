@@ -2,7 +2,6 @@
 
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,9 +14,12 @@ SHINGLE_CHARACTERS = 8
 ALIKE_MIN = 0.8
 """Share of the shorter text's shingles that the other has, from which on they say the same: overlapping chunks and copies with another
 heading are above it, two entries of a list that follow one pattern below."""
+_NEGATIONS = GRAMMAR["negations"]
 PASSAGE_OVERHEAD_BYTES = 96
 """Its fence, without title and headings."""
+Shingle = tuple[str, ...] | str
 _WORD = re.compile(r"[^\W_]+(?:[-'’.,][^\W_]+)*")
+_DIGIT = re.compile(r"\d")
 
 
 def pack(passages: Sequence[Passage], bytes_max: int) -> tuple[Passage, ...]:
@@ -28,10 +30,10 @@ def pack(passages: Sequence[Passage], bytes_max: int) -> tuple[Passage, ...]:
     one always stays.
     """
     kept: list[Passage] = []
-    seen: list[tuple[frozenset[str], Counter[str]]] = []
+    seen: list[tuple[frozenset[Shingle], list[str]]] = []
     left = bytes_max
     for passage in passages:
-        shingles, marks = _shingles(passage.text), _marks(passage.text)
+        shingles, marks = _prints(passage.text)
         if any(marks == other and _alike(shingles, known) >= ALIKE_MIN for known, other in seen):
             continue
         size = PASSAGE_OVERHEAD_BYTES + sum(len(part.encode()) for part in (passage.text, passage.title, *passage.heading_path))
@@ -43,22 +45,16 @@ def pack(passages: Sequence[Passage], bytes_max: int) -> tuple[Passage, ...]:
     return tuple(kept)
 
 
-def _shingles(text: str) -> frozenset[str]:
-    words = _words(text)
+def _prints(text: str) -> tuple[frozenset[Shingle], list[str]]:
+    """What a text is compared by: its shingles, and the numbers and negations that two texts must share to mean the same."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    words = _WORD.findall(folded)
+    marks = sorted(word for word in words if word in _NEGATIONS or (not word.isalpha() and _DIGIT.search(word)))
     if len(words) >= SHINGLE_WORDS:
-        return frozenset(" ".join(words[place : place + SHINGLE_WORDS]) for place in range(len(words) - SHINGLE_WORDS + 1))
+        return frozenset(zip(*(words[place:] for place in range(SHINGLE_WORDS)), strict=False)), marks
     run = "".join(words)
-    return frozenset(run[place : place + SHINGLE_CHARACTERS] for place in range(max(1, len(run) - SHINGLE_CHARACTERS + 1)))
+    return frozenset(run[place : place + SHINGLE_CHARACTERS] for place in range(max(1, len(run) - SHINGLE_CHARACTERS + 1))), marks
 
 
-def _marks(text: str) -> Counter[str]:
-    """Words that two texts must share to mean the same, however alike the rest is."""
-    return Counter(word for word in _words(text) if word in GRAMMAR["negations"] or any(letter.isdigit() for letter in word))
-
-
-def _alike(left: frozenset[str], right: frozenset[str]) -> float:
+def _alike(left: frozenset[Shingle], right: frozenset[Shingle]) -> float:
     return len(left & right) / (min(len(left), len(right)) or 1)
-
-
-def _words(text: str) -> list[str]:
-    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())

@@ -23,6 +23,8 @@ def test_what_is_said_twice_is_shown_once_and_numbers_have_no_gap() -> None:
 @pytest.mark.parametrize(
     ("left", "right"),
     [
+        (f"{LONG} It waits 10 s for that.", f"{LONG} It waits 60 s for that."),
+        (f"{LONG} It may be resumed.", f"{LONG} It may not be resumed."),
         (
             "The free plan allows 10 requests a minute for each user of the tenant.",
             "The free plan allows 60 requests a minute for each user of the tenant.",

@@ -18,7 +18,7 @@ from services.chassis.telemetry import StepRecord
 from services.orchestrator.attempts import first_draft
 from services.orchestrator.compose import compose, recent
 from services.orchestrator.conversation import look_after, rewrite
-from services.orchestrator.domain import CachedAnswer, CacheReceipt, Draft, HeldAnswer, History, Passage, Prompt, Question, Turn
+from services.orchestrator.domain import CachedAnswer, CacheReceipt, Draft, HeldAnswer, History, Passage, Prompt, Question, Summary, Turn
 from services.orchestrator.log import EventLog
 from services.orchestrator.packing import pack
 from services.orchestrator.ports import Recalling
@@ -130,10 +130,16 @@ async def read_history(run: Run, step: StepRecord) -> tuple[tuple[Turn, ...], st
             run.cache = replace(run.cache, reason="regenerated")  # who asks again wants no copy of what there is
     if not leans:
         return (), ""
-    covered = next((place + 1 for place, turn in enumerate(turns) if history.summary and turn.answer_id == history.summary.through), 0)
-    turns = recent(turns[min(covered, max(0, len(turns) - turns_max)) :][-2 * turns_max :], run.kit.limits.history_bytes_max)
+    turns = recent(_told_whole(turns, history.summary, turns_max), run.kit.limits.history_bytes_max)
     step.note(turns=len(turns), summary=history.summary is not None)
     return turns, history.summary.text if history.summary is not None else ""
+
+
+def _told_whole(turns: tuple[Turn, ...], summary: Summary | None, turns_max: int) -> tuple[Turn, ...]:
+    """The turns that no summary covers, and the latest in any case; while there is no summary, not more than twice as many as those."""
+    covered = [place for place, turn in enumerate(turns, 1) if summary is not None and turn.answer_id == summary.through]
+    begin = min(covered[0] if covered else 0, max(0, len(turns) - turns_max))
+    return turns[max(begin, len(turns) - 2 * turns_max) :]
 
 
 async def _history(run: Run, limit: int) -> History:

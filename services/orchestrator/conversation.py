@@ -111,7 +111,19 @@ async def _suggest_title(run: Run) -> None:
 
 
 async def _summarise(run: Run, unsummarised: int) -> None:
-    """Put all turns of the branch but the latest into a summary."""
+    """Put all turns of the branch but the latest into a summary, unless that is under way: until it is there, every turn says so."""
+    asked, under_way = run.question, run.kit.errands.under_way
+    conversation = ("summary", asked.principal.tenant, asked.principal.user, asked.session_id)
+    if conversation in under_way:
+        return
+    under_way.add(conversation)
+    try:
+        await _put_summary(run, unsummarised)
+    finally:
+        under_way.discard(conversation)
+
+
+async def _put_summary(run: Run, unsummarised: int) -> None:
     asked, kit = run.question, run.kit
     kept_whole = kit.limits.history_turns_max
     try:

@@ -38,6 +38,8 @@ class Errands:
     ) -> None:
         self._ledger, self._books, self._models = ledger, books, models
         self._candidate, self._clock, self._new_id = candidate, clock, new_id
+        self.under_way: set[tuple[str, ...]] = set()
+        """What is being done for whom, by those who must not begin it twice."""
 
     @property
     def model(self) -> str:

@@ -266,6 +266,18 @@ async def test_the_fast_model_summarises_behind_the_answer(claude: World) -> Non
     assert not any("number 3" in message for message in messages)
 
 
+async def test_a_summary_that_is_being_made_is_not_begun_again(claude: World) -> None:
+    """Each turn that comes meanwhile hears that none covers it; one call is enough."""
+    says(claude, SUMMARY, text="In short.", ttft_ms=1_500)
+    for number in range(5):
+        await claude.ask(f"Which port does gateway number {number} use?", session_id="s1")
+    (operation,) = await errands(claude, "summary")
+    await until(lambda: claude.ledger.summaries)
+
+    assert operation.status == "done"
+    assert len([body for body in claude.provider.prompts if SUMMARY in body]) == 1
+
+
 async def test_a_new_conversation_is_given_a_title_once(claude: World) -> None:
     """By its first turn alone, without quotation marks and on one line."""
     says(claude, TITLE, text='"Ports of\nthe gateway."')

@@ -124,9 +124,8 @@ class PostgresOperations:
                     if len(operations) > 1:
                         raise IdempotencyConflict("the operation was recorded before", key=operation.operation_id)
                     return [Recorded(booked[-1].cost_nanousd, duplicate=True)]
-            records = f"[{','.join(_columns(operation) for operation in booked)}]"
-            fresh = await connection.fetchval("SELECT record_operations($1, $2)", records, encoded(moves))
-            if all(fresh):
+            fresh = await connection.fetchval("SELECT record_operations($1, $2, $3, $4)", *_rows(booked), encoded(moves))
+            if len(fresh) == len(booked):
                 return [Recorded(operation.cost_nanousd, duplicate=False) for operation in booked]
             if moves or len(booked) > 1:
                 # The very same record would have found all its holds resolved; the error undoes what was done here.
@@ -279,11 +278,30 @@ def _resolved(operation: Operation, known: dict[int, Hold], baseline: Price | No
     return tuple(attempts), moves
 
 
-def _columns(operation: Operation) -> str:
-    """An operation, its attempts and its steps as record_operations reads them."""
-    key = {"tenant": operation.tenant, "operation_id": operation.operation_id}
-    row = {
-        **key,
+def _rows(operations: Sequence[Operation]) -> tuple[str, str, str]:
+    """Operations, their attempts and their steps as record_operations reads them: rows of these tables, as JSON."""
+    told, attempts, steps = list[dict[str, Any]](), list[dict[str, Any]](), list[dict[str, Any]]()
+    for operation in operations:
+        key = {"tenant": operation.tenant, "operation_id": operation.operation_id}
+        told.append({**key, **_columns(operation)})
+        attempts += ({**key, **_attempt_columns(attempt)} for attempt in operation.attempts)
+        steps += (
+            {
+                **key,
+                "ordinal": ordinal,
+                "name": step.name,
+                "status": step.status,
+                "started_ms": step.started_ms,
+                "duration_ms": step.duration_ms,
+                "facts": step.facts,
+            }
+            for ordinal, step in enumerate(operation.steps, 1)
+        )
+    return orjson.dumps(told).decode(), orjson.dumps(attempts).decode(), orjson.dumps(steps).decode()
+
+
+def _columns(operation: Operation) -> dict[str, Any]:
+    return {
         "user_id": operation.user,
         "session_id": operation.session_id,
         "api_key_id": operation.api_key_id,
@@ -312,39 +330,25 @@ def _columns(operation: Operation) -> str:
         "prompt_cache_saved_nanousd": sum(attempt.prompt_cache_saved_nanousd for attempt in operation.attempts),
         "tiering_saved_nanousd": sum(attempt.tiering_saved_nanousd for attempt in operation.attempts),
     }
-    attempts = [
-        {
-            **key,
-            "attempt": attempt.attempt,
-            "hold_id": attempt.hold_id,
-            "provider": attempt.provider,
-            "model": attempt.model,
-            "provider_request_id": attempt.provider_request_id,
-            "price_version": attempt.price_version,
-            **usage_columns(attempt.usage),
-            "cost_nanousd": attempt.cost_nanousd,
-            "finish_reason": attempt.finish_reason,
-            "error_reason": attempt.error_reason,
-            "first_token_ms": attempt.first_token_ms,
-            "duration_ms": attempt.duration_ms,
-            "estimated": attempt.estimated,
-            "not_sent": attempt.not_sent,
-        }
-        for attempt in operation.attempts
-    ]
-    steps = [
-        {
-            **key,
-            "ordinal": ordinal,
-            "name": step.name,
-            "status": step.status,
-            "started_ms": step.started_ms,
-            "duration_ms": step.duration_ms,
-            "facts": step.facts,
-        }
-        for ordinal, step in enumerate(operation.steps, 1)
-    ]
-    return orjson.dumps({"operation": row, "attempts": attempts, "steps": steps}).decode()
+
+
+def _attempt_columns(attempt: Attempt) -> dict[str, Any]:
+    return {
+        "attempt": attempt.attempt,
+        "hold_id": attempt.hold_id,
+        "provider": attempt.provider,
+        "model": attempt.model,
+        "provider_request_id": attempt.provider_request_id,
+        "price_version": attempt.price_version,
+        **usage_columns(attempt.usage),
+        "cost_nanousd": attempt.cost_nanousd,
+        "finish_reason": attempt.finish_reason,
+        "error_reason": attempt.error_reason,
+        "first_token_ms": attempt.first_token_ms,
+        "duration_ms": attempt.duration_ms,
+        "estimated": attempt.estimated,
+        "not_sent": attempt.not_sent,
+    }
 
 
 def operation_of(row: Any) -> Operation:

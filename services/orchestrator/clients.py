@@ -425,20 +425,24 @@ class RecordLink:
     def __init__(self, messages: Any) -> None:
         self._messages = messages
 
-    async def send(self, record_id: int, payload: bytes) -> None:
-        operation = ledger_pb.Operation.FromString(payload)
+    async def send(self, records: Sequence[tuple[int, bytes]]) -> None:
+        request, *more = (
+            ledger_pb.RecordOperationsRequest(record_id=record_id, operation=ledger_pb.Operation.FromString(payload))
+            for record_id, payload in records
+        )
+        request.more.extend(more)
         try:
-            await self._messages.write(ledger_pb.RecordOperationsRequest(record_id=record_id, operation=operation))
+            await self._messages.write(request)
         except asyncio.InvalidStateError as error:  # how grpc.aio says that the call is over
             raise Unavailable("the ledger ended the stream", dependency="ledger") from error
 
-    async def ack(self) -> Ack:
+    async def acks(self) -> Sequence[Ack]:
         try:
             async with asyncio.timeout(ACK_TIMEOUT_S):
                 reply = await anext(self._messages)
         except TimeoutError as error:
             raise Unavailable("the ledger did not acknowledge in time", dependency="ledger") from error
-        return Ack(reply.record_id, reply.rejected_reason, reply.rejected_detail)
+        return [Ack(ack.record_id, ack.rejected_reason, ack.rejected_detail) for ack in (reply, *reply.more)]
 
 
 class SpooledBooks:

@@ -13,13 +13,15 @@ admitted. After any other failure nobody knows what is on disk, so nothing is tr
 
 import asyncio
 import contextlib
+import itertools
 import os
 import queue
 import random
 import sqlite3
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +36,10 @@ log = structlog.get_logger(__name__)
 BATCH_MAX = 64
 """Writes in one commit."""
 SENT_MAX = 256
-"""Records on their way to the ledger at the same time."""
+SENT_BYTES_MAX = 1024 * 1024
+"""Records that go to the ledger in one message."""
+MESSAGES_MAX = 2
+"""Messages on their way at the same time: while the ledger books one, the next is read and sent."""
 FULL_PAUSE_S = 0.5
 """How soon a full disk is tried again."""
 FREE_BYTES_MIN = 16 * 1024 * 1024
@@ -81,11 +86,11 @@ class Ack:
 
 
 class Link(Protocol):
-    """A connection to where records go. Acks come in the order of the records."""
+    """A connection to where records go. Acks come as the records went: those sent together together, in the same order."""
 
-    async def send(self, record_id: int, payload: bytes) -> None: ...
+    async def send(self, records: Sequence[tuple[int, bytes]]) -> None: ...
 
-    async def ack(self) -> Ack: ...
+    async def acks(self) -> Sequence[Ack]: ...
 
 
 OpenLink = Callable[[], AbstractAsyncContextManager[Link]]
@@ -254,7 +259,8 @@ class Spool:
                 async with open_link() as link:
                     while True:
                         await self._news.wait()
-                        if await self._send_batch(link) < SENT_MAX and not self.depth:
+                        await self._send_all(link)
+                        if not self.depth:
                             self._news.clear()
                         failures = 0
             except (DomainError, OSError, StopAsyncIteration) as error:
@@ -264,25 +270,33 @@ class Spool:
                     log.warning("spool_waits", error=type(error).__name__, depth=self.depth, failures=failures)
                 await asyncio.sleep(random.uniform(BACKOFF_MIN_S / 2, ceiling_s))  # noqa: S311 - jitter, not a secret
 
-    async def _send_batch(self, link: Link) -> int:
-        rows = await self._written(
-            lambda db: db.execute("SELECT record_id, payload FROM outbox ORDER BY record_id LIMIT ?", (SENT_MAX,)).fetchall()
-        )
-        for record_id, payload in rows:
-            await link.send(record_id, payload)
-        payloads, acks = dict(rows), []
-        try:
-            for _ in rows:
-                ack = await link.ack()
-                if ack.record_id not in payloads:
-                    raise Unavailable("an acknowledgement names a record that was not sent", dependency="ledger")
-                acks.append(ack)
-                if (booked := self._booked.pop(ack.record_id, None)) is not None and not booked.done():
-                    booked.set_result(None)  # the ledger has it; what is left is only our own housekeeping
-        finally:
-            if acks:
-                await self._settle([(ack, payloads[ack.record_id]) for ack in acks])
-        return len(rows)
+    async def _send_all(self, link: Link) -> None:
+        """Send what is in the outbox until nothing is there that was not acknowledged."""
+        under_way: deque[dict[int, bytes]] = deque()
+        last = 0
+        while True:
+            while len(under_way) < MESSAGES_MAX and (rows := await self._oldest(last)):
+                await link.send(rows)
+                under_way.append(dict(rows))
+                last = rows[-1][0]
+            if not under_way:
+                return
+            await self._heard(under_way.popleft(), await link.acks())
+
+    async def _oldest(self, after: int) -> list[tuple[int, bytes]]:
+        """The next records after that one, as many as fit into a message."""
+        statement = "SELECT record_id, payload FROM outbox WHERE record_id > ? ORDER BY record_id LIMIT ?"
+        rows = await self._written(lambda db: db.execute(statement, (after, SENT_MAX)).fetchall())
+        size = itertools.accumulate(len(payload) for _, payload in rows)
+        return [row for row, bytes_so_far in zip(rows, size, strict=True) if row is rows[0] or bytes_so_far <= SENT_BYTES_MAX]
+
+    async def _heard(self, payloads: dict[int, bytes], acks: Sequence[Ack]) -> None:
+        if [ack.record_id for ack in acks] != list(payloads):
+            raise Unavailable("an acknowledgement names other records than were sent", dependency="ledger")
+        for ack in acks:
+            if (booked := self._booked.pop(ack.record_id, None)) is not None and not booked.done():
+                booked.set_result(None)  # the ledger has it; what is left is only our own housekeeping
+        await self._settle([(ack, payloads[ack.record_id]) for ack in acks])
 
     async def _settle(self, acked: list[tuple[Ack, bytes]]) -> None:
         rejected = [

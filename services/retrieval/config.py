@@ -100,6 +100,18 @@ class Settings(ServiceSettings):
     """Weight of meaning. It falls by itself where the embedder does not know the language of a question."""
     fusion_weight_sparse: float = Field(1.0, ge=0, le=100, validation_alias="TAILRACE_RETRIEVAL_FUSION_WEIGHT_SPARSE")
     """Weight of words. Only the ratio of the two weights counts."""
+    reranker_url: str = Field("", validation_alias="TAILRACE_RETRIEVAL_RERANKER_URL")
+    """Whole address of a cross-encoder that judges the best candidates again, such as http://tei:8080/rerank. Empty = none."""
+    reranker_format: Literal["cohere", "tei"] = Field("cohere", validation_alias="TAILRACE_RETRIEVAL_RERANKER_FORMAT")
+    """How it is asked: as Cohere, Jina, Voyage, vLLM and LiteLLM are, or as text-embeddings-inference is."""
+    reranker_model: str = Field("", max_length=200, validation_alias="TAILRACE_RETRIEVAL_RERANKER_MODEL")
+    """Model it is asked for, where its format names one."""
+    reranker_key: SecretStr = Field(SecretStr(""), validation_alias="TAILRACE_RETRIEVAL_RERANKER_KEY")
+    """Its key, or several with commas between, used in turn. Or TAILRACE_RETRIEVAL_RERANKER_KEY_FILE."""
+    reranker_candidates: int = Field(32, ge=2, le=200, validation_alias="TAILRACE_RETRIEVAL_RERANKER_CANDIDATES")
+    """Candidates it is shown. More find more and take longer."""
+    reranker_timeout_s: float = Field(1.0, gt=0, le=30, validation_alias="TAILRACE_RETRIEVAL_RERANKER_TIMEOUT_S")
+    """Longest wait for it; the first token waits too. After that the order stays as it was, and it is left alone for a while."""
     cache_similarity_min: float = Field(0.9, ge=0.5, le=1.0, validation_alias="TAILRACE_RETRIEVAL_CACHE_SIMILARITY_MIN")
     """Least cosine similarity of two questions that may share an answer. Chosen by measuring: see bench/cache_quality.py."""
     cache_ttl_s: float = Field(86_400, ge=1, le=31_536_000, validation_alias="TAILRACE_RETRIEVAL_CACHE_TTL_S")
@@ -120,7 +132,7 @@ class Settings(ServiceSettings):
     """How long an ended job can be read, and what failed in it retried, seconds."""
     ingest_watchers_max: int = Field(128, ge=1, le=10_000, validation_alias="TAILRACE_RETRIEVAL_INGEST_WATCHERS_MAX")
     """Streams of progress at once, those of uploads included. Each takes a connection to Redis."""
-    ingest_timeout_s: float = Field(2.0, ge=0.1, le=60, validation_alias="TAILRACE_RETRIEVAL_INGEST_TIMEOUT_S")
+    ingest_timeout_s: float = Field(5.0, ge=0.1, le=60, validation_alias="TAILRACE_RETRIEVAL_INGEST_TIMEOUT_S")
     """Longest wait for one answer of Redis, seconds."""
     parse_workers: int = Field(2, ge=1, le=64, validation_alias="TAILRACE_RETRIEVAL_PARSE_WORKERS")
     """Processes that read files side by side. They start when files come and end half a minute after the last one."""

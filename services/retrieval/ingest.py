@@ -39,6 +39,8 @@ ROOM_RETRY_S = 0.1
 IDLE_S = 0.25
 """How soon a worker sees what another replica has received; what its own has received it sees at once."""
 AWAY_RETRY_S = 0.5
+TRIES_MAX = 3
+"""How often a document is begun by one claim while what it needs is away for a moment; the pause doubles from AWAY_RETRY_S."""
 RECORDS_PER_WRITE = 64
 SWEEP_S = 30.0
 
@@ -341,8 +343,7 @@ class Ingestion:
             return self._reporter.say(Told(claim, progress, committing=progress.stage is Stage.EMBEDDED))
 
         try:
-            content = await self._content(claim)
-            await self._take_in(claim, replace(claim.upload, content=content), last, tell)
+            await self._patiently(claim, tell)
         except _Lost:
             return
         except DomainError as error:
@@ -350,6 +351,20 @@ class Ingestion:
         except Exception as error:
             log.exception("ingestion_failed_unexpectedly", error=type(error).__name__)
             await self._failed(claim, last, Internal.reason, Internal.title)
+
+    async def _patiently(self, claim: Claim, tell: Callable[[Progress], asyncio.Future[bool]]) -> None:
+        """Take in one document, and begin again after what may pass by itself: a document must not fail for one slow answer of a store."""
+        for tries in range(1, TRIES_MAX + 1):
+            try:
+                content = await self._content(claim)
+                await self._take_in(claim, replace(claim.upload, content=content), claim.latest, tell)
+            except DomainError as error:
+                if not error.retryable or tries == TRIES_MAX:
+                    raise
+                log.warning("ingestion_tried_again", reason=error.reason, tries=tries)
+                await asyncio.sleep(AWAY_RETRY_S * 2 ** (tries - 1))
+            else:
+                return
 
     async def _failed(self, claim: Claim, last: Progress, reason: str, detail: str) -> None:
         await self._reporter.say(Told(claim, replace(last, stage=Stage.FAILED, error_reason=reason, error_detail=detail)))

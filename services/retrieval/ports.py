@@ -204,6 +204,18 @@ class Embedder(Protocol):
         ...
 
 
+class Reranker(Protocol):
+    """Judges passages by reading them together with the question."""
+
+    @property
+    def model(self) -> str: ...
+
+    async def scores(self, question: str, texts: Sequence[str]) -> list[float]:
+        """How well each text answers, in their order; more is better, any scale. Raises Unavailable, ModelFailed, ModelMisconfigured,
+        ModelRefused: the order that was there before is still good."""
+        ...
+
+
 class SparseEncoder(Protocol):
     """Texts to weighted words. Pure and quick (tens of microseconds)."""
 

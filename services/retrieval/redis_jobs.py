@@ -27,6 +27,9 @@ JOBS_KEPT_MAX = 5_000
 DEATHS_MAX = 5
 """How many replicas may die over one document before it is taken for the cause."""
 READ_EVENTS_MAX = 1_000
+WATCH_PATIENCE_S = 30.0
+"""How long a stream of progress waits for a store that is away or slow, before it ends in an error."""
+WATCH_RETRY_S = 0.25
 READ_WAIT_MS = 1_000
 TURN_LEASE_MS = 30_000
 TURN_RETRY_S = 0.02
@@ -436,18 +439,25 @@ class RedisJobs:
         return [_state(job_id, row) for job_id, row in zip(job_ids, rows, strict=True)]
 
     async def events(self, job_id: str) -> AsyncIterator[Progress]:
-        stream, place, ending = f"{PREFIX}events:{job_id}", "0-0", False
+        stream, place, ending, heard_at = f"{PREFIX}events:{job_id}", "0-0", False, time.monotonic()
         while True:
-            wait_ms = None if ending else READ_WAIT_MS
-            async with self._asking(READ_WAIT_MS / 1000):
-                found = await self._blocking.xread({stream: place}, count=READ_EVENTS_MAX, block=wait_ms)
-            rows = found[0][1] if found else []
+            rows: list[Any] = []
+            try:
+                async with self._asking(READ_WAIT_MS / 1000):
+                    found = await self._blocking.xread({stream: place}, count=READ_EVENTS_MAX, block=None if ending else READ_WAIT_MS)
+                rows = found[0][1] if found else []
+                # An end is one unless the job was taken up again since; and a job that was forgotten has no more to say.
+                state = None if rows and b"x" not in rows[-1][1] else await self.job(job_id)
+                heard_at = time.monotonic()
+            except Unavailable:  # who watches has nothing better to do than to wait, and what is told meanwhile is not lost
+                if time.monotonic() - heard_at > WATCH_PATIENCE_S:
+                    raise
+                await asyncio.sleep(WATCH_RETRY_S)
+                continue
             for number, fields in rows:
                 place = number.decode()
                 if b"e" in fields:
                     yield _progress(fields[b"e"])
-            # An end is one unless the job was taken up again since; and a job that was forgotten has no more to say.
-            state = None if rows and b"x" not in rows[-1][1] else await self.job(job_id)
             if not rows and (state is None or (ending and state.ended)):
                 return
             ending = state is not None and state.ended

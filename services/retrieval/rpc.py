@@ -510,6 +510,7 @@ def _explanation_message(hit: Hit, embedder_id: str, language: str) -> pb.HitExp
         sparse_score=hit.fused.sparse_score,
         dense_weight=hit.dense_weight,
         fused_score=hit.passage.score,
+        rerank_score=hit.rerank_score,
         language=language,
         embedder_id=embedder_id,
     )

@@ -1,19 +1,31 @@
-"""Finding passages: both rankings asked of the store, fused, and checked against the registry. How they are scaled lives in fusion.py."""
+"""Finding passages: both rankings asked of the store, fused, checked against the registry, judged again where a reranker is set, and freed
+of what says the same. How rankings are scaled lives in fusion.py, what is the same in near_duplicates.py."""
 
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from services.chassis.errors import RequestInvalid
+import structlog
+
+from services.chassis.clock import Clock
+from services.chassis.errors import DomainError, RequestInvalid
+from services.chassis.telemetry import span
 from services.retrieval.access import Reach
 from services.retrieval.domain import Document, Passage, SearchMode, StoredChunk
 from services.retrieval.encoding_spaces import Encoding, Encodings
 from services.retrieval.facts import Condition
 from services.retrieval.fusion import Fused, familiarity, fused
-from services.retrieval.ports import Fusion, Query, Record, Space, VectorStore
+from services.retrieval.near_duplicates import distinct
+from services.retrieval.ports import Fusion, Query, Record, Reranker, Space, VectorStore
 from services.retrieval.registry import Registry
 
+log = structlog.get_logger(__name__)
+
 REFILL_FACTOR = 4
+SPARE = 4
+"""Candidates that are looked at beyond those that are wanted, to take the place of near duplicates."""
+RERANKER_PAUSE_S = 10.0
+"""How long a reranker that failed is left alone: each question that waits for it in vain waits its whole time limit."""
 ENGLISH_EMBEDDERS = "minilm"
 """How the ids of embedders begin that learnt English alone; of all others nobody here knows better than to trust them."""
 FAMILIARITY_CHARACTERS = 500
@@ -29,16 +41,36 @@ class Hit:
     document: Document
     fused: Fused
     dense_weight: float
+    rerank_score: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reranking:
+    """A reranker, and how many candidates it is shown."""
+
+    reranker: Reranker
+    candidates: int
 
 
 class Searcher:
     """Searches the chunks of one collection, or of several with the same encoding."""
 
-    def __init__(self, store: VectorStore, registry: Registry, encodings: Encodings, fusion: Fusion) -> None:
+    def __init__(
+        self,
+        store: VectorStore,
+        registry: Registry,
+        encodings: Encodings,
+        fusion: Fusion,
+        clock: Clock,
+        reranking: Reranking | None = None,
+    ) -> None:
         self._store = store
         self._registry = registry
         self._encodings = encodings
         self._fusion = fusion
+        self._clock = clock
+        self._reranking = reranking
+        self._reranker_rests_until = 0.0
 
     async def encoding(self, reach: Reach) -> Encoding:
         """What the collections in reach answer with. Raises RequestInvalid if they do not answer with the same."""
@@ -92,20 +124,44 @@ class Searcher:
         sparse = None if mode is SearchMode.DENSE else self._encodings.words(encoding).query(text)
         if sparse is not None and not sparse.indices:
             sparse = None  # nothing but stop words: no word to search by
-        query = Query(where, limit, dense=None if mode is SearchMode.SPARSE else dense, sparse=sparse)
+        looked_at = limit + SPARE if self._reranking is None else max(limit + SPARE, self._reranking.candidates)
+        query = Query(where, looked_at, dense=None if mode is SearchMode.SPARSE else dense, sparse=sparse)
         weight = (
             self._dense_weight(encoding, text) if query.dense is not None and query.sparse is not None else float(query.dense is not None)
         )
+        hits, more = await self._found(reach, text, encoding, query, weight)
+        kept = distinct([hit.passage.text for hit in hits], limit)
+        if len(kept) < limit and more:
+            # A document is being replaced this very moment, so that chunks of two versions compete, or much says the same: look further
+            # down once.
+            hits, _ = await self._found(reach, text, encoding, replace(query, limit=query.limit * REFILL_FACTOR), weight)
+            kept = distinct([hit.passage.text for hit in hits], limit)
+        return [replace(hit, passage=replace(hit.passage, number=number)) for number, hit in enumerate((hits[place] for place in kept), 1)]
+
+    async def _found(self, reach: Reach, text: str, encoding: Encoding, query: Query, weight: float) -> tuple[list[Hit], bool]:
+        """Hits, best first, and whether the rankings may hold more."""
         records, seen = await self._ranked(encoding.chunks, query, weight)
-        kept = await self._registry.current(reach.viewer, records)
-        if len(kept) < len(seen):
-            # A document is being replaced this very moment: chunks of two versions compete. Look further down once.
-            records, seen = await self._ranked(encoding.chunks, replace(query, limit=limit * REFILL_FACTOR), weight)
-            kept = (await self._registry.current(reach.viewer, records))[:limit]
-        return [
+        current = await self._registry.current(reach.viewer, records)
+        hits = [
             Hit(_passage(number, stored, document, score), stored, document, seen[stored.chunk_id], weight)
-            for number, (stored, document, score) in enumerate(kept, 1)
+            for number, (stored, document, score) in enumerate(current, 1)
         ]
+        return await self._reranked(text, hits), len(seen) >= query.limit or len(current) < len(seen)
+
+    async def _reranked(self, question: str, hits: list[Hit]) -> list[Hit]:
+        """The first of `hits` as the reranker orders them, the others after them; all as they were where there is none or it fails."""
+        if self._reranking is None or len(hits) < 2 or self._clock.monotonic() < self._reranker_rests_until:
+            return hits
+        judged, others = hits[: self._reranking.candidates], hits[self._reranking.candidates :]
+        try:
+            with span("retrieval.rerank"):
+                scores = await self._reranking.reranker.scores(question, [hit.passage.text for hit in judged])
+        except DomainError as error:
+            self._reranker_rests_until = self._clock.monotonic() + RERANKER_PAUSE_S
+            log.warning("reranker_failed", model=self._reranking.reranker.model, reason=error.reason, pause_s=RERANKER_PAUSE_S)
+            return hits
+        ranked = sorted(zip(judged, scores, strict=True), key=lambda pair: -pair[1])
+        return [replace(hit, rerank_score=score) for hit, score in ranked] + others
 
     async def _ranked(self, space: Space, query: Query, dense_weight: float) -> tuple[list[Record], dict[str, Fused]]:
         """The best candidates, and how the rankings saw each. A ranking asked alone keeps its own scores."""

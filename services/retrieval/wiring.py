@@ -26,8 +26,9 @@ from services.retrieval.recall import Memory
 from services.retrieval.redis_jobs import RedisJobs
 from services.retrieval.reencoding import Reencoding
 from services.retrieval.registry import Registry
+from services.retrieval.remote_reranker import RemoteReranker
 from services.retrieval.rpc import offer
-from services.retrieval.search import Searcher
+from services.retrieval.search import Reranking, Searcher
 from services.retrieval.upkeep import Upkeep
 
 JOB_CONNECTIONS_MAX = 32
@@ -69,7 +70,9 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         reencoding = Reencoding(store, registry, encodings, clock, str(uuid.uuid4()), exclusive=exclusive)
         await stack.enter_async_context(reencoding.running())
         weights = (settings.fusion_weight_dense, settings.fusion_weight_sparse)
-        searcher = Searcher(store, registry, encodings, Fusion(settings.fusion, settings.fusion_prefetch, weights=weights))
+        reranking = await stack.enter_async_context(_reranking(settings))
+        fusion = Fusion(settings.fusion, settings.fusion_prefetch, weights=weights)
+        searcher = Searcher(store, registry, encodings, fusion, clock, reranking)
         parsers = await stack.enter_async_context(ParserPool(_parser_limits(settings)).running())
         ingestion = Ingestion(
             Pipeline(embedder, sparse, registry, parsers.parse),
@@ -86,6 +89,19 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         offer(server, Memory(embedder, encodings, registry, answers, searcher), ingestion)
         probes: dict[str, Probe] = {"qdrant": upkeep.check, "redis": jobs.check}
         yield Service(server, settings.port, probes=probes, drain=ingestion.drain, stopping=ingestion.stop)
+
+
+@contextlib.asynccontextmanager
+async def _reranking(settings: Settings) -> AsyncIterator[Reranking | None]:
+    if not settings.reranker_url:
+        yield None
+        return
+    keys = [key.strip() for key in settings.reranker_key.get_secret_value().split(",") if key.strip()]
+    reranker = RemoteReranker(settings.reranker_url, settings.reranker_model, keys, settings.reranker_format, settings.reranker_timeout_s)
+    try:
+        yield Reranking(reranker, settings.reranker_candidates)
+    finally:
+        await reranker.close()
 
 
 @contextlib.asynccontextmanager

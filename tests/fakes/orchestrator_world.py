@@ -199,15 +199,19 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
                 raise Unavailable("postgres is away", dependency="postgres")
             if not self.recording:
                 continue
-            self.records += 1
-            if self.reject:
-                await context.write(ledger_pb.RecordOperationsResponse(record_id=request.record_id, rejected_reason=self.reject))
-                continue
-            duplicate = request.operation.operation_id in self.operations
-            self.operations.setdefault(request.operation.operation_id, request.operation)
-            for attempt in request.operation.attempts:
-                self.open_holds.discard(f"hold-{request.operation.operation_id}-{attempt.attempt}")
-            await context.write(ledger_pb.RecordOperationsResponse(record_id=request.record_id, duplicate=duplicate))
+            reply, *more = (self._record(record) for record in (request, *request.more))
+            reply.more.extend(more)
+            await context.write(reply)
+
+    def _record(self, record: ledger_pb.RecordOperationsRequest) -> ledger_pb.RecordOperationsResponse:
+        self.records += 1
+        if self.reject:
+            return ledger_pb.RecordOperationsResponse(record_id=record.record_id, rejected_reason=self.reject)
+        duplicate = record.operation.operation_id in self.operations
+        self.operations.setdefault(record.operation.operation_id, record.operation)
+        for attempt in record.operation.attempts:
+            self.open_holds.discard(f"hold-{record.operation.operation_id}-{attempt.attempt}")
+        return ledger_pb.RecordOperationsResponse(record_id=record.record_id, duplicate=duplicate)
 
     async def GetOperation(
         self, request: ledger_pb.GetOperationRequest, context: grpc.aio.ServicerContext

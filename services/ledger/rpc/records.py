@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
 
@@ -50,9 +51,10 @@ class RecordRpcs:
             reading.cancel()
 
     async def RecordOperations(self, requests: AsyncIterator[pb.RecordOperationsRequest], context: Writer) -> None:
-        """Records that came together are booked together, one batch after the other, and acknowledged in order.
+        """Records that came together are booked together, and acknowledged as they came, in order.
 
-        What is being booked when the caller leaves is kept whole or not at all; it comes again.
+        While one batch is booked the next is read and checked. What is being booked when the caller leaves is kept whole or not at all;
+        it comes again.
         """
         service()
         come: asyncio.Queue[pb.RecordOperationsRequest | None] = asyncio.Queue()
@@ -61,41 +63,67 @@ class RecordRpcs:
         async def read() -> None:
             try:
                 async for request in requests:
-                    await room.acquire()
+                    if len(request.more) >= RECORDS_MAX or any(record.more for record in request.more):
+                        raise RequestInvalid("a message holds too many records", field="more", bound=f"0-{RECORDS_MAX - 1}, one deep")
+                    for _ in range(1 + len(request.more)):
+                        await room.acquire()
                     come.put_nowait(request)
             finally:
                 come.put_nowait(None)
 
-        reading = asyncio.create_task(read())
+        bookings: asyncio.Queue[asyncio.Task[list[pb.RecordOperationsResponse]] | None] = asyncio.Queue(1)
+        under_way = set[asyncio.Task[list[pb.RecordOperationsResponse]]]()
+
+        async def book() -> None:
+            async for batch in _batches(come):
+                booking = asyncio.create_task(self._record(batch))
+                under_way.add(booking)
+                await bookings.put(booking)
+            await bookings.put(None)
+
+        reading, handing_on = asyncio.create_task(read()), asyncio.create_task(book())
         self._reading.add(reading)
         try:
-            while batch := await _next_batch(come):
-                for reply in await self._record(batch):
+            while (next_booking := await bookings.get()) is not None:
+                for reply in await next_booking:
                     await context.write(reply)
-                    room.release()
+                    for _ in range(1 + len(reply.more)):
+                        room.release()
+                under_way.discard(next_booking)
             await asyncio.wait([reading])
             if not reading.cancelled():
                 reading.result()
         finally:
             self._reading.discard(reading)
-            reading.cancel()
-            await asyncio.gather(reading, return_exceptions=True)
+            for task in (works := [reading, handing_on, *under_way]):
+                task.cancel()
+            await asyncio.gather(*works, return_exceptions=True)
 
     async def _record(self, batch: Sequence[pb.RecordOperationsRequest]) -> list[pb.RecordOperationsResponse]:
+        """Book what came; one reply a message."""
+        acks = iter(await self._book([record for message in batch for record in (message, *message.more)]))
+        replies = []
+        for message in batch:
+            reply = next(acks)
+            reply.more.extend(itertools.islice(acks, len(message.more)))
+            replies.append(reply)
+        return replies
+
+    async def _book(self, records: Sequence[pb.RecordOperationsRequest]) -> list[pb.RecordOperationsResponse]:
         """Book records. Raises only what may pass by itself; what never can be booked is answered so, and the stream goes on."""
-        read = [_operation_or_error(request.operation) for request in batch]
+        read = [_operation_or_error(record.operation) for record in records]
         try:
             with span("ledger.record"):
                 recorded = iter(await self._operations.record_all([operation for operation in read if isinstance(operation, Operation)]))
         except DomainError:
             raise
         except Exception as error:
-            log.exception("record_failed_unexpectedly", error=type(error).__name__, records=len(batch))
-            if len(batch) > 1:  # which of them it is has to be found out
-                return [reply for request in batch for reply in await self._record([request])]
+            log.exception("record_failed_unexpectedly", error=type(error).__name__, records=len(records))
+            if len(records) > 1:  # which of them it is has to be found out
+                return [reply for record in records for reply in await self._book([record])]
             recorded = iter([Internal(type(error).__name__)])
         outcomes = [next(recorded) if isinstance(operation, Operation) else operation for operation in read]
-        return [_reply(request.record_id, outcome) for request, outcome in zip(batch, outcomes, strict=True)]
+        return [_reply(record.record_id, outcome) for record, outcome in zip(records, outcomes, strict=True)]
 
     async def GetOperation(self, request: pb.GetOperationRequest, _: object) -> pb.GetOperationResponse:
         operation_id = checks.known_uuid(request.operation_id, "operation")
@@ -159,17 +187,19 @@ def default_start(end: datetime) -> datetime:
     return (end - USAGE_DEFAULT).replace(hour=0, minute=0, second=0, microsecond=0)
 
 
-async def _next_batch(come: "asyncio.Queue[pb.RecordOperationsRequest | None]") -> list[pb.RecordOperationsRequest]:
-    """What has come by now, but at least one, and at most RECORDS_MAX. Nothing once None was put: nothing comes any more."""
-    request = await come.get()
-    batch = []
-    while request is not None:
-        batch.append(request)
-        if len(batch) == RECORDS_MAX or come.empty():
-            return batch
-        request = come.get_nowait()
-    come.put_nowait(None)
-    return batch
+async def _batches(come: "asyncio.Queue[pb.RecordOperationsRequest | None]") -> AsyncIterator[list[pb.RecordOperationsRequest]]:
+    """What has come by now, again and again: at least one message, and more while they hold at most RECORDS_MAX records. Ends at None."""
+    left_over = list[pb.RecordOperationsRequest | None]()
+    while (message := left_over.pop() if left_over else await come.get()) is not None:
+        batch, records = [message], 1 + len(message.more)
+        while not come.empty() and not left_over:
+            following = come.get_nowait()
+            if following is not None and records + 1 + len(following.more) <= RECORDS_MAX:
+                batch.append(following)
+                records += 1 + len(following.more)
+            else:
+                left_over.append(following)
+        yield batch
 
 
 def _operation_or_error(message: pb.Operation) -> Operation | DomainError:

@@ -7,7 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -35,13 +35,15 @@ class Books:
 
 class _Line:
     def __init__(self, books: Books) -> None:
-        self._books, self._sent = books, list[tuple[int, bytes]]()
+        self._books, self._sent = books, list[Sequence[tuple[int, bytes]]]()
 
-    async def send(self, record_id: int, payload: bytes) -> None:
-        self._sent.append((record_id, payload))
+    async def send(self, records: Sequence[tuple[int, bytes]]) -> None:
+        self._sent.append(records)
 
-    async def ack(self) -> Ack:
-        record_id, payload = self._sent.pop(0)
+    async def acks(self) -> Sequence[Ack]:
+        return [self._ack(*record) for record in self._sent.pop(0)]
+
+    def _ack(self, record_id: int, payload: bytes) -> Ack:
         self._books.received += 1
         if self._books.fail_after is not None and self._books.received > self._books.fail_after:
             self._books.fail_after = None

@@ -140,7 +140,7 @@ async def process(
         await encodings.begin()
     registry = Registry(store, clock, encodings)
     await registry.recover(0)
-    searcher = Searcher(store, registry, encodings, Fusion())
+    searcher = Searcher(store, registry, encodings, Fusion(), SystemClock())
     answers = AnswerCache(store, encodings, clock, similarity_min=0.9, ttl_s=60)
     given = {"exclusive": True, "linger_s": 0.0, **times}
     reencoding = Reencoding(store, registry, encodings, clock, f"owner {id(encodings)}", **given)

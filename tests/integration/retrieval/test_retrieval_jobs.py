@@ -15,7 +15,7 @@ from qdrant_client import AsyncQdrantClient
 
 from services.chassis.afterwork import AfterWork
 from services.chassis.clock import SystemClock
-from services.chassis.errors import NotFound, Unavailable
+from services.chassis.errors import DocumentRejected, NotFound, Unavailable
 from services.chassis.principal import Principal
 from services.local.stores import Valkey
 from services.retrieval.access import everything_of
@@ -235,6 +235,28 @@ async def test_two_replicas_that_change_one_document_leave_one_version_and_no_or
     await vectors.close()
 
 
+async def test_who_watches_waits_for_a_store_that_is_slow(own: Valkey) -> None:
+    """The store is silent for longer than any answer may take; the watcher hears what was told meanwhile, all of it, and the end."""
+    async with store_of(own, timeout_s=0.2) as watching, store_of(own) as working, redis.Redis.from_url(own.url) as client:
+        job_id = await begun(working, ANN, 1)
+        heard: list[str] = []
+
+        async def watch() -> None:
+            async for progress in watching.events(job_id):
+                heard.append(progress.stage)
+
+        async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+            group.create_task(watch())
+            while not heard:  # noqa: ASYNC110 - what is waited for comes from a store
+                await asyncio.sleep(0.01)
+            await client.execute_command("CLIENT", "PAUSE", "3000", "ALL")
+            claim = await working.claim()
+            assert claim is not None
+            assert [True] == await working.record([Told(claim, replace(claim.latest, stage=Stage.INDEXED))])
+
+    assert ["received", "indexed"] == heard
+
+
 class InThisOrder:
     """A store whose documents are claimed in the order given, which need not be the one they were received in."""
 
@@ -292,6 +314,39 @@ async def test_content_that_comes_again_is_the_latest_that_was_received(tmp_path
     assert ["indexed", "unchanged", "unchanged"] == [progress.stage for progress in jobs.told if progress.stage.final]
     assert (3, 1) == (document.received, document.version)
     assert ["old"] == [stored.chunk.text for stored in await registry.chunks(document, 0, 9)]
+    store.close()
+
+
+@pytest.mark.parametrize(("failures", "stages"), [(2, ["indexed"]), (3, ["failed"])])
+async def test_a_document_does_not_fail_for_what_passes_by_itself(tmp_path: Path, failures: int, stages: list[str]) -> None:
+    """Twice unavailable and then not: it is indexed, once. What stays away fails by its own reason; what cannot pass is not tried again."""
+    store = EdgeStore.open(tmp_path / "qdrant", 2)
+    registry = Registry(store, SystemClock())
+    uploads = [Upload(b"", source_uri="a.txt"), Upload(b"", source_uri="refused.txt")]
+    claims = [
+        (Claim("j", place, 1, ANN, upload, Progress(place, upload.name, Stage.RECEIVED), place), b"text")
+        for place, upload in enumerate(uploads)
+    ]
+    jobs, parsed = InThisOrder(claims), list[str]()
+
+    async def parse(upload: Upload) -> Extracted:
+        parsed.append(upload.source_uri)
+        if upload.source_uri == "refused.txt":
+            raise DocumentRejected("no", cause="malformed")
+        if len(parsed) <= failures:
+            raise Unavailable("slow for once", dependency="redis")
+        return read(upload)
+
+    pipeline = Pipeline(WordEmbedder("any", 2), EdgeBm25("english"), registry, parse)
+    ingestion = Ingestion(pipeline, cast(JobStore, jobs), AfterWork(), lambda: "j", workers=1, lease_s=30.0, buffer=Buffer(1000))
+    async with ingestion.running(), asyncio.timeout(20):
+        await jobs.ended.wait()
+    ended = [progress for progress in jobs.told if progress.stage.final]
+
+    assert [*stages, "failed"] == [progress.stage for progress in ended]
+    assert ["UNAVAILABLE" if stages == ["failed"] else "", "DOCUMENT_REJECTED"] == [progress.error_reason for progress in ended]
+    assert ["a.txt"] * 3 + ["refused.txt"] == parsed
+    assert (1 if stages == ["indexed"] else 0) == len(await registry.page(everything_of("acme"), "", 9, None))
     store.close()
 
 

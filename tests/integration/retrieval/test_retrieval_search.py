@@ -1,17 +1,27 @@
 """What a search can be asked besides its words, and what it says besides its hits."""
 
+import asyncio
+import contextlib
 import secrets
+from collections.abc import AsyncIterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from google.protobuf import struct_pb2, timestamp_pb2
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from services.chassis.errors import RequestInvalid
 from services.chassis.principal import Principal
+from services.local.stores import free_port
 from services.retrieval.encoding_spaces import Encodings
 from tailrace.retrieval.v1 import retrieval_service_pb2 as pb
-from tests.integration.retrieval.retrieval_kit import Retrieval
+from tests.integration.retrieval.retrieval_kit import Retrieval, running, settings_for
 
 BOOK = "\n\n".join(
     f"# Part {name}\n\n" + f"The {name} is described here in a sentence of its own. " * 15 for name in ("otter", "heron", "newt")
@@ -188,3 +198,64 @@ async def test_what_is_asked_has_bounds(retrieval: Retrieval, ann: Principal, re
         await names(retrieval, ann, **request_)
     assert field == refused.value.field
     assert refused.value.metadata["bound"]
+
+
+async def test_a_chunk_that_says_the_same_gives_way_to_the_next(retrieval: Retrieval, ann: Principal) -> None:
+    """Five copies of a page are one hit, and the rest of the places go to other pages; a version with another number stays."""
+    page = "The ferry over the river Wenn is pulled along a chain by its ferryman, who was taught by his father and by nobody else."
+    copies = {f"copy-{number}.md": page + "\n" * number for number in range(5)}
+    others = {"fare.md": f"{page} It costs 2 crowns.", "new-fare.md": f"{page} It costs 3 crowns.", "gate.md": "The gate of the river."}
+    await retrieval.ingest(ann, {**copies, **others}, collection="copies")
+
+    found = await rows(retrieval, ann, "Who pulls the ferry over the river Wenn?", limit=4, collection="copies")
+    sources = [row.hit.source_uri for row in found]
+    assert 4 == len(sources)
+    assert {"fare.md", "new-fare.md", "gate.md"} < set(sources)
+    assert [1, 2, 3, 4] == [row.hit.number for row in found]
+
+
+async def test_a_reranker_has_the_last_word_and_is_not_needed(tmp_path: Path) -> None:
+    """Its order counts and explains itself. When it fails, the order is the fusion's, and it is left alone for a while."""
+    judge = Judge()
+    settings = settings_for(tmp_path, reranker_url=f"http://127.0.0.1:{judge.port}/rerank", reranker_format="tei")
+    who = Principal(tenant="acme", user="ann")
+    async with judge.listening(), running(settings) as retrieval:
+        await retrieval.ingest(who, {name: f"The {name} lives in the river." for name in ("otter", "heron", "newt")})
+        judge.favourite = "newt"
+        favoured = await rows(retrieval, who, "Where does the otter live?", explain=True)
+        judge.favourite = ""
+        alone = await rows(retrieval, who, "Where does the otter live?", explain=True)
+        await rows(retrieval, who, "Where does the heron live?")
+
+    assert "newt" in favoured[0].hit.text
+    assert [1.0, 0.0, 0.0] == [row.explanation.rerank_score for row in favoured]
+    assert "otter" in alone[0].hit.text
+    assert not any(row.explanation.HasField("rerank_score") for row in alone)
+    assert 2 == judge.asked
+
+
+class Judge:
+    """A reranker that likes one word; without a favourite it fails."""
+
+    def __init__(self) -> None:
+        self.port, self.favourite, self.asked = free_port(), "", 0
+
+    async def rerank(self, request: Request) -> Response:
+        self.asked += 1
+        texts = (await request.json())["texts"]
+        if not self.favourite:
+            return Response(status_code=503)
+        return JSONResponse([{"index": place, "score": float(self.favourite in text)} for place, text in enumerate(texts)])
+
+    @contextlib.asynccontextmanager
+    async def listening(self) -> AsyncIterator[None]:
+        app = Starlette(routes=[Route("/rerank", self.rerank, methods=["POST"])])
+        server = uvicorn.Server(uvicorn.Config(app, port=self.port, log_level="error", lifespan="off"))
+        task = asyncio.create_task(server.serve())
+        while not server.started:  # noqa: ASYNC110 - uvicorn tells it this way only
+            await asyncio.sleep(0.01)
+        try:
+            yield
+        finally:
+            server.should_exit = True
+            await task

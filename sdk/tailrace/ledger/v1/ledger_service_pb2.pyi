@@ -580,21 +580,27 @@ class RecordOperationsRequest(_message.Message):
 
     RECORD_ID_FIELD_NUMBER: _builtins.int
     OPERATION_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
     record_id: _builtins.int
     """Chosen by the sender, given back in the ack."""
     @_builtins.property
     def operation(self) -> Global___Operation:
         """What happened. Tenant and user are the recorder's word; only services may call this."""
 
+    @_builtins.property
+    def more(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecordOperationsRequest]:
+        """Records that come after this one. At most 255, and they have none of their own. What comes together is booked together where it can be."""
+
     def __init__(
         self,
         *,
         record_id: _builtins.int = ...,
         operation: Global___Operation | None = ...,
+        more: _abc.Iterable[Global___RecordOperationsRequest] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["operation", b"operation", "record_id", b"record_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["more", b"more", "operation", b"operation", "record_id", b"record_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -609,6 +615,7 @@ class RecordOperationsResponse(_message.Message):
     COST_NANOUSD_FIELD_NUMBER: _builtins.int
     REJECTED_REASON_FIELD_NUMBER: _builtins.int
     REJECTED_DETAIL_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
     record_id: _builtins.int
     """The record this answers."""
     duplicate: _builtins.bool
@@ -619,6 +626,10 @@ class RecordOperationsResponse(_message.Message):
     """Set if the record can never be booked: name of an ErrorReason. The sender puts it aside."""
     rejected_detail: _builtins.str
     """Why, for people."""
+    @_builtins.property
+    def more(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecordOperationsResponse]:
+        """What became of the records in the request's `more`, in their order."""
+
     def __init__(
         self,
         *,
@@ -627,10 +638,11 @@ class RecordOperationsResponse(_message.Message):
         cost_nanousd: _builtins.int = ...,
         rejected_reason: _builtins.str = ...,
         rejected_detail: _builtins.str = ...,
+        more: _abc.Iterable[Global___RecordOperationsResponse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost_nanousd", b"cost_nanousd", "duplicate", b"duplicate", "record_id", b"record_id", "rejected_detail", b"rejected_detail", "rejected_reason", b"rejected_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost_nanousd", b"cost_nanousd", "duplicate", b"duplicate", "more", b"more", "record_id", b"record_id", "rejected_detail", b"rejected_detail", "rejected_reason", b"rejected_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

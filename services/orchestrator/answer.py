@@ -23,8 +23,7 @@ from services.orchestrator.log import EventLog
 from services.orchestrator.packing import pack
 from services.orchestrator.ports import Recalling
 from services.orchestrator.run import Run, Toolkit
-from services.orchestrator.standalone import depends_on_history, depends_on_time, language
-from services.orchestrator.templates import filled
+from services.orchestrator.standalone import depends_on_history, depends_on_time
 from services.orchestrator.validate import judge
 
 log = structlog.get_logger(__name__)
@@ -221,11 +220,9 @@ def write_prompt(run: Run, passages: tuple[Passage, ...], step: StepRecord) -> P
     """The prompt, small enough for every candidate; and the passages that are in it, for the reader."""
     asked = run.question
     room = min(c.context_tokens_max - min(asked.output_tokens_max, c.output_tokens_max) for c in asked.candidates)
-    said = {"collection": asked.collection, "language": language(asked.text), "tier": asked.tier}
-    template = filled(run.kit.templates.answer(asked.tier), said)
     packed = pack(passages, run.kit.limits.passages_bytes_max)
     room = min(room, run.kit.limits.prompt_tokens_max)
-    prompt = compose(template, asked.text, packed, run.turns, room, summary=run.summary, form=run.form)
+    prompt = compose(run.template, asked.text, packed, run.turns, room, summary=run.summary, form=run.form)
     run.show(prompt.passages)
     step.note(template=prompt.template, passages=len(prompt.passages), messages=len(prompt.messages), tokens_max=prompt.input_tokens_max)
     return prompt

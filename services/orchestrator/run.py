@@ -12,7 +12,7 @@ from services.chassis.clock import Clock
 from services.chassis.errors import AnswerCancelled, DomainError
 from services.chassis.money import Usage
 from services.chassis.telemetry import StepRecord, Trail
-from services.orchestrator.compose import shown
+from services.orchestrator.compose import Template, shown
 from services.orchestrator.domain import (
     Accepted,
     Attempt,
@@ -35,7 +35,7 @@ from services.orchestrator.errands import Errands
 from services.orchestrator.log import EventLog
 from services.orchestrator.ports import Books, Credit, ExactCache, Ledger, Memory, Model, PromptShelf
 from services.orchestrator.standalone import language
-from services.orchestrator.templates import Templates
+from services.orchestrator.templates import Templates, filled
 from services.orchestrator.validate import CitationReader
 
 FACTS_MAX = 16
@@ -134,6 +134,13 @@ class Run:
         return "".join(self.pieces)
 
     @functools.cached_property
+    def template(self) -> Template:
+        """The instructions for this answer. What may vary in them is part of the cache's key, by `scope` or beside it."""
+        asked = self.question
+        values = {"collection": asked.collection, "language": language(asked.text), "tier": asked.tier}
+        return filled(self.kit.templates.answer(asked.tier), values)
+
+    @functools.cached_property
     def scope(self) -> str:
         """Digest of everything besides tenant, documents and words that the answer depends on. Similarity never crosses it."""
         asked, limits = self.question, self.kit.limits
@@ -141,7 +148,7 @@ class Run:
             asked.principal.user if limits.cache_per_user else "",
             asked.tier,
             *(candidate.model for candidate in asked.candidates),
-            self.kit.templates.answer(asked.tier).name,
+            self.template.name,
             language(asked.text),
             str(asked.output_tokens_max),
             str(limits.passages_max),

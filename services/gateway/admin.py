@@ -12,6 +12,7 @@ from services.gateway.exchange import Exchange
 from services.gateway.kit import Kit
 from services.gateway.queries import at, page
 from tailrace.ledger.v1 import ledger_service_pb2 as ledger
+from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
 from tailrace.retrieval.v1 import retrieval_service_pb2 as retrieval
 
 SCOPES = ("tenant", "user", "key")
@@ -225,6 +226,7 @@ async def erase_user(exchange: Exchange, kit: Kit) -> None:
     forget = retrieval.ForgetAnswersRequest()
     themselves = Principal(current_principal().tenant, user)
     await kit.backends.retrieval.unary(kit.backends.retrieval.stub.ForgetAnswers, forget, principal=themselves, timeout_s=30.0)
+    await kit.backends.orchestrator.unary(kit.backends.orchestrator.stub.ForgetPrompts, orchestrator.ForgetPromptsRequest(user=user))
     await kit.backends.ledger.unary(kit.backends.ledger.stub.EraseUser, ledger.EraseUserRequest(user=user), timeout_s=ERASE_TIMEOUT_S)
     _forget(kit, user)
     await exchange.respond(204, b"", b"")

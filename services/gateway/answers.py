@@ -72,6 +72,14 @@ async def show(exchange: Exchange, kit: Kit) -> None:
     await exchange.respond_json(render.answer_record(reply))
 
 
+async def prompts(exchange: Exchange, kit: Kit) -> None:
+    """GET /v1/answers/{id}/prompts"""
+    exchange.query(())
+    request = orchestrator.GetPromptsRequest(answer_id=exchange.params["id"])
+    reply = await kit.backends.orchestrator.unary(kit.backends.orchestrator.stub.GetPrompts, request)
+    await exchange.respond_json({"answer_id": exchange.params["id"], **render.plain(reply)})
+
+
 async def models(exchange: Exchange, kit: Kit) -> None:
     """GET /v1/models"""
     exchange.query(())

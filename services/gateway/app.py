@@ -20,7 +20,7 @@ from services.chassis import telemetry
 from services.chassis.errors import DomainError, NotFound, Overloaded
 from services.chassis.principal import set_current
 from services.chassis.status import unexpected
-from services.gateway import admin, answers, documents, infrastructure, records, sessions, websocket
+from services.gateway import admin, answers, conversations, documents, infrastructure, records, sessions, websocket
 from services.gateway.browser import API_POLICY, is_preflight
 from services.gateway.exchange import ClientLeft, Exchange, Receive, Send
 from services.gateway.identity import credential_in, has_credential
@@ -55,6 +55,7 @@ ROUTES = (
     Route("GET", "/v1/answers/{id}/events", answers.resume),
     Route("POST", "/v1/answers/{id}/cancel", answers.cancel),
     Route("POST", "/v1/answers/{id}/tool-calls/{call_id}", answers.confirm),
+    Route("GET", "/v1/answers/{id}/prompts", answers.prompts),
     Route("GET", "/v1/models", answers.models),
     Route("POST", "/v1/documents", documents.upload),
     Route("POST", "/v1/documents:bulk", documents.upload_lines),
@@ -71,8 +72,12 @@ ROUTES = (
     Route("GET", "/v1/operations:watch", records.watch),
     Route("GET", "/v1/operations/{id}", records.operation),
     Route("GET", "/v1/usage", records.usage),
-    Route("GET", "/v1/sessions", records.sessions),
-    Route("GET", "/v1/sessions/{id}", records.session),
+    Route("GET", "/v1/sessions", conversations.listed),
+    Route("GET", "/v1/sessions:export", conversations.export_all),
+    Route("GET", "/v1/sessions/{id}", conversations.show),
+    Route("PATCH", "/v1/sessions/{id}", conversations.update),
+    Route("DELETE", "/v1/sessions/{id}", conversations.delete),
+    Route("GET", "/v1/sessions/{id}/export", conversations.export),
     Route("GET", "/v1/infrastructure", infrastructure.infrastructure),
     Route("POST", "/v1/session", sessions.open_session),
     Route("GET", "/v1/session", sessions.show),
@@ -192,7 +197,7 @@ class Edge:
                 failure = error
         # Unknown paths share one name, so that no stranger decides how many names there are.
         name = route.path if route else "/" if failure is None else "unknown"
-        method_name = method if method in ("GET", "HEAD", "POST", "PUT", "DELETE") else "other"
+        method_name = method if method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE") else "other"
         attributes = {telemetry.HTTP_METHOD: method_name, telemetry.HTTP_ROUTE: name}
         parent = telemetry.incoming(headers)
         self._hop.in_flight += 1

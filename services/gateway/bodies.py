@@ -113,6 +113,7 @@ class AnswerBody(Body, frozen=True, kw_only=True):
     images: Annotated[list[ImageBody], msgspec.Meta(max_length=IMAGES_MAX)] = []
     tool_results: Annotated[list[ToolResultBody], msgspec.Meta(max_length=64)] = []
     continues: Annotated[str, msgspec.Meta(max_length=128)] = ""
+    replaces: Annotated[str, msgspec.Meta(max_length=128)] = ""
 
     def message(self, idempotency_key: str) -> orchestrator.AnswerRequest:
         """As the orchestrator takes it. Raises RequestInvalid."""
@@ -134,6 +135,7 @@ class AnswerBody(Body, frozen=True, kw_only=True):
             images=[image.message(f"images[{number}]") for number, image in enumerate(self.images)],
             tool_results=[result.message(f"tool_results[{number}]") for number, result in enumerate(self.tool_results)],
             continues=self.continues,
+            replaces=self.replaces,
         )
         if sum(len(image.data) for image in request.images) > IMAGES_BYTES_MAX:
             raise RequestInvalid("the pictures are too large together", field="images", bound=f"at most {IMAGES_BYTES_MAX} bytes")
@@ -143,6 +145,21 @@ class AnswerBody(Body, frozen=True, kw_only=True):
             schema = _struct(tool.input_schema, f"tools[{number}].input_schema")
             request.tools.add(name=tool.name, description=tool.description, input_schema=schema)
         return request
+
+
+class SessionPatchBody(Body, frozen=True, kw_only=True):
+    """What shall be different about a conversation."""
+
+    title: Annotated[str, msgspec.Meta(min_length=1, max_length=120)] | None = None
+    head_answer_id: Annotated[str, msgspec.Meta(min_length=1, max_length=128)] | None = None
+
+    def message(self, session_id: str) -> ledger.UpdateSessionRequest:
+        """As the ledger takes it. Raises RequestInvalid."""
+        if self.title is None and self.head_answer_id is None:
+            raise RequestInvalid("nothing shall be changed", field="title", bound="title or head_answer_id")
+        if self.title is not None:
+            _require_text(self.title, "title")
+        return ledger.UpdateSessionRequest(session_id=session_id, title=self.title, head_answer_id=self.head_answer_id or "")
 
 
 class AskFrame(AnswerBody, frozen=True, kw_only=True, tag_field="type", tag="ask"):

@@ -1,4 +1,4 @@
-"""The routes of what happened: operations, usage, conversations. What is counted, and who may see it, the ledger decides."""
+"""The routes of what happened: operations and usage. What is counted, and who may see it, the ledger decides."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -87,24 +87,6 @@ async def usage(exchange: Exchange, kit: Kit) -> None:
         await _respond_csv(exchange, "usage", cells, (*groups, *USAGE_COLUMNS))
     else:
         await exchange.respond_json({"group_by": groups, "rows": rows})
-
-
-async def sessions(exchange: Exchange, kit: Kit) -> None:
-    """GET /v1/sessions"""
-    size, token = page(exchange.query({"page_size", "page_token"}))
-    rows = await kit.backends.ledger.rows(
-        kit.backends.ledger.stub.ListSessions, ledger.ListSessionsRequest(page_size=size, page_token=token)
-    )
-    listed = [render.plain(row.session) for row in rows if row.HasField("session")]
-    await exchange.respond_json({"sessions": listed, "next_page_token": rows[-1].next_page_token if rows else ""})
-
-
-async def session(exchange: Exchange, kit: Kit) -> None:
-    """GET /v1/sessions/{id}"""
-    exchange.query(())
-    request = ledger.GetSessionRequest(session_id=exchange.params["id"])
-    reply = await kit.backends.ledger.unary(kit.backends.ledger.stub.GetSession, request)
-    await exchange.respond_json({**render.plain(reply.session), "turns": [render.plain(turn) for turn in reply.turns]})
 
 
 def _block(message: ledger.WatchOperationsResponse) -> bytes:

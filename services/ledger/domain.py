@@ -169,17 +169,31 @@ class Turn:
     citations: tuple[Citation, ...]
     created_at: datetime
     complete: bool
+    parent: str = ""
+    """The answer of the turn that it follows; empty if it is the first of its branch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a conversation said from its first turn up to that of `through`, an answer's id."""
+
+    through: str
+    text: str
+    made_by: str
+    created_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A conversation of one user."""
+    """A conversation of one user. `turns` counts all branches; `head` is the answer that it goes on from."""
 
     session_id: str
     title: str
     created_at: datetime
     updated_at: datetime
     turns: int
+    head: str
+    title_by: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +269,8 @@ class Operation:
     duration_ms: float = 0.0
     steps: tuple[Step, ...] = ()
     attempts: tuple[Attempt, ...] = ()
+    purpose: str = ""
+    """Empty = an answer."""
 
 
 @dataclass(frozen=True, slots=True)

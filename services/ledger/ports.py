@@ -21,6 +21,7 @@ from services.ledger.domain import (
     Reservation,
     Reserved,
     Session,
+    Summary,
     Turn,
     UsageRow,
 )
@@ -206,6 +207,10 @@ class Privacy(Protocol):
         """At most `size` turns after (session id, position), in that order, each with its own; ("", 0) = from the start."""
         ...
 
+    async def summaries(self, tenant: str, user: str, after: tuple[str, int], size: int) -> Sequence[tuple[str, int, Summary]]:
+        """As `turns`, the summaries, by the position they reach."""
+        ...
+
 
 class Budgets(Protocol):
     """Limits of a tenant, its users and its keys."""
@@ -260,23 +265,58 @@ class Keys(Protocol):
 class Conversations(Protocol):
     """Sessions and their turns. A session's id is its user's own choice, so the user is always part of the key."""
 
-    async def append(self, principal: Principal, session_id: str, turn: Turn) -> int:
-        """Keep a turn and return its position, from 1. The same answer again changes nothing.
+    async def append(self, principal: Principal, session_id: str, turn: Turn, replaces: UUID | None = None) -> tuple[int, int]:
+        """Keep a turn, at the end of the current branch or in the place of another; the same answer again changes nothing.
 
-        Raises IdempotencyConflict if the answer is kept in another of the user's conversations.
+        Return its position over all branches, from 1, and how many turns up to it no summary covers, counted up to 100. Raises
+        IdempotencyConflict if the answer is kept in another of the user's conversations, NotFound if there is nothing to replace.
         """
         ...
 
     async def turns(self, principal: Principal, session_id: str, limit: int) -> Sequence[Turn]:
-        """The latest `limit` turns of the principal's own conversation, oldest first; none if it is new."""
+        """The latest `limit` turns of the current branch of the principal's own conversation, oldest first; none if it is new."""
+        ...
+
+    async def turns_until(self, principal: Principal, session_id: str, answer_id: UUID, limit: int) -> Sequence[Turn]:
+        """The latest `limit` turns that led to an answer, oldest first, its own the last. Raises NotFound."""
+        ...
+
+    async def summary(self, principal: Principal, session_id: str, until: UUID) -> Summary | None:
+        """The summary that reaches furthest along the way to an answer."""
+        ...
+
+    async def summarise(self, principal: Principal, session_id: str, summary: Summary) -> None:
+        """Keep a summary; of a conversation the 16 that reach furthest stay. Raises NotFound."""
         ...
 
     async def turn(self, tenant: str, user: str, answer_id: UUID) -> Turn | None:
         """The turn of one answer."""
         ...
 
-    async def session(self, principal: Principal, session_id: str, turns_max: int) -> tuple[Session, Sequence[Turn]]:
+    async def session(
+        self, principal: Principal, session_id: str, turns_max: int, *, all_branches: bool = False
+    ) -> tuple[Session, Sequence[Turn]]:
         """A conversation with its latest turns: one's own, or for an admin any of the tenant's. Raises NotFound."""
+        ...
+
+    async def own_session(self, principal: Principal, session_id: str) -> Session:
+        """One's own conversation. Raises NotFound."""
+        ...
+
+    async def update(self, principal: Principal, session_id: str, *, title: str | None, suggested: bool, head: UUID | None) -> Session:
+        """Change what is given. A title that is only suggested counts if nobody but the rule has given one. Raises NotFound."""
+        ...
+
+    async def delete(self, principal: Principal, session_id: str) -> None:
+        """Forget one's own conversation. Raises NotFound."""
+        ...
+
+    async def kept_turns(self, principal: Principal, session_id: str, after: int, size: int) -> Sequence[tuple[int, Turn]]:
+        """At most `size` turns of all branches after a position, each with its own."""
+        ...
+
+    async def kept_summaries(self, principal: Principal, session_id: str) -> Sequence[Summary]:
+        """The summaries of a conversation, in the order they reach."""
         ...
 
     async def page(self, principal: Principal, *, size: int, after: tuple[datetime, str] | None) -> Page[Session]:

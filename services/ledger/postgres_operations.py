@@ -33,7 +33,7 @@ _OPERATION = (
     "o.tenant, o.operation_id, o.user_id, o.session_id, o.api_key_id, o.trace_id, o.status, o.tier, o.model, o.provider, o.collection,"
     " o.finish_reason, o.error_reason, o.input_tokens, o.output_tokens, o.cache_read_tokens, o.cache_write_tokens, o.cache_write_1h_tokens,"
     " o.cost_nanousd, o.estimated, o.cache_verdict, o.cache_similarity, o.cache_source_id, o.cache_age_s, o.cache_saved_nanousd,"
-    " o.cache_reason, o.created_at, o.recorded_at, o.first_token_ms, o.duration_ms,"
+    " o.cache_reason, o.created_at, o.recorded_at, o.first_token_ms, o.duration_ms, coalesce(o.purpose, '') AS purpose,"
     " (SELECT jsonb_agg(to_jsonb(a) ORDER BY a.attempt) FROM attempts a"
     "  WHERE a.tenant = o.tenant AND a.operation_id = o.operation_id) AS attempts,"
     " (SELECT jsonb_agg(to_jsonb(s) ORDER BY s.ordinal) FROM steps s"
@@ -325,6 +325,7 @@ def _columns(operation: Operation) -> dict[str, Any]:
         "created_at": operation.created_at,
         "first_token_ms": operation.first_token_ms,
         "duration_ms": operation.duration_ms,
+        "purpose": operation.purpose or None,
         "calls_sent": sum(not attempt.not_sent for attempt in operation.attempts),
         "prompt_cache_saved_nanousd": sum(attempt.prompt_cache_saved_nanousd for attempt in operation.attempts),
         "tiering_saved_nanousd": sum(attempt.tiering_saved_nanousd for attempt in operation.attempts),
@@ -381,6 +382,7 @@ def operation_of(row: Any) -> Operation:
         duration_ms=row["duration_ms"],
         attempts=tuple(_attempt_of(attempt) for attempt in orjson.loads(row["attempts"] or "[]")),
         steps=tuple(_step_of(step) for step in orjson.loads(row["steps"] or "[]")),
+        purpose=row["purpose"],
     )
 
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from services.chassis.errors import Overloaded
-from services.ledger.domain import Turn
-from services.ledger.postgres_conversations import TURN, turn_of
+from services.ledger.domain import Summary, Turn
+from services.ledger.postgres_conversations import SUMMARY, TURN, summary_of, turn_of
 from services.ledger.postgres_database import Connection, Database
 from services.ledger.postgres_sums import LOCK_KEY
 
@@ -40,8 +40,16 @@ class PostgresPrivacy:
 
     async def turns(self, tenant: str, user: str, after: tuple[str, int], size: int) -> Sequence[tuple[str, int, Turn]]:
         rows = await self._database.of(tenant).fetch(
-            f"SELECT session_id, ordinal, {TURN} FROM turns WHERE tenant = $1 AND user_id = $2 AND (session_id, ordinal) > ($3, $4)"
-            " ORDER BY session_id, ordinal LIMIT $5",
+            f"SELECT t.session_id, t.ordinal, {TURN} FROM turns t"
+            " WHERE t.tenant = $1 AND t.user_id = $2 AND (t.session_id, t.ordinal) > ($3, $4) ORDER BY t.session_id, t.ordinal LIMIT $5",
             *(tenant, user, *after, size),
         )
         return [(row["session_id"], row["ordinal"], turn_of(row)) for row in rows]
+
+    async def summaries(self, tenant: str, user: str, after: tuple[str, int], size: int) -> Sequence[tuple[str, int, Summary]]:
+        rows = await self._database.of(tenant).fetch(
+            f"SELECT m.session_id, m.through AS reached, {SUMMARY} FROM summaries m"
+            " WHERE m.tenant = $1 AND m.user_id = $2 AND (m.session_id, m.through) > ($3, $4) ORDER BY m.session_id, m.through LIMIT $5",
+            *(tenant, user, *after, size),
+        )
+        return [(row["session_id"], row["reached"], summary_of(row)) for row in rows]

@@ -13,14 +13,25 @@ from typing import Any
 import structlog
 
 from services.chassis.deadline import Deadline, current_deadline
-from services.chassis.errors import AnswerCancelled, DeadlineTooShort, DomainError, Internal, OutputInvalid, Overloaded, Unavailable
+from services.chassis.errors import (
+    AnswerCancelled,
+    DeadlineTooShort,
+    DomainError,
+    Internal,
+    NotFound,
+    OutputInvalid,
+    Overloaded,
+    Unavailable,
+)
 from services.chassis.telemetry import StepRecord
 from services.orchestrator.attempts import first_draft
-from services.orchestrator.compose import compose
-from services.orchestrator.domain import CachedAnswer, CacheReceipt, Draft, HeldAnswer, Passage, Prompt, Question, Turn
+from services.orchestrator.compose import compose, recent
+from services.orchestrator.conversation import look_after, rewrite
+from services.orchestrator.domain import CachedAnswer, CacheReceipt, Draft, HeldAnswer, History, Passage, Prompt, Question, Summary, Turn
 from services.orchestrator.json_watch import JsonWatch
 from services.orchestrator.log import EventLog
 from services.orchestrator.output_schema import asked_again, problems_of, tokens_max_of, told, unfenced
+from services.orchestrator.packing import pack
 from services.orchestrator.ports import Recalling
 from services.orchestrator.run import Run, Toolkit
 from services.orchestrator.standalone import depends_on_history, depends_on_time
@@ -36,6 +47,8 @@ BOOKED_WAIT_S = 0.1
 """How long `done` waits for the ledger's word, so that the record can be looked up right after it. It is on disk anyway."""
 ENDING_S, ENDING_SHARE = 0.05, 0.1
 """What the deadline leaves for closing the provider's connection, booking and telling, so that all of it ends about in time."""
+TURN_WAITS_S = (0.1, 0.2, 0.4)
+"""How long a turn that is not there is waited for. One that somebody else has takes just as long as one that nobody has."""
 TURN_TRIES_MAX = 16
 TURN_WAIT_MAX_S = 30.0
 """Some minutes in all: the words of a turn wait in memory, so not for ever."""
@@ -48,7 +61,10 @@ async def answer(run: Run) -> None:
             prompt = take_up(run, step)
         return await write(run, prompt)
     with run.step("history") as step:
-        run.turns = await read_history(run, step)
+        run.turns, run.summary = await read_history(run, step)
+    if run.turns:
+        with run.step("rewrite") as step:
+            run.form = await rewrite(run, step)
     async with AsyncExitStack() as opened:
         with run.step("recall") as step:
             held = await find_exact(run)
@@ -117,15 +133,47 @@ async def conclude(run: Run, failure: DomainError | None) -> None:
     run.events.end(failure)
 
 
-async def read_history(run: Run, step: StepRecord) -> tuple[Turn, ...]:
-    """The conversation, if the question leans on it. Then no cache is asked: the same words mean something else elsewhere."""
+async def read_history(run: Run, step: StepRecord) -> tuple[tuple[Turn, ...], str]:
+    """The latest turns, and a summary of those before them, if the question leans on them. Then no cache is asked: the same words mean
+    something else elsewhere. A question that takes the place of another is told what that one was told.
+    """
     asked, turns_max = run.question, run.kit.limits.history_turns_max
-    if asked.session_is_new or turns_max == 0 or not depends_on_history(asked.text):
+    leans = turns_max > 0 and depends_on_history(asked.text)
+    if asked.session_is_new or not (leans or asked.replaces):
         step.skip("new_session" if asked.session_is_new else "stands_alone")
-        return ()
-    turns = await run.kit.ledger.turns(asked.session_id, turns_max)
-    step.note(turns=len(turns))
-    return turns
+        return (), ""
+    # What no summary covers yet may be twice what is kept whole.
+    history = await _history(run, 2 * turns_max + 1 if leans else 1)
+    turns = history.turns
+    if asked.replaces:
+        *before, replaced = turns
+        turns = tuple(before)
+        step.note(replaces=True)
+        if replaced.question == asked.text and not run.cache.reason:
+            run.cache = replace(run.cache, reason="regenerated")  # who asks again wants no copy of what there is
+    if not leans:
+        return (), ""
+    turns = recent(_told_whole(turns, history.summary, turns_max), run.kit.limits.history_bytes_max)
+    step.note(turns=len(turns), summary=history.summary is not None)
+    return turns, history.summary.text if history.summary is not None else ""
+
+
+def _told_whole(turns: tuple[Turn, ...], summary: Summary | None, turns_max: int) -> tuple[Turn, ...]:
+    """The turns that no summary covers, and the latest in any case; while there is no summary, not more than twice as many as those."""
+    covered = [place for place, turn in enumerate(turns, 1) if summary is not None and turn.answer_id == summary.through]
+    begin = min(covered[0] if covered else 0, max(0, len(turns) - turns_max))
+    return turns[max(begin, len(turns) - 2 * turns_max) :]
+
+
+async def _history(run: Run, limit: int) -> History:
+    """As the ledger has it. A turn that is to be replaced may be on its way still: an answer's end does not wait long for its turn."""
+    asked = run.question
+    for wait_s in TURN_WAITS_S if asked.replaces else ():
+        try:
+            return await run.kit.ledger.history(asked.session_id, limit, asked.replaces)
+        except NotFound:
+            await asyncio.sleep(wait_s)
+    return await run.kit.ledger.history(asked.session_id, limit, asked.replaces)
 
 
 async def find_exact(run: Run) -> HeldAnswer | None:
@@ -143,25 +191,13 @@ async def find_exact(run: Run) -> HeldAnswer | None:
 def begin_recall(run: Run, held: HeldAnswer | None) -> AbstractAsyncContextManager[Recalling]:
     """Ask the memory once for all: edition, cached answer, passages. If the answer we hold is still true, the edition is all it says."""
     return run.kit.memory.recall(
-        search_query(run),
+        run.form if len(run.form.encode()) <= QUERY_BYTES_MAX else run.question.text,
         run.question.collection,
         run.scope,
         want_cached=run.cache.reason == "",
         passages_max=run.kit.limits.passages_max,
         held=held.edition if held is not None else None,
     )
-
-
-def search_query(run: Run) -> str:
-    """What to search for: the question, after those it leans on, back to the last that stood alone. "How long?" alone finds nothing."""
-    asked = run.question.text
-    questions = [asked]
-    for turn in reversed(run.turns):
-        questions.insert(0, turn.question)
-        if not depends_on_history(turn.question):
-            break
-    query = "\n".join(questions)
-    return query if len(query.encode()) <= QUERY_BYTES_MAX else asked
 
 
 async def look_up(run: Run, recalling: Recalling, held: HeldAnswer | None, step: StepRecord) -> CachedAnswer | None:
@@ -213,7 +249,8 @@ def write_prompt(run: Run, passages: tuple[Passage, ...], step: StepRecord) -> P
     rooms = [c.context_tokens_max - min(asked.output_tokens_max, c.output_tokens_max) for way in ways for c in way.candidates]
     rooms += [way.prompt_tokens_max for way in ways if way.prompt_tokens_max is not None]
     room = min(*rooms, run.kit.limits.prompt_tokens_max) - tokens_max_of(asked.output_schema)
-    prompt = compose(run.kit.template, asked.text, passages, run.turns, room)
+    packed = pack(passages, run.kit.limits.passages_bytes_max)
+    prompt = compose(run.template, asked.text, packed, run.turns, room, summary=run.summary, form=run.form)
     if asked.output_schema is not None:
         prompt = told(prompt, asked.output_schema)
     run.show(prompt.passages)
@@ -298,6 +335,8 @@ async def record(run: Run, failure: DomainError | None, step: StepRecord) -> Non
     run.kit.credit.recorded(run.question.answer_id, run.attempts, booked)
     kept_whole = failure is None and run.verdict == "passed" and run.finish_reason != "tool_use"
     works = [_keep_turn(run, complete=kept_whole)] if run.pieces else []
+    if run.prompts:
+        works.append(_keep_prompts(run))
     # Whose time is up waits for nothing more.
     await _briefly(run.kit, 0.0 if isinstance(failure, DeadlineTooShort) else BOOKED_WAIT_S, *works, also=booked)
     step.note(booked=booked.done(), cost_nanousd=run.cost_nanousd)
@@ -308,7 +347,9 @@ async def _keep_turn(run: Run, *, complete: bool) -> None:
     asked = run.question
     for tries in range(TURN_TRIES_MAX):
         try:
-            await run.kit.ledger.append_turn(asked.session_id, run.turn(complete=complete), asked.principal)
+            kept = await run.kit.ledger.append_turn(asked.session_id, run.turn(complete=complete), asked.principal, asked.replaces)
+            if complete:
+                look_after(run, kept)
             return
         except (Unavailable, DeadlineTooShort):
             await asyncio.sleep(random.uniform(0.1, min(TURN_WAIT_MAX_S, 0.25 * 2**tries)))  # noqa: S311 - jitter, not a secret
@@ -316,6 +357,14 @@ async def _keep_turn(run: Run, *, complete: bool) -> None:
             log.error("turn_rejected", answer_id=asked.answer_id, reason=error.reason)
             return
     log.error("turn_lost", answer_id=asked.answer_id, tries=TURN_TRIES_MAX)
+
+
+async def _keep_prompts(run: Run) -> None:
+    assert run.kit.shelf is not None
+    try:
+        await run.kit.shelf.keep(run.question.principal, run.question.answer_id, run.prompts)
+    except DomainError as error:
+        log.warning("prompts_not_kept", answer_id=run.question.answer_id, reason=error.reason)
 
 
 async def _briefly(kit: Toolkit, wait_s: float, *works: Coroutine[Any, Any, None], also: "asyncio.Future[None] | None" = None) -> None:

@@ -230,6 +230,7 @@ async def _generate(run: Run, call: _Call, step: StepRecord) -> None:
     draft.on_text = write
     draft.provider = run.provider = candidate.provider
     run.model = candidate.model
+    run.sent(call.number, candidate.model, call.prompt)
     attributes: dict[str, Any] = {
         telemetry.GEN_AI_OPERATION: "chat",
         telemetry.GEN_AI_PROVIDER: candidate.provider,

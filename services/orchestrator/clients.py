@@ -21,13 +21,16 @@ from services.orchestrator.domain import (
     Candidate,
     Draw,
     Edition,
+    History,
     Hold,
+    KeptTurn,
     LentCredit,
     OperationRecord,
     Passage,
     Payer,
     RecallVerdict,
     StepChange,
+    Summary,
     Turn,
 )
 from services.orchestrator.spool import Ack, Spool
@@ -230,6 +233,7 @@ def operation_message(record: OperationRecord) -> ledger_pb.Operation:
         attempts=map(_attempt_message, record.attempts),
         collection=asked.collection,
         api_key_id=asked.principal.api_key_id,
+        purpose=record.purpose,
     )
 
 
@@ -387,11 +391,17 @@ class RemoteLedger:
         with _named("ledger"):
             await self._caller.unary(self._stub.ReturnCredit, request, timeout_s=10, principal=SERVICE)
 
-    async def turns(self, session_id: str, limit: int) -> tuple[Turn, ...]:
-        request = ledger_pb.ListTurnsRequest(session_id=session_id, limit=limit)
+    async def history(self, session_id: str, limit: int, until: str = "") -> History:
+        request = ledger_pb.ListTurnsRequest(session_id=session_id, limit=limit, until_answer_id=until, with_summary=True)
+        turns, summary = list[Turn](), None
         with _named("ledger"):
             async with self._caller.stream(self._stub.ListTurns, request, timeout_s=5) as rows:
-                return tuple([_turn_value(row.turn) async for row in rows])
+                async for row in rows:
+                    if row.HasField("summary"):
+                        summary = Summary(row.summary.through_answer_id, row.summary.text)
+                    else:
+                        turns.append(_turn_value(row.turn))
+        return History(tuple(turns), summary)
 
     async def knows(self, principal: Principal, operation_id: str) -> bool:
         request = ledger_pb.GetOperationRequest(operation_id=operation_id)
@@ -402,10 +412,22 @@ class RemoteLedger:
             return False
         return True
 
-    async def append_turn(self, session_id: str, turn: Turn, principal: Principal) -> None:
-        request = ledger_pb.AppendTurnRequest(session_id=session_id, turn=_turn_message(turn))
+    async def append_turn(self, session_id: str, turn: Turn, principal: Principal, replaces: str = "") -> KeptTurn:
+        request = ledger_pb.AppendTurnRequest(session_id=session_id, turn=_turn_message(turn), replaces=replaces)
         with _named("ledger"):
-            await self._caller.unary(self._stub.AppendTurn, request, timeout_s=10, principal=principal)
+            reply = await self._caller.unary(self._stub.AppendTurn, request, timeout_s=10, principal=principal)
+        return KeptTurn(reply.ordinal, reply.unsummarised)
+
+    async def put_summary(self, session_id: str, summary: Summary, made_by: str, principal: Principal) -> None:
+        message = ledger_pb.Summary(through_answer_id=summary.through, text=summary.text, made_by=made_by)
+        request = ledger_pb.PutSummaryRequest(session_id=session_id, summary=message)
+        with _named("ledger"):
+            await self._caller.unary(self._stub.PutSummary, request, timeout_s=10, principal=principal)
+
+    async def suggest_title(self, session_id: str, title: str, model: str, principal: Principal) -> None:
+        request = ledger_pb.UpdateSessionRequest(session_id=session_id, title=title, suggested_by=model)
+        with _named("ledger"):
+            await self._caller.unary(self._stub.UpdateSession, request, timeout_s=10, principal=principal)
 
     @contextlib.asynccontextmanager
     async def recording(self) -> AsyncIterator["RecordLink"]:

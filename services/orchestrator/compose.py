@@ -21,10 +21,11 @@ _UNSEEN = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00ad\u200b\u2060-\u2064\u202a-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
 _FLAG_EMOJI = re.compile("\U0001f3f4[\U000e0020-\U000e007e]+\U000e007f")
-_FENCE = re.compile(r"<(?=\s*/?\s*(?:passages?|question|tool_results?|tool_limit)\b|\|)", re.IGNORECASE)
+_FENCE = re.compile(r"<(?=\s*/?\s*(?:passages?|question|summary|conversation|tool_results?|tool_limit)\b|\|)", re.IGNORECASE)
 _SPACE = re.compile(r"\s+")
-ANSWER_KEPT_CHARACTERS = 2_000
-"""Of an earlier answer in the conversation. Enough to know what "it" is; the passages hold the facts."""
+ERRAND_CONVERSATION_BYTES_MAX = 24_000
+"""What a small model is told of a conversation at most, for a title, a summary or a rewritten question."""
+NO_ANSWER = "(no answer)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,20 +50,33 @@ def tokens_max(text: str) -> int:
     return len(text.encode())
 
 
-def compose(template: Template, question: str, passages: Sequence[Passage], turns: Sequence[Turn], prompt_tokens_max: int) -> Prompt:
-    """Render the prompt. What does not fit goes: oldest turns first, then the worst passages.
+def compose(
+    template: Template,
+    question: str,
+    passages: Sequence[Passage],
+    turns: Sequence[Turn],
+    prompt_tokens_max: int,
+    *,
+    summary: str = "",
+    form: str = "",
+) -> Prompt:
+    """Render the prompt. What does not fit goes: oldest turns first, then the summary of those before them, then the worst passages.
 
-    Raises RequestInvalid if the question alone is too long for the model.
+    Instructions, summary, turns, passages and question stand in this order, each as it was the last time, and nothing that changes with
+    every question before what does not: so a provider's prompt cache finds as long a beginning as there is. `form` is the self-contained
+    form of the question, if that leans on the turns. Raises RequestInvalid if the question alone is too long for the model.
     """
     kept_turns, kept_passages = list(turns), list(passages)
     while True:
-        messages = _messages(question, kept_passages, kept_turns)
+        messages = _messages(question, kept_passages, kept_turns, summary)
         size = PROMPT_OVERHEAD_TOKENS + tokens_max(template.system)
         size += sum(tokens_max(message.text) + MESSAGE_OVERHEAD_TOKENS for message in messages)
         if size <= prompt_tokens_max:
-            return Prompt(template.name, template.system, messages, question, tuple(kept_passages), size)
+            return Prompt(template.name, template.system, messages, form or question, tuple(kept_passages), size)
         if kept_turns:
             kept_turns.pop(0)
+        elif summary:
+            summary = ""
         elif kept_passages:
             kept_passages.pop()
         else:
@@ -79,14 +93,65 @@ def going_on(template: Template, prompt: Prompt, text: str) -> Prompt:
     return replace(prompt, template=name, messages=(*prompt.messages, *more), input_tokens_max=prompt.input_tokens_max + size)
 
 
-def _messages(question: str, passages: Sequence[Passage], turns: Sequence[Turn]) -> tuple[Message, ...]:
-    messages = []
-    for turn in turns:
-        messages.append(Message("user", turn.question))
-        messages.append(Message("assistant", turn.text[:ANSWER_KEPT_CHARACTERS] or "(no answer)"))
+def recent(turns: Sequence[Turn], bytes_max: int) -> tuple[Turn, ...]:
+    """The latest turns that fit, each whole. The newest stays, with its answer cut if it must be: it is what is leant on most."""
+    kept: list[Turn] = []
+    left = bytes_max
+    for turn in reversed(turns):
+        size = len(turn.question.encode()) + len(turn.text.encode())
+        if size > left:
+            if not kept:
+                kept.append(replace(turn, text=_beginning(turn.text, max(0, left - len(turn.question.encode())))))
+            break
+        kept.insert(0, turn)
+        left -= size
+    return tuple(kept)
+
+
+def compose_errand(template: Template, turns: Sequence[Turn], *, summary: str = "", question: str = "") -> Prompt:
+    """The prompt of a small call about a conversation: what was said, as fenced data, and the question it is about, if there is one.
+
+    The latest turns are told as far as ERRAND_CONVERSATION_BYTES_MAX reaches.
+    """
+    told = [f"Person: {_defused(turn.question)}\nAssistant: {_defused(turn.text) or NO_ANSWER}" for turn in _told(turns)]
+    parts = [f"<summary>\n{_defused(summary)}\n</summary>"] if summary else []
+    parts.append("<conversation>\n" + "\n\n".join(told) + "\n</conversation>")
+    if question:
+        parts.append(f"<question>\n{_defused(question)}\n</question>")
+    message = Message("user", "\n\n".join(parts))
+    size = PROMPT_OVERHEAD_TOKENS + MESSAGE_OVERHEAD_TOKENS + tokens_max(template.system) + tokens_max(message.text)
+    return Prompt(template.name, template.system, (message,), question, (), size)
+
+
+def _told(turns: Sequence[Turn]) -> tuple[Turn, ...]:
+    """The latest turns within the bound; of a long answer the beginning, so that no single one takes all the room."""
+    each = ERRAND_CONVERSATION_BYTES_MAX // max(4, len(turns)) * 2
+    return recent([replace(turn, text=_beginning(turn.text, each)) for turn in turns], ERRAND_CONVERSATION_BYTES_MAX)
+
+
+def _beginning(text: str, bytes_max: int) -> str:
+    return text.encode()[:bytes_max].decode(errors="ignore")
+
+
+def _messages(question: str, passages: Sequence[Passage], turns: Sequence[Turn], summary: str) -> tuple[Message, ...]:
     shown = "\n".join(_fenced(passage) for passage in passages) or "(no passages were found)"
-    messages.append(Message("user", f"<passages>\n{shown}\n</passages>\n\n<question>\n{_defused(question)}\n</question>"))
-    return tuple(messages)
+    asked = [turn.question for turn in turns]
+    asked.append(f"<passages>\n{shown}\n</passages>\n\n<question>\n{_defused(question)}\n</question>")
+    if summary:
+        asked[0] = f"<summary>\nOf what was said before:\n{_defused(summary)}\n</summary>\n\n{asked[0]}"
+    messages = []
+    for turn, text in zip(turns, asked, strict=False):
+        messages += [Message("user", text), Message("assistant", turn.text or NO_ANSWER)]
+    return (*messages, Message("user", asked[-1]))
+
+
+def shown(message: Message) -> str:
+    """A message's text for people; pictures, calls and results are named by a line in brackets each."""
+    lines = [message.text] if message.text else []
+    lines += [f"[picture: {image.media_type}, {len(image.data)} bytes]" for image in message.images]
+    lines += [f"[call {call.call_id}: {call.name} {call.arguments}]" for call in message.calls]
+    lines += [f"[result {result.call_id}: {result.text}]" for result in message.results]
+    return "\n".join(lines)
 
 
 def _fenced(passage: Passage) -> str:

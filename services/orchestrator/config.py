@@ -67,7 +67,25 @@ class OrchestratorSettings(ServiceSettings):
     passages_max: int = Field(8, ge=1, le=32, validation_alias="TAILRACE_ORCHESTRATOR_PASSAGES_MAX")
     """Passages to ask for. Eight hold the answer nearly always and keep prompts short."""
     history_turns_max: int = Field(6, ge=0, le=50, validation_alias="TAILRACE_ORCHESTRATOR_HISTORY_TURNS_MAX")
-    """Turns put before a question that leans on the conversation."""
+    """Turns put before a question that leans on the conversation, whole; up to twice as many while no summary covers the older ones."""
+    history_tokens_max: int = Field(24_576, ge=1_024, le=1_000_000, validation_alias="TAILRACE_ORCHESTRATOR_HISTORY_TOKENS_MAX")
+    """Bound of these turns, counted as bytes like that of a prompt. The oldest go first."""
+    passages_tokens_max: int = Field(32_768, ge=1_024, le=1_000_000, validation_alias="TAILRACE_ORCHESTRATOR_PASSAGES_TOKENS_MAX")
+    """Bound of the passages of a prompt, counted as bytes. The best one is there whatever its size, if the prompt has room for it."""
+    prompts_dir: Path | None = Field(None, validation_alias="TAILRACE_PROMPTS_DIR")
+    """Folder of prompt templates of one's own; what it does not have comes from the project's. Unset = only those."""
+    answer_prompts: str = Field("answer.v1", max_length=1_024, validation_alias="TAILRACE_ORCHESTRATOR_ANSWER_PROMPTS")
+    """Template of answers, and others for single tiers: `answer.v1, smart=answer.long.v2`."""
+    prompts_kept_s: int = Field(0, ge=0, le=604_800, validation_alias="TAILRACE_ORCHESTRATOR_PROMPTS_KEPT_S")
+    """How long the exact prompts of answers are kept for administrators, seconds; 0 = they are not. They hold questions and documents."""
+    errands_tier: str = Field("fast", max_length=64, validation_alias="TAILRACE_ORCHESTRATOR_ERRANDS_TIER")
+    """Tier whose first model rewrites questions, summarises and gives titles. Empty, or no such tier or provider = all by rule."""
+    rewrites: Literal["model", "rule"] = Field("model", validation_alias="TAILRACE_ORCHESTRATOR_REWRITES")
+    """Who makes a question that leans on the conversation self-contained. The model has 1.5 s, then it is the rule."""
+    titles: Literal["model", "rule"] = Field("rule", validation_alias="TAILRACE_ORCHESTRATOR_TITLES")
+    """Who gives a new conversation its title. With `model` each costs one more small call, also one of a single question."""
+    summaries: Literal["model", "rule", "off"] = Field("model", validation_alias="TAILRACE_ORCHESTRATOR_SUMMARIES")
+    """Who summarises the older part of long conversations."""
 
     answers_max: int = Field(500, ge=1, le=10_000, validation_alias="TAILRACE_ORCHESTRATOR_ANSWERS_MAX")
     """Answers produced at the same time; above it new ones are refused, and those of priority `batch` above four fifths of it."""

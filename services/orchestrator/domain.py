@@ -236,6 +236,41 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
+class KeptTurn:
+    """What the ledger says of a turn it has kept: its position over all branches, and how many turns up to it no summary covers."""
+
+    ordinal: int
+    unsummarised: int
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a conversation said from its first turn up to that of the answer `through`."""
+
+    through: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """The latest turns of a branch, oldest first, and the newest summary of them and of those before them."""
+
+    turns: tuple[Turn, ...] = ()
+    summary: Summary | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SentPrompt:
+    """What was sent for one provider call, as an administrator may see it: messages as (role, text)."""
+
+    attempt: int
+    model: str
+    template: str
+    system: str
+    messages: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """One message of a prompt. Only the user's has images and only the assistant's has calls; a tool's message is its results alone."""
 
@@ -248,7 +283,10 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a model is given. `system` and `messages` are the same thing, rendered, as `question` and `passages`."""
+    """What a model is given. `system` and `messages` are the same thing, rendered, as `question` and `passages`.
+
+    `question` is the self-contained form of what was asked, where that leans on the conversation.
+    """
 
     template: str
     """Version and hash of the template, for the record and the cache's scope."""
@@ -474,6 +512,8 @@ class OperationRecord:
     duration_ms: float
     steps: tuple[StepChange, ...]
     attempts: tuple[Attempt, ...]
+    purpose: Literal["", "rewrite", "summary", "title"] = ""
+    """Empty = an answer."""
 
 
 @dataclass(frozen=True, slots=True)

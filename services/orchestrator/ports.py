@@ -16,7 +16,9 @@ from services.orchestrator.domain import (
     Draw,
     Edition,
     HeldAnswer,
+    History,
     Hold,
+    KeptTurn,
     LentCredit,
     LogPart,
     LogReply,
@@ -26,8 +28,10 @@ from services.orchestrator.domain import (
     Prompt,
     Question,
     RecallVerdict,
+    SentPrompt,
     SharedAnswer,
     SharedEvents,
+    Summary,
     Suspended,
     Turn,
 )
@@ -88,16 +92,27 @@ class Ledger(Protocol):
         """
         ...
 
-    async def turns(self, session_id: str, limit: int) -> tuple[Turn, ...]:
-        """The latest turns of a conversation, oldest first."""
+    async def history(self, session_id: str, limit: int, until: str = "") -> History:
+        """The latest turns of a conversation's current branch, or of those that led to the answer `until`, its own the last.
+
+        Raises NotFound if the conversation has no such answer.
+        """
         ...
 
     async def knows(self, principal: Principal, operation_id: str) -> bool:
         """Whether there is an operation of this id that the principal may see."""
         ...
 
-    async def append_turn(self, session_id: str, turn: Turn, principal: Principal) -> None:
-        """Keep a turn. The same answer again changes nothing."""
+    async def append_turn(self, session_id: str, turn: Turn, principal: Principal, replaces: str = "") -> KeptTurn:
+        """Keep a turn, or in the place of that of the answer `replaces`. The same answer again changes nothing. Raises NotFound."""
+        ...
+
+    async def put_summary(self, session_id: str, summary: Summary, made_by: str, principal: Principal) -> None:
+        """Keep a summary. Raises NotFound."""
+        ...
+
+    async def suggest_title(self, session_id: str, title: str, model: str, principal: Principal) -> None:
+        """Give a conversation a title if nobody has. Raises NotFound."""
         ...
 
 
@@ -185,6 +200,22 @@ class ShadowSample(Protocol):
 
     def offer(self, run: Any, prompt: Prompt) -> None:
         """Draw the answer of `run`, a run.Run, or do not. Waits for nothing and never raises."""
+        ...
+
+
+class PromptShelf(Protocol):
+    """Where the prompts of answers are kept for a while, for administrators to see. Raises Unavailable(dependency="redis")."""
+
+    async def keep(self, principal: Principal, answer_id: str, prompts: Sequence[SentPrompt]) -> bool:
+        """Keep what was sent for an answer of `principal`; return whether it was, for too much is not."""
+        ...
+
+    async def get(self, tenant: str, answer_id: str) -> tuple[SentPrompt, ...]:
+        """What is kept of an answer; nothing if that is nothing, or another tenant's."""
+        ...
+
+    async def forget(self, tenant: str, user: str) -> int:
+        """Forget what is kept of a user's answers; return of how many that was."""
         ...
 
 

@@ -32,6 +32,7 @@ from services.orchestrator.domain import (
     Reasoned,
     Recorded,
     Route,
+    SentPrompt,
     StepChange,
     Suspended,
     TextDelta,
@@ -41,7 +42,7 @@ from services.orchestrator.domain import (
     ToolSpec,
 )
 from services.orchestrator.log import EVENTS_MAX, Entry
-from services.orchestrator.ports import Books
+from services.orchestrator.ports import Books, PromptShelf
 from services.orchestrator.registry import Elsewhere, Found, Registry, owner_of
 from services.orchestrator.router import Router, Wish, writing
 from services.orchestrator.tools.intake import RESULTS_MAX, require_images, require_tools, results_for
@@ -52,6 +53,7 @@ from tailrace.orchestrator.v1 import orchestrator_service_pb2_grpc as pb_grpc
 QUESTION_BYTES_MAX = 32_768
 OUTPUT_TOKENS_MAX = 64_000
 KEY_CHARACTERS_MAX = 256
+USER_CHARACTERS_MAX = 256
 ANSWER_ID_CHARACTERS_MAX = 64
 DEADLINE_MS_MAX = 3_000_000
 CALL_MARGIN_S = 0.2
@@ -59,6 +61,7 @@ CALL_MARGIN_S = 0.2
 ANSWER_LEAST_S = 0.25
 """A call with less time left than this is not begun."""
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _PRIORITIES: dict[int, Priority] = {
     pb.PRIORITY_UNSPECIFIED: "interactive",
     pb.PRIORITY_INTERACTIVE: "interactive",
@@ -123,6 +126,9 @@ def read_question(
         raise RequestInvalid("deadline_ms is out of bounds", field="deadline_ms", bound=f"1-{DEADLINE_MS_MAX}")
     if request.priority not in _PRIORITIES:
         raise RequestInvalid("there is no such priority", field="priority", bound="0-2")
+    if request.replaces and not (request.session_id and _UUID.fullmatch(request.replaces)):
+        bound = "an answer of the session that is named"
+        raise RequestInvalid("an answer can take the place of one of its own session only", field="replaces", bound=bound)
     tools, server_tools, results = _tools(request, box, resumed)
     images = tuple(Image(image.media_type, image.data) for image in request.images)
     require_images(images)
@@ -317,6 +323,11 @@ def _done_message(done: Done) -> pb.Done:
     )
 
 
+def _prompt_message(sent: SentPrompt) -> pb.SentPrompt:
+    messages = [pb.SentMessage(role=role, text=text) for role, text in sent.messages]
+    return pb.SentPrompt(attempt=sent.attempt, model=sent.model, template=sent.template, system=sent.system, messages=messages)
+
+
 def _call_message(call: ToolCall) -> pb.ToolCall:
     """A call whose arguments were checked: they are a JSON object."""
     message = pb.ToolCall(call_id=call.call_id, name=call.name)
@@ -334,11 +345,13 @@ class OrchestratorRpc(pb_grpc.OrchestratorServiceServicer):
         books: Books,
         clock: Clock,
         tools: Toolset,
+        shelf: PromptShelf,
         *,
         output_tokens_default: int,
         heartbeat_s: float,
     ) -> None:
         self._registry, self._router, self._books, self._clock, self._tools = registry, router, books, clock, tools
+        self._shelf = shelf
         self._output_tokens_default, self._heartbeat_s = output_tokens_default, heartbeat_s
 
     async def Answer(self, request: pb.AnswerRequest, context: grpc.aio.ServicerContext) -> None:  # type: ignore[override]
@@ -376,8 +389,22 @@ class OrchestratorRpc(pb_grpc.OrchestratorServiceServicer):
         return resumed
 
     async def GetPrompts(self, request: pb.GetPromptsRequest, context: grpc.aio.ServicerContext) -> pb.GetPromptsResponse:
-        current_principal().require("admin")
-        raise NotFound("no prompts are kept of this answer", kind="prompts")
+        admin = current_principal()
+        admin.require("admin")
+        admin.require_scope("admin")
+        prompts = await self._shelf.get(admin.tenant, _answer_id(request.answer_id))
+        if not prompts:
+            raise NotFound("no prompts are kept of this answer", kind="prompts")
+        return pb.GetPromptsResponse(prompts=map(_prompt_message, prompts))
+
+    async def ForgetPrompts(self, request: pb.ForgetPromptsRequest, context: grpc.aio.ServicerContext) -> pb.ForgetPromptsResponse:
+        admin = current_principal()
+        admin.require("admin")
+        admin.require_scope("admin")
+        if not 1 <= len(request.user) <= USER_CHARACTERS_MAX:
+            raise RequestInvalid("the user is missing or too long", field="user", bound=f"1-{USER_CHARACTERS_MAX} characters")
+        # Also where nothing is kept any more: what was kept before the setting was changed is still there.
+        return pb.ForgetPromptsResponse(forgotten=await self._shelf.forget(admin.tenant, request.user))
 
     async def ListModels(self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext) -> pb.ListModelsResponse:
         models = [

@@ -4,6 +4,7 @@ import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import orjson
 
@@ -14,7 +15,7 @@ from services.chassis.errors import AnswerCancelled, DomainError, OutputInvalid
 from services.chassis.money import Usage
 from services.chassis.telemetry import StepRecord, Trail
 from services.orchestrator.citations import CitationReader
-from services.orchestrator.compose import Template
+from services.orchestrator.compose import Template, shown
 from services.orchestrator.domain import (
     Accepted,
     Attempt,
@@ -29,19 +30,23 @@ from services.orchestrator.domain import (
     OperationRecord,
     Passage,
     PassagesFound,
+    Prompt,
     Question,
     Route,
+    SentPrompt,
     StepChange,
     TextDelta,
     ToolResult,
     Turn,
 )
+from services.orchestrator.errands import Errands
 from services.orchestrator.health import Health
 from services.orchestrator.json_watch import JsonWatch
 from services.orchestrator.leaks import instructions
 from services.orchestrator.log import EventLog
-from services.orchestrator.ports import Books, Credit, ExactCache, Ledger, Memory, Model, ShadowSample
+from services.orchestrator.ports import Books, Credit, ExactCache, Ledger, Memory, Model, PromptShelf, ShadowSample
 from services.orchestrator.standalone import language
+from services.orchestrator.templates import Templates, filled
 from services.orchestrator.tools.toolbox import Toolset
 from services.orchestrator.validate import danger, judge
 
@@ -58,8 +63,13 @@ class Limits:
     prompt_tokens_max: int
     passages_max: int
     history_turns_max: int
+    history_bytes_max: int
+    passages_bytes_max: int
     cache_per_user: bool
     output_tokens_min: int
+    rewrites: Literal["model", "rule"]
+    titles: Literal["model", "rule"]
+    summaries: Literal["model", "rule", "off"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +84,12 @@ class Toolkit:
     """By provider."""
     after: AfterWork
     clock: Clock
-    template: Template
+    templates: Templates
     limits: Limits
     credit: Credit
+    errands: Errands
+    shelf: PromptShelf | None
+    """Where prompts are kept to be seen; None = they are not."""
     health: Health
     continuation: Template
     shadows: ShadowSample
@@ -92,6 +105,12 @@ class Run:
         self.step = self.trail.step
         self.trace_id = telemetry.current_trace_id()
         self.turns: tuple[Turn, ...] = ()
+        self.summary = ""
+        """Of the turns before `turns`."""
+        self.form = question.text
+        """The question as it can be understood without the conversation."""
+        self.prompts: list[SentPrompt] = []
+        """What was sent, if that is kept."""
         self.passages: tuple[Passage, ...] = ()
         self.citations = CitationReader(())
         self.edition = Edition(0)
@@ -140,7 +159,7 @@ class Run:
         if self.holding and self.question.output_schema is None:
             citations = CitationReader(self.passages)
             citations.read(draft.text)
-        given = instructions(self.kit.template.system)
+        given = instructions(self.template.system)
         earlier = (part for turn in self.turns for part in (turn.question, turn.text))
         shown = (
             self.question.text,
@@ -187,6 +206,12 @@ class Run:
         """Say that what is written next, if anything, is not part of the sentence before: tools were called in between."""
         self._paragraph_due = bool(self.pieces)
 
+    def sent(self, attempt: int, model: str, prompt: Prompt) -> None:
+        """Note what a provider call is made with, if that is kept."""
+        if self.kit.shelf is not None:
+            messages = tuple((message.role, shown(message)) for message in prompt.messages)
+            self.prompts.append(SentPrompt(attempt, model, prompt.template, prompt.system, messages))
+
     def write(self, text: str) -> None:
         """Pass on a piece of text, then the citations it completes. Raises OutputInvalid before a piece that rules out the schema."""
         if self._paragraph_due:
@@ -210,6 +235,13 @@ class Run:
         return "".join(self.pieces)
 
     @functools.cached_property
+    def template(self) -> Template:
+        """The instructions for this answer. What may vary in them is part of the cache's key, by `scope` or beside it."""
+        asked = self.question
+        values = {"collection": asked.collection, "language": language(asked.text), "tier": asked.tier}
+        return filled(self.kit.templates.answer(asked.tier), values)
+
+    @functools.cached_property
     def scope(self) -> str:
         """Digest of everything besides tenant, documents and words that the answer depends on. Similarity never crosses it."""
         asked, limits = self.question, self.kit.limits
@@ -217,7 +249,7 @@ class Run:
             asked.principal.user if limits.cache_per_user else "",
             asked.tier,
             *sorted(candidate.model for candidate in asked.candidates),
-            self.kit.template.name,
+            self.template.name,
             language(asked.text),
             str(asked.output_tokens_max),
             str(limits.passages_max),

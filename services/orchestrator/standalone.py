@@ -27,6 +27,12 @@ _EXISTS = re.compile(
     r"\b(?:is|are|was|were|will|would|can|could|should|has|have|had|does|do|did) there\b"
     r"|\bthere(?:['’]s| (?:is|are|was|were|will|would|can|could|should|has|have|had|exists?))\b"
 )
+# "How many points did they score": whoever it is, the question has not named them, only what is asked of them.
+_UNNAMED_SUBJECT = re.compile(
+    r"^(?:who|whom|whose|what|which|when|where|why|how)\b[^,;:]*?\b(?P<auxiliary>is|are|was|were|do|does|did|has|have|had|can|could|will|would"
+    r"|should|must|may|might)(?:n['’]t)? (?P<next>\w+)"
+)
+_SUBJECTS = frozenset({"it", "they", "he", "she", "this", "these", "those"})
 _DETERMINERS = frozenset({"the", "a", "an", "any", "every", "each", "all"})
 _CLOCK = re.compile(
     r"\b(?:today|tonight|tomorrow|yesterday|now|nowadays|currently|at (?:the|this) moment|right now|at present"
@@ -44,6 +50,8 @@ def depends_on_history(question: str) -> bool:
         return True
     matter, existential = _EXISTS.subn(" ", _ASKING_FOR_HELP.sub(" ", folded))
     words = _WORD.findall(matter)
+    if (asked := _UNNAMED_SUBJECT.match(folded)) is not None and asked["next"] in _SUBJECTS:
+        return True
     if words[-1:] == ["there"] or any(word in CONVERSATION for word in words):
         return True
     names = {word.casefold() for word in _WORD.findall(question)[1:] if word[0].isupper() or any(letter.isdigit() for letter in word)}

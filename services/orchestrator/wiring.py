@@ -15,7 +15,7 @@ from services.chassis.afterwork import AfterWork
 from services.chassis.channel import Caller, open_channel
 from services.chassis.clock import Clock, SystemClock
 from services.chassis.config import environment
-from services.chassis.errors import DomainError
+from services.chassis.errors import DomainError, ModelUnknown, NotAllowed
 from services.chassis.lifecycle import Service
 from services.chassis.passport import Passport
 from services.chassis.server import Server, passport_identity
@@ -24,6 +24,8 @@ from services.orchestrator.answer import produce
 from services.orchestrator.clients import RemoteLedger, RemoteMemory, RemoteSearch, SpooledBooks, ping
 from services.orchestrator.compose import CONTINUE_FILE, read_template
 from services.orchestrator.config import OrchestratorSettings
+from services.orchestrator.domain import Candidate
+from services.orchestrator.errands import Errands
 from services.orchestrator.extractive_model import ExtractiveModel
 from services.orchestrator.health import Health
 from services.orchestrator.leases import Leases
@@ -33,13 +35,15 @@ from services.orchestrator.ports import DocumentSearch, Model, SharedLogs
 from services.orchestrator.publisher import Publisher
 from services.orchestrator.redis_cache import RedisCache
 from services.orchestrator.redis_logs import RedisLogs
+from services.orchestrator.redis_prompts import RedisPrompts
 from services.orchestrator.redis_tools import RedisPendingCalls, RedisWords
 from services.orchestrator.registry import Bounds, Registry
-from services.orchestrator.router import EXTRACTIVE, Router
+from services.orchestrator.router import EXTRACTIVE, Router, Wish
 from services.orchestrator.rpc import OrchestratorRpc, event_bytes, new_answer_id, offer
 from services.orchestrator.run import Limits, Toolkit
 from services.orchestrator.shadow import Shadows
 from services.orchestrator.standalone import language
+from services.orchestrator.templates import FOLDER, read_templates
 from services.orchestrator.tools.addresses import parse_hosts
 from services.orchestrator.tools.calculator import Calculator
 from services.orchestrator.tools.confirmations import Confirmations
@@ -47,8 +51,9 @@ from services.orchestrator.tools.current_time import CurrentTime
 from services.orchestrator.tools.document_search import SearchDocuments
 from services.orchestrator.tools.toolbox import Source, Tool, Toolbox, ToolLimits, Toolset
 
-WORKS_PER_ANSWER_MAX = 5
-"""Conclusion, turn and two caches of an answer, and one more for those that wait for a ledger that is away."""
+WORKS_PER_ANSWER_MAX = 8
+"""Rewrite, conclusion, turn, prompts, two caches and a summary or title of an answer, and one more for those that wait for a ledger that
+is away."""
 REDIS_CONNECTIONS_MAX = 200
 RUNNING_MARGIN_S = 120.0
 """A log that nobody ends goes this long after its answer's deadline."""
@@ -127,12 +132,32 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             history_turns_max=settings.history_turns_max,
             cache_per_user=settings.cache_scope == "user",
             output_tokens_min=settings.output_tokens_min,
+            history_bytes_max=settings.history_tokens_max,
+            passages_bytes_max=settings.passages_tokens_max,
+            rewrites=settings.rewrites,
+            titles=settings.titles,
+            summaries=settings.summaries,
         )
-        health = Health(time.monotonic, random.random)
-        continuation = read_template(CONTINUE_FILE)
+        shelf = RedisPrompts(cache, kept_s=settings.prompts_kept_s)
+        folder = settings.prompts_dir or FOLDER
         shadows = Shadows(settings.shadow_tenant, new_answer_id, random.random)
         kit = Toolkit(
-            memory, ledger, exact, books, models, after, clock, read_template(), limits, leases, health, continuation, shadows, tools
+            memory,
+            ledger,
+            exact,
+            books,
+            models,
+            after,
+            clock,
+            read_templates(settings.answer_prompts, folder),
+            limits,
+            leases,
+            Errands(ledger, books, models, errand_candidate(router, settings.errands_tier), clock, new_answer_id),
+            shelf if settings.prompts_kept_s else None,
+            Health(time.monotonic, random.random),
+            read_template(CONTINUE_FILE),
+            shadows,
+            tools,
         )
         publisher = Publisher(logs, replica, event_bytes, kept_s=settings.logs_kept_s, bytes_max=settings.logs_bytes_max)
         registry = Registry(
@@ -166,7 +191,14 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
 
         server = Server(passport_identity(passport), reflect=settings.environment == "development", tls=tls)
         handlers = OrchestratorRpc(
-            registry, router, books, clock, tools, output_tokens_default=settings.output_tokens_default, heartbeat_s=settings.heartbeat_s
+            registry,
+            router,
+            books,
+            clock,
+            tools,
+            shelf,
+            output_tokens_default=settings.output_tokens_default,
+            heartbeat_s=settings.heartbeat_s,
         )
         offer(server, handlers)
 
@@ -237,6 +269,17 @@ def open_tools(
         results_bytes_max=settings.tools_results_bytes_max,
     )
     return Toolset(Toolbox(built_in, sources, confirmed), pending, Confirmations(RedisWords(cache, settings.logs_timeout_s)), limits)
+
+
+def errand_candidate(router: Router, tier: str) -> Candidate | None:
+    """Who does small calls: the first of the tier. Nobody, if there is no such tier or no provider of it is configured."""
+    if not tier:
+        return None
+    try:
+        candidate = router.route(Wish(tier=tier)).candidates[0]
+    except (ModelUnknown, NotAllowed):
+        return None
+    return candidate if candidate.provider != EXTRACTIVE else None
 
 
 async def tell_interrupted(logs: SharedLogs, left: Sequence[tuple[str, str]]) -> None:

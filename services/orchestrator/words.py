@@ -13,3 +13,4 @@ NEGATIONS = frozenset(_TABLE["negations"].split())
 OPPOSITES = tuple(tuple(pair.split(":")) for pair in _TABLE["opposites"].split())
 NUMBERS: dict[str, str] = _TABLE["numbers"]
 LANGUAGES = {code: frozenset(words.split()) for code, words in _TABLE["languages"].items()}
+GRAMMAR = {role: frozenset(words.split()) for role, words in _TABLE["grammar"].items()}

@@ -27,6 +27,7 @@ RULES = {
         "CancelAnswer": MEMBER,
         "ConfirmToolCall": MEMBER,
         "GetPrompts": ADMIN,
+        "ForgetPrompts": ADMIN,
         "ListModels": MEMBER,
     },
     "retrieval": {
@@ -74,6 +75,10 @@ RULES = {
         "GetSession": MEMBER,
         "ListTurns": MEMBER,
         "AppendTurn": MEMBER,
+        "PutSummary": MEMBER,
+        "UpdateSession": MEMBER,
+        "DeleteSession": MEMBER,
+        "ExportSessions": MEMBER,
         "ListPrices": MEMBER,
         "PutPrice": ADMIN,
         "CreateApiKey": ADMIN,

@@ -118,6 +118,8 @@ class FakeGateway:
     cancelled: list[str] = field(default_factory=list)
     resumed: list[tuple[str, int]] = field(default_factory=list)
     documents: list[dict[str, Any]] = field(default_factory=list)
+    sessions: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Conversations with their turns, by id."""
     uploaded: dict[str, bytes] = field(default_factory=dict)
     refusal: tuple[int, dict[str, Any]] | None = None
     """What POST /v1/answers says instead of answering."""
@@ -140,6 +142,10 @@ class FakeGateway:
             Route("/v1/answers", self._ask, methods=["POST"]),
             Route("/v1/answers/{id}/events", self._events),
             Route("/v1/answers/{id}/cancel", self._cancel, methods=["POST"]),
+            Route("/v1/sessions", self._sessions),
+            Route("/v1/sessions/{id}", self._session),
+            Route("/v1/sessions/{id}", self._rename, methods=["PATCH"]),
+            Route("/v1/sessions/{id}", self._forget, methods=["DELETE"]),
             Route("/v1/documents", self._upload, methods=["POST"]),
             Route("/v1/documents", self._list),
             Route("/v1/documents/{id}", self._delete, methods=["DELETE"]),
@@ -189,6 +195,22 @@ class FakeGateway:
     async def _delete(self, request: Request) -> Response:
         self.documents = [one for one in self.documents if one["document_id"] != request.path_params["id"]]
         return _json({})
+
+    async def _sessions(self, request: Request) -> Response:
+        listed = [{**session, "turns": len(session["turns"])} for session in self.sessions.values()]
+        return _unauthenticated(request) or _json({"sessions": listed, "next_page_token": ""})
+
+    async def _session(self, request: Request) -> Response:
+        return _unauthenticated(request) or _json(self.sessions[request.path_params["id"]])
+
+    async def _rename(self, request: Request) -> Response:
+        session = self.sessions[request.path_params["id"]]
+        session["title"] = (await request.json())["title"]
+        return _json(session)
+
+    async def _forget(self, request: Request) -> Response:
+        del self.sessions[request.path_params["id"]]
+        return Response(status_code=204)
 
     async def _upload(self, request: Request) -> Response:
         if self.busy_uploads:

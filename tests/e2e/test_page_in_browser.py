@@ -269,6 +269,68 @@ async def test_a_reload_in_the_middle_loses_nothing(visit: Visit) -> None:
     assert [asked["session_id"] for asked in visit.gateway.asked] == ["", "session-1"]
 
 
+async def test_the_last_turn_can_be_regenerated_and_edited(visit: Visit) -> None:
+    """The new answer takes its place on the page and in the conversation; earlier turns cannot be touched."""
+    visit.gateway.on("First", delta("One."), done("One."))
+    visit.gateway.on("Second", delta("Two."), done("Two."))
+    visit.gateway.on("Edited", delta("Three."), done("Three."))
+    await visit.ask("First")
+    await expect(visit.page.locator(".receipt")).to_have_count(1)
+    await visit.ask("Second")
+    await expect(visit.page.locator(".receipt")).to_have_count(2)
+    await expect(visit.page.get_by_role("button", name="Regenerate")).to_have_count(1)
+    visit.gateway.on("Second", delta("Two again."), done("Two again."))
+    await visit.page.get_by_role("button", name="Regenerate").click()
+    await expect(visit.page.locator(".answer")).to_have_text(["One.", "Two again."])
+    await expect(visit.page.get_by_role("button", name="Edit")).to_have_count(1)
+    await visit.page.get_by_role("button", name="Edit").click()
+    box = visit.page.get_by_role("textbox", name="The question, edited")
+    await expect(box).to_have_value("Second")
+    await box.fill("Edited")
+    await box.press("Escape")
+    await expect(visit.page.locator(".question")).to_have_text(["First", "Second"])
+    await visit.page.get_by_role("button", name="Edit").click()
+    await box.fill("Edited")
+    await box.press("Enter")
+    await expect(visit.page.locator(".answer")).to_have_text(["One.", "Three."])
+    await expect(visit.page.locator(".question")).to_have_text(["First", "Edited"])
+    assert [(asked["question"], asked.get("replaces"), asked["session_id"]) for asked in visit.gateway.asked] == [
+        ("First", None, ""),
+        ("Second", None, "session-1"),
+        ("Second", "answer-2", "session-1"),
+        ("Edited", "answer-3", "session-1"),
+    ]
+
+
+async def test_conversations_are_listed_taken_up_renamed_and_deleted(visit: Visit) -> None:
+    """By their titles, which are text and nothing else; what is taken up goes on in the same conversation."""
+    turn = {"answer_id": "answer-9", "question": "Why?", "text": "Because **so**.", "citations": [], "complete": True}
+    shared = {"updated_at": "2026-01-02T03:04:05Z"}
+    visit.gateway.sessions = {
+        "s-1": {"session_id": "s-1", "title": "<img src=x onerror=alert(1)>", "turns": [turn], **shared},
+        "s-2": {"session_id": "s-2", "title": "Other", "turns": [], **shared},
+    }
+    visit.gateway.on("How?", delta("Thus."), done("Thus."))
+    rows = visit.page.locator(".row")
+    await visit.page.get_by_role("link", name="History").click()
+    await expect(rows).to_have_count(2)
+    await expect(visit.page.locator("main img")).to_have_count(0)
+    await expect(visit.page.get_by_role("link", name="Export Other")).to_have_attribute("href", "/v1/sessions/s-2/export")
+    await visit.page.get_by_role("button", name="Rename Other").click()
+    await visit.page.get_by_role("textbox", name="Title").fill("Better")
+    await visit.page.get_by_role("button", name="Save").click()
+    await expect(rows.nth(1).locator(".row-title")).to_have_text("Better")
+    await visit.page.get_by_role("button", name="Delete Better").click()
+    await visit.page.get_by_role("button", name="Delete for good").click()
+    await expect(rows).to_have_count(1)
+    await rows.nth(0).locator(".row-title").click()
+    await expect(visit.page.locator(".answer strong")).to_have_text("so")
+    await visit.ask("How?")
+    await expect(visit.page.locator(".answer")).to_have_text(["Because so.", "Thus."])
+    assert visit.gateway.asked[-1]["session_id"] == "s-1"
+    assert list(visit.gateway.sessions) == ["s-1"]
+
+
 async def test_a_failure_keeps_the_partial_answer_and_can_be_retried(visit: Visit) -> None:
     """A plain cause, the trace id, what had arrived; Retry asks the same question again."""
     visit.gateway.on("Fail", delta("Only this"), Problem("MODEL_STALLED", "The model went silent", "No token arrived for 20 s."))

@@ -85,6 +85,10 @@ HTTP_CALLS: list[tuple[str, str, str, Any]] = [
     ("answer", "POST", "/v1/answers/{}/cancel", None),
     ("operation", "GET", "/v1/operations/{}", None),
     ("session", "GET", "/v1/sessions/{}", None),
+    ("session", "GET", "/v1/sessions/{}?branches=all", None),
+    ("session", "GET", "/v1/sessions/{}/export", None),
+    ("session", "PATCH", "/v1/sessions/{}", {"title": "mine now"}),
+    ("session", "DELETE", "/v1/sessions/{}", None),
     ("document", "GET", "/v1/documents/{}", None),
     ("document", "DELETE", "/v1/documents/{}", None),
     ("job", "GET", "/v1/jobs/{}", None),
@@ -142,6 +146,28 @@ async def test_a_foreign_id_answers_like_an_unknown_one_over_http(suite: Suite, 
             for kind, method, path, _ in HTTP_CALLS:
                 if method == "GET":
                     assert (await client.get(path.format(owner.ids[kind]))).status_code == 200, (kind, path)
+
+
+async def test_a_foreign_turn_is_replaced_like_an_unknown_one(suite: Suite, everybody: list[Belongings]) -> None:
+    """By a third user, in a conversation of their own or under the other's id of it; and every conversation stays as it was."""
+    async with suite.client("cat", TENANTS[0]) as client:
+        mine = (await ask(client, "What did cat write?", session_id="cats")).answer_id
+        for owner in everybody:
+            for session in ("cats", owner.ids["session"]):
+                said_of = []
+                for replaced in (owner.ids["answer"], UNKNOWN):
+                    body = {"question": "Mine now?", "session_id": session, "replaces": replaced, "stream": False}
+                    refused = await client.post("/v1/answers", json=body)
+                    said_of.append((refused.status_code, refused.json()["reason"], refused.json()["detail"]))
+                assert said_of[0] == said_of[1]
+                assert said_of[0][:2] == (404, "NOT_FOUND")
+        shown = (await client.get("/v1/sessions/cats?branches=all")).raise_for_status().json()
+        assert [turn["answer_id"] for turn in shown["turns"]] == [mine]
+    for owner in everybody:
+        async with suite.client(owner.user, owner.tenant) as client:
+            shown = (await client.get(f"/v1/sessions/{owner.ids['session']}?branches=all")).raise_for_status().json()
+            assert [turn["answer_id"] for turn in shown["turns"]] == [owner.ids["answer"]]
+            assert shown["title_by"] == "rule"
 
 
 async def test_a_foreign_id_answers_like_an_unknown_one_to_an_admin(suite: Suite, everybody: list[Belongings]) -> None:

@@ -134,6 +134,11 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
     operations: dict[str, ledger_pb.Operation] = field(default_factory=dict)
     records: int = 0
     turns: dict[str, list[ledger_pb.Turn]] = field(default_factory=dict)
+    summaries: dict[str, ledger_pb.Summary] = field(default_factory=dict)
+    """By the answer they reach."""
+    titles: dict[str, str] = field(default_factory=dict)
+    asked_in_vain: int = 0
+    """How often the way to an answer was asked for that no conversation has."""
     broke: bool = False
     too_dear: set[str] = field(default_factory=set)
     """Models that no budget can pay."""
@@ -144,10 +149,15 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
     leases: dict[str, ledger_pb.LendCreditRequest] = field(default_factory=dict)
     """Open leases."""
     returned: list[ledger_pb.ReturnCreditRequest] = field(default_factory=list)
+    keeping: asyncio.Event = field(default_factory=asyncio.Event)
+    """While it is not set, turns arrive and are not kept yet."""
     away: bool = False
     reject: str = ""
     recording: bool = True
     """While false, records arrive and are neither booked nor acknowledged."""
+
+    def __post_init__(self) -> None:
+        self.keeping.set()
 
     async def Reserve(self, request: ledger_pb.ReserveRequest, context: grpc.aio.ServicerContext) -> ledger_pb.ReserveResponse:
         if self.away:
@@ -222,16 +232,54 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
         return ledger_pb.GetOperationResponse(operation=operation)
 
     async def ListTurns(self, request: ledger_pb.ListTurnsRequest, context: grpc.aio.ServicerContext) -> None:
-        for turn in self.turns.get(request.session_id, [])[-request.limit :]:
+        turns = self.branch(request.session_id, request.until_answer_id)
+        if request.until_answer_id and not turns:
+            self.asked_in_vain += 1
+            raise NotFound("the conversation has no such turn", kind="turn")
+        through = [turn.answer_id for turn in turns if turn.answer_id in self.summaries]
+        if request.with_summary and through:
+            await context.write(ledger_pb.ListTurnsResponse(summary=self.summaries[through[-1]]))
+        for turn in turns[-request.limit :]:
             await context.write(ledger_pb.ListTurnsResponse(turn=turn))
 
     async def AppendTurn(self, request: ledger_pb.AppendTurnRequest, context: grpc.aio.ServicerContext) -> ledger_pb.AppendTurnResponse:
         if self.away:
             raise Unavailable("postgres is away", dependency="postgres")
+        await self.keeping.wait()
         turns = self.turns.setdefault(request.session_id, [])
-        if request.turn.answer_id not in {turn.answer_id for turn in turns}:
+        parents = {turn.answer_id: turn.parent_answer_id for turn in turns}
+        if request.replaces and request.replaces not in parents:
+            raise NotFound("the conversation has no such turn", kind="turn")
+        if request.turn.answer_id not in parents:
+            head = turns[-1].answer_id if turns else ""
+            request.turn.parent_answer_id = parents[request.replaces] if request.replaces else head
             turns.append(request.turn)
-        return ledger_pb.AppendTurnResponse(ordinal=len(turns))
+        unsummarised = 0
+        for turn in reversed(self.branch(request.session_id)):
+            if turn.answer_id in self.summaries:
+                break
+            unsummarised += 1
+        return ledger_pb.AppendTurnResponse(ordinal=len(turns), unsummarised=unsummarised)
+
+    def branch(self, session_id: str, until: str = "") -> list[ledger_pb.Turn]:
+        """The turns that lead to an answer, or to the one kept last."""
+        turns = {turn.answer_id: turn for turn in self.turns.get(session_id, [])}
+        found, place = [], until or next(reversed(turns), "")
+        while place in turns:
+            found.insert(0, turns[place])
+            place = turns[place].parent_answer_id
+        return found
+
+    async def PutSummary(self, request: ledger_pb.PutSummaryRequest, context: grpc.aio.ServicerContext) -> ledger_pb.PutSummaryResponse:
+        self.summaries[request.summary.through_answer_id] = request.summary
+        return ledger_pb.PutSummaryResponse()
+
+    async def UpdateSession(
+        self, request: ledger_pb.UpdateSessionRequest, context: grpc.aio.ServicerContext
+    ) -> ledger_pb.UpdateSessionResponse:
+        assert request.suggested_by
+        self.titles[request.session_id] = request.title
+        return ledger_pb.UpdateSessionResponse(session=ledger_pb.Session(session_id=request.session_id, title=request.title))
 
     def billed(self) -> tuple[int, int]:
         """Prompt and answer tokens over all operations."""
@@ -376,6 +424,7 @@ async def world(folder: Path, redis_url: str, *, with_key: bool = True, **variab
             "GOOGLE_GEMINI_BASE_URL": base_url,
             # An address of one's own is a provider, also without a key.
             **({"OPENAI_BASE_URL": f"{base_url}/v1"} if "OPENAI_API_KEY" in variables else {}),
+            "TAILRACE_ORCHESTRATOR_REWRITES": "rule",  # a call of the provider is an answer's, unless a test wants another
             **variables,
         }
         yield await stack.enter_async_context(_orchestrator(folder, ledger, retrieval, provider, spans, variables))

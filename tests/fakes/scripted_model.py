@@ -20,7 +20,9 @@ from services.orchestrator.domain import (
     Draft,
     Edition,
     Event,
+    History,
     Hold,
+    KeptTurn,
     OperationRecord,
     Passage,
     Prompt,
@@ -33,10 +35,12 @@ from services.orchestrator.domain import (
     ToolResult,
     ToolSpec,
 )
+from services.orchestrator.errands import Errands
 from services.orchestrator.health import Health
 from services.orchestrator.log import EventLog
 from services.orchestrator.run import Limits, Toolkit
 from services.orchestrator.shadow import Shadows
+from services.orchestrator.templates import read_templates
 from services.orchestrator.tools.confirmations import Confirmations
 from services.orchestrator.tools.toolbox import Output, Tool, Toolbox, ToolLimits, Toolset
 
@@ -180,11 +184,12 @@ class _Yes:
         self.reserved.append(attempt)
         return Hold(f"hold-{attempt}", 1_000, Price("scripted", "scripted", 1, 1_000_000, 1_000_000), bounds[2])
 
-    async def turns(self, session_id: str, limit: int) -> tuple[Any, ...]:
-        return ()
+    async def history(self, session_id: str, limit: int, until: str = "") -> History:
+        return History()
 
-    async def append_turn(self, session_id: str, turn: Any, principal: Principal) -> None:
+    async def append_turn(self, session_id: str, turn: Any, principal: Principal, replaces: str = "") -> KeptTurn:
         self.turns_kept.append(turn)
+        return KeptTurn(len(self.turns_kept), 0)
 
     async def get(self, *_: Any) -> None:
         self.exact_asked += 1
@@ -270,12 +275,13 @@ async def answered(
     tools, yes, pending = list(tools), world or _Yes(), pending or Pending()
     asked = asked or question(server_tools=tuple(tool.spec.name for tool in tools))
     toolset = Toolset(Toolbox(tools, sources, confirmed), pending, confirmations or Confirmations(Words()), limits or ToolLimits())
-    bounds = Limits(deadline_s, 65_536, 8, 6, False, 256)
+    bounds = Limits(deadline_s, 65_536, 8, 6, 8_192, 32_768, False, 256, rewrites="rule", titles="rule", summaries="off")
     anything: Any = yes
     kit = Toolkit(
         *(anything, anything, anything, anything),
         {"scripted": model},
-        *(AfterWork(), _Clock(), read_template(), bounds, anything),
+        *(AfterWork(), _Clock(), read_templates("answer.v1"), bounds, anything),
+        *(Errands(anything, anything, {}, None, _Clock(), lambda: ""), None),
         *(Health(lambda: 0.0, lambda: 0.0), read_template(CONTINUE_FILE), Shadows("", lambda: "", lambda: 1.0), toolset),
     )
     log = EventLog(asked.answer_id) if events is None else events  # an empty log is falsy

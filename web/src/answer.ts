@@ -92,6 +92,11 @@ export class Answer {
     };
   }
 
+  /** As the gateway knows it; empty until it was taken on. */
+  get id(): string {
+    return this.#answerId;
+  }
+
   passage(number: number): Passage | undefined {
     return this.passages.value.find((passage) => passage.number === number);
   }

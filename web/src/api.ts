@@ -1,7 +1,7 @@
 // Calls to the gateway. Every refusal becomes a ProblemError; a network failure stays the TypeError that fetch throws.
 import { expire, OWN_REQUEST } from "./identity";
 import { readProblem } from "./problem";
-import type { DocumentPage, Problem } from "./wire";
+import type { DocumentPage, KeptSession, Problem, Session, SessionPage } from "./wire";
 
 export class ProblemError extends Error {
   readonly problem: Problem;
@@ -19,6 +19,8 @@ export interface Question {
   question: string;
   session_id: string;
   cache?: "use" | "refresh" | "off";
+  /** The answer whose turn this one takes the place of. */
+  replaces?: string;
 }
 
 export function ask(body: Question, idempotencyKey: string, signal: AbortSignal): Promise<Response> {
@@ -56,6 +58,31 @@ export async function listDocuments(pageToken: string): Promise<DocumentPage> {
 
 export async function deleteDocument(documentId: string): Promise<void> {
   await call(`/v1/documents/${encodeURIComponent(documentId)}`, { method: "DELETE" });
+}
+
+export async function listSessions(pageToken: string): Promise<SessionPage> {
+  const query = new URLSearchParams({ page_size: "50" });
+  if (pageToken) query.set("page_token", pageToken);
+  const response = await call(`/v1/sessions?${query}`, { headers: { accept: "application/json" } });
+  return (await response.json()) as SessionPage;
+}
+
+export async function readSession(sessionId: string): Promise<KeptSession> {
+  const response = await call(sessionPath(sessionId), { headers: { accept: "application/json" } });
+  return (await response.json()) as KeptSession;
+}
+
+export async function renameSession(sessionId: string, title: string): Promise<Session> {
+  const init = { method: "PATCH", headers: { "content-type": "application/json" }, body: JSON.stringify({ title }) };
+  return (await (await call(sessionPath(sessionId), init)).json()) as Session;
+}
+
+export async function deleteSession(sessionId: string): Promise<void> {
+  await call(sessionPath(sessionId), { method: "DELETE" });
+}
+
+export function sessionPath(sessionId: string): string {
+  return `/v1/sessions/${encodeURIComponent(sessionId)}`;
 }
 
 /** A problem document out of anything that was thrown. */

@@ -2,6 +2,7 @@
 import { draft, restore, startNew } from "./conversation";
 import { forgetDocuments } from "./documents";
 import { owner, signOut } from "./identity";
+import { forgetSessions } from "./sessions";
 
 let last = owner.peek();
 
@@ -22,4 +23,5 @@ function forget(): void {
   startNew();
   draft.value = "";
   forgetDocuments();
+  forgetSessions();
 }

@@ -3,6 +3,7 @@ import { computed, signal } from "@preact/signals";
 import { Answer, type Saved } from "./answer";
 import { owner } from "./identity";
 import type { Question } from "./api";
+import type { KeptSession } from "./wire";
 
 const KEY = "tailrace.conversation";
 
@@ -21,15 +22,52 @@ export const draft = signal("");
 
 let sessionId = "";
 
-export async function ask(question: string, cache: Question["cache"] = "use"): Promise<void> {
+export function ask(question: string, cache: Question["cache"] = "use"): Promise<void> {
+  return run({ question, session_id: sessionId, cache }, answers.value);
+}
+
+/** Asks again, or something else, in the place of an answer: it and what came after it leave the page for a branch of their own. */
+export function askInstead(answer: Answer, question: string): Promise<void> {
+  const before = answers.value.slice(0, answers.value.indexOf(answer));
+  return run({ question, session_id: sessionId, replaces: answer.id }, before);
+}
+
+async function run(body: Question, before: readonly Answer[]): Promise<void> {
   if (busy.value) return;
-  const answer = new Answer(question);
-  answers.value = [...answers.value.slice(1 - ANSWERS_MAX), answer];
-  await answer.run({ question, session_id: sessionId, cache }, ({ session_id }) => {
+  const answer = new Answer(body.question);
+  openPassage.value = undefined;
+  answers.value = [...before.slice(1 - ANSWERS_MAX), answer];
+  await answer.run(body, ({ session_id }) => {
     sessionId = session_id;
     save();
   });
   save();
+}
+
+/** Shows a conversation of before, to go on with. */
+export function show(session: KeptSession): void {
+  startNew();
+  sessionId = session.session_id;
+  answers.value = session.turns.slice(-ANSWERS_MAX).map((turn) =>
+    Answer.restore({
+      question: turn.question,
+      answerId: turn.answer_id,
+      traceId: "",
+      phase: "done",
+      text: turn.text,
+      steps: [],
+      passages: turn.citations,
+      cited: turn.citations.map(({ number }) => number),
+      receipt: undefined,
+      problem: undefined,
+    }),
+  );
+  save();
+}
+
+/** Whether a conversation is the one on show. */
+export function isOnShow(id: string): boolean {
+  return id === sessionId;
 }
 
 /** Asks again in place of an answer that failed or was stopped. */

@@ -1,9 +1,11 @@
-// Which of the two views is on show, kept in the fragment so that a reload and the back button work.
+// Which of the views is on show, kept in the fragment so that a reload and the back button work.
 import { signal } from "@preact/signals";
 
-export type View = "ask" | "documents";
+export type View = "ask" | "documents" | "conversations";
 
-const fromAddress = (): View => (location.hash === "#documents" ? "documents" : "ask");
+const VIEWS: Record<string, View> = { "#documents": "documents", "#conversations": "conversations" };
+
+const fromAddress = (): View => VIEWS[location.hash] ?? "ask";
 
 export const view = signal<View>(fromAddress());
 

@@ -82,6 +82,32 @@ export interface Problem {
   trace_id?: string;
 }
 
+/** A conversation, as the list has it. */
+export interface Session {
+  session_id: string;
+  title: string;
+  updated_at: string;
+  turns: number;
+}
+
+export interface SessionPage {
+  sessions: Session[];
+  next_page_token: string;
+}
+
+export interface KeptTurn {
+  answer_id: string;
+  question: string;
+  text: string;
+  citations: Passage[];
+  complete: boolean;
+}
+
+/** A conversation with the turns of its current branch, in the place of their number. */
+export interface KeptSession extends Omit<Session, "turns"> {
+  turns: KeptTurn[];
+}
+
 export interface Progress {
   job_id: string;
   index: number;

@@ -20,6 +20,7 @@ from services.ledger.domain import (
     Plan,
     Session,
     Step,
+    Summary,
     Turn,
     UsageRow,
 )
@@ -30,6 +31,7 @@ from tailrace.ledger.v1 import ledger_service_pb2 as pb
 
 QUESTION_CHARACTERS_MAX = 32 * 1024
 ANSWER_CHARACTERS_MAX = 1_000_000
+SUMMARY_CHARACTERS_MAX = 16_000
 CITATIONS_MAX = 200
 ATTEMPTS_MAX = 100
 STEPS_MAX = 200
@@ -39,6 +41,7 @@ PRICE_MAX = 10**13
 
 STATUSES = ("done", "failed", "cancelled")
 STEP_STATUSES = ("done", "skipped", "failed")
+PURPOSES = ("", "rewrite", "summary", "title")
 VERDICTS = ("", "miss", "exact", "semantic", "coalesced", "off")
 PLAN_NAME = re.compile(r"[a-z0-9_-]{1,64}")
 PLAN_TOOL = re.compile(r"\*|[A-Za-z0-9_-]{1,64}|[A-Za-z0-9-]{1,64}__\*")
@@ -178,6 +181,8 @@ def session_message(session: Session) -> pb.Session:
         created_at=timestamp(session.created_at),
         updated_at=timestamp(session.updated_at),
         turns=session.turns,
+        head_answer_id=session.head,
+        title_by=session.title_by,
     )
 
 
@@ -189,7 +194,23 @@ def turn_message(turn: Turn) -> pb.Turn:
         citations=[_citation_message(citation) for citation in turn.citations],
         created_at=timestamp(turn.created_at),
         complete=turn.complete,
+        parent_answer_id=turn.parent,
     )
+
+
+def summary_message(summary: Summary) -> pb.Summary:
+    return pb.Summary(
+        through_answer_id=summary.through, text=summary.text, made_by=summary.made_by, created_at=timestamp(summary.created_at)
+    )
+
+
+def summary_value(message: pb.Summary, now: datetime) -> Summary:
+    """A summary to keep, made now."""
+    text = checks.prose(message.text, "summary.text", SUMMARY_CHARACTERS_MAX)
+    if not text.strip():
+        raise RequestInvalid("a summary says something", field="summary.text", bound=f"1-{SUMMARY_CHARACTERS_MAX} characters")
+    through = str(checks.uuid(message.through_answer_id, "summary.through_answer_id"))
+    return Summary(through, text, checks.text(message.made_by, "summary.made_by", 128, empty=False), now)
 
 
 def turn_value(message: pb.Turn, now: datetime) -> Turn:
@@ -304,6 +325,7 @@ def operation_message(operation: Operation, source_question: str | None = None) 
         attempts=[_attempt_message(attempt) for attempt in operation.attempts],
         collection=operation.collection,
         api_key_id=operation.api_key_id,
+        purpose=operation.purpose,
     )
 
 
@@ -356,6 +378,7 @@ def operation_value(message: pb.Operation) -> Operation:
         duration_ms=checks.milliseconds(message.duration_ms, "operation.duration_ms"),
         steps=tuple(_step_value(step) for step in message.steps),
         attempts=attempts,
+        purpose=checks.one_of(message.purpose, "operation.purpose", PURPOSES),
     )
 
 

@@ -8,6 +8,7 @@ from services.chassis.telemetry import span
 from services.ledger.ports import Conversations, Keys, OperationBook, People, Privacy
 from services.ledger.rpc import checks, messages
 from services.ledger.rpc.callers import Writer, admin
+from services.ledger.rpc.conversations import session_summary
 from tailrace.ledger.v1 import ledger_service_pb2 as pb
 
 PAGE = 100
@@ -45,7 +46,7 @@ class PrivacyRpcs:
             await context.write(response)
 
     async def _conversations_of(self, owner: Principal) -> AsyncIterator[pb.ExportUserResponse]:
-        """Each conversation, then all turns in the order of conversation and position."""
+        """Each conversation, then all turns in the order of conversation and position, then the summaries."""
         after = None
         while True:
             page = await self._conversations.page(owner, size=PAGE, after=after)
@@ -59,6 +60,11 @@ class PrivacyRpcs:
             for session_id, _, turn in batch:
                 yield pb.ExportUserResponse(turn=pb.SessionTurn(session_id=session_id, turn=messages.turn_message(turn)))
             place = batch[-1][0], batch[-1][1]
+        place = ("", 0)
+        while found := await self._privacy.summaries(owner.tenant, owner.user, place, PAGE):
+            for session_id, _, summary in found:
+                yield pb.ExportUserResponse(summary=session_summary(session_id, summary))
+            place = found[-1][0], found[-1][1]
 
     async def _operations_of(self, owner: Principal) -> AsyncIterator[pb.ExportUserResponse]:
         after = None

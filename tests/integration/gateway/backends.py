@@ -111,6 +111,15 @@ class FakeOrchestrator(OrchestratorServiceServicer):
             raise NotFound("no such answer", kind="answer")
         return orchestrator.ConfirmToolCallResponse(was_waiting=True)
 
+    async def GetPrompts(self, request: Any, context: Any) -> Any:
+        self.seen.note("GetPrompts", request)
+        message = orchestrator.SentMessage(role="user", text="Why?")
+        return orchestrator.GetPromptsResponse(prompts=[orchestrator.SentPrompt(attempt=1, system="Answer.", messages=[message])])
+
+    async def ForgetPrompts(self, request: Any, context: Any) -> Any:
+        self.seen.note("ForgetPrompts", request)
+        return orchestrator.ForgetPromptsResponse(forgotten=1)
+
     async def ListModels(self, request: Any, context: Any) -> Any:
         self.seen.note("ListModels", request)
         model = orchestrator.Model(model="m-1", provider="extractive", tiers=["fast"], context_tokens_max=1000, output_tokens_max=100)
@@ -220,6 +229,7 @@ class FakeLedger(LedgerServiceServicer):
         self.watched: Script = []
         self.operations = [ledger.ListOperationsResponse(operation=ledger.Operation(operation_id=ANSWER))]
         self.usage: list[Any] = []
+        self.exported: Script = []
         self.budget = ledger.Budget(scope="user", subject="ada", period="day", limit_nanousd=1_500_000_000, spent_nanousd=1)
 
     async def GetEntitlements(self, request: Any, context: Any) -> Any:
@@ -273,6 +283,22 @@ class FakeLedger(LedgerServiceServicer):
     async def GetSession(self, request: Any, context: Any) -> Any:
         self.seen.note("GetSession", request)
         return ledger.GetSessionResponse(session=ledger.Session(session_id=request.session_id), turns=[ledger.Turn(question="Why?")])
+
+    async def UpdateSession(self, request: Any, context: Any) -> Any:
+        self.seen.note("UpdateSession", request)
+        return ledger.UpdateSessionResponse(session=ledger.Session(session_id=request.session_id, title=request.title))
+
+    async def DeleteSession(self, request: Any, context: Any) -> Any:
+        self.seen.note("DeleteSession", request)
+        if request.session_id != "s-1":
+            raise NotFound("no such conversation", kind="session")
+        return ledger.DeleteSessionResponse()
+
+    async def ExportSessions(self, request: Any, context: Any) -> None:
+        self.seen.note("ExportSessions", request)
+        if request.session_id not in ("", "s-1"):
+            raise NotFound("no such conversation", kind="session")
+        await play(self.exported, context, self.seen)
 
     async def ListPlans(self, request: Any, context: Any) -> None:
         self.seen.note("ListPlans", request)

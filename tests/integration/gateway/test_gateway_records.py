@@ -109,12 +109,6 @@ async def test_a_bad_query_names_its_field(front: Front, client: httpx.AsyncClie
     assert problem_of(await client.get(f"/v1/usage?{query}"), 400, "REQUEST_INVALID")["field"] == field
 
 
-async def test_conversations_are_listed_and_shown(front: Front, client: httpx.AsyncClient) -> None:
-    """With their turns."""
-    assert (await client.get("/v1/sessions")).json()["sessions"][0]["session_id"] == "s-1"
-    assert (await client.get("/v1/sessions/s-1")).json()["turns"][0]["question"] == "Why?"
-
-
 async def test_budgets_are_decimal_dollars_outside_and_nano_inside(front: Front, admin: httpx.AsyncClient) -> None:
     """No float on the way."""
     shown = (await admin.get("/v1/admin/budgets/user/ada")).json()["budgets"][0]

@@ -3,6 +3,7 @@ import { startNew } from "../conversation";
 import { bearer, signedIn } from "../identity";
 import { view } from "../route";
 import { AskView } from "./ask";
+import { ConversationsView } from "./conversations";
 import { DocumentsView } from "./documents";
 import { Mark, Plus } from "./icons";
 import { SignIn } from "./sign_in";
@@ -15,7 +16,7 @@ export function App() {
         Skip to the question box
       </a>
       <Header />
-      {view.value === "ask" ? <AskView /> : <DocumentsView />}
+      {view.value === "ask" ? <AskView /> : view.value === "documents" ? <DocumentsView /> : <ConversationsView />}
     </>
   );
 }
@@ -45,6 +46,9 @@ function Header() {
         </a>
         <a href="#documents" {...current("documents")}>
           Documents
+        </a>
+        <a href="#conversations" {...current("conversations")}>
+          History
         </a>
       </nav>
       <div class="top-end">

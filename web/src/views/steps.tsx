@@ -8,6 +8,7 @@ const NAMES: Record<string, string> = {
   recall: "Look for a known answer",
   passages: "Find passages",
   history: "Read the conversation",
+  rewrite: "Understand the follow-up",
   compose: "Compose the prompt",
   hold: "Reserve the cost",
   generate: "Write the answer",

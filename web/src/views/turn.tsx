@@ -1,9 +1,10 @@
+import { useSignal } from "@preact/signals";
 import { memo } from "preact/compat";
 import type { Answer } from "../answer";
-import { ask, busy, openPassage, retry } from "../conversation";
+import { answers, ask, askInstead, busy, openPassage, retry } from "../conversation";
 import { statementBefore } from "../support";
 import type { Block } from "../markdown";
-import type { Passage, Problem } from "../wire";
+import { type Passage, type Problem, QUESTION_BYTES_MAX } from "../wire";
 import { CopyButton, copyText } from "./copy";
 import { Warning } from "./icons";
 import { Receipt } from "./receipt";
@@ -13,14 +14,81 @@ export function Turn({ answer }: { answer: Answer }) {
   return (
     <article class="turn" aria-busy={answer.running.value}>
       <div class="turn-main">
-        <h2 class="question">{answer.question}</h2>
+        <Question answer={answer} />
         <Text answer={answer} />
         <Ending answer={answer} />
         <Sources answer={answer} />
         {answer.receipt.value && <Receipt receipt={answer.receipt.value} refresh={() => ask(answer.question, "refresh")} />}
+        <Regenerate answer={answer} />
       </div>
       <Steps answer={answer} />
     </article>
+  );
+}
+
+/** Whether a turn can be taken the place of: the last one, once it is kept. */
+function replaceable(answer: Answer): boolean {
+  return !busy.value && answers.value.at(-1) === answer && answer.phase.value === "done" && answer.id !== "" && answer.text.value !== "";
+}
+
+function Question({ answer }: { answer: Answer }) {
+  const text = useSignal<string | undefined>(undefined);
+  const close = () => (text.value = undefined);
+  if (text.value === undefined || !replaceable(answer)) {
+    return (
+      <div class="asked">
+        <h2 class="question">{answer.question}</h2>
+        {replaceable(answer) && (
+          <button type="button" class="quiet" onClick={() => (text.value = answer.question)}>
+            Edit
+          </button>
+        )}
+      </div>
+    );
+  }
+  const tooLong = new TextEncoder().encode(text.value).length > QUESTION_BYTES_MAX;
+  const send = () => {
+    const question = text.value?.trim();
+    if (question && !tooLong) void askInstead(answer, question);
+  };
+  return (
+    <form
+      class="edit"
+      onSubmit={(event) => {
+        event.preventDefault();
+        send();
+      }}
+      onKeyDown={(event) => {
+        if (event.key === "Escape") {
+          event.stopPropagation();
+          close();
+        } else if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+          event.preventDefault();
+          send();
+        }
+      }}
+    >
+      <textarea aria-label="The question, edited" aria-invalid={tooLong} autofocus rows={2} value={text.value} onInput={(event) => (text.value = event.currentTarget.value)} />
+      <span class="edit-end">
+        <button type="submit" class="secondary" disabled={tooLong || text.value.trim() === ""}>
+          Ask this instead
+        </button>
+        <button type="button" class="quiet" onClick={close}>
+          Keep
+        </button>
+      </span>
+    </form>
+  );
+}
+
+function Regenerate({ answer }: { answer: Answer }) {
+  if (!replaceable(answer)) return null;
+  return (
+    <p class="again">
+      <button type="button" class="quiet" onClick={() => askInstead(answer, answer.question)}>
+        Regenerate
+      </button>
+    </p>
   );
 }
 

@@ -482,6 +482,7 @@ class Operation(_message.Message):
     ATTEMPTS_FIELD_NUMBER: _builtins.int
     COLLECTION_FIELD_NUMBER: _builtins.int
     API_KEY_ID_FIELD_NUMBER: _builtins.int
+    PURPOSE_FIELD_NUMBER: _builtins.int
     operation_id: _builtins.str
     """UUID; also the answer's id."""
     tenant: _builtins.str
@@ -516,6 +517,8 @@ class Operation(_message.Message):
     """Collection asked."""
     api_key_id: _builtins.str
     """API key it came with. Empty for a token."""
+    purpose: _builtins.str
+    """What it was for, if not for an answer: `rewrite`, `summary` or `title` of a conversation. Its tier is empty then."""
     @_builtins.property
     def usage(self) -> _common_pb2.Usage:
         """Sum over the attempts."""
@@ -561,10 +564,11 @@ class Operation(_message.Message):
         attempts: _abc.Iterable[Global___Attempt] | None = ...,
         collection: _builtins.str = ...,
         api_key_id: _builtins.str = ...,
+        purpose: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "created_at", b"created_at", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key_id", b"api_key_id", "attempts", b"attempts", "cache", b"cache", "collection", b"collection", "cost_nanousd", b"cost_nanousd", "created_at", b"created_at", "duration_ms", b"duration_ms", "error_reason", b"error_reason", "estimated", b"estimated", "finish_reason", b"finish_reason", "first_token_ms", b"first_token_ms", "model", b"model", "operation_id", b"operation_id", "provider", b"provider", "session_id", b"session_id", "status", b"status", "steps", b"steps", "tenant", b"tenant", "tier", b"tier", "trace_id", b"trace_id", "usage", b"usage", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key_id", b"api_key_id", "attempts", b"attempts", "cache", b"cache", "collection", b"collection", "cost_nanousd", b"cost_nanousd", "created_at", b"created_at", "duration_ms", b"duration_ms", "error_reason", b"error_reason", "estimated", b"estimated", "finish_reason", b"finish_reason", "first_token_ms", b"first_token_ms", "model", b"model", "operation_id", b"operation_id", "provider", b"provider", "purpose", b"purpose", "session_id", b"session_id", "status", b"status", "steps", b"steps", "tenant", b"tenant", "tier", b"tier", "trace_id", b"trace_id", "usage", b"usage", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1240,6 +1244,7 @@ class ExportUserResponse(_message.Message):
     API_KEY_FIELD_NUMBER: _builtins.int
     SESSION_FIELD_NUMBER: _builtins.int
     TURN_FIELD_NUMBER: _builtins.int
+    SUMMARY_FIELD_NUMBER: _builtins.int
     OPERATION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def user(self) -> Global___User:
@@ -1262,6 +1267,10 @@ class ExportUserResponse(_message.Message):
         """A turn of one of them."""
 
     @_builtins.property
+    def summary(self) -> Global___SessionSummary:
+        """A summary of one of them."""
+
+    @_builtins.property
     def operation(self) -> Global___Operation:
         """An operation, newest first."""
 
@@ -1273,13 +1282,14 @@ class ExportUserResponse(_message.Message):
         api_key: Global___ApiKey | None = ...,
         session: Global___Session | None = ...,
         turn: Global___SessionTurn | None = ...,
+        summary: Global___SessionSummary | None = ...,
         operation: Global___Operation | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["api_key", b"api_key", "operation", b"operation", "record", b"record", "session", b"session", "subscription", b"subscription", "turn", b"turn", "user", b"user"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["api_key", b"api_key", "operation", b"operation", "record", b"record", "session", b"session", "subscription", b"subscription", "summary", b"summary", "turn", b"turn", "user", b"user"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key", b"api_key", "operation", b"operation", "record", b"record", "session", b"session", "subscription", b"subscription", "turn", b"turn", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key", b"api_key", "operation", b"operation", "record", b"record", "session", b"session", "subscription", b"subscription", "summary", b"summary", "turn", b"turn", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_record: _TypeAlias = _typing.Literal["user", "subscription", "api_key", "session", "turn", "operation"]  # noqa: Y015
+    _WhichOneofReturnType_record: _TypeAlias = _typing.Literal["user", "subscription", "api_key", "session", "turn", "summary", "operation"]  # noqa: Y015
     _WhichOneofArgType_record: _TypeAlias = _typing.Literal["record", b"record"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_record) -> _WhichOneofReturnType_record | None: ...
 
@@ -1338,6 +1348,32 @@ class SessionTurn(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SessionTurn: _TypeAlias = SessionTurn  # noqa: Y015
+
+@_typing.final
+class SessionSummary(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    SUMMARY_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """Conversation it belongs to."""
+    @_builtins.property
+    def summary(self) -> Global___Summary:
+        """The summary."""
+
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        summary: Global___Summary | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["summary", b"summary"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id", "summary", b"summary"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SessionSummary: _TypeAlias = SessionSummary  # noqa: Y015
 
 @_typing.final
 class EraseUserRequest(_message.Message):
@@ -1829,12 +1865,18 @@ class Session(_message.Message):
     CREATED_AT_FIELD_NUMBER: _builtins.int
     UPDATED_AT_FIELD_NUMBER: _builtins.int
     TURNS_FIELD_NUMBER: _builtins.int
+    HEAD_ANSWER_ID_FIELD_NUMBER: _builtins.int
+    TITLE_BY_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Its id."""
     title: _builtins.str
-    """The first question, cut to 120 characters."""
+    """The first question, cut to 120 characters, until somebody gives it another."""
     turns: _builtins.int
-    """Turns so far."""
+    """Turns so far, in all branches."""
+    head_answer_id: _builtins.str
+    """The answer that the conversation goes on from: the last of the current branch."""
+    title_by: _builtins.str
+    """Who gave the title: `rule`, `model` or `user`."""
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp:
         """First turn."""
@@ -1851,10 +1893,12 @@ class Session(_message.Message):
         created_at: _timestamp_pb2.Timestamp | None = ...,
         updated_at: _timestamp_pb2.Timestamp | None = ...,
         turns: _builtins.int = ...,
+        head_answer_id: _builtins.str = ...,
+        title_by: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "updated_at", b"updated_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "session_id", b"session_id", "title", b"title", "turns", b"turns", "updated_at", b"updated_at"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "head_answer_id", b"head_answer_id", "session_id", b"session_id", "title", b"title", "title_by", b"title_by", "turns", b"turns", "updated_at", b"updated_at"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1870,6 +1914,7 @@ class Turn(_message.Message):
     CITATIONS_FIELD_NUMBER: _builtins.int
     CREATED_AT_FIELD_NUMBER: _builtins.int
     COMPLETE_FIELD_NUMBER: _builtins.int
+    PARENT_ANSWER_ID_FIELD_NUMBER: _builtins.int
     answer_id: _builtins.str
     """The answer, also the operation's id."""
     question: _builtins.str
@@ -1878,6 +1923,8 @@ class Turn(_message.Message):
     """What was answered, Markdown. What had been streamed, if it was cut."""
     complete: _builtins.bool
     """Whether the answer is whole and passed its checks."""
+    parent_answer_id: _builtins.str
+    """The answer of the turn that this one follows. Empty = the first of its branch. Filled in by the ledger."""
     @_builtins.property
     def citations(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.CitedPassage]:
         """Passages its markers point at."""
@@ -1895,14 +1942,51 @@ class Turn(_message.Message):
         citations: _abc.Iterable[_common_pb2.CitedPassage] | None = ...,
         created_at: _timestamp_pb2.Timestamp | None = ...,
         complete: _builtins.bool = ...,
+        parent_answer_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_id", b"answer_id", "citations", b"citations", "complete", b"complete", "created_at", b"created_at", "question", b"question", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_id", b"answer_id", "citations", b"citations", "complete", b"complete", "created_at", b"created_at", "parent_answer_id", b"parent_answer_id", "question", b"question", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Turn: _TypeAlias = Turn  # noqa: Y015
+
+@_typing.final
+class Summary(_message.Message):
+    """What a conversation said from its first turn up to one of its turns."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    THROUGH_ANSWER_ID_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    MADE_BY_FIELD_NUMBER: _builtins.int
+    CREATED_AT_FIELD_NUMBER: _builtins.int
+    through_answer_id: _builtins.str
+    """The answer of the last turn that is in it."""
+    text: _builtins.str
+    """1-16000 characters."""
+    made_by: _builtins.str
+    """The model that wrote it, or `rule`. 1-128 characters."""
+    @_builtins.property
+    def created_at(self) -> _timestamp_pb2.Timestamp:
+        """When. Filled in by the ledger."""
+
+    def __init__(
+        self,
+        *,
+        through_answer_id: _builtins.str = ...,
+        text: _builtins.str = ...,
+        made_by: _builtins.str = ...,
+        created_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "made_by", b"made_by", "text", b"text", "through_answer_id", b"through_answer_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Summary: _TypeAlias = Summary  # noqa: Y015
 
 @_typing.final
 class ListSessionsRequest(_message.Message):
@@ -1959,16 +2043,20 @@ class GetSessionRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
+    ALL_BRANCHES_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Which conversation."""
+    all_branches: _builtins.bool
+    """The turns of all branches, instead of the current one."""
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
+        all_branches: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_branches", b"all_branches", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2008,19 +2096,27 @@ class ListTurnsRequest(_message.Message):
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
     LIMIT_FIELD_NUMBER: _builtins.int
+    UNTIL_ANSWER_ID_FIELD_NUMBER: _builtins.int
+    WITH_SUMMARY_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Which conversation."""
     limit: _builtins.int
-    """The latest so many, 1-200. 0 = 20."""
+    """The latest so many of the current branch, 1-200. 0 = 20."""
+    until_answer_id: _builtins.str
+    """The turns that led to this answer, and its own, instead of the current branch. NOT_FOUND if the conversation does not have it."""
+    with_summary: _builtins.bool
+    """First the newest summary of these turns and of those before them, if there is one."""
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
         limit: _builtins.int = ...,
+        until_answer_id: _builtins.str = ...,
+        with_summary: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit", "session_id", b"session_id", "until_answer_id", b"until_answer_id", "with_summary", b"with_summary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2031,18 +2127,24 @@ class ListTurnsResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TURN_FIELD_NUMBER: _builtins.int
+    SUMMARY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def turn(self) -> Global___Turn:
         """One turn."""
+
+    @_builtins.property
+    def summary(self) -> Global___Summary:
+        """Alone in the first message, if it was asked for."""
 
     def __init__(
         self,
         *,
         turn: Global___Turn | None = ...,
+        summary: Global___Summary | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["turn", b"turn"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["summary", b"summary", "turn", b"turn"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["turn", b"turn"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["summary", b"summary", "turn", b"turn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2054,8 +2156,11 @@ class AppendTurnRequest(_message.Message):
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
     TURN_FIELD_NUMBER: _builtins.int
+    REPLACES_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Conversation, made if new."""
+    replaces: _builtins.str
+    """The answer whose place it takes: it follows what that one followed. NOT_FOUND if the conversation does not have it."""
     @_builtins.property
     def turn(self) -> Global___Turn:
         """The turn."""
@@ -2065,10 +2170,11 @@ class AppendTurnRequest(_message.Message):
         *,
         session_id: _builtins.str = ...,
         turn: Global___Turn | None = ...,
+        replaces: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["turn", b"turn"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id", "turn", b"turn"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replaces", b"replaces", "session_id", b"session_id", "turn", b"turn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2079,20 +2185,214 @@ class AppendTurnResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ORDINAL_FIELD_NUMBER: _builtins.int
+    UNSUMMARISED_FIELD_NUMBER: _builtins.int
     ordinal: _builtins.int
-    """Position in the conversation, from 1."""
+    """Position in the conversation, from 1, over all branches."""
+    unsummarised: _builtins.int
+    """Turns of the branch, up to this one, that no summary covers, counted up to 100. 0 if the answer was kept before."""
     def __init__(
         self,
         *,
         ordinal: _builtins.int = ...,
+        unsummarised: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ordinal", b"ordinal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ordinal", b"ordinal", "unsummarised", b"unsummarised"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AppendTurnResponse: _TypeAlias = AppendTurnResponse  # noqa: Y015
+
+@_typing.final
+class PutSummaryRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    SUMMARY_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """Which conversation."""
+    @_builtins.property
+    def summary(self) -> Global___Summary:
+        """The summary."""
+
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        summary: Global___Summary | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["summary", b"summary"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id", "summary", b"summary"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PutSummaryRequest: _TypeAlias = PutSummaryRequest  # noqa: Y015
+
+@_typing.final
+class PutSummaryResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PutSummaryResponse: _TypeAlias = PutSummaryResponse  # noqa: Y015
+
+@_typing.final
+class UpdateSessionRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    TITLE_FIELD_NUMBER: _builtins.int
+    SUGGESTED_BY_FIELD_NUMBER: _builtins.int
+    HEAD_ANSWER_ID_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """Which conversation."""
+    title: _builtins.str
+    """The new title, 1-120 characters. Unset = as it is."""
+    suggested_by: _builtins.str
+    """The model that suggests the title, 1-128 characters: then it is taken only if nobody but the rule has given one. Empty = the user."""
+    head_answer_id: _builtins.str
+    """The answer to go on from. Empty = as it is. NOT_FOUND if the conversation does not have it."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        title: _builtins.str | None = ...,
+        suggested_by: _builtins.str = ...,
+        head_answer_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_title", b"_title", "title", b"title"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_title", b"_title", "head_answer_id", b"head_answer_id", "session_id", b"session_id", "suggested_by", b"suggested_by", "title", b"title"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__title: _TypeAlias = _typing.Literal["title"]  # noqa: Y015
+    _WhichOneofArgType__title: _TypeAlias = _typing.Literal["_title", b"_title"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__title) -> _WhichOneofReturnType__title | None: ...
+
+Global___UpdateSessionRequest: _TypeAlias = UpdateSessionRequest  # noqa: Y015
+
+@_typing.final
+class UpdateSessionResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def session(self) -> Global___Session:
+        """As it is now."""
+
+    def __init__(
+        self,
+        *,
+        session: Global___Session | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateSessionResponse: _TypeAlias = UpdateSessionResponse  # noqa: Y015
+
+@_typing.final
+class DeleteSessionRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """Which conversation."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteSessionRequest: _TypeAlias = DeleteSessionRequest  # noqa: Y015
+
+@_typing.final
+class DeleteSessionResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteSessionResponse: _TypeAlias = DeleteSessionResponse  # noqa: Y015
+
+@_typing.final
+class ExportSessionsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """Which conversation. Empty = all."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportSessionsRequest: _TypeAlias = ExportSessionsRequest  # noqa: Y015
+
+@_typing.final
+class ExportSessionsResponse(_message.Message):
+    """One record: each conversation, its turns in the order they were kept, then its summaries."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    TURN_FIELD_NUMBER: _builtins.int
+    SUMMARY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def session(self) -> Global___Session:
+        """A conversation."""
+
+    @_builtins.property
+    def turn(self) -> Global___SessionTurn:
+        """A turn of it."""
+
+    @_builtins.property
+    def summary(self) -> Global___SessionSummary:
+        """A summary of it."""
+
+    def __init__(
+        self,
+        *,
+        session: Global___Session | None = ...,
+        turn: Global___SessionTurn | None = ...,
+        summary: Global___SessionSummary | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["record", b"record", "session", b"session", "summary", b"summary", "turn", b"turn"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["record", b"record", "session", b"session", "summary", b"summary", "turn", b"turn"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_record: _TypeAlias = _typing.Literal["session", "turn", "summary"]  # noqa: Y015
+    _WhichOneofArgType_record: _TypeAlias = _typing.Literal["record", b"record"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_record) -> _WhichOneofReturnType_record | None: ...
+
+Global___ExportSessionsResponse: _TypeAlias = ExportSessionsResponse  # noqa: Y015
 
 @_typing.final
 class ListPricesRequest(_message.Message):

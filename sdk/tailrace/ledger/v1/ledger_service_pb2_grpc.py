@@ -171,6 +171,26 @@ class LedgerServiceStub:
                 request_serializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.AppendTurnRequest.SerializeToString,
                 response_deserializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.AppendTurnResponse.FromString,
                 _registered_method=True)
+        self.PutSummary = channel.unary_unary(
+                '/tailrace.ledger.v1.LedgerService/PutSummary',
+                request_serializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.PutSummaryRequest.SerializeToString,
+                response_deserializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.PutSummaryResponse.FromString,
+                _registered_method=True)
+        self.UpdateSession = channel.unary_unary(
+                '/tailrace.ledger.v1.LedgerService/UpdateSession',
+                request_serializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.UpdateSessionRequest.SerializeToString,
+                response_deserializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.UpdateSessionResponse.FromString,
+                _registered_method=True)
+        self.DeleteSession = channel.unary_unary(
+                '/tailrace.ledger.v1.LedgerService/DeleteSession',
+                request_serializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.DeleteSessionRequest.SerializeToString,
+                response_deserializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.DeleteSessionResponse.FromString,
+                _registered_method=True)
+        self.ExportSessions = channel.unary_stream(
+                '/tailrace.ledger.v1.LedgerService/ExportSessions',
+                request_serializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.ExportSessionsRequest.SerializeToString,
+                response_deserializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.ExportSessionsResponse.FromString,
+                _registered_method=True)
         self.ListPrices = channel.unary_stream(
                 '/tailrace.ledger.v1.LedgerService/ListPrices',
                 request_serializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.ListPricesRequest.SerializeToString,
@@ -394,7 +414,35 @@ class LedgerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def AppendTurn(self, request, context):
-        """Keeps a question and its answer. The same answer again changes nothing.
+        """Keeps a question and its answer, at the end of the current branch or in the place of another turn. The same answer again changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PutSummary(self, request, context):
+        """Keeps what a conversation said up to one of its turns, in short. The same turn again replaces it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateSession(self, request, context):
+        """Gives a conversation another title, or lets it go on from another of its turns.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteSession(self, request, context):
+        """Forgets a conversation: its turns and summaries go. Its operations stay for the money, without its id.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportSessions(self, request, context):
+        """The user's own conversations with everything that is kept of them, all branches; or one of them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -579,6 +627,26 @@ def add_LedgerServiceServicer_to_server(servicer, server):
                     servicer.AppendTurn,
                     request_deserializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.AppendTurnRequest.FromString,
                     response_serializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.AppendTurnResponse.SerializeToString,
+            ),
+            'PutSummary': grpc.unary_unary_rpc_method_handler(
+                    servicer.PutSummary,
+                    request_deserializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.PutSummaryRequest.FromString,
+                    response_serializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.PutSummaryResponse.SerializeToString,
+            ),
+            'UpdateSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateSession,
+                    request_deserializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.UpdateSessionRequest.FromString,
+                    response_serializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.UpdateSessionResponse.SerializeToString,
+            ),
+            'DeleteSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteSession,
+                    request_deserializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.DeleteSessionRequest.FromString,
+                    response_serializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.DeleteSessionResponse.SerializeToString,
+            ),
+            'ExportSessions': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportSessions,
+                    request_deserializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.ExportSessionsRequest.FromString,
+                    response_serializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.ExportSessionsResponse.SerializeToString,
             ),
             'ListPrices': grpc.unary_stream_rpc_method_handler(
                     servicer.ListPrices,
@@ -1342,6 +1410,114 @@ class LedgerService:
             '/tailrace.ledger.v1.LedgerService/AppendTurn',
             tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.AppendTurnRequest.SerializeToString,
             tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.AppendTurnResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutSummary(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tailrace.ledger.v1.LedgerService/PutSummary',
+            tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.PutSummaryRequest.SerializeToString,
+            tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.PutSummaryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tailrace.ledger.v1.LedgerService/UpdateSession',
+            tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.UpdateSessionRequest.SerializeToString,
+            tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.UpdateSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tailrace.ledger.v1.LedgerService/DeleteSession',
+            tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.DeleteSessionRequest.SerializeToString,
+            tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.DeleteSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportSessions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tailrace.ledger.v1.LedgerService/ExportSessions',
+            tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.ExportSessionsRequest.SerializeToString,
+            tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.ExportSessionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -94,7 +94,15 @@ class LedgerServiceStub:
     ListTurns: _grpc.UnaryStreamMultiCallable[_ledger_service_pb2.ListTurnsRequest, _ledger_service_pb2.ListTurnsResponse]
     """The latest turns of a conversation, oldest first. Nothing if it is new."""
     AppendTurn: _grpc.UnaryUnaryMultiCallable[_ledger_service_pb2.AppendTurnRequest, _ledger_service_pb2.AppendTurnResponse]
-    """Keeps a question and its answer. The same answer again changes nothing."""
+    """Keeps a question and its answer, at the end of the current branch or in the place of another turn. The same answer again changes nothing."""
+    PutSummary: _grpc.UnaryUnaryMultiCallable[_ledger_service_pb2.PutSummaryRequest, _ledger_service_pb2.PutSummaryResponse]
+    """Keeps what a conversation said up to one of its turns, in short. The same turn again replaces it."""
+    UpdateSession: _grpc.UnaryUnaryMultiCallable[_ledger_service_pb2.UpdateSessionRequest, _ledger_service_pb2.UpdateSessionResponse]
+    """Gives a conversation another title, or lets it go on from another of its turns."""
+    DeleteSession: _grpc.UnaryUnaryMultiCallable[_ledger_service_pb2.DeleteSessionRequest, _ledger_service_pb2.DeleteSessionResponse]
+    """Forgets a conversation: its turns and summaries go. Its operations stay for the money, without its id."""
+    ExportSessions: _grpc.UnaryStreamMultiCallable[_ledger_service_pb2.ExportSessionsRequest, _ledger_service_pb2.ExportSessionsResponse]
+    """The user's own conversations with everything that is kept of them, all branches; or one of them."""
     ListPrices: _grpc.UnaryStreamMultiCallable[_ledger_service_pb2.ListPricesRequest, _ledger_service_pb2.ListPricesResponse]
     """Prices in force now."""
     PutPrice: _grpc.UnaryUnaryMultiCallable[_ledger_service_pb2.PutPriceRequest, _ledger_service_pb2.PutPriceResponse]
@@ -174,7 +182,15 @@ class LedgerServiceAsyncStub(LedgerServiceStub):
     ListTurns: _aio.UnaryStreamMultiCallable[_ledger_service_pb2.ListTurnsRequest, _ledger_service_pb2.ListTurnsResponse]  # type: ignore[assignment]
     """The latest turns of a conversation, oldest first. Nothing if it is new."""
     AppendTurn: _aio.UnaryUnaryMultiCallable[_ledger_service_pb2.AppendTurnRequest, _ledger_service_pb2.AppendTurnResponse]  # type: ignore[assignment]
-    """Keeps a question and its answer. The same answer again changes nothing."""
+    """Keeps a question and its answer, at the end of the current branch or in the place of another turn. The same answer again changes nothing."""
+    PutSummary: _aio.UnaryUnaryMultiCallable[_ledger_service_pb2.PutSummaryRequest, _ledger_service_pb2.PutSummaryResponse]  # type: ignore[assignment]
+    """Keeps what a conversation said up to one of its turns, in short. The same turn again replaces it."""
+    UpdateSession: _aio.UnaryUnaryMultiCallable[_ledger_service_pb2.UpdateSessionRequest, _ledger_service_pb2.UpdateSessionResponse]  # type: ignore[assignment]
+    """Gives a conversation another title, or lets it go on from another of its turns."""
+    DeleteSession: _aio.UnaryUnaryMultiCallable[_ledger_service_pb2.DeleteSessionRequest, _ledger_service_pb2.DeleteSessionResponse]  # type: ignore[assignment]
+    """Forgets a conversation: its turns and summaries go. Its operations stay for the money, without its id."""
+    ExportSessions: _aio.UnaryStreamMultiCallable[_ledger_service_pb2.ExportSessionsRequest, _ledger_service_pb2.ExportSessionsResponse]  # type: ignore[assignment]
+    """The user's own conversations with everything that is kept of them, all branches; or one of them."""
     ListPrices: _aio.UnaryStreamMultiCallable[_ledger_service_pb2.ListPricesRequest, _ledger_service_pb2.ListPricesResponse]  # type: ignore[assignment]
     """Prices in force now."""
     PutPrice: _aio.UnaryUnaryMultiCallable[_ledger_service_pb2.PutPriceRequest, _ledger_service_pb2.PutPriceResponse]  # type: ignore[assignment]
@@ -413,7 +429,39 @@ class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _ledger_service_pb2.AppendTurnRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_ledger_service_pb2.AppendTurnResponse, _abc.Awaitable[_ledger_service_pb2.AppendTurnResponse]]:
-        """Keeps a question and its answer. The same answer again changes nothing."""
+        """Keeps a question and its answer, at the end of the current branch or in the place of another turn. The same answer again changes nothing."""
+
+    @_abc_1.abstractmethod
+    def PutSummary(
+        self,
+        request: _ledger_service_pb2.PutSummaryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ledger_service_pb2.PutSummaryResponse, _abc.Awaitable[_ledger_service_pb2.PutSummaryResponse]]:
+        """Keeps what a conversation said up to one of its turns, in short. The same turn again replaces it."""
+
+    @_abc_1.abstractmethod
+    def UpdateSession(
+        self,
+        request: _ledger_service_pb2.UpdateSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ledger_service_pb2.UpdateSessionResponse, _abc.Awaitable[_ledger_service_pb2.UpdateSessionResponse]]:
+        """Gives a conversation another title, or lets it go on from another of its turns."""
+
+    @_abc_1.abstractmethod
+    def DeleteSession(
+        self,
+        request: _ledger_service_pb2.DeleteSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ledger_service_pb2.DeleteSessionResponse, _abc.Awaitable[_ledger_service_pb2.DeleteSessionResponse]]:
+        """Forgets a conversation: its turns and summaries go. Its operations stay for the money, without its id."""
+
+    @_abc_1.abstractmethod
+    def ExportSessions(
+        self,
+        request: _ledger_service_pb2.ExportSessionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_ledger_service_pb2.ExportSessionsResponse], _abc.AsyncIterator[_ledger_service_pb2.ExportSessionsResponse]]:
+        """The user's own conversations with everything that is kept of them, all branches; or one of them."""
 
     @_abc_1.abstractmethod
     def ListPrices(

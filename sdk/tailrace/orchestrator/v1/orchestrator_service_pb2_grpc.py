@@ -60,6 +60,11 @@ class OrchestratorServiceStub:
                 request_serializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.GetPromptsRequest.SerializeToString,
                 response_deserializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.GetPromptsResponse.FromString,
                 _registered_method=True)
+        self.ForgetPrompts = channel.unary_unary(
+                '/tailrace.orchestrator.v1.OrchestratorService/ForgetPrompts',
+                request_serializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ForgetPromptsRequest.SerializeToString,
+                response_deserializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ForgetPromptsResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/tailrace.orchestrator.v1.OrchestratorService/ListModels',
                 request_serializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ListModelsRequest.SerializeToString,
@@ -107,6 +112,13 @@ class OrchestratorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ForgetPrompts(self, request, context):
+        """Forgets the prompts that are kept of a user's answers. Administrators only. Again changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListModels(self, request, context):
         """The models and tiers that can be asked for.
         """
@@ -141,6 +153,11 @@ def add_OrchestratorServiceServicer_to_server(servicer, server):
                     servicer.GetPrompts,
                     request_deserializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.GetPromptsRequest.FromString,
                     response_serializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.GetPromptsResponse.SerializeToString,
+            ),
+            'ForgetPrompts': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForgetPrompts,
+                    request_deserializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ForgetPromptsRequest.FromString,
+                    response_serializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ForgetPromptsResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -284,6 +301,33 @@ class OrchestratorService:
             '/tailrace.orchestrator.v1.OrchestratorService/GetPrompts',
             tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.GetPromptsRequest.SerializeToString,
             tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.GetPromptsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForgetPrompts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tailrace.orchestrator.v1.OrchestratorService/ForgetPrompts',
+            tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ForgetPromptsRequest.SerializeToString,
+            tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ForgetPromptsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,8 @@ class OrchestratorServiceStub:
     """Allows or refuses a tool call that waits for a person's word."""
     GetPrompts: _grpc.UnaryUnaryMultiCallable[_orchestrator_service_pb2.GetPromptsRequest, _orchestrator_service_pb2.GetPromptsResponse]
     """The exact prompts that were sent for an answer. Administrators only, and only where keeping them is switched on."""
+    ForgetPrompts: _grpc.UnaryUnaryMultiCallable[_orchestrator_service_pb2.ForgetPromptsRequest, _orchestrator_service_pb2.ForgetPromptsResponse]
+    """Forgets the prompts that are kept of a user's answers. Administrators only. Again changes nothing."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_orchestrator_service_pb2.ListModelsRequest, _orchestrator_service_pb2.ListModelsResponse]
     """The models and tiers that can be asked for."""
 
@@ -65,6 +67,8 @@ class OrchestratorServiceAsyncStub(OrchestratorServiceStub):
     """Allows or refuses a tool call that waits for a person's word."""
     GetPrompts: _aio.UnaryUnaryMultiCallable[_orchestrator_service_pb2.GetPromptsRequest, _orchestrator_service_pb2.GetPromptsResponse]  # type: ignore[assignment]
     """The exact prompts that were sent for an answer. Administrators only, and only where keeping them is switched on."""
+    ForgetPrompts: _aio.UnaryUnaryMultiCallable[_orchestrator_service_pb2.ForgetPromptsRequest, _orchestrator_service_pb2.ForgetPromptsResponse]  # type: ignore[assignment]
+    """Forgets the prompts that are kept of a user's answers. Administrators only. Again changes nothing."""
     ListModels: _aio.UnaryUnaryMultiCallable[_orchestrator_service_pb2.ListModelsRequest, _orchestrator_service_pb2.ListModelsResponse]  # type: ignore[assignment]
     """The models and tiers that can be asked for."""
 
@@ -112,6 +116,14 @@ class OrchestratorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_orchestrator_service_pb2.GetPromptsResponse, _abc.Awaitable[_orchestrator_service_pb2.GetPromptsResponse]]:
         """The exact prompts that were sent for an answer. Administrators only, and only where keeping them is switched on."""
+
+    @_abc_1.abstractmethod
+    def ForgetPrompts(
+        self,
+        request: _orchestrator_service_pb2.ForgetPromptsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_orchestrator_service_pb2.ForgetPromptsResponse, _abc.Awaitable[_orchestrator_service_pb2.ForgetPromptsResponse]]:
+        """Forgets the prompts that are kept of a user's answers. Administrators only. Again changes nothing."""
 
     @_abc_1.abstractmethod
     def ListModels(

@@ -1,0 +1,193 @@
+"""Small calls of a model that serve a conversation and are no answer: each is an operation of its own, with a hold before it and a true
+account after it. What is asked, and what is done with the reply, is decided elsewhere.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Literal
+
+from services.chassis import telemetry
+from services.chassis.clock import Clock
+from services.chassis.deadline import current_deadline
+from services.chassis.errors import AnswerInterrupted, BudgetExhausted, DeadlineTooShort, DomainError, PriceUnknown, Unavailable
+from services.chassis.money import Usage
+from services.chassis.telemetry import Trail
+from services.orchestrator.domain import Attempt, CacheReceipt, Candidate, Draft, Hold, OperationRecord, Prompt, Question, StepChange
+from services.orchestrator.ports import Books, Ledger, Model
+from services.orchestrator.validate import WHOLE
+
+Purpose = Literal["rewrite", "summary", "title"]
+HOLD_MARGIN_S = 60.0
+"""A hold outlives the call by this, so that the sweeper never books what is about to be recorded."""
+
+
+class Errands:
+    """Runs them with one model, the cheapest there is; without one, everything is done by rule."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        books: Books,
+        models: Mapping[str, Model],
+        candidate: Candidate | None,
+        clock: Clock,
+        new_id: Callable[[], str],
+    ) -> None:
+        self._ledger, self._books, self._models = ledger, books, models
+        self._candidate, self._clock, self._new_id = candidate, clock, new_id
+        self.under_way: set[tuple[str, ...]] = set()
+        """What is being done for whom, by those who must not begin it twice."""
+
+    @property
+    def model(self) -> str:
+        """Who is asked; empty = nobody."""
+        return self._candidate.model if self._candidate is not None else ""
+
+    async def run(self, asked: Question, purpose: Purpose, prompt: Prompt, output_tokens_max: int, within_s: float) -> str:
+        """Make one call for the user and the conversation of `asked`; return its text, nothing if that was cut or refused.
+
+        It is never tried again.
+
+        Raises what reserving and the model raise, DeadlineTooShort after `within_s`, Unavailable if there is no model or no room in the
+        books. Cancellation: the provider's connection is closed and what was used is booked before CancelledError leaves.
+        """
+        if self._candidate is None:
+            raise Unavailable("no model is configured for errands", dependency="model")
+        if not self._books.has_room:
+            raise Unavailable("too many records wait for the ledger", dependency="ledger")
+        current_deadline.set(None)  # bounded by `within_s` alone: what it serves may be over before it is
+        return await _Errand(self, asked, purpose, prompt, self._candidate, output_tokens_max, within_s).run()
+
+
+class _Errand:
+    """One call in the making."""
+
+    def __init__(
+        self,
+        tools: Errands,
+        asked: Question,
+        purpose: Purpose,
+        prompt: Prompt,
+        candidate: Candidate,
+        output_tokens_max: int,
+        within_s: float,
+    ) -> None:
+        self._ledger, self._books, self._models = tools._ledger, tools._books, tools._models
+        self._purpose, self._prompt, self._candidate, self._within_s = purpose, prompt, candidate, within_s
+        self._output_tokens_max = min(output_tokens_max, candidate.output_tokens_max)
+        # No tier: it belongs to none, so nothing is said to have been saved by it, and its times are not those of answers.
+        self._question = replace(
+            asked,
+            answer_id=tools._new_id(),
+            text="",
+            tier="",
+            candidates=(candidate,),
+            created_at=tools._clock.now(),
+            images=(),
+            tools=(),
+            tool_results=(),
+        )
+        self._trail = Trail("errand")
+        self._trace_id = telemetry.current_trace_id()
+        self._draft = Draft(lambda _: None)
+        self._hold: Hold | None = None
+        self._began_at = 0.0
+
+    async def run(self) -> str:
+        failure: BaseException | None = None
+        attempted = True
+        self._books.intend(self._record(AnswerInterrupted("", answer_id=self._question.answer_id), self._if_we_die()))
+        try:
+            with self._trail.step("hold"):
+                self._hold = await self._reserved()
+            with self._trail.step("generate") as step:
+                step.note(provider=self._candidate.provider, model=self._candidate.model)
+                await self._generated()
+            return self._draft.text if self._draft.finish_reason in WHOLE else ""
+        except (BudgetExhausted, PriceUnknown) as error:
+            failure, attempted = error, False  # there is no hold, and there was no call
+            raise
+        except BaseException as error:
+            failure = error
+            raise
+        finally:
+            await self._books.record(self._record(failure, self._attempt(failure) if attempted else None))
+
+    async def _reserved(self) -> Hold:
+        """The worst case of the call, set aside. A cancel waits for the reply: only that says which hold to give back."""
+        ttl_ms = int((self._within_s + HOLD_MARGIN_S) * 1000)
+        tokens = (self._prompt.input_tokens_max, self._output_tokens_max, 0, ttl_ms)
+        reserving = asyncio.create_task(
+            self._ledger.reserve(self._question.answer_id, 1, self._candidate, *tokens, patient=False), name="reserve"
+        )
+        try:
+            return await asyncio.shield(reserving)
+        except asyncio.CancelledError:
+            with contextlib.suppress(DomainError):
+                self._hold = await reserving
+            raise
+
+    async def _generated(self) -> None:
+        self._began_at = time.perf_counter()
+        try:
+            async with asyncio.timeout(self._within_s):
+                model = self._models[self._candidate.provider]
+                await model.generate(self._prompt, self._candidate, self._output_tokens_max, self._draft)
+        except TimeoutError as error:
+            raise DeadlineTooShort("the errand took too long", step=self._purpose, left_ms=0) from error
+
+    def _if_we_die(self) -> Attempt:
+        """What to book if this process ends before the call does: nobody knows whether it was sent, so it was."""
+        attempt = self._attempt(AnswerInterrupted("", answer_id=self._question.answer_id))
+        return replace(attempt, usage=Usage(self._prompt.input_tokens_estimate), estimated=True, not_sent=False)
+
+    def _attempt(self, failure: BaseException | None) -> Attempt:
+        usage, estimated = self._draft.usage(self._prompt)
+        price = self._hold.price if self._hold is not None else None
+        return Attempt(
+            attempt=1,
+            hold_id=self._hold.hold_id if self._hold is not None else "",
+            provider=self._candidate.provider,
+            model=self._draft.model or self._candidate.model,
+            provider_request_id=self._draft.request_id,
+            usage=usage,
+            cost_nanousd=price.cost_nanousd(usage) if price is not None else 0,
+            finish_reason=self._draft.finish_reason if failure is None else "",
+            error_reason="" if failure is None else getattr(failure, "reason", "") or "ANSWER_CANCELLED",
+            first_token_ms=0.0,
+            duration_ms=round((time.perf_counter() - self._began_at) * 1000, 3) if self._began_at else 0.0,
+            estimated=estimated,
+            price_version=price.version if price is not None else 0,
+            not_sent=not self._draft.sent,
+        )
+
+    def _record(self, failure: BaseException | None, attempt: Attempt | None) -> OperationRecord:
+        steps = tuple(
+            StepChange(step.name, "done" if step.status == "running" else step.status, step.started_ms, step.duration_ms, step.facts or {})
+            for step in self._trail.steps
+        )
+        attempts = () if attempt is None else (attempt,)
+        status: Literal["done", "failed", "cancelled"] = "done"
+        if failure is not None:
+            status = "failed" if isinstance(failure, DomainError) else "cancelled"
+        return OperationRecord(
+            question=self._question,
+            trace_id=self._trace_id,
+            status=status,
+            model=attempt.model if attempt is not None else self._candidate.model,
+            provider=self._candidate.provider,
+            finish_reason=attempt.finish_reason if attempt is not None else "",
+            error_reason="" if failure is None else getattr(failure, "reason", "") or "ANSWER_CANCELLED",
+            usage=sum((made.usage for made in attempts), Usage()),
+            cost_nanousd=sum(made.cost_nanousd for made in attempts),
+            cache=CacheReceipt("off", reason="errand"),
+            estimated=any(made.estimated for made in attempts),
+            first_token_ms=0.0,
+            duration_ms=round(self._trail.elapsed_ms, 3),
+            steps=steps,
+            attempts=attempts,
+            purpose=self._purpose,
+        )

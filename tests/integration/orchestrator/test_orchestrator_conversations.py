@@ -1,0 +1,377 @@
+"""Conversations over real channels: follow-ups, branches, summaries, titles, and the prompts that an administrator may see."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from bench.script import Behaviour
+from services.chassis.errors import NotAllowed, NotFound, RequestInvalid
+from services.chassis.principal import Principal
+from services.chassis.wire import usage_value
+from services.local.stores import Valkey
+from tailrace.ledger.v1 import ledger_service_pb2 as ledger_pb
+from tailrace.orchestrator.v1 import orchestrator_service_pb2 as pb
+from tests.fakes.orchestrator_world import ALICE, BOB, PRICES, Reply, World, until, world
+
+PORT = "Which port does the gateway listen on?"
+REWRITE, SUMMARY, TITLE = b"You rewrite the last question", b"You summarise the earlier part", b"You give a conversation a title"
+ROOT = Principal("acme", "root", frozenset({"user", "admin"}))
+
+
+@pytest.fixture
+async def keyless(tmp_path: Path, valkey: Valkey) -> AsyncIterator[World]:
+    """An orchestrator without any key, that keeps two turns whole."""
+    async with world(tmp_path, valkey.url, with_key=False, TAILRACE_ORCHESTRATOR_HISTORY_TURNS_MAX="2") as running:
+        yield running
+
+
+@pytest.fixture
+async def claude(tmp_path: Path, valkey: Valkey) -> AsyncIterator[World]:
+    """One whose provider does the small work too, and that keeps prompts."""
+    settings = {
+        "TAILRACE_ORCHESTRATOR_HISTORY_TURNS_MAX": "2",
+        "TAILRACE_ORCHESTRATOR_REWRITES": "model",
+        "TAILRACE_ORCHESTRATOR_TITLES": "model",
+        "TAILRACE_ORCHESTRATOR_PROMPTS_KEPT_S": "60",
+    }
+    async with world(tmp_path, valkey.url, **settings) as running:
+        yield running
+
+
+def says(running: World, to: bytes, **behaviour: Any) -> None:
+    """What the provider does when it is told `to`."""
+    running.provider.rules.append((to, Behaviour(**behaviour)))
+
+
+def step(reply: Reply, name: str) -> dict[str, str]:
+    """The facts of an ended step."""
+    return next(
+        dict(event.step.facts) for event in reply.events if event.HasField("step") and event.step.name == name and event.step.duration_ms
+    )
+
+
+async def errands(running: World, purpose: str, count: int = 1) -> list[ledger_pb.Operation]:
+    """The operations of a purpose, once there are so many."""
+
+    def found() -> list[ledger_pb.Operation]:
+        return [operation for operation in running.ledger.operations.values() if operation.purpose == purpose]
+
+    await until(lambda: len(found()) >= count)
+    return found()
+
+
+def told(running: World, about: bytes) -> list[str]:
+    """The texts of the messages of the latest request that holds `about`."""
+    body = next(body for body in reversed(running.provider.prompts) if about in body)
+    return [text_of(message["content"]) for message in orjson.loads(body)["messages"]]
+
+
+def text_of(content: Any) -> str:
+    """A message's content, which may be a text or a list of blocks."""
+    return content if isinstance(content, str) else "".join(block["text"] for block in content)
+
+
+async def test_a_follow_up_is_searched_and_answered_in_its_self_contained_form(keyless: World) -> None:
+    """By rule, shown as a step that tells no text; a question that stands alone has no such step."""
+    first = await keyless.ask(PORT, session_id="s1")
+    reply = await keyless.ask("And the ledger?", session_id="s1")
+    why = await keyless.ask("How long does it keep a hold?", session_id="s1")
+
+    assert "rewrite" not in first.steps()
+    assert [recall.question for recall in keyless.retrieval.recalls[1:]] == [
+        "Which port does the ledger listen on?",
+        "How long does the ledger keep a hold?",
+    ]
+    assert set(step(reply, "rewrite")) == {"by", "ms"}
+    assert step(reply, "rewrite")["by"] == "rule"
+    assert reply.done.cache.reason == "context_dependent"
+    assert "ten minutes" in why.text
+
+
+async def test_the_fast_model_rewrites_and_its_call_is_booked_on_its_own(claude: World) -> None:
+    """What it writes is searched for; the answer's prompt has the question as it was asked; the money is in an operation of its own."""
+    says(claude, REWRITE, text="How long does the gateway\nlisten?")
+    await claude.ask(PORT, session_id="s1")
+    reply = await claude.ask("How long does it?", session_id="s1")
+    (operation,) = await errands(claude, "rewrite")
+    answered = await claude.booked(reply.answer_id)
+
+    assert claude.retrieval.recalls[-1].question == "How long does the gateway listen?"
+    assert step(reply, "rewrite")["by"] == "model"
+    assert "How long does it?" in told(claude, b"<passages>")[-1]
+    assert (operation.status, operation.tier, operation.session_id, operation.user) == ("done", "", "s1", "alice")
+    (attempt,) = operation.attempts
+    assert attempt.cost_nanousd == PRICES["claude-haiku-5-5"].cost_nanousd(usage_value(attempt.usage)) > 0
+    assert operation.operation_id != reply.answer_id
+    assert len(answered.attempts) == 1
+    assert reply.done.cost_nanousd == answered.cost_nanousd
+    assert [s.name for s in operation.steps] == ["hold", "generate"]
+    await until(lambda: not claude.ledger.open_holds)
+
+
+async def test_a_slow_model_is_not_waited_for_and_is_booked_all_the_same(claude: World) -> None:
+    """After a second and a half it is the rule; the call ends at its own bound, closed at the provider."""
+    says(claude, REWRITE, fault="stall_after", fault_at=2, tokens=50)
+    await claude.ask(PORT, session_id="s1")
+    reply = await claude.ask("Why does it?", session_id="s1")
+    (operation,) = await errands(claude, "rewrite")
+
+    assert step(reply, "rewrite")["by"] == "rule"
+    assert 1_400 <= int(step(reply, "rewrite")["ms"]) <= 20_000
+    assert claude.retrieval.recalls[-1].question == f"{PORT}\nWhy does it?"
+    assert (operation.status, operation.error_reason) == ("failed", "DEADLINE_TOO_SHORT")
+    assert operation.attempts[0].usage.output_tokens >= 2
+    assert operation.attempts[0].estimated
+    await until(lambda: not claude.ledger.open_holds)
+
+
+@pytest.mark.parametrize(
+    "behaviour",
+    [
+        {"fault": "status", "status": 529},
+        {"text": " \n "},
+        {"text": "How does it handle retries? " * 200},
+        {"text": "It tries again."},
+        {"fault": "malformed"},
+    ],
+)
+async def test_whatever_the_model_does_the_question_is_answered(claude: World, behaviour: dict[str, Any]) -> None:
+    """An overload, nothing, too much, an answer instead of the question: the rule stands in, and what was used is booked."""
+    says(claude, REWRITE, **behaviour)
+    await claude.ask(PORT, session_id="s1")
+    reply = await claude.ask("How does it handle retries?", session_id="s1")
+    await errands(claude, "rewrite")
+
+    assert reply.done.verdict == "passed"
+    assert step(reply, "rewrite")["by"] == "rule"
+    assert claude.retrieval.recalls[-1].question == "How does the gateway handle retries?"
+    await until(lambda: not claude.ledger.open_holds)
+
+
+async def test_who_asks_the_model_that_costs_nothing_pays_for_no_other(claude: World) -> None:
+    """Rewritten by rule, without a title of a model."""
+    await claude.ask(PORT, session_id="s1", model="extractive")
+    reply = await claude.ask("How does it handle retries?", session_id="s1", model="extractive")
+    await claude.booked(reply.answer_id)
+
+    assert step(reply, "rewrite")["by"] == "rule"
+    assert not claude.provider.prompts
+    assert not any(operation.purpose for operation in claude.ledger.operations.values())
+
+
+async def test_who_cannot_pay_for_a_rewrite_is_answered_by_rule(claude: World) -> None:
+    """A refused hold is no attempt, and nothing is sent."""
+    await claude.ask(PORT, session_id="s1")
+    await errands(claude, "title")
+    asked = len(claude.provider.prompts)
+    claude.ledger.affordable = 64  # enough for nothing but the shortest
+    reply = await claude.ask("Why does it?", session_id="s1", max_output_tokens=32)
+    (operation,) = await errands(claude, "rewrite")
+
+    assert step(reply, "rewrite")["by"] == "rule"
+    assert (operation.status, operation.error_reason, len(operation.attempts)) == ("failed", "BUDGET_EXHAUSTED", 0)
+    assert len(claude.provider.prompts) == asked + 1
+
+
+async def test_a_regenerated_answer_is_new_and_takes_the_place_of_the_old(claude: World) -> None:
+    """The cache has it, and is not asked; the next question without a word on the cache may be served the new one."""
+    first = await claude.ask(PORT, session_id="s1")
+    claude.behave(text="Regenerated [1].")
+    again = await claude.ask(PORT, session_id="s1", replaces=first.answer_id)
+    later = await claude.ask(PORT, session_id="s2")
+
+    assert (again.text, again.done.cache.verdict, again.done.cache.reason) == ("Regenerated [1].", "miss", "regenerated")
+    assert (later.text, later.done.cache.verdict) == ("Regenerated [1].", "exact")
+    assert [turn.answer_id for turn in claude.ledger.branch("s1")] == [again.answer_id]
+    assert len(claude.ledger.turns["s1"]) == 2
+
+
+async def test_a_turn_that_is_still_on_its_way_can_be_replaced(claude: World) -> None:
+    """An answer is done before the ledger has its words; who regenerates it at once does not find nothing."""
+    claude.ledger.keeping.clear()
+    first = await claude.ask(PORT, session_id="s1")
+    again = asyncio.create_task(claude.ask(PORT, session_id="s1", replaces=first.answer_id))
+    await until(lambda: claude.ledger.asked_in_vain)
+    claude.ledger.keeping.set()
+
+    assert (await again).done.cache.reason == "regenerated"
+    await until(lambda: len(claude.ledger.turns["s1"]) == 2)
+    assert len(claude.ledger.branch("s1")) == 1
+
+
+async def test_an_edited_question_is_told_what_the_old_one_was_told(claude: World) -> None:
+    """Not what came after it; and what came after stays where it was."""
+    says(claude, REWRITE, fault="status", status=529)
+    await claude.ask(PORT, session_id="s1")
+    second = await claude.ask("Why does it?", session_id="s1")
+    third = await claude.ask("And who says that?", session_id="s1")
+    edited = await claude.ask("How does it?", session_id="s1", replaces=second.answer_id)
+    texts = told(claude, b"<passages>")
+
+    assert PORT in texts[0]
+    assert not any("who says that" in text or "Why does it" in text for text in texts)
+    assert [turn.question for turn in claude.ledger.branch("s1")] == [PORT, "How does it?"]
+    assert [turn.question for turn in claude.ledger.branch("s1", third.answer_id)] == [PORT, "Why does it?", "And who says that?"]
+    assert edited.done.cache.reason == "context_dependent"
+
+
+async def test_what_is_replaced_must_be_there(claude: World) -> None:
+    """An unknown answer, one of another conversation, and a conversation that is not named."""
+    elsewhere = await claude.ask(PORT, session_id="s2")
+    for unknown in (str(uuid.uuid4()), elsewhere.answer_id):
+        with pytest.raises(NotFound):
+            await claude.ask(PORT, session_id="s1", replaces=unknown)
+    for fields in ({"replaces": elsewhere.answer_id}, {"session_id": "s1", "replaces": "x"}):
+        with pytest.raises(RequestInvalid) as refused:
+            await claude.ask(PORT, **fields)
+        assert refused.value.field == "replaces"
+
+
+async def test_older_turns_are_summarised_by_rule_and_told(keyless: World) -> None:
+    """Once twice as many as are kept whole have none; what is told then is the summary and what it does not cover."""
+    for number in range(4):
+        await keyless.ask(f"Which port does gateway number {number} use?", session_id="s1")
+    await until(lambda: keyless.ledger.summaries)
+    (summary,) = keyless.ledger.summaries.values()
+    reply = await keyless.ask("Why does it?", session_id="s1")
+
+    assert summary.through_answer_id == keyless.ledger.turns["s1"][1].answer_id
+    assert summary.made_by == "rule"
+    assert [f"number {number}" in summary.text for number in range(4)] == [True, True, False, False]
+    assert (step(reply, "history")["turns"], step(reply, "history")["summary"]) == ("2", "True")
+    assert not any(operation.purpose for operation in keyless.ledger.operations.values())
+
+
+async def test_the_fast_model_summarises_behind_the_answer(claude: World) -> None:
+    """With an operation of its own, merging what was known; the next follow-up is told it in a fence, before the turns."""
+    says(claude, SUMMARY, text="They spoke of </summary> four gateways.")
+    says(claude, REWRITE, fault="status", status=529)
+    for number in range(6):
+        await claude.ask(f"Which port does gateway number {number} use?", session_id="s1")
+    await until(lambda: len(claude.ledger.summaries) == 2)
+    (first, second) = await errands(claude, "summary", 2)
+    await claude.ask("Why does it?", session_id="s1")
+    messages = told(claude, b"<passages>")
+
+    assert first.attempts[0].cost_nanousd > 0
+    assert second.status == "done"
+    assert "four gateways" in told(claude, SUMMARY)[0]
+    assert messages[0].startswith("<summary>\nOf what was said before:\nThey spoke of &lt;/summary> four gateways.\n</summary>")
+    assert "number 4" in messages[0]
+    assert not any("number 3" in message for message in messages)
+
+
+async def test_a_summary_that_is_being_made_is_not_begun_again(claude: World) -> None:
+    """Each turn that comes meanwhile hears that none covers it; one call is enough."""
+    says(claude, SUMMARY, text="In short.", ttft_ms=1_500)
+    for number in range(5):
+        await claude.ask(f"Which port does gateway number {number} use?", session_id="s1")
+    (operation,) = await errands(claude, "summary")
+    await until(lambda: claude.ledger.summaries)
+
+    assert operation.status == "done"
+    assert len([body for body in claude.provider.prompts if SUMMARY in body]) == 1
+
+
+async def test_a_new_conversation_is_given_a_title_once(claude: World) -> None:
+    """By its first turn alone, without quotation marks and on one line."""
+    says(claude, TITLE, text='"Ports of\nthe gateway."')
+    await claude.ask(PORT, session_id="s1")
+    await until(lambda: "s1" in claude.ledger.titles)
+    await claude.ask("Which ledger keeps the prices of models?", session_id="s1")
+    await errands(claude, "title")
+
+    assert claude.ledger.titles == {"s1": "Ports of the gateway"}
+    assert len([body for body in claude.provider.prompts if TITLE in body]) == 1
+
+
+async def prompts(running: World, answer_id: str, who: Principal = ROOT) -> Any:
+    return await running.caller.unary(running.stub.GetPrompts, pb.GetPromptsRequest(answer_id=answer_id), principal=who)
+
+
+async def kept(running: World, answer_id: str) -> Any:
+    """The prompts of an answer, once they are there."""
+    async with asyncio.timeout(10):
+        while True:
+            try:
+                return await prompts(running, answer_id)
+            except NotFound:
+                await asyncio.sleep(0.01)
+
+
+async def test_an_administrator_of_the_tenant_sees_what_was_sent(claude: World) -> None:
+    """Word for word, for each call; nobody else does, and another tenant's administrator finds nothing."""
+    reply = await claude.ask(PORT, session_id="s1")
+    (sent,) = (await kept(claude, reply.answer_id)).prompts
+    body = orjson.loads(next(body for body in claude.provider.prompts if b"<passages>" in body))
+
+    assert (sent.attempt, sent.model) == (1, "claude-haiku-5-5")
+    assert sent.template == step(reply, "compose")["template"]
+    assert sent.system == text_of(body["system"])
+    assert [(message.role, message.text) for message in sent.messages] == [
+        (message["role"], text_of(message["content"])) for message in body["messages"]
+    ]
+    with pytest.raises(NotAllowed):
+        await prompts(claude, reply.answer_id, ALICE)
+    with pytest.raises(NotAllowed):
+        await prompts(claude, reply.answer_id, Principal("acme", "root", frozenset({"admin"}), "k", frozenset({"answers"})))
+    for who, answer_id in ((Principal("other", "root", frozenset({"admin"})), reply.answer_id), (ROOT, str(uuid.uuid4()))):
+        with pytest.raises(NotFound):
+            await prompts(claude, answer_id, who)
+
+
+async def test_prompts_go_with_their_user(claude: World) -> None:
+    """Those of others stay, also of a user of the same name elsewhere."""
+    name = f"user-{uuid.uuid4()}"  # the store is shared by all tests
+    own = [await claude.ask(PORT, principal=Principal("acme", name), cache=pb.CACHE_MODE_OFF) for _ in range(2)]
+    others = [await claude.ask(PORT, principal=who, cache=pb.CACHE_MODE_OFF) for who in (BOB, Principal("other", name))]
+    for reply in (*own, others[0]):
+        await kept(claude, reply.answer_id)
+    request = pb.ForgetPromptsRequest(user=name)
+    forgotten = await claude.caller.unary(claude.stub.ForgetPrompts, request, principal=ROOT)
+    again = await claude.caller.unary(claude.stub.ForgetPrompts, request, principal=ROOT)
+
+    assert (forgotten.forgotten, again.forgotten) == (2, 0)
+    for reply in own:
+        with pytest.raises(NotFound):
+            await prompts(claude, reply.answer_id)
+    assert (await prompts(claude, others[0].answer_id)).prompts
+    assert (await prompts(claude, others[1].answer_id, Principal("other", "root", frozenset({"admin"})))).prompts
+    with pytest.raises(RequestInvalid):
+        await claude.caller.unary(claude.stub.ForgetPrompts, pb.ForgetPromptsRequest(), principal=ROOT)
+
+
+async def test_no_prompt_is_kept_unless_it_was_asked_for(keyless: World) -> None:
+    """The setting is off by default."""
+    reply = await keyless.ask(PORT)
+    await keyless.booked(reply.answer_id)
+    with pytest.raises(NotFound):
+        await prompts(keyless, reply.answer_id)
+
+
+async def test_a_template_that_is_not_there_stops_the_process_from_starting(tmp_path: Path, valkey: Valkey) -> None:
+    """Nobody finds out by an answer."""
+    with pytest.raises(ValueError, match="there is no prompt template"):
+        async with world(tmp_path, valkey.url, TAILRACE_ORCHESTRATOR_ANSWER_PROMPTS="answer.v99"):
+            pass
+
+
+async def test_a_tier_of_its_own_template_has_a_cache_of_its_own(tmp_path: Path, valkey: Valkey) -> None:
+    """Its instructions are sent with their placeholders said, and the operation names it."""
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    (folder / "answer.own.v1.md").write_text("Answer in {{language}} for {{tier}}, from {{collection}}.")
+    variables = {"TAILRACE_PROMPTS_DIR": str(folder), "TAILRACE_ORCHESTRATOR_ANSWER_PROMPTS": "answer.v1, smart=answer.own.v1"}
+    async with world(tmp_path, valkey.url, **variables) as running:
+        reply = await running.ask(PORT, tier="smart")
+        body = orjson.loads(running.provider.prompts[-1])
+        plain = await running.ask(PORT)
+
+    assert text_of(body["system"]) == "Answer in en for smart, from default."
+    assert step(reply, "compose")["template"].startswith("answer.own.v1-")
+    assert step(plain, "compose")["template"].startswith("answer.v1-")

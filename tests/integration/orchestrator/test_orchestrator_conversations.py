@@ -181,12 +181,12 @@ async def test_who_cannot_pay_for_a_rewrite_is_answered_by_rule(claude: World) -
 async def test_a_regenerated_answer_is_new_and_takes_the_place_of_the_old(claude: World) -> None:
     """The cache has it, and is not asked; the next question without a word on the cache may be served the new one."""
     first = await claude.ask(PORT, session_id="s1")
-    claude.behave(text="Regenerated [1].")
+    claude.behave(text="It listens on port 8080 [1].")
     again = await claude.ask(PORT, session_id="s1", replaces=first.answer_id)
     later = await claude.ask(PORT, session_id="s2")
 
-    assert (again.text, again.done.cache.verdict, again.done.cache.reason) == ("Regenerated [1].", "miss", "regenerated")
-    assert (later.text, later.done.cache.verdict) == ("Regenerated [1].", "exact")
+    assert (again.text, again.done.cache.verdict, again.done.cache.reason) == ("It listens on port 8080 [1].", "miss", "regenerated")
+    assert (later.text, later.done.cache.verdict) == ("It listens on port 8080 [1].", "exact")
     assert [turn.answer_id for turn in claude.ledger.branch("s1")] == [again.answer_id]
     assert len(claude.ledger.turns["s1"]) == 2
 

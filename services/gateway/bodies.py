@@ -114,6 +114,7 @@ class AnswerBody(Body, frozen=True, kw_only=True):
     tool_results: Annotated[list[ToolResultBody], msgspec.Meta(max_length=64)] = []
     continues: Annotated[str, msgspec.Meta(max_length=128)] = ""
     replaces: Annotated[str, msgspec.Meta(max_length=128)] = ""
+    reasoning: bool = False
 
     def message(self, idempotency_key: str) -> orchestrator.AnswerRequest:
         """As the orchestrator takes it. Raises RequestInvalid."""
@@ -136,6 +137,7 @@ class AnswerBody(Body, frozen=True, kw_only=True):
             tool_results=[result.message(f"tool_results[{number}]") for number, result in enumerate(self.tool_results)],
             continues=self.continues,
             replaces=self.replaces,
+            reasoning=self.reasoning,
         )
         if sum(len(image.data) for image in request.images) > IMAGES_BYTES_MAX:
             raise RequestInvalid("the pictures are too large together", field="images", bound=f"at most {IMAGES_BYTES_MAX} bytes")

@@ -228,6 +228,8 @@ async def _generate(run: Run, call: _Call, step: StepRecord) -> None:
             run.kit.books.mark(_unfinished(run, call))
 
     draft.on_text = write
+    if run.question.reasoning and not run.holding:
+        draft.on_reasoning = run.think
     draft.provider = run.provider = candidate.provider
     run.model = candidate.model
     run.sent(call.number, candidate.model, call.prompt)

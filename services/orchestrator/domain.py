@@ -135,6 +135,8 @@ class Question:
     """The answer whose turn this one takes the place of."""
     output_schema: Mapping[str, Any] | None = None
     """JSON Schema the text must satisfy."""
+    reasoning: bool = False
+    """Whether the reader wants to see what the model thinks."""
     route: Route | None = None
     """How the models were chosen; None = `candidates` in their order, and nothing else may be tried."""
     whole: bool = False

@@ -177,6 +177,7 @@ def read_question(
         continues=request.continues,
         replaces=request.replaces,
         output_schema=schema,
+        reasoning=request.reasoning,
         resumed=resumed,
     )
 

@@ -32,6 +32,7 @@ from services.orchestrator.domain import (
     PassagesFound,
     Prompt,
     Question,
+    Reasoned,
     Route,
     SentPrompt,
     StepChange,
@@ -211,6 +212,11 @@ class Run:
         if self.kit.shelf is not None:
             messages = tuple((message.role, shown(message)) for message in prompt.messages)
             self.prompts.append(SentPrompt(attempt, model, prompt.template, prompt.system, messages))
+
+    def think(self, text: str) -> None:
+        """Show a piece of what the model thinks."""
+        self.trail.tell()
+        self.events.append(Reasoned(text))
 
     def write(self, text: str) -> None:
         """Pass on a piece of text, then the citations it completes. Raises OutputInvalid before a piece that rules out the schema."""

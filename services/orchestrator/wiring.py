@@ -57,6 +57,7 @@ is away."""
 REDIS_CONNECTIONS_MAX = 200
 RUNNING_MARGIN_S = 120.0
 """A log that nobody ends goes this long after its answer's deadline."""
+CANCEL_AGAIN_S = 0.5
 LEASES_RETURN_S = 2.0
 """How long a drain waits at least for the ledger to take leases back; what it does not take expires by itself."""
 FETCH_URL = "fetch_url"
@@ -294,5 +295,7 @@ async def tell_interrupted(logs: SharedLogs, left: Sequence[tuple[str, str]]) ->
 
 
 async def _ended(task: "asyncio.Task[None]") -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
+    """End a task that works for ever. Asked again and again: what it waits in may take a cancellation for its own time limit."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=CANCEL_AGAIN_S)

@@ -49,6 +49,21 @@ async def test_an_answer_is_streamed_cited_and_booked_as_the_provider_bills_it(s
     assert not running.ledger.open_holds
 
 
+async def test_thoughts_are_shown_to_those_who_ask_for_them(spoken: tuple[World, str]) -> None:
+    """Before the text, as events of their own and no part of it; they are billed in either case."""
+    running, _ = spoken
+    running.behave(reasoning="Let me see. Ports have numbers.", text=TEXT)
+    shown = await running.ask(QUESTION, cache=pb.CACHE_MODE_OFF, reasoning=True)
+    quiet = await running.ask(QUESTION, cache=pb.CACHE_MODE_OFF)
+    kinds = [event.WhichOneof("event") for event in shown.events]
+    thoughts = "".join(event.reasoning.text for event in shown.events)
+
+    assert thoughts == "Let me see. Ports have numbers."
+    assert shown.text == quiet.text == TEXT
+    assert kinds.index("reasoning") < kinds.index("delta")
+    assert not any(event.HasField("reasoning") for event in quiet.events)
+
+
 async def test_a_cancel_closes_the_providers_socket_and_books_what_came(spoken: tuple[World, str]) -> None:
     """Whichever vendor is at the other end."""
     running, _ = spoken

@@ -97,6 +97,7 @@ class AnswerRequest(_message.Message):
     REPLACES_FIELD_NUMBER: _builtins.int
     SERVER_TOOLS_FIELD_NUMBER: _builtins.int
     WHOLE_FIELD_NUMBER: _builtins.int
+    REASONING_FIELD_NUMBER: _builtins.int
     question: _builtins.str
     """What is asked. UTF-8, 1-32768 bytes, not only white space."""
     session_id: _builtins.str
@@ -129,6 +130,8 @@ class AnswerRequest(_message.Message):
     """
     whole: _builtins.bool
     """The caller reads only the whole answer, not its stream: text may be held back until it was checked, and asked for once more."""
+    reasoning: _builtins.bool
+    """Show what the model thinks before it answers, where it can. Thoughts are output and paid for as such."""
     @_builtins.property
     def output_schema(self) -> _struct_pb2.Struct:
         """JSON Schema (2020-12) the answer must satisfy; the text is JSON then, and cites nothing. At most 32 KiB and 24 levels, no reference out
@@ -173,10 +176,11 @@ class AnswerRequest(_message.Message):
         replaces: _builtins.str = ...,
         server_tools: _abc.Iterable[_builtins.str] | None = ...,
         whole: _builtins.bool = ...,
+        reasoning: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "_max_output_tokens", b"_max_output_tokens", "deadline_ms", b"deadline_ms", "max_output_tokens", b"max_output_tokens", "output_schema", b"output_schema"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "_max_output_tokens", b"_max_output_tokens", "cache", b"cache", "cancel_on_disconnect", b"cancel_on_disconnect", "collection", b"collection", "continues", b"continues", "deadline_ms", b"deadline_ms", "idempotency_key", b"idempotency_key", "images", b"images", "max_output_tokens", b"max_output_tokens", "model", b"model", "output_schema", b"output_schema", "priority", b"priority", "question", b"question", "replaces", b"replaces", "server_tools", b"server_tools", "session_id", b"session_id", "tier", b"tier", "tool_results", b"tool_results", "tools", b"tools", "whole", b"whole"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "_max_output_tokens", b"_max_output_tokens", "cache", b"cache", "cancel_on_disconnect", b"cancel_on_disconnect", "collection", b"collection", "continues", b"continues", "deadline_ms", b"deadline_ms", "idempotency_key", b"idempotency_key", "images", b"images", "max_output_tokens", b"max_output_tokens", "model", b"model", "output_schema", b"output_schema", "priority", b"priority", "question", b"question", "reasoning", b"reasoning", "replaces", b"replaces", "server_tools", b"server_tools", "session_id", b"session_id", "tier", b"tier", "tool_results", b"tool_results", "tools", b"tools", "whole", b"whole"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__deadline_ms: _TypeAlias = _typing.Literal["deadline_ms"]  # noqa: Y015
     _WhichOneofArgType__deadline_ms: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms"]  # noqa: Y015

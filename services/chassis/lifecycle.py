@@ -19,6 +19,7 @@ import uvloop
 
 from services.chassis import telemetry
 from services.chassis.config import ServiceSettings, SettingsError
+from services.chassis.ending import ended
 from services.chassis.server import Server
 
 log = structlog.get_logger(__name__)
@@ -87,8 +88,7 @@ async def started(service: Service, host: str) -> AsyncIterator[int]:
     try:
         yield port
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await ended(task)
 
 
 async def serve(build: Build[SettingsT], settings: SettingsT, stop: asyncio.Event) -> int:

@@ -10,6 +10,7 @@ import redis.asyncio as redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from services.chassis.ending import ended
 from services.chassis.lifecycle import Service
 from services.chassis.passport import Passport
 from services.chassis.server import Identify, Server
@@ -178,8 +179,7 @@ async def _running(work: Coroutine[Any, Any, None], name: str) -> AsyncIterator[
     try:
         yield
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await ended(task)
 
 
 def _backends(settings: Settings, metrics: Metrics) -> contextlib.AbstractAsyncContextManager[Backends]:

@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import AsyncIterator
 
 from services.chassis.clock import SystemClock
+from services.chassis.ending import ended
 from services.chassis.lifecycle import Service
 from services.chassis.passport import Passport
 from services.chassis.server import Server, passport_identity
@@ -81,6 +82,4 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         try:
             yield Service(server, settings.port, probes={"postgres": database.probe}, stopping=servicer.end_streams)
         finally:
-            for task in background:
-                task.cancel()
-            await asyncio.gather(*background, return_exceptions=True)
+            await ended(*background)

@@ -9,10 +9,13 @@ import hashlib
 import re
 import time
 import unicodedata
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import msgspec
 import redis.asyncio as redis
 import structlog
+from redis.exceptions import ConnectionError as ConnectionLost
 from redis.exceptions import RedisError
 
 from services.orchestrator.domain import CachedAnswer, Edition, HeldAnswer, Question
@@ -79,7 +82,7 @@ class RedisCache:
             return None
         try:
             async with asyncio.timeout(self._timeout_s):
-                value = await self._client.get(cache_key(question, scope))
+                value = await self._once_more(lambda: self._client.get(cache_key(question, scope)))
             kept = _decode(value) if isinstance(value, bytes) else None
         except (RedisError, OSError, TimeoutError, msgspec.MsgspecError) as error:
             self._failed("get", error)
@@ -97,11 +100,19 @@ class RedisCache:
             return False
         try:
             async with asyncio.timeout(self._timeout_s):
-                await self._client.set(cache_key(question, scope), value, ex=self._ttl_s)
+                await self._once_more(lambda: self._client.set(cache_key(question, scope), value, ex=self._ttl_s))
         except (RedisError, OSError, TimeoutError) as error:
             self._failed("put", error)
             return False
         return True
+
+    async def _once_more(self, command: Callable[[], Awaitable[Any]]) -> Any:
+        """What `command` gives. A store that was restarted has left us lines that are dead: they go, and a new one is tried."""
+        try:
+            return await command()
+        except ConnectionLost:
+            await self._client.connection_pool.disconnect(inuse_connections=False)
+            return await command()
 
     def _failed(self, command: str, error: Exception) -> None:
         self.failures += 1

@@ -15,6 +15,7 @@ from services.chassis.afterwork import AfterWork
 from services.chassis.channel import Caller, open_channel
 from services.chassis.clock import Clock, SystemClock
 from services.chassis.config import environment
+from services.chassis.ending import ended
 from services.chassis.errors import DomainError, ModelUnknown, NotAllowed
 from services.chassis.lifecycle import Service
 from services.chassis.passport import Passport
@@ -57,7 +58,6 @@ is away."""
 REDIS_CONNECTIONS_MAX = 200
 RUNNING_MARGIN_S = 120.0
 """A log that nobody ends goes this long after its answer's deadline."""
-CANCEL_AGAIN_S = 0.5
 LEASES_RETURN_S = 2.0
 """How long a drain waits at least for the ledger to take leases back; what it does not take expires by itself."""
 FETCH_URL = "fetch_url"
@@ -185,10 +185,10 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             "interrupted answers": tell_interrupted(logs, outbox.interrupted),
         }
         for name, work in works.items():
-            stack.push_async_callback(_ended, asyncio.create_task(work, name=name))
+            stack.push_async_callback(ended, asyncio.create_task(work, name=name))
 
         sender = asyncio.create_task(outbox.drain_forever(ledger.recording), name="spool sender")
-        stack.push_async_callback(_ended, sender)
+        stack.push_async_callback(ended, sender)
 
         server = Server(passport_identity(passport), reflect=settings.environment == "development", tls=tls)
         handlers = OrchestratorRpc(
@@ -292,10 +292,3 @@ async def tell_interrupted(logs: SharedLogs, left: Sequence[tuple[str, str]]) ->
             log.warning("interruption_not_told", answer_id=answer_id, reason=error.reason)
     if left:
         log.warning("answers_were_interrupted", answers=len(left))
-
-
-async def _ended(task: "asyncio.Task[None]") -> None:
-    """End a task that works for ever. Asked again and again: what it waits in may take a cancellation for its own time limit."""
-    while not task.done():
-        task.cancel()
-        await asyncio.wait([task], timeout=CANCEL_AGAIN_S)

@@ -15,6 +15,7 @@ import numpy as np
 import structlog
 
 from services.chassis.afterwork import AfterWork
+from services.chassis.ending import ended
 from services.chassis.errors import DomainError, Internal, NotAllowed, NotFound, Overloaded, Unavailable
 from services.chassis.telemetry import span
 from services.retrieval import facts
@@ -223,16 +224,12 @@ class Ingestion:
         try:
             yield
         finally:
-            for task in (*self._working, *keeping):
-                task.cancel()
-            await asyncio.gather(*self._working, *keeping, return_exceptions=True)
+            await ended(*self._working, *keeping)
 
     async def drain(self, timeout_s: float) -> int:
         """Claim no more, hand back what is not being written, finish what is; return how much was abandoned."""
         self.stop()
-        for task in self._working:
-            task.cancel()
-        await asyncio.gather(*self._working, return_exceptions=True)
+        await ended(*self._working)
         abandoned = await self._afterwork.drain(timeout_s)
         with contextlib.suppress(Unavailable):  # then the lease ends them
             await self.store.leave()
@@ -301,7 +298,8 @@ class Ingestion:
                 continue
             if claim is None:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), IDLE_S)
+                    async with asyncio.timeout(IDLE_S):
+                        await self._wake.wait()
                 continue
             task = self._held[claim.key] = asyncio.create_task(self._ingest(claim), name=f"ingest {claim.job_id} {claim.index}")
             try:

@@ -15,6 +15,7 @@ import msgspec
 import redis.asyncio as redis
 from redis.exceptions import RedisError
 
+from services.chassis.ending import ended
 from services.chassis.errors import Overloaded, Unavailable
 from services.retrieval.domain import Progress, Stage, Upload
 from services.retrieval.jobs import Claim, JobState, Owner, Taken, Told
@@ -494,8 +495,7 @@ class RedisJobs:
         try:
             yield
         finally:
-            keeping.cancel()
-            await asyncio.gather(keeping, return_exceptions=True)
+            await ended(keeping)
             with contextlib.suppress(Unavailable):  # then the lease ends it
                 async with self._asking():
                     await self._client.eval(_YIELD_TURN, 1, place, mine)

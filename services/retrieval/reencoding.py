@@ -12,6 +12,7 @@ from dataclasses import replace
 import structlog
 
 from services.chassis.clock import Clock
+from services.chassis.ending import ended
 from services.chassis.errors import DomainError
 from services.retrieval.domain import stable_id
 from services.retrieval.encoding_spaces import Encodings, Standing
@@ -65,8 +66,7 @@ class Reencoding:
         try:
             yield
         finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await ended(task)
 
     async def once(self) -> int:
         """Move what is to be moved; return how many collections are not there yet.

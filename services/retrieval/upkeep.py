@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import structlog
 
 from services.chassis.clock import Clock
+from services.chassis.ending import ended
 from services.chassis.errors import Unavailable
 from services.retrieval.ports import VectorStore
 from services.retrieval.registry import Registry
@@ -67,8 +68,7 @@ class Upkeep:
         try:
             yield
         finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await ended(task)
 
     async def _begin(self) -> None:
         await self._prepare()
@@ -94,4 +94,5 @@ class Upkeep:
                 await asyncio.sleep(INTERVAL_S)
             self._wanted.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wanted.wait(), INTERVAL_S)
+                async with asyncio.timeout(INTERVAL_S):
+                    await self._wanted.wait()

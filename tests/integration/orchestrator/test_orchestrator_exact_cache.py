@@ -120,3 +120,16 @@ async def test_cancel_storm_never_gives_one_question_the_reply_of_another(client
 
     assert wrong == []
     assert cache.failures == 0
+
+
+async def test_lines_that_died_with_the_store_cost_no_answer(valkey: Valkey) -> None:
+    """Several idle connections are cut, as by a restart: the next command is done on a new one."""
+    pool = redis.BlockingConnectionPool.from_url(valkey.url, max_connections=8, timeout=2, retry=None)
+    async with redis.Redis.from_pool(pool) as client, redis.Redis.from_url(valkey.url) as other:
+        cache = RedisCache(client, ttl_s=100, timeout_s=2)
+        await asyncio.gather(*(cache.get(question(f"question {number}"), "scope") for number in range(6)))
+        await other.client_kill_filter(_type="normal", skipme=True)
+
+        assert await cache.put(question(), "scope", HeldAnswer(ANSWER, Edition(1)))
+        assert await cache.get(question(), "scope") == HeldAnswer(ANSWER, Edition(1))
+        assert cache.failures == 0

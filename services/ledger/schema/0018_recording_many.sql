@@ -94,11 +94,13 @@ DECLARE
 BEGIN
     SELECT o.operation_id INTO wrong
     FROM (SELECT DISTINCT tenant, operation_id FROM inserted) mine
-    JOIN operations o USING (tenant, operation_id)
+    CROSS JOIN LATERAL (
+        SELECT * FROM operations found WHERE (found.tenant, found.operation_id) = (mine.tenant, mine.operation_id) OFFSET 0
+    ) o
     CROSS JOIN LATERAL (
         SELECT sum(cost_nanousd) AS cost, sum(input_tokens) AS input, sum(output_tokens) AS output, sum(cache_read_tokens) AS cache_read,
                sum(cache_write_tokens) AS cache_write, sum(cache_write_1h_tokens) AS cache_write_1h
-        FROM attempts a WHERE a.tenant = o.tenant AND a.operation_id = o.operation_id
+        FROM attempts a WHERE a.tenant = mine.tenant AND a.operation_id = mine.operation_id
     ) s
     WHERE (s.cost, s.input, s.output, s.cache_read, s.cache_write, s.cache_write_1h)
         IS DISTINCT FROM (o.cost_nanousd::numeric, o.input_tokens::numeric, o.output_tokens::numeric, o.cache_read_tokens::numeric,

@@ -181,6 +181,11 @@ BEGIN
 END
 $$;
 
+-- Its plans are kept, and made while `holds` may still be empty: they must look holds up by their key all the same.
+ALTER FUNCTION resolve_holds(jsonb, timestamptz) SET enable_seqscan = off;
+ALTER FUNCTION resolve_holds(jsonb, timestamptz) SET enable_hashjoin = off;
+ALTER FUNCTION resolve_holds(jsonb, timestamptz) SET enable_mergejoin = off;
+
 -- Rows of `spending`, planned for as few as there mostly are; see moves_in.
 CREATE FUNCTION spending_in(p_changes jsonb) RETURNS SETOF spending LANGUAGE sql IMMUTABLE STRICT ROWS 4 AS $$
     SELECT * FROM jsonb_populate_recordset(NULL::spending, p_changes)

@@ -6,6 +6,7 @@ event that came. An answer whose own replica is gone ends there, as interrupted.
 
 import asyncio
 import time
+from collections import deque
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, Self
@@ -35,6 +36,9 @@ class AnswerStream:
         self._lost_at: float | None = None
         self._call = AsyncExitStack()
         self._messages: Any = None
+        self._more: deque[orchestrator.AnswerEvent] = deque()
+        """Events that came together with an earlier one."""
+        request.batches = True
 
     async def __aenter__(self) -> Self:
         await self._open()
@@ -49,14 +53,20 @@ class AnswerStream:
     async def __anext__(self) -> orchestrator.AnswerEvent:
         """The next event. Raises what the answer ended in, and AnswerInterrupted if no replica knows of it any more."""
         while True:
-            try:
-                event = await self._messages.__anext__()
-            except DomainError as error:
-                await self._heal(error)
-                continue
+            if self._more:
+                event = self._more.popleft()
+            else:
+                try:
+                    event = await self._messages.__anext__()
+                except DomainError as error:
+                    await self._heal(error)
+                    continue
+                if event.more:
+                    self._more.extend(event.more)
+                    event.ClearField("more")
             self._came, self._lost_at = True, None
             self._answer_id, self._last = event.answer_id, event.sequence
-            return event  # type: ignore[no-any-return]
+            return event
 
     async def _heal(self, error: DomainError) -> None:
         """Go on at another replica, or raise what stands for `error`."""
@@ -73,7 +83,7 @@ class AnswerStream:
             raise AnswerInterrupted("no replica can be reached; resume the answer", answer_id=self._answer_id) from error
         await asyncio.sleep(min(PAUSE_MAX_S, PAUSE_MIN_S * 2**self._tries))
         self._tries += 1
-        self._request = orchestrator.ResumeAnswerRequest(answer_id=self._answer_id, after_sequence=self._last)
+        self._request = orchestrator.ResumeAnswerRequest(answer_id=self._answer_id, after_sequence=self._last, batches=True)
         self._begins = False
         await self._open()
         return None

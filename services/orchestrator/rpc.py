@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -60,6 +61,8 @@ CALL_MARGIN_S = 0.2
 """What a call's own deadline leaves for booking and for the last message."""
 ANSWER_LEAST_S = 0.25
 """A call with less time left than this is not begun."""
+BATCH_EVENTS_MAX, BATCH_BYTES_MAX = 128, 64 * 1024
+"""Events of one message. One that begins below the second bound may end above it, by one event."""
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _PRIORITIES: dict[int, Priority] = {
@@ -84,10 +87,10 @@ def new_answer_id() -> str:
 
 
 def fingerprint(request: pb.AnswerRequest) -> bytes:
-    """Digest of what is asked. How long the caller waits for it, and how it goes away, does not make it another question."""
+    """Digest of what is asked. How long the caller waits for it, how it reads and how it goes away does not make it another question."""
     asked = pb.AnswerRequest()
     asked.CopyFrom(request)
-    for field in ("deadline_ms", "cancel_on_disconnect", "priority", "whole"):
+    for field in ("deadline_ms", "cancel_on_disconnect", "priority", "whole", "batches"):
         asked.ClearField(field)
     return hashlib.sha256(asked.SerializeToString(deterministic=True)).digest()
 
@@ -294,6 +297,25 @@ def event_message(answer_id: str, entry: Entry) -> pb.AnswerEvent:
             return pb.AnswerEvent.FromString(payload)
 
 
+def in_batches(answer_id: str, entries: Sequence[Entry], events_max: int) -> Iterator[pb.AnswerEvent]:
+    """Entries in as few messages as their bounds allow, made one at a time: a reader who comes late is sent the whole answer."""
+    first: pb.AnswerEvent | None = None
+    size = 0
+    for entry in entries:
+        message = event_message(answer_id, entry)
+        if first is None:
+            first, size = message, 0
+        elif len(first.more) + 1 < events_max and size < BATCH_BYTES_MAX:
+            first.more.append(message)
+        else:
+            yield first
+            first, size = message, 0
+        if events_max > 1:
+            size += message.ByteSize()
+    if first is not None:
+        yield first
+
+
 def event_bytes(answer_id: str, entry: Entry) -> bytes:
     """An entry as other replicas read it."""
     return event_message(answer_id, entry).SerializeToString(deterministic=True)
@@ -362,13 +384,13 @@ class OrchestratorRpc(pb_grpc.OrchestratorServiceServicer):
         )
         if not self._books.has_room:
             raise Overloaded("too many records wait for the ledger", retry_after_ms=5000)
-        await self._follow(await self._registry.begin(question, fingerprint(request)), 0, context)
+        await self._follow(await self._registry.begin(question, fingerprint(request)), 0, context, batches=request.batches)
 
     async def ResumeAnswer(self, request: pb.ResumeAnswerRequest, context: grpc.aio.ServicerContext) -> None:  # type: ignore[override]
         if not 0 <= request.after_sequence <= EVENTS_MAX:
             raise RequestInvalid("no answer has an event of this number", field="after_sequence", bound=f"0-{EVENTS_MAX}")
         found = await self._registry.find(current_principal(), _answer_id(request.answer_id))
-        await self._follow(found, request.after_sequence, context)
+        await self._follow(found, request.after_sequence, context, batches=request.batches)
 
     async def CancelAnswer(self, request: pb.CancelAnswerRequest, context: grpc.aio.ServicerContext) -> pb.CancelAnswerResponse:
         return pb.CancelAnswerResponse(was_running=await self._registry.cancel(current_principal(), _answer_id(request.answer_id)))
@@ -421,8 +443,8 @@ class OrchestratorRpc(pb_grpc.OrchestratorServiceServicer):
         ]
         return pb.ListModelsResponse(models=models, default_tier=self._router.default_tier)
 
-    async def _follow(self, found: Found, after: int, context: grpc.aio.ServicerContext) -> None:
-        """Write the answer's events from after a number on, until `done` or its error."""
+    async def _follow(self, found: Found, after: int, context: grpc.aio.ServicerContext, *, batches: bool) -> None:
+        """Write the answer's events from after a number on, until `done` or its error; what is there at one moment in one message."""
         async with self._registry.reading(found, after) as (events, reader):
             # What another replica showed before it died may be more than it could share.
             may_lag = isinstance(found, Elsewhere) and not (events.ended and events.failure is None)
@@ -430,8 +452,8 @@ class OrchestratorRpc(pb_grpc.OrchestratorServiceServicer):
                 raise RequestInvalid("the answer has no event of this number", field="after_sequence", bound=f"0-{len(events)}")
             while True:
                 entries = await reader.next(self._heartbeat_s)
-                for entry in entries:
-                    await context.write(event_message(events.answer_id, entry))
+                for message in in_batches(events.answer_id, entries, BATCH_EVENTS_MAX if batches else 1):
+                    await context.write(message)
                 if entries:
                     continue
                 if not events.ended:

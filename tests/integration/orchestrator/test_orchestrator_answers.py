@@ -11,7 +11,7 @@ from services.chassis.errors import BudgetExhausted, ModelUnknown, RequestInvali
 from services.chassis.wire import usage_value
 from services.local.stores import Valkey
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as pb
-from tests.fakes.orchestrator_world import ALICE, BOB, PRICES, World, world
+from tests.fakes.orchestrator_world import ALICE, BOB, PRICES, Reply, World, world
 
 
 @pytest.fixture
@@ -39,6 +39,22 @@ async def test_answer_is_one_numbered_stream_from_accepted_to_done(claude: World
     assert reply.done.verdict == "passed"
     assert {"recall", "passages", "compose", "hold", "generate", "validate", "record"} <= reply.steps().keys()
     assert len(reply.events[0].accepted.trace_id) == 32
+
+
+async def test_events_of_one_moment_share_a_message_only_with_a_reader_that_asks_for_it(claude: World) -> None:
+    alone = await claude.ask("Which port does the gateway listen on?")
+    assert not any(event.more for event in alone.events)
+    together = Reply()
+    request = pb.ResumeAnswerRequest(answer_id=alone.answer_id, batches=True)
+    async with claude.caller.stream(claude.stub.ResumeAnswer, request, timeout_s=60, principal=ALICE) as messages:
+        async for message in messages:
+            more = list(message.more)
+            message.ClearField("more")
+            together.events += [message, *more]
+            assert len(more) > 1
+    assert together.events == alone.events
+    fresh = await claude.ask("And what else is there to know?", cache=pb.CACHE_MODE_OFF, batches=True)
+    assert len(fresh.events) < 0.8 * len(alone.events)  # what a step leaves and what the next begins with come together
 
 
 async def test_no_text_comes_before_the_step_that_writes_it(keyless: World) -> None:

@@ -119,3 +119,24 @@ async def test_replicas_that_all_stop_are_not_asked_for_ever() -> None:
             await read(replicas)
 
     assert (len(stopping.calls), len(full.calls)) == (3, 1)
+
+
+async def test_events_that_came_in_one_message_are_told_one_by_one_and_resumed_after_the_last() -> None:
+    class Together(Replicas):
+        async def _play(self, script: list[int | DomainError]) -> AsyncIterator[pb.AnswerEvent]:
+            for beat in script:
+                if isinstance(beat, DomainError):
+                    raise beat
+                more = [pb.AnswerEvent(answer_id="a", sequence=number) for number in (beat + 1, beat + 2)]
+                yield pb.AnswerEvent(answer_id="a", sequence=beat, more=more)
+
+    replicas = Together([1, 4, LOST], [7])
+    asked = pb.AnswerRequest(question="q")
+    async with AnswerStream(replicas, asked, timeout_s=10) as events:  # type: ignore[arg-type]
+        came = [event async for event in events]
+    assert [event.sequence for event in came] == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert not any(event.more for event in came)
+    (_, began), (method, resumed) = replicas.calls
+    assert began.batches
+    assert method == "ResumeAnswer"
+    assert resumed == pb.ResumeAnswerRequest(answer_id="a", after_sequence=6, batches=True)

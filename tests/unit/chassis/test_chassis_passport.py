@@ -58,6 +58,39 @@ def test_an_old_principal_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ours.check(pairs)
 
 
+def test_an_old_principal_is_refused_although_it_was_accepted_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is remembered of it is that its signature is right, not that it is young."""
+    pairs = ours.sign(ALICE)
+    assert ours.check(pairs) == ALICE
+    later = module.time.time() + module.MAX_AGE_S + 1
+    monkeypatch.setattr(module.time, "time", lambda: later)
+
+    with pytest.raises(NotAuthenticated, match="old"):
+        ours.check(pairs)
+
+
+def test_a_signature_is_made_anew_long_before_it_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same call twice may share one; one a while later does not, and both are accepted."""
+    now = module.time.time()
+    monkeypatch.setattr(module.time, "time", lambda: now)
+    first = ours.sign(ALICE)
+    assert ours.sign(ALICE) == first
+    assert ours.sign(Principal("acme", "alice", frozenset({"admin"}))) != first
+    now += module.SIGNED_FOR_S
+    second = ours.sign(ALICE)
+    assert second != first
+    assert ours.check(first) == ours.check(second) == ALICE
+
+
+def test_a_wrong_signature_stays_wrong_beside_a_right_one() -> None:
+    """Neither a right signature nor an earlier refusal is remembered for another one."""
+    key, payload = ours.sign(ALICE)[0]
+    for _ in range(2):
+        with pytest.raises(NotAuthenticated, match="signature"):
+            ours.check([(key, payload), (SIGNATURE_KEY, bytes(32))])
+        assert ours.check(ours.sign(ALICE)) == ALICE
+
+
 def test_text_where_bytes_belong_is_refused() -> None:
     """The metadata names end in -bin."""
     with pytest.raises(NotAuthenticated):

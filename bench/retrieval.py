@@ -138,7 +138,7 @@ def _chunk_texts(corpus: list[dict[str, str]]) -> list[str]:
         MiniLmEmbedder.load(MODELS, "fp32").close()
         folder = next(MODELS.glob("minilm-l6-v2-fp32-*"))
     count = WordPieces(folder / "tokenizer.json").count
-    return [in_context(row["title"], chunk) for row in corpus for chunk in chunked(parse_plain(row["text"]), count)]
+    return [in_context(row["title"], chunk) for row in corpus for chunk in chunked(parse_plain(row["text"]), count, row["title"])]
 
 
 async def _alone(texts: list[str]) -> float:

@@ -1,7 +1,7 @@
 """Extracted text to chunks: cut where the document itself has a joint, within a size in tokens. Pure but for the token counter it is given.
 
 Every chunk is a stretch of the extracted text, `text[start:end]`, and every block lies in chunks as a whole or in pieces: nothing is lost
-and nothing is said twice.
+and nothing is said twice. Chunks overlap in what they are found by, never in what is shown.
 """
 
 import re
@@ -9,12 +9,22 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from services.retrieval.domain import Block, BlockKind, Chunk, Extracted
+from services.retrieval.domain import BlockKind, Chunk, Extracted
 
-TOKENS_MAX = 200
-"""With title and headings in front this stays within the embedder's 256."""
+CUT = "2"
+"""Changed whenever the same text is cut otherwise: a document that comes again is then cut anew, whether or not its content changed."""
+WINDOW_TOKENS = 254
+"""What the default embedder reads of a text, its own two signs set aside; the rest would not be found by meaning."""
+TOKENS_MAX = 232
+"""Larger chunks are found no better and bring more along that was not asked for; smaller ones cut answers off."""
+TOKENS_MIN = 128
+"""A chunk may be this large however long its title and headings are."""
+LEAD_TOKENS_MAX = 60
+"""Of what comes before a chunk, so much helps to find it; more would hide what it says itself."""
 TOKENS_SMALL = 60
 """A section this small says too little alone; it goes together with its neighbours."""
+LEAD_CHARACTERS_MAX = 600
+"""Where a lead is looked for: 60 tokens are hardly ever more."""
 HEADING_TOKENS_MAX = 30
 CONTEXT_CHARACTERS_MAX = 200
 
@@ -32,6 +42,8 @@ class _Piece:
     end: int
     tokens: int
     heading_path: tuple[str, ...]
+    tokens_max: int
+    """How large a chunk under these headings may be."""
     heading: bool = False
 
 
@@ -42,50 +54,59 @@ def context_of(title: str, heading_path: tuple[str, ...]) -> str:
 
 
 def in_context(title: str, chunk: Chunk) -> str:
-    """The chunk as it is embedded."""
+    """The chunk as it is found: its place in the document, what leads up to it, and itself."""
     context = context_of(title, chunk.heading_path)
-    return f"{context}\n{chunk.text}" if context else chunk.text
+    text = f"{chunk.lead} {chunk.text}" if chunk.lead else chunk.text
+    return f"{context}\n{text}" if context else text
 
 
-def chunked(extracted: Extracted, count_tokens: CountTokens) -> list[Chunk]:
-    """Cut `extracted` into chunks in reading order."""
-    pieces = _packed(extracted.text, _pieces(extracted, count_tokens))
+def chunked(extracted: Extracted, count_tokens: CountTokens, title: str = "") -> list[Chunk]:
+    """Cut `extracted` into chunks in reading order. `title` is what `in_context` will put in front of them."""
+    text = extracted.text
+    pieces = _packed(text, _pieces(extracted, count_tokens, title))
+    leads = _leads(text, pieces, count_tokens, title)
     return [
         Chunk(
             ordinal,
-            extracted.text[piece.start : piece.end],
+            text[piece.start : piece.end],
             piece.start,
             piece.end,
             piece.heading_path,
             page=bisect_right(extracted.page_starts, piece.start),
+            lead=lead,
         )
-        for ordinal, piece in enumerate(pieces)
+        for ordinal, (piece, lead) in enumerate(zip(pieces, leads, strict=True))
     ]
 
 
-def _pieces(extracted: Extracted, count_tokens: CountTokens) -> Iterator[_Piece]:
+def _pieces(extracted: Extracted, count_tokens: CountTokens, title: str) -> Iterator[_Piece]:
     """Blocks, and what blocks that are too large fall into."""
     sizes = count_tokens([extracted.text[block.start : block.end] for block in extracted.blocks])
+    paths = list(dict.fromkeys(block.heading_path for block in extracted.blocks))
+    contexts = dict(zip(paths, count_tokens([context_of(title, path) for path in paths]), strict=True))
     for block, tokens in zip(extracted.blocks, sizes, strict=True):
-        if tokens <= TOKENS_MAX:
-            yield _Piece(block.start, block.end, tokens, block.heading_path, block.kind is BlockKind.HEADING)
+        # Under headings a chunk may begin with one, which comes on top.
+        room = WINDOW_TOKENS - contexts[block.heading_path] - (HEADING_TOKENS_MAX if block.heading_path else 0)
+        most = max(TOKENS_MIN, min(TOKENS_MAX, room))
+        piece = _Piece(block.start, block.end, tokens, block.heading_path, most, block.kind is BlockKind.HEADING)
+        if tokens <= most:
+            yield piece
         else:
-            yield from _cut(extracted.text, block, count_tokens)
+            yield from _cut(extracted.text, piece, block.kind, count_tokens)
 
 
-def _cut(text: str, block: Block, count_tokens: CountTokens) -> Iterator[_Piece]:
+def _cut(text: str, whole: _Piece, kind: BlockKind, count_tokens: CountTokens) -> Iterator[_Piece]:
     """A block in pieces: by lines where lines mean something, else by sentences; what is still too large by words, then by characters."""
-    whole = _Piece(block.start, block.end, 0, block.heading_path)
-    by_line = block.kind in (BlockKind.CODE, BlockKind.TABLE, BlockKind.LIST)
+    by_line = kind in (BlockKind.CODE, BlockKind.TABLE, BlockKind.LIST)
     joints = (_LINE_END, _WORD_END) if by_line else (_SENTENCE_END, _LINE_END, _WORD_END)
-    yield from _joined(_split(text, whole, joints, count_tokens))
+    yield from _joined(_split(text, replace(whole, heading=False), joints, count_tokens))
 
 
 def _split(text: str, piece: _Piece, joints: tuple[re.Pattern[str], ...], count_tokens: CountTokens) -> Iterator[_Piece]:
     parts = list(_parts(text, piece, joints[0])) if joints else list(_by_characters(piece))
     sizes = count_tokens([text[part.start : part.end] for part in parts])
     for part, tokens in zip(parts, sizes, strict=True):
-        if tokens <= TOKENS_MAX:
+        if tokens <= part.tokens_max:
             yield replace(part, tokens=tokens)
         elif joints:
             yield from _split(text, part, joints[1:], count_tokens)
@@ -107,7 +128,7 @@ def _parts(text: str, piece: _Piece, joint: re.Pattern[str]) -> Iterator[_Piece]
 
 
 def _by_characters(piece: _Piece) -> Iterator[_Piece]:
-    step = max(1, min(TOKENS_MAX, (piece.end - piece.start + 1) // 2))
+    step = max(1, min(piece.tokens_max, (piece.end - piece.start + 1) // 2))
     for begin in range(piece.start, piece.end, step):
         yield replace(piece, start=begin, end=min(begin + step, piece.end))
 
@@ -116,7 +137,7 @@ def _joined(parts: Iterator[_Piece]) -> Iterator[_Piece]:
     """Neighbours put together again as long as they fit. Token counts of parts add up to at least that of the whole."""
     gathered: _Piece | None = None
     for part in parts:
-        if gathered is not None and gathered.tokens + part.tokens <= TOKENS_MAX:
+        if gathered is not None and gathered.tokens + part.tokens <= gathered.tokens_max:
             gathered = replace(gathered, end=part.end, tokens=gathered.tokens + part.tokens)
             continue
         if gathered is not None:
@@ -129,21 +150,17 @@ def _joined(parts: Iterator[_Piece]) -> Iterator[_Piece]:
 def _packed(text: str, pieces: Iterator[_Piece]) -> list[_Piece]:
     """Pieces of one section together as long as they fit, then small sections with their neighbours."""
 
-    def adjoin(last: _Piece, piece: _Piece) -> bool:
-        """Whether nothing lies between them that is no part of the content, such as a comment or a rule."""
-        return not text[last.end : piece.start].strip()
-
     sections: list[_Piece] = []
     for piece in pieces:
         last = sections[-1] if sections else None
         # A heading is never left alone for the sake of a few tokens.
-        most = TOKENS_MAX + HEADING_TOKENS_MAX if last and last.heading else TOKENS_MAX
+        most = piece.tokens_max + HEADING_TOKENS_MAX if last and last.heading else piece.tokens_max
         if (
             last is not None
             and piece.heading_path == last.heading_path
             and not piece.heading
             and last.tokens + piece.tokens <= most
-            and adjoin(last, piece)
+            and _adjoin(text, last, piece)
         ):
             sections[-1] = _together(last, piece, piece.heading_path)
         else:
@@ -151,7 +168,7 @@ def _packed(text: str, pieces: Iterator[_Piece]) -> list[_Piece]:
     packed: list[_Piece] = []
     for piece in sections:
         last = packed[-1] if packed else None
-        if last is not None and _belong_together(last, piece) and adjoin(last, piece):
+        if last is not None and _belong_together(last, piece) and _adjoin(text, last, piece):
             below = piece.heading_path[: len(last.heading_path)] == last.heading_path
             path = piece.heading_path if last.heading and below else _shared(last.heading_path, piece.heading_path)
             packed[-1] = _together(last, piece, path)
@@ -161,16 +178,49 @@ def _packed(text: str, pieces: Iterator[_Piece]) -> list[_Piece]:
 
 
 def _together(left: _Piece, right: _Piece, path: tuple[str, ...]) -> _Piece:
-    return _Piece(left.start, right.end, left.tokens + right.tokens, path, left.heading and right.heading)
+    most = min(left.tokens_max, right.tokens_max)
+    return _Piece(left.start, right.end, left.tokens + right.tokens, path, most, left.heading and right.heading)
 
 
 def _belong_together(last: _Piece, piece: _Piece) -> bool:
     """A heading with nothing below it yet goes forward; besides, a small section joins one that has a heading in common."""
+    most = min(last.tokens_max, piece.tokens_max)
     if last.heading:
-        return last.tokens + piece.tokens <= TOKENS_MAX + HEADING_TOKENS_MAX
-    small = min(last.tokens, piece.tokens) <= TOKENS_SMALL and last.tokens + piece.tokens <= TOKENS_MAX
+        return last.tokens + piece.tokens <= most + HEADING_TOKENS_MAX
+    small = min(last.tokens, piece.tokens) <= TOKENS_SMALL and last.tokens + piece.tokens <= most
     related = bool(_shared(last.heading_path, piece.heading_path)) or not (last.heading_path and piece.heading_path)
     return small and related and not piece.heading
+
+
+def _leads(text: str, pieces: Sequence[_Piece], count_tokens: CountTokens, title: str) -> list[str]:
+    """For each piece the last words of the one before, where it goes on in the same section: as many as the window has room for."""
+    places = [place for place in range(1, len(pieces)) if _goes_on(text, pieces[place - 1], pieces[place])]
+    contexts = count_tokens([context_of(title, pieces[place].heading_path) for place in places])
+    leads = [""] * len(pieces)
+    for place, context in zip(places, contexts, strict=True):
+        last, piece = pieces[place - 1], pieces[place]
+        room = min(LEAD_TOKENS_MAX, WINDOW_TOKENS - context - piece.tokens)
+        begin = max(last.start, last.end - LEAD_CHARACTERS_MAX)
+        words = list(_parts(text, replace(last, start=begin), _WORD_END))
+        if begin > last.start:
+            words = words[1:]  # it may have been torn
+        sizes = count_tokens([text[word.start : word.end] for word in words])
+        first = len(words)
+        while first and sizes[first - 1] <= room:
+            first -= 1
+            room -= sizes[first]
+        if first < len(words):
+            leads[place] = text[words[first].start : last.end]
+    return leads
+
+
+def _goes_on(text: str, last: _Piece, piece: _Piece) -> bool:
+    return piece.heading_path == last.heading_path and _adjoin(text, last, piece)
+
+
+def _adjoin(text: str, last: _Piece, piece: _Piece) -> bool:
+    """Whether nothing lies between them that is no part of the content, such as a comment or a rule."""
+    return not text[last.end : piece.start].strip()
 
 
 def _shared(left: tuple[str, ...], right: tuple[str, ...]) -> tuple[str, ...]:

@@ -74,6 +74,8 @@ class Chunk:
     """Page it begins on, from 1; 0 = the document has no pages."""
     flags: tuple[str, ...] = ()
     """What makes it look like an instruction to the model instead of material; empty = nothing was seen."""
+    lead: str = ""
+    """The words before it that it is found by as well, and that are not shown with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,8 @@ class Document:
     """Place of this version in the order in which documents were received; an older one never takes the place of a newer one."""
     language: str = ""
     """ISO 639-1 code of what most of it is in; empty = not known."""
+    cut: str = ""
+    """The rules by which it was cut into chunks, as `chunking.CUT` names them; empty = those of before they had a name."""
 
 
 @dataclass(frozen=True, slots=True)

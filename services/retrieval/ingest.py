@@ -20,7 +20,7 @@ from services.chassis.errors import DomainError, Internal, NotAllowed, NotFound,
 from services.chassis.telemetry import span
 from services.retrieval import facts
 from services.retrieval.access import everything_of, readers_of
-from services.retrieval.chunking import chunked, in_context
+from services.retrieval.chunking import CUT, chunked, in_context
 from services.retrieval.domain import Chunk, Document, Extracted, Progress, Stage, Upload, Viewer, document_id
 from services.retrieval.injection import flags_of
 from services.retrieval.jobs import Claim, JobState, JobStore, Owner, Taken, Told
@@ -385,12 +385,16 @@ class Ingestion:
         tell(state)
         old = await pipeline.registry.prior(tenant, id_)
         readers = _readers(upload, old)
-        unchanged = old is not None and (old.content_sha256, old.readers) == (sha256, readers) and facts.same(old.metadata, upload.metadata)
+        unchanged = (
+            old is not None
+            and (old.content_sha256, old.readers, old.cut) == (sha256, readers, CUT)
+            and facts.same(old.metadata, upload.metadata)
+        )
         if old is not None and unchanged and await pipeline.registry.renew(old, claim.received):
             await tell(replace(state, stage=Stage.UNCHANGED, chunks_total=old.chunks, chunks_done=old.chunks, version=old.version))
             return
         with span("retrieval.chunk"):
-            chunks = await asyncio.to_thread(lambda: flagged(chunked(extracted, pipeline.embedder.count_tokens)))
+            chunks = await asyncio.to_thread(lambda: flagged(chunked(extracted, pipeline.embedder.count_tokens, title)))
         state = replace(state, stage=Stage.CHUNKED, chunks_total=len(chunks))
         tell(state)
         texts = [in_context(title, chunk) for chunk in chunks]
@@ -420,6 +424,7 @@ class Ingestion:
             readers=readers,
             received=claim.received,
             language=language,
+            cut=CUT,
         )
 
         async def write() -> None:

@@ -411,6 +411,7 @@ def _chunk_point(document: Document, chunk: Chunk, dense: Sequence[float] | None
         "heading_path": list(chunk.heading_path),
         "page": chunk.page,
         "flags": list(chunk.flags),
+        "lead": chunk.lead,
         "readers": list(document.readers),
         **payload_of(document.metadata),
     }
@@ -427,5 +428,6 @@ def _stored_chunk(record: Record) -> StoredChunk:
         tuple(payload["heading_path"]),
         int(payload.get("page", 0)),
         tuple(payload.get("flags", ())),
+        payload.get("lead", ""),
     )
     return StoredChunk(record.id, chunk)

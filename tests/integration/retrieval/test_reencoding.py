@@ -98,9 +98,9 @@ class Process:
     sparse: EdgeBm25
     answers: AnswerCache
 
-    async def ingest(self, name: str, texts: list[str], collection: str = "default") -> Document:
-        """As the pipeline does: embedded by what is set."""
-        chunks = [Chunk(place, text, place * 1000, place * 1000 + len(text)) for place, text in enumerate(texts)]
+    async def ingest(self, name: str, texts: list[str], collection: str = "default", lead: str = "") -> Document:
+        """As the pipeline does: embedded by what is set. `lead` is every chunk's."""
+        chunks = [Chunk(place, text, place * 1000, place * 1000 + len(text), lead=lead) for place, text in enumerate(texts)]
         id_ = document_id(TENANT, collection, name)
         draft = Document(id_, TENANT, collection, name, name, "text/plain", 0, " ".join(texts), 1, 1, len(chunks), 0, "")
         whole = [in_context(name, chunk) for chunk in chunks]
@@ -209,6 +209,20 @@ async def test_a_changed_embedder_takes_over_and_the_old_vectors_go(store: Vecto
         assert 0 == await two.reencoding.once()
         assert LARGE == len(await two.registry.chunks((await two.registry.page(everything_of(TENANT), "", 9, None))[0], 0, 1000))
         assert 0 == await store.count(DOCUMENTS, Filter(SYSTEM_TENANT, equal={"kind": "intent"}))
+
+
+async def test_what_leads_up_to_a_chunk_moves_along_with_it(store: VectorStore) -> None:
+    """The new embedder reads it as the old one did, and it is not shown afterwards either."""
+    async with process(store, "one") as one:
+        await one.ingest("lions", [LIONS], lead="about savannas")
+        await one.ingest("tides", [TIDES])
+    async with process(store, "two") as two:
+        while await two.reencoding.once():
+            pass
+
+        assert "two" == (await two.encodings.answering(TENANT, "default")).embedder_id
+        assert [LIONS] == await two.search("savannas", SearchMode.SPARSE)
+        assert LIONS == (await two.search("about savannas", SearchMode.DENSE))[0]
 
 
 async def test_a_new_collection_begins_with_the_embedder_that_is_set(store: VectorStore) -> None:

@@ -1,6 +1,7 @@
 """Documents come in, are found, change and go, through a real channel."""
 
 import asyncio
+import itertools
 from pathlib import Path
 
 import grpc
@@ -52,6 +53,29 @@ async def test_the_same_again_is_unchanged_and_moves_no_epoch(retrieval: Retriev
 
     assert ["received", "parsed", "unchanged"] == stages(progress)
     assert epoch == (await retrieval.recall(ann, "anything"))[0]
+
+
+async def test_the_same_again_is_cut_anew_where_the_rules_of_cutting_changed(
+    retrieval: Retrieval, ann: Principal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A release that cuts otherwise leaves what is stored as it is until it comes again, and then does its work once."""
+    with monkeypatch.context() as older:
+        older.setattr("services.retrieval.ingest.CUT", "of an older release")
+        await retrieval.ingest(ann, {"guide.md": GUIDE})
+
+    assert "indexed" == stages(await retrieval.ingest(ann, {"guide.md": GUIDE}))[-1]
+    assert "unchanged" == stages(await retrieval.ingest(ann, {"guide.md": GUIDE}))[-1]
+
+
+async def test_no_passage_says_what_another_says(retrieval: Retrieval, ann: Principal) -> None:
+    """A text that is cut leads up to each of its chunks, and is shown once: hits never share a character, nor a sentence."""
+    text = " ".join(f"Station {place} of the otter trail has a bench, a map and a view." for place in range(80))
+    await retrieval.ingest(ann, {"trail.txt": text})
+    hits = sorted(await retrieval.search(ann, "Which station of the otter trail has a bench?", limit=10), key=lambda hit: hit.start)
+
+    assert len(hits) >= 3
+    assert all(hit.text == text[hit.start : hit.end] for hit in hits)
+    assert all(before.end <= after.start for before, after in itertools.pairwise(hits))
 
 
 async def test_changed_content_replaces_the_old_chunks(retrieval: Retrieval, ann: Principal) -> None:

@@ -4,7 +4,16 @@ from collections.abc import Sequence
 
 import pytest
 
-from services.retrieval.chunking import TOKENS_MAX, chunked, context_of, in_context
+from services.retrieval.chunking import (
+    HEADING_TOKENS_MAX,
+    LEAD_TOKENS_MAX,
+    TOKENS_MAX,
+    TOKENS_MIN,
+    WINDOW_TOKENS,
+    chunked,
+    context_of,
+    in_context,
+)
 from services.retrieval.domain import Chunk, Upload
 from services.retrieval.parsers import read
 
@@ -13,8 +22,8 @@ def count_words(texts: Sequence[str]) -> list[int]:
     return [len(text.split()) for text in texts]
 
 
-def cut(text: str) -> list[Chunk]:
-    return chunked(read(Upload(text.encode(), source_uri="a.md")), count_words)
+def cut(text: str, title: str = "") -> list[Chunk]:
+    return chunked(read(Upload(text.encode(), source_uri="a.md")), count_words, title)
 
 
 def words(count: int, word: str = "word") -> str:
@@ -38,7 +47,8 @@ def test_small_sections_of_one_parent_go_together() -> None:
 
 def test_a_heading_is_never_left_at_the_end_of_a_chunk() -> None:
     """It goes with what it is the heading of, even if that is large."""
-    chunks = cut(f"# A\n\n{words(50)}\n\n## B\n\n{words(TOKENS_MAX - 1)}\n")
+    headings = count_words([context_of("", ("A", "B"))])[0]
+    chunks = cut(f"# A\n\n{words(50)}\n\n## B\n\n{words(WINDOW_TOKENS - HEADING_TOKENS_MAX - headings)}\n")
 
     assert 2 == len(chunks)
     assert chunks[1].text.startswith("## B")
@@ -77,3 +87,44 @@ def test_the_context_names_the_place_once(title: str, path: tuple[str, ...], con
     """A title that is also the first heading is not said twice; without context the text stands alone."""
     assert context == context_of(title, path)
     assert f"{context}\ntext".strip() == in_context(title, Chunk(0, "text", 0, 4, path))
+
+
+def numbered(count: int) -> str:
+    """Sentences of eight words, none of which says what another says."""
+    return " ".join(f"Line {place} of this text has words enough." for place in range(count))
+
+
+def test_what_leads_up_to_a_chunk_helps_to_find_it_and_is_not_shown() -> None:
+    """The last words before a cut are embedded on both sides of it, and belong to one."""
+    first, second = cut(numbered(45))
+
+    assert first.text.endswith(second.lead)
+    assert 0 < count_words([second.lead])[0] <= LEAD_TOKENS_MAX
+    assert "" == first.lead
+    assert first.end <= second.start
+    assert f"{second.lead} {second.text}" == in_context("", second)
+
+
+def test_a_chunk_is_read_by_the_embedder_to_its_end() -> None:
+    """Title, headings and lead take no room from what the chunk says itself: all of it together fits."""
+    title = words(40, "title")
+    text = "\n\n".join(f"## B {place}\n\n{numbered(70)}" for place in range(3))
+    chunks = cut(f"# A\n\n{text}", title)
+
+    assert max(count_words([in_context(title, chunk) for chunk in chunks])) <= WINDOW_TOKENS
+    assert any(chunk.lead for chunk in chunks)
+
+
+def test_a_title_never_leaves_a_chunk_without_room() -> None:
+    """Where it would, the chunk keeps a size that says something, and its end is found by words alone."""
+    chunks = cut(f"# A\n\n{words(400)}", " ".join("t" * 100))
+
+    assert TOKENS_MIN == max(count_words([chunk.text for chunk in chunks[1:]]))
+
+
+@pytest.mark.parametrize("between", ["\n\n## Next\n\n", "\n\n<!-- a note to authors -->\n\n"])
+def test_nothing_leads_from_one_section_into_the_next(between: str) -> None:
+    """What stood under another heading, or before something that is no content, says nothing of what follows."""
+    chunks = cut(f"# A\n\n{words(150)}{between}{words(150, 'other')}\n")
+
+    assert ["", ""] == [chunk.lead for chunk in chunks]

@@ -34,7 +34,7 @@ OPEN_AT_START = 4
 
 _AWAY = (OSError, asyncpg.PostgresConnectionError, asyncpg.InternalClientError, asyncpg.TooManyConnectionsError)
 _SHUTTING = (asyncpg.CannotConnectNowError, asyncpg.AdminShutdownError, asyncpg.CrashShutdownError)
-_CLASHED = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
+_CLASHED = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError, asyncpg.LockNotAvailableError)
 
 
 class ScopedConnection(asyncpg.Connection):  # type: ignore[misc]

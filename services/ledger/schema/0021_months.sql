@@ -153,23 +153,43 @@ END
 $$;
 CREATE TRIGGER attempts_make_their_operation AFTER INSERT ON attempts
     REFERENCING NEW TABLE AS inserted FOR EACH STATEMENT EXECUTE FUNCTION refuse_attempts_of_other_sums();
-CREATE OR REPLACE FUNCTION refuse_other_than_attempts() RETURNS trigger LANGUAGE plpgsql AS $$
+-- That an operation which used anything has attempts is looked at when it is committed, since they are written after it; that their sum is
+-- right was looked at when they were. Deferred triggers fire for rows, so a statement leaves one row that stands for all it wrote until then.
+CREATE TABLE recordings (
+    recording_id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    tenants      text[] NOT NULL,
+    ids          uuid[] NOT NULL,
+    moments      timestamptz[] NOT NULL
+) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000);
+DROP FUNCTION refuse_other_than_attempts();
+CREATE FUNCTION note_used_operations() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
 BEGIN
-    IF (
-        SELECT (coalesce(sum(cost_nanousd), 0), coalesce(sum(input_tokens), 0), coalesce(sum(output_tokens), 0),
-                coalesce(sum(cache_read_tokens), 0), coalesce(sum(cache_write_tokens), 0), coalesce(sum(cache_write_1h_tokens), 0))
-            IS DISTINCT FROM (NEW.cost_nanousd::numeric, NEW.input_tokens::numeric, NEW.output_tokens::numeric,
-                NEW.cache_read_tokens::numeric, NEW.cache_write_tokens::numeric, NEW.cache_write_1h_tokens::numeric)
-        FROM attempts a WHERE (a.tenant, a.operation_id, a.created_at) = (NEW.tenant, NEW.operation_id, NEW.created_at)
-    ) THEN
-        RAISE EXCEPTION 'operation % is not the sum of its attempts', NEW.operation_id USING ERRCODE = 'check_violation';
-    END IF;
+    INSERT INTO recordings (tenants, ids, moments)
+    SELECT array_agg(i.tenant), array_agg(i.operation_id), array_agg(i.created_at) FROM inserted i
+    WHERE i.cost_nanousd + i.input_tokens + i.output_tokens + i.cache_read_tokens + i.cache_write_tokens > 0 HAVING count(*) > 0;
     RETURN NULL;
 END
 $$;
-CREATE CONSTRAINT TRIGGER operations_are_their_attempts AFTER INSERT ON operations DEFERRABLE INITIALLY DEFERRED FOR EACH ROW
-    WHEN (NEW.cost_nanousd + NEW.input_tokens + NEW.output_tokens + NEW.cache_read_tokens + NEW.cache_write_tokens > 0)
-    EXECUTE FUNCTION refuse_other_than_attempts();
+CREATE TRIGGER operations_are_noted AFTER INSERT ON operations
+    REFERENCING NEW TABLE AS inserted FOR EACH STATEMENT EXECUTE FUNCTION note_used_operations();
+CREATE FUNCTION refuse_without_attempts() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT
+SET enable_seqscan = off SET enable_hashjoin = off AS $$
+DECLARE
+    wrong uuid;
+BEGIN
+    SELECT o.operation_id INTO wrong FROM unnest(NEW.tenants, NEW.ids, NEW.moments) AS o (tenant, operation_id, created_at)
+    WHERE NOT EXISTS (
+        SELECT FROM attempts a WHERE (a.tenant, a.operation_id, a.created_at) = (o.tenant, o.operation_id, o.created_at) OFFSET 0
+    ) LIMIT 1;
+    IF FOUND THEN
+        RAISE EXCEPTION 'operation % is not the sum of its attempts', wrong USING ERRCODE = 'check_violation';
+    END IF;
+    DELETE FROM recordings WHERE recording_id = NEW.recording_id;
+    RETURN NULL;
+END
+$$;
+CREATE CONSTRAINT TRIGGER operations_are_their_attempts AFTER INSERT ON recordings DEFERRABLE INITIALLY DEFERRED FOR EACH ROW
+    EXECUTE FUNCTION refuse_without_attempts();
 CREATE TRIGGER operations_are_summed AFTER INSERT ON operations
     REFERENCING NEW TABLE AS inserted FOR EACH STATEMENT EXECUTE FUNCTION queue_for_usage();
 

@@ -33,6 +33,7 @@ class Passport:
             groups=sorted(principal.groups),
             plan=principal.plan,
             tiers=sorted(principal.tiers),
+            cache_scope=principal.cache_scope,
         )
         message.issued_at.FromMilliseconds(int(time.time() * 1000))
         payload = message.SerializeToString(deterministic=True)
@@ -63,6 +64,7 @@ class Passport:
             frozenset(message.groups),
             message.plan,
             frozenset(message.tiers),
+            message.cache_scope,
         )
 
     def _digest(self, payload: bytes) -> bytes:

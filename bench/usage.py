@@ -54,11 +54,12 @@ FROM (
 ) drawn
 """
 PARTS = (
-    "INSERT INTO usage_unrolled SELECT tenant, operation_id FROM operations WHERE created_at >= $1 AND created_at < $2",
+    "INSERT INTO operation_ids SELECT tenant, operation_id, created_at FROM operations WHERE created_at >= $1 AND created_at < $2",
+    "INSERT INTO usage_unrolled SELECT tenant, operation_id, created_at FROM operations WHERE created_at >= $1 AND created_at < $2",
     "INSERT INTO attempts SELECT tenant, operation_id, 1, operation_id, provider, model, '', 1, input_tokens, output_tokens,"
-    " cache_read_tokens, 0, 0, cost_nanousd, finish_reason, '', first_token_ms, duration_ms, false, false"
+    " cache_read_tokens, 0, 0, cost_nanousd, finish_reason, '', first_token_ms, duration_ms, false, false, created_at"
     " FROM operations WHERE created_at >= $1 AND created_at < $2 AND calls_sent > 0",
-    "INSERT INTO steps SELECT tenant, operation_id, 1, 'generate', 'done', 0, duration_ms, '{}'"
+    "INSERT INTO steps SELECT tenant, operation_id, 1, 'generate', 'done', 0, duration_ms, '{}', created_at"
     " FROM operations WHERE created_at >= $1 AND created_at < $2",
 )
 

@@ -62,6 +62,8 @@ class ServiceSettings(BaseSettings):
     """Least severe level that is written."""
     otlp_endpoint: str = Field("", validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT")
     """Where spans go over OTLP/gRPC, such as http://jaeger:4317. Empty = nowhere."""
+    otlp_metrics_endpoint: str = Field("", validation_alias="OTEL_EXPORTER_OTLP_METRICS_ENDPOINT")
+    """Where gauges go over OTLP/gRPC, such as http://collector:4317. Empty = nowhere: Jaeger, for one, takes spans alone."""
     drain_notice_ms: int = Field(0, ge=0, le=60_000, validation_alias="TAILRACE_DRAIN_NOTICE_MS")
     """Wait between turning not ready and refusing calls, so that balancers notice. 0 on one machine."""
     drain_grace_ms: int = Field(10_000, ge=0, le=600_000, validation_alias="TAILRACE_DRAIN_GRACE_MS")

@@ -126,7 +126,7 @@ def run(name: str, settings_class: type[SettingsT], build: Build[SettingsT]) -> 
     if "--check-config" in sys.argv:
         sys.stdout.write(settings.described() + "\n")
         return
-    flush = telemetry.start(name, settings.otlp_endpoint, settings.log_level)
+    flush = telemetry.start(name, settings.otlp_endpoint, settings.log_level, settings.otlp_metrics_endpoint)
 
     async def main() -> int:
         stop = asyncio.Event()

@@ -45,6 +45,7 @@ class Passport:
             groups=sorted(principal.groups),
             plan=principal.plan,
             tiers=sorted(principal.tiers),
+            cache_scope=principal.cache_scope,
         )
         message.issued_at.FromSeconds(issued_at_s)
         payload = message.SerializeToString(deterministic=True)
@@ -82,6 +83,7 @@ class Passport:
             frozenset(message.groups),
             message.plan,
             frozenset(message.tiers),
+            message.cache_scope,
         )
         return principal, message.issued_at.ToMilliseconds() / 1000
 

@@ -26,6 +26,8 @@ class Principal:
     """Name of the user's plan; empty = not known here."""
     tiers: frozenset[str] = frozenset()
     """Tiers the plan may use; empty = all, or not known here."""
+    cache_scope: str = ""
+    """Whom the plan shares cached answers with: `tenant`, `user` or `off`; empty = it does not say."""
 
     def require(self, role: str) -> None:
         """Raise NotAllowed unless the principal has `role`."""

@@ -1,4 +1,4 @@
-"""Traces and logs: set-up, the span of a step, and the one table of attribute names. Texts of prompts and answers never enter either.
+"""Traces, gauges and logs: set-up, the span of a step, and the one table of attribute names. Prompts and answers enter none of them.
 
 Spans cross services by the W3C `traceparent` metadata key; a server span's parent is the step that made the call.
 """
@@ -10,10 +10,10 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
-from opentelemetry import trace
+from opentelemetry import metrics, trace
 from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
@@ -52,12 +52,22 @@ COST_NANOUSD = "tailrace.cost.nanousd"
 
 _propagator = TraceContextTextMapPropagator()
 _tracer = trace.get_tracer("tailrace")
+_meter = metrics.get_meter("tailrace")
+
+METRICS_INTERVAL_MS = 10_000
 
 
-def start(service: str, otlp_endpoint: str, log_level: str) -> Callable[[], None]:
-    """Set up tracing and logging for this process; return what flushes and closes them, to be called last.
+class Gauge(Protocol):
+    """A figure that is set again and again."""
 
-    Without an endpoint nothing is recorded: spans are ids alone, so that the calls of one request still agree on its trace id.
+    def set(self, amount: float) -> None: ...
+
+
+def start(service: str, otlp_endpoint: str, log_level: str, otlp_metrics_endpoint: str = "") -> Callable[[], None]:
+    """Set up tracing, gauges and logging for this process; return what flushes and closes them, to be called last.
+
+    Without an endpoint nothing is recorded: spans are ids alone, so that the calls of one request still agree on its trace id. Gauges have
+    an endpoint of their own, because where traces go often takes nothing else.
     """
     structlog.configure(
         processors=[
@@ -73,17 +83,40 @@ def start(service: str, otlp_endpoint: str, log_level: str) -> Callable[[], None
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(service=service)
-    provider = TracerProvider(
-        sampler=ALWAYS_ON if otlp_endpoint else ALWAYS_OFF,
-        resource=Resource.create({"service.name": f"tailrace-{service}", "service.namespace": "tailrace"}),
-    )
+    resource = Resource.create({"service.name": f"tailrace-{service}", "service.namespace": "tailrace"})
+    provider = TracerProvider(sampler=ALWAYS_ON if otlp_endpoint else ALWAYS_OFF, resource=resource)
     if otlp_endpoint:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
         exporter = OTLPSpanExporter(endpoint=otlp_endpoint, insecure=not otlp_endpoint.startswith("https://"), timeout=5)
         provider.add_span_processor(BatchSpanProcessor(exporter, max_queue_size=8192, schedule_delay_millis=500))
     trace.set_tracer_provider(provider)
+    stop_metrics = _export_metrics(resource, otlp_metrics_endpoint) if otlp_metrics_endpoint else None
+
+    def stop() -> None:
+        if stop_metrics is not None:
+            stop_metrics()
+        provider.shutdown()
+
+    return stop
+
+
+def _export_metrics(resource: Resource, endpoint: str) -> Callable[[], None]:
+    """Send gauges to `endpoint` every METRICS_INTERVAL_MS, from a thread of the exporter's own; return what ends it."""
+    from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
+
+    exporter = OTLPMetricExporter(endpoint=endpoint, insecure=not endpoint.startswith("https://"), timeout=5)
+    reader = PeriodicExportingMetricReader(exporter, METRICS_INTERVAL_MS)
+    provider = MeterProvider([reader], resource=resource)
+    metrics.set_meter_provider(provider)
     return provider.shutdown
+
+
+def gauge(name: str, unit: str, description: str) -> Gauge:
+    """Make a gauge of this process. `unit` as UCUM writes it. Set where nothing is exported, it costs nothing."""
+    return _meter.create_gauge(name, unit, description)
 
 
 def _add_trace_id(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

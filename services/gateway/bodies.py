@@ -334,6 +334,7 @@ class PlanBody(Body, frozen=True, kw_only=True):
     key_limits: LimitsBody = LimitsBody()
     answer_deadline_ms: Annotated[int, msgspec.Meta(ge=0, le=DEADLINE_MS_MAX)] = 0
     tools: Annotated[list[PlanTool], msgspec.Meta(max_length=64)] = msgspec.field(default_factory=lambda: list(HARMLESS_TOOLS))
+    cache_scope: Literal["", "tenant", "user", "off"] = ""
 
     def message(self, name: str) -> ledger.PutPlanRequest:
         plan = ledger.Plan(
@@ -347,6 +348,7 @@ class PlanBody(Body, frozen=True, kw_only=True):
             key_limits=self.key_limits.message(),
             answer_deadline_ms=self.answer_deadline_ms,
             tools=self.tools,
+            cache_scope=self.cache_scope,
         )
         return ledger.PutPlanRequest(plan=plan)
 

@@ -172,6 +172,7 @@ class Ledger(Peer):
             plan.name,
             frozenset(plan.tiers),
             tuple(plan.tools),
+            plan.cache_scope,
         )
 
     async def resolve_api_key(self, secret: str) -> Principal | None:

@@ -65,7 +65,8 @@ class Kit:
         given_ms = request.deadline_ms if request.HasField("deadline_ms") else None
         given = await self.limits.entitlements(principal)
         given.require_tools(request.server_tools)
-        set_current(replace(principal, plan=given.plan, tiers=given.tiers))  # goes with the call: the orchestrator chooses models by it
+        # Goes with the call: the orchestrator chooses models and the cache's reach by it.
+        set_current(replace(principal, plan=given.plan, tiers=given.tiers, cache_scope=given.cache_scope))
         deadline_ms = deadlines.answer_ms(given_ms, asked_ms, given.answer_deadline_ms)
         if deadline_ms is not None:
             request.deadline_ms = deadline_ms

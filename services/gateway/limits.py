@@ -57,6 +57,8 @@ class Entitlements:
     """Tiers it may use; empty while they are not known: money has its own guard."""
     tools: tuple[str, ...] = HARMLESS_TOOLS
     """Our own tools that answers may use: names, `server__*` for all of a server, `*` for all."""
+    cache_scope: str = "user"
+    """Whom cached answers are shared with; with nobody else while nobody can be asked for the plan. Empty = as the orchestrator is set."""
 
     def require_tools(self, names: Iterable[str]) -> None:
         """Raise NotAllowed for the first of `names` that the plan has not."""

@@ -119,6 +119,7 @@ def plan(message: ledger.Plan) -> dict[str, Any]:
         "key_limits": _limits(message.key_limits),
         "answer_deadline_ms": message.answer_deadline_ms,
         "tools": list(message.tools),
+        "cache_scope": message.cache_scope,
     }
 
 

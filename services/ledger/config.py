@@ -40,7 +40,9 @@ class Settings(ServiceSettings):
     roll_interval_ms: int = Field(1_000, ge=100, le=600_000, validation_alias="TAILRACE_LEDGER_ROLL_INTERVAL_MS")
     """How often recorded operations are added to the sums of usage. What is not added yet is read singly, so answers are never behind."""
     retention_days: int = Field(0, ge=0, le=36_500, validation_alias="TAILRACE_LEDGER_RETENTION_DAYS")
-    """How many days operations, attempts and steps are kept; 0 = for ever. Books and sums of usage stay."""
+    """How many days operations, attempts and steps are kept at least; 0 = for ever. They go by whole months in UTC.
+
+    Books and sums of usage stay."""
     baseline_model: str = Field(
         "anthropic/claude-opus-5-5", pattern=r"^(|[^/]{1,64}/[^/]{1,128})$", validation_alias="TAILRACE_LEDGER_BASELINE_MODEL"
     )

@@ -94,6 +94,8 @@ class Plan:
     answer_deadline_ms: int = 0
     tools: tuple[str, ...] = ()
     """Our own tools that answers may use: names, `server__*` for all of a server, `*` for all."""
+    cache_scope: str = ""
+    """Whom answers share the answer cache with: `tenant`, `user` or `off`; empty = as the orchestrator is set."""
 
 
 @dataclass(frozen=True, slots=True)

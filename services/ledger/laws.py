@@ -157,6 +157,17 @@ LAWS = (
         """,
     ),
     Law(
+        "every operation is there once, in the month that its id says",
+        "SELECT count(*) FROM operations",
+        """
+        SELECT format('operations tenant=%s operation_id=%s', o.tenant, o.operation_id) AS at,
+               format('is of %s, and its id says %s', o.created_at, coalesce(k.created_at::text, '(gone)')) AS wrong
+        FROM operations o LEFT JOIN operation_ids k USING (tenant, operation_id)
+        WHERE k.created_at IS DISTINCT FROM o.created_at
+        ORDER BY o.tenant, o.operation_id, o.created_at
+        """,
+    ),
+    Law(
         "every counter is the replay of its account's entries, and none is negative",
         "SELECT count(*) FROM spending",
         """

@@ -29,6 +29,7 @@ def parse_plans(text: str) -> list[Plan]:
             key_limits=Limits(**row.get("key_limits", {})),
             answer_deadline_ms=row.get("answer_deadline_ms", 0),
             tools=tuple(row.get("tools", ())),
+            cache_scope=row.get("cache_scope", ""),
         )
         for name, row in tomllib.loads(text).items()
     ]

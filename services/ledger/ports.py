@@ -133,6 +133,22 @@ class UsageSums(Protocol):
         ...
 
 
+class Months(Protocol):
+    """What single operations lie in."""
+
+    async def make(self) -> int:
+        """Have the months around now; return how many are new."""
+        ...
+
+    async def drop(self, before: datetime) -> str | None:
+        """Drop the oldest month that ended by `before` and is in the sums; return its name, or None. The books stay."""
+        ...
+
+    async def forget(self, before: datetime, limit: int) -> int:
+        """Forget at most `limit` ids of operations of before `before` that are gone; return how many."""
+        ...
+
+
 class Watching(Protocol):
     """One reader of the feed."""
 

@@ -34,7 +34,10 @@ OPEN_AT_START = 4
 
 _AWAY = (OSError, asyncpg.PostgresConnectionError, asyncpg.InternalClientError, asyncpg.TooManyConnectionsError)
 _SHUTTING = (asyncpg.CannotConnectNowError, asyncpg.AdminShutdownError, asyncpg.CrashShutdownError)
-_CLASHED = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
+_TROUBLED = ("53", "57", "58", "F0", "XX", "25006")
+"""How codes begin that tell of the server and not of what it was asked: no room, ended from outside, files that cannot be read or are
+damaged, and one that may only be read, as after a failover. Source: PostgreSQL, appendix A, error codes."""
+_CLASHED = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError, asyncpg.LockNotAvailableError)
 
 
 class ScopedConnection(asyncpg.Connection):  # type: ignore[misc]
@@ -170,7 +173,12 @@ def _cut(connection: Connection) -> None:
 def _translated(error: Exception, *, closed: bool) -> Exception:
     if isinstance(error, (*_AWAY, *_SHUTTING)) or (closed and isinstance(error, asyncpg.InterfaceError)):
         return _away(error)
-    return _Clash() if isinstance(error, _CLASHED) else error
+    if isinstance(error, _CLASHED):
+        return _Clash()
+    if isinstance(error, asyncpg.PostgresError) and str(error.sqlstate).startswith(_TROUBLED):
+        log.error("database_in_trouble", error=type(error).__name__, sqlstate=error.sqlstate)
+        return Unavailable(f"the database is in trouble ({type(error).__name__})", dependency="postgres")
+    return error
 
 
 def _away(error: Exception) -> Unavailable:

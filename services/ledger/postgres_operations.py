@@ -35,9 +35,14 @@ _OPERATION = (
     " o.cost_nanousd, o.estimated, o.cache_verdict, o.cache_similarity, o.cache_source_id, o.cache_age_s, o.cache_saved_nanousd,"
     " o.cache_reason, o.created_at, o.recorded_at, o.first_token_ms, o.duration_ms, coalesce(o.purpose, '') AS purpose,"
     " (SELECT jsonb_agg(to_jsonb(a) ORDER BY a.attempt) FROM attempts a"
-    "  WHERE a.tenant = o.tenant AND a.operation_id = o.operation_id) AS attempts,"
+    "  WHERE a.tenant = o.tenant AND a.operation_id = o.operation_id AND a.created_at = o.created_at) AS attempts,"
     " (SELECT jsonb_agg(to_jsonb(s) ORDER BY s.ordinal) FROM steps s"
-    "  WHERE s.tenant = o.tenant AND s.operation_id = o.operation_id) AS steps"
+    "  WHERE s.tenant = o.tenant AND s.operation_id = o.operation_id AND s.created_at = o.created_at) AS steps"
+)
+# An id says in which month its operation lies, and only that month is looked in.
+_THE_OPERATION = (
+    "o.tenant = $1 AND o.operation_id = $2"
+    " AND o.created_at = (SELECT k.created_at FROM operation_ids k WHERE k.tenant = $1 AND k.operation_id = $2)"
 )
 
 
@@ -124,7 +129,7 @@ class PostgresOperations:
                     if len(operations) > 1:
                         raise IdempotencyConflict("the operation was recorded before", key=operation.operation_id)
                     return [Recorded(booked[-1].cost_nanousd, duplicate=True)]
-            fresh = await connection.fetchval("SELECT record_operations($1, $2, $3, $4)", *_rows(booked), encoded(moves))
+            fresh = await connection.fetchval("SELECT book_operations($1, $2, $3, $4)", *_rows(booked), encoded(moves))
             if len(fresh) == len(booked):
                 return [Recorded(operation.cost_nanousd, duplicate=False) for operation in booked]
             if moves or len(booked) > 1:
@@ -146,7 +151,8 @@ class PostgresOperations:
     async def _duplicate(self, connection: Connection, booked: Operation) -> Recorded:
         """What stands for a record that came before. Raises IdempotencyConflict unless that said the same."""
         known = await recorded(connection, booked.tenant, UUID(booked.operation_id))
-        assert known is not None, "operations of a recorder that still sends them are not deleted"
+        if known is None:  # its month is dropped, and its id is still there
+            return Recorded(booked.cost_nanousd, duplicate=True)
         if known[0].user != booked.user:
             raise IdempotencyConflict("the operation was recorded for another user", key=booked.operation_id)
         told = tuple(replace(attempt, prompt_cache_saved_nanousd=0, tiering_saved_nanousd=0) for attempt in booked.attempts)
@@ -208,7 +214,7 @@ class PostgresOperations:
 
     async def get(self, principal: Principal, operation_id: UUID) -> Operation:
         row = await self._database.of(principal.tenant).row(
-            f"SELECT {_OPERATION} FROM operations o WHERE o.tenant = $1 AND o.operation_id = $2 AND (o.user_id = $3 OR $4)",
+            f"SELECT {_OPERATION} FROM operations o WHERE {_THE_OPERATION} AND (o.user_id = $3 OR $4)",
             *(principal.tenant, operation_id, principal.user, "admin" in principal.roles),
         )
         if row is None:
@@ -248,9 +254,7 @@ async def recorded_since(connection: Connection, moment: datetime, limit: int) -
 
 async def recorded(connection: Connection, tenant: str, operation_id: UUID) -> tuple[Operation, datetime] | None:
     """One operation with when it was recorded."""
-    row = await connection.fetchrow(
-        f"SELECT {_OPERATION} FROM operations o WHERE o.tenant = $1 AND o.operation_id = $2", tenant, operation_id
-    )
+    row = await connection.fetchrow(f"SELECT {_OPERATION} FROM operations o WHERE {_THE_OPERATION}", tenant, operation_id)
     return (operation_of(row), row["recorded_at"]) if row else None
 
 
@@ -279,10 +283,10 @@ def _resolved(operation: Operation, known: dict[int, Hold], baseline: Price | No
 
 
 def _rows(operations: Sequence[Operation]) -> tuple[str, str, str]:
-    """Operations, their attempts and their steps as record_operations reads them: rows of these tables, as JSON."""
+    """Operations, their attempts and their steps as book_operations reads them: rows of these tables, as JSON."""
     told, attempts, steps = list[dict[str, Any]](), list[dict[str, Any]](), list[dict[str, Any]]()
     for operation in operations:
-        key = {"tenant": operation.tenant, "operation_id": operation.operation_id}
+        key = {"tenant": operation.tenant, "operation_id": operation.operation_id, "created_at": operation.created_at}
         told.append({**key, **_columns(operation)})
         attempts += ({**key, **_attempt_columns(attempt)} for attempt in operation.attempts)
         steps += (
@@ -322,7 +326,6 @@ def _columns(operation: Operation) -> dict[str, Any]:
         "cache_age_s": operation.cache.age_s,
         "cache_saved_nanousd": operation.cache.saved_nanousd,
         "cache_reason": operation.cache.reason,
-        "created_at": operation.created_at,
         "first_token_ms": operation.first_token_ms,
         "duration_ms": operation.duration_ms,
         "purpose": operation.purpose or None,

@@ -13,6 +13,7 @@ PLAN_COLUMNS = (
     *("requests_per_minute", "tokens_per_minute", "concurrent_answers", "monthly_budget_nanousd", "tiers"),
     *("tenant_requests_per_minute", "tenant_tokens_per_minute", "tenant_concurrent_answers"),
     *("key_requests_per_minute", "key_tokens_per_minute", "key_concurrent_answers", "answer_deadline_ms", "tools"),
+    "cache_scope",
 )
 _PLAN = ", ".join(PLAN_COLUMNS)
 PUT_PLAN = (
@@ -97,7 +98,7 @@ def plan_row(tenant: str, plan: Plan) -> tuple[Any, ...]:
     return (
         *(tenant, plan.name, plan.requests_per_minute, plan.tokens_per_minute, plan.concurrent_answers),
         *(plan.monthly_budget_nanousd, list(plan.tiers), *astuple(plan.tenant_limits), *astuple(plan.key_limits)),
-        *(plan.answer_deadline_ms, list(plan.tools)),
+        *(plan.answer_deadline_ms, list(plan.tools), plan.cache_scope),
     )
 
 
@@ -117,6 +118,7 @@ def _plan_of(row: Any) -> Plan:
         _limits_of(row, "key"),
         row["answer_deadline_ms"],
         tuple(row["tools"]),
+        row["cache_scope"],
     )
 
 

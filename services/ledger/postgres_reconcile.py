@@ -60,7 +60,7 @@ async def _by_request(database: Database, provider: str, rows: Iterable[ExportRo
 
 async def _by_model(database: Database, provider: str, start: datetime, end: datetime) -> list[tuple[str, Usage, int]]:
     found = await database.fetch(
-        f"SELECT a.model, {_SUMS} FROM operations o JOIN attempts a USING (tenant, operation_id)"
+        f"SELECT a.model, {_SUMS} FROM operations o JOIN attempts a USING (tenant, operation_id, created_at)"
         " WHERE o.created_at >= $1 AND o.created_at < $2 AND a.provider = $3 AND NOT a.not_sent GROUP BY a.model",
         *(start, end, provider),
     )

@@ -12,6 +12,7 @@ import structlog
 
 from services.ledger.plans import listed_plans
 from services.ledger.postgres_database import Connection, Database
+from services.ledger.postgres_months import MAKE_MONTHS
 from services.ledger.postgres_people import PUT_PLAN, plan_row
 from services.ledger.postgres_prices import append_price, read_book
 from services.ledger.prices import ALL_TENANTS, ListedPrice, listed_prices
@@ -19,6 +20,8 @@ from services.ledger.prices import ALL_TENANTS, ListedPrice, listed_prices
 log = structlog.get_logger(__name__)
 
 LOCK_KEY = 0x7461696C72616365  # "tailrace": replicas that start together take turns
+MIGRATION_TIMEOUT_S = 6 * 3600.0
+"""A migration may move every row there is."""
 
 
 class MigrationChanged(OSError):
@@ -57,9 +60,11 @@ async def prepare(database: Database) -> None:
 
     async def work(connection: Connection) -> list[str]:
         async with connection.transaction():
-            await connection.execute("SELECT pg_advisory_xact_lock($1)", LOCK_KEY)
+            # Another replica may be moving years of rows.
+            await connection.execute("SELECT pg_advisory_xact_lock($1)", LOCK_KEY, timeout=MIGRATION_TIMEOUT_S)
             applied = await apply(connection, migrations())
             await connection.execute("SELECT secure_tenants()")
+            await connection.execute(MAKE_MONTHS)
             await load_plans(connection)
             await load_prices(connection, listed_prices())
             return applied
@@ -81,7 +86,7 @@ async def apply(connection: Connection, wanted: list[Migration]) -> list[str]:
             if row["checksum"] != migration.checksum:
                 raise MigrationChanged(f"{migration.name} was applied as {row['name']} with another text; write a new migration instead")
             continue
-        await connection.execute(migration.text)
+        await connection.execute(migration.text, timeout=MIGRATION_TIMEOUT_S)
         await connection.execute(
             "INSERT INTO schema_migrations (number, name, checksum) VALUES ($1, $2, $3)",
             migration.number,

@@ -29,9 +29,9 @@ def _add(table: str, grain: str, owner: str) -> str:
 
 _ROLL = (
     "WITH taken AS (DELETE FROM usage_unrolled WHERE (tenant, operation_id) IN"
-    " (SELECT tenant, operation_id FROM usage_unrolled LIMIT $1) RETURNING tenant, operation_id),"
+    " (SELECT tenant, operation_id FROM usage_unrolled LIMIT $1) RETURNING tenant, operation_id, created_at),"
     " facts AS MATERIALIZED (SELECT f.* FROM taken JOIN LATERAL (SELECT * FROM usage_facts"
-    " WHERE tenant = taken.tenant AND operation_id = taken.operation_id OFFSET 0) f ON true),"
+    " WHERE tenant = taken.tenant AND operation_id = taken.operation_id AND created_at = taken.created_at OFFSET 0) f ON true),"
     f" hours AS ({_add('usage_hours', 'hour', '')}), days AS ({_add('usage_days', 'day', '')}),"
     f" user_days AS ({_add('usage_user_days', 'day', 'user_id, api_key_id, ')})"
     " SELECT count(*) FROM taken"
@@ -67,15 +67,16 @@ class PostgresSums:
                     return 0
                 await connection.execute("UPDATE usage_retention SET purged_before = $1 WHERE purged_before < $1", before)
                 old = await connection.fetch(
-                    "SELECT tenant, operation_id FROM operations o WHERE created_at < $1 AND NOT EXISTS (SELECT FROM usage_unrolled u"
-                    " WHERE u.tenant = o.tenant AND u.operation_id = o.operation_id) ORDER BY created_at LIMIT $2",
+                    "SELECT tenant, operation_id, created_at FROM operations o WHERE created_at < $1 AND NOT EXISTS ("
+                    "SELECT FROM usage_unrolled u WHERE u.tenant = o.tenant AND u.operation_id = o.operation_id)"
+                    " ORDER BY created_at LIMIT $2",
                     *(before, limit),
                 )
-                keys = [row["tenant"] for row in old], [row["operation_id"] for row in old]
+                keys = [[row[name] for row in old] for name in ("tenant", "operation_id", "created_at")]
                 for table in ("steps", "attempts", "operations"):
                     await connection.execute(
-                        f"DELETE FROM {table} t USING unnest($1::text[], $2::uuid[]) AS old (tenant, operation_id)"
-                        " WHERE t.tenant = old.tenant AND t.operation_id = old.operation_id",
+                        f"DELETE FROM {table} t USING unnest($1::text[], $2::uuid[], $3::timestamptz[]) AS old (tenant, operation_id, at)"
+                        " WHERE t.tenant = old.tenant AND t.operation_id = old.operation_id AND t.created_at = old.at",
                         *keys,
                     )
                 return len(old)

@@ -57,12 +57,13 @@ _STEP = (
 _STEPS = (
     " JOIN LATERAL (SELECT steps.name, steps.duration_ms, row_number() OVER (PARTITION BY steps.name ORDER BY steps.ordinal) = 1"
     " AS first_of_name, row_number() OVER (ORDER BY CASE steps.name WHEN 'generate' THEN 0 WHEN 'recall' THEN 1 ELSE 2 END, steps.ordinal)"
-    " = 1 AS main FROM steps WHERE steps.tenant = f.tenant AND steps.operation_id = f.operation_id AND steps.status <> 'skipped') s ON true"
+    " = 1 AS main FROM steps WHERE steps.tenant = f.tenant AND steps.operation_id = f.operation_id"
+    " AND steps.created_at = f.created_at AND steps.status <> 'skipped') s ON true"
 )
 # One look-up for each waiting operation, whatever the statistics of a table that is empty most of the time say.
 _WAITING = (
-    "(SELECT operation_id FROM usage_unrolled WHERE tenant = $1 OFFSET 0) w JOIN LATERAL"
-    " (SELECT * FROM usage_facts WHERE tenant = $1 AND operation_id = w.operation_id OFFSET 0) f ON true"
+    "(SELECT operation_id, created_at FROM usage_unrolled WHERE tenant = $1 OFFSET 0) w JOIN LATERAL"
+    " (SELECT * FROM usage_facts WHERE tenant = $1 AND operation_id = w.operation_id AND created_at = w.created_at OFFSET 0) f ON true"
 )
 
 

@@ -18,6 +18,7 @@ from services.ledger.postgres_feed import PostgresFeed
 from services.ledger.postgres_holds import PostgresHolds
 from services.ledger.postgres_keys import PostgresKeys
 from services.ledger.postgres_leases import PostgresLeases, Terms
+from services.ledger.postgres_months import PostgresMonths
 from services.ledger.postgres_operations import PostgresOperations
 from services.ledger.postgres_people import PostgresPeople
 from services.ledger.postgres_prices import PostgresPrices
@@ -73,7 +74,13 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         server.add(register, servicer, SERVICE_NAME)
 
         sweeping = sweep_forever(holds, credit, interval_ms=settings.sweep_interval_ms, grace_ms=settings.sweep_grace_ms)
-        rolling = roll_forever(PostgresSums(database), clock, interval_ms=settings.roll_interval_ms, retention_days=settings.retention_days)
+        rolling = roll_forever(
+            PostgresSums(database),
+            PostgresMonths(database),
+            clock,
+            interval_ms=settings.roll_interval_ms,
+            retention_days=settings.retention_days,
+        )
         background = [
             asyncio.create_task(sweeping, name="sweeper"),
             asyncio.create_task(feed.run(), name="feed"),

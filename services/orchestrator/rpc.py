@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -46,6 +46,7 @@ from services.orchestrator.log import EVENTS_MAX, Entry
 from services.orchestrator.ports import Books, PromptShelf
 from services.orchestrator.registry import Elsewhere, Found, Registry, owner_of
 from services.orchestrator.router import Router, Wish, writing
+from services.orchestrator.spool import Figures
 from services.orchestrator.tools.intake import RESULTS_MAX, require_images, require_tools, results_for
 from services.orchestrator.tools.toolbox import CALL_ID_CHARACTERS_MAX, Toolbox, Toolset
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as pb
@@ -165,7 +166,7 @@ def read_question(
         candidates=route.candidates,
         output_tokens_max=output_tokens_max,
         collection=request.collection or (resumed.collection if resumed is not None else "default"),
-        cache=_CACHE_MODES[request.cache],
+        cache="off" if principal.cache_scope == "off" else _CACHE_MODES[request.cache],
         created_at=clock.now(),
         idempotency_key=request.idempotency_key,
         cancel_on_disconnect=request.cancel_on_disconnect,
@@ -369,12 +370,13 @@ class OrchestratorRpc(pb_grpc.OrchestratorServiceServicer):
         clock: Clock,
         tools: Toolset,
         shelf: PromptShelf,
+        spool_figures: Callable[[], Awaitable[Figures]],
         *,
         output_tokens_default: int,
         heartbeat_s: float,
     ) -> None:
         self._registry, self._router, self._books, self._clock, self._tools = registry, router, books, clock, tools
-        self._shelf = shelf
+        self._shelf, self._spool_figures = shelf, spool_figures
         self._output_tokens_default, self._heartbeat_s = output_tokens_default, heartbeat_s
 
     async def Answer(self, request: pb.AnswerRequest, context: grpc.aio.ServicerContext) -> None:  # type: ignore[override]
@@ -442,6 +444,20 @@ class OrchestratorRpc(pb_grpc.OrchestratorServiceServicer):
             for offer in self._router.offers()
         ]
         return pb.ListModelsResponse(models=models, default_tier=self._router.default_tier)
+
+    async def GetStatus(self, request: pb.GetStatusRequest, context: grpc.aio.ServicerContext) -> pb.GetStatusResponse:
+        current_principal().require("service")
+        told = await self._spool_figures()
+        return pb.GetStatusResponse(
+            spool=pb.SpoolStatus(
+                records=told.depth,
+                oldest_ms=int(told.oldest_s * 1000),
+                size_bytes=told.size_bytes,
+                dead_letters=told.dead_letters,
+                full=told.full,
+                broken=told.broken,
+            )
+        )
 
     async def _follow(self, found: Found, after: int, context: grpc.aio.ServicerContext, *, batches: bool) -> None:
         """Write the answer's events from after a number on, until `done` or its error; what is there at one moment in one message."""

@@ -252,7 +252,7 @@ class Run:
         """Digest of everything besides tenant, documents and words that the answer depends on. Similarity never crosses it."""
         asked, limits = self.question, self.kit.limits
         parts = (
-            asked.principal.user if limits.cache_per_user else "",
+            asked.principal.user if limits.cache_per_user or asked.principal.cache_scope == "user" else "",
             asked.tier,
             *sorted(candidate.model for candidate in asked.candidates),
             self.template.name,

@@ -20,7 +20,7 @@ from services.chassis.errors import DomainError, ModelUnknown, NotAllowed
 from services.chassis.lifecycle import Service
 from services.chassis.passport import Passport
 from services.chassis.server import Server, passport_identity
-from services.orchestrator import providers, spool
+from services.orchestrator import providers, spool, spool_gauges
 from services.orchestrator.answer import produce
 from services.orchestrator.clients import RemoteLedger, RemoteMemory, RemoteSearch, SpooledBooks, ping
 from services.orchestrator.compose import CONTINUE_FILE, read_template
@@ -183,6 +183,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             "cancels": registry.listen_forever(),
             "models file": reload_forever(router, models_file),
             "interrupted answers": tell_interrupted(logs, outbox.interrupted),
+            "spool gauges": spool_gauges.tell_forever(outbox),
         }
         for name, work in works.items():
             stack.push_async_callback(ended, asyncio.create_task(work, name=name))
@@ -198,6 +199,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             clock,
             tools,
             shelf,
+            lambda: spool_gauges.figures_of(outbox),
             output_tokens_default=settings.output_tokens_default,
             heartbeat_s=settings.heartbeat_s,
         )

@@ -29,6 +29,7 @@ RULES = {
         "GetPrompts": ADMIN,
         "ForgetPrompts": ADMIN,
         "ListModels": MEMBER,
+        "GetStatus": SERVICE,
     },
     "retrieval": {
         "Recall": MEMBER,

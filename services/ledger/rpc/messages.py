@@ -44,6 +44,7 @@ STEP_STATUSES = ("done", "skipped", "failed")
 PURPOSES = ("", "rewrite", "summary", "title")
 VERDICTS = ("", "miss", "exact", "semantic", "coalesced", "off")
 PLAN_NAME = re.compile(r"[a-z0-9_-]{1,64}")
+CACHE_SCOPES = ("", "tenant", "user", "off")
 PLAN_TOOL = re.compile(r"\*|[A-Za-z0-9_-]{1,64}|[A-Za-z0-9-]{1,64}__\*")
 TRACE_ID = re.compile(r"([0-9a-f]{32})?")
 
@@ -60,6 +61,7 @@ def plan_message(plan: Plan) -> pb.Plan:
         key_limits=_limits_message(plan.key_limits),
         answer_deadline_ms=plan.answer_deadline_ms,
         tools=plan.tools,
+        cache_scope=plan.cache_scope,
     )
 
 
@@ -87,6 +89,7 @@ def plan_value(message: pb.Plan) -> Plan:
         _limits_value(message.key_limits, "plan.key_limits"),
         checks.between(message.answer_deadline_ms, "plan.answer_deadline_ms", 0, 3_000_000),
         tuple(dict.fromkeys(checks.matching(tool, "plan.tools", PLAN_TOOL, "a name, `server__*` or `*`") for tool in message.tools)),
+        checks.one_of(message.cache_scope, "plan.cache_scope", CACHE_SCOPES),
     )
 
 

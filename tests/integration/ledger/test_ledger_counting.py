@@ -83,7 +83,7 @@ async def test_an_operation_that_is_not_the_sum_of_its_attempts_cannot_be_commit
     with pytest.raises(asyncpg.CheckViolationError, match="not the sum"):
         await books.execute(
             f"INSERT INTO attempts SELECT tenant, operation_id, 7, hold_id, provider, model, provider_request_id, price_version,"
-            f" {CALL_SUMS}, finish_reason, error_reason, first_token_ms, duration_ms, estimated, not_sent FROM attempts"
+            f" {CALL_SUMS}, finish_reason, error_reason, first_token_ms, duration_ms, estimated, not_sent, created_at FROM attempts"
             " WHERE operation_id = $1",
             whole["operation_id"],
         )

@@ -86,6 +86,18 @@ async def test_a_plan_says_which_tools_its_answers_may_use(ledger: Ledger, ann: 
         assert raised.value.field == "plan.tools"
 
 
+async def test_a_plan_says_whom_cached_answers_are_shared_with(ledger: Ledger, ann: Principal, boss: Principal) -> None:
+    """In force with the next question; a plan that does not say leaves it to the orchestrator; any other word is refused."""
+    assert (await plan_of(ledger, ann)).cache_scope == "tenant"
+    for scope in ("user", "off", "tenant", ""):
+        await ledger.ask("PutPlan", put_plan(cache_scope=scope), boss)
+        await ledger.ask("PutSubscription", pb.PutSubscriptionRequest(user="ann", plan="team"), boss)
+        assert (await plan_of(ledger, ann)).cache_scope == scope
+    with pytest.raises(RequestInvalid) as raised:
+        await ledger.ask("PutPlan", put_plan(cache_scope="everybody"), boss)
+    assert raised.value.field == "plan.cache_scope"
+
+
 async def test_a_plan_keeps_the_limits_of_tenant_and_keys_and_its_deadline(ledger: Ledger, ann: Principal, boss: Principal) -> None:
     """Each figure in its own place, in force with the next question, listed as put, and taken back by a plan without them."""
     plan = pb.Plan()

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import asyncpg
 import pytest
 
-from services.chassis.errors import NotAllowed, NotFound, RequestInvalid
+from services.chassis.errors import NotAllowed, NotFound, RequestInvalid, Unavailable
 from services.chassis.principal import Principal
 from services.chassis.wire import timestamp
 from services.ledger.histograms import ERROR_MAX
@@ -111,6 +111,32 @@ async def test_a_record_that_can_never_be_booked_does_not_stop_the_others(ledger
     assert [ack.record_id for ack in acks] == list(range(1, len(records) + 1))
     assert [ack.rejected_reason for ack in acks] == ["", *poison, "IDEMPOTENCY_CONFLICT", "REQUEST_INVALID", ""]
     assert len(listed) == 2
+
+
+@pytest.mark.parametrize("code", ["53100", "53200", "53400", "57014", "58030", "XX000", "XX001", "XX002", "25006"])
+async def test_trouble_of_the_store_is_no_fault_of_a_record(ledger: Ledger, ann: Principal, code: str) -> None:
+    """A full disk, a file that cannot be read, a damaged page, a server that became a standby: the records are neither booked nor refused,
+    and booked once it is over. A server raises the very error where rows are written."""
+    records = [operation(ann, attempts=[attempt()]) for _ in range(3)]
+    connection = await asyncpg.connect(ledger.url)
+    try:
+        await connection.execute(
+            "CREATE FUNCTION in_trouble() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+            f" IF NEW.tenant = '{ann.tenant}' THEN RAISE EXCEPTION 'in row 4711' USING ERRCODE = '{code}'; END IF; RETURN NEW; END $$;"
+            "CREATE TRIGGER a_trouble BEFORE INSERT ON steps FOR EACH ROW EXECUTE FUNCTION in_trouble()"
+        )
+        try:
+            for _ in range(2):
+                with pytest.raises(Unavailable) as refused:
+                    await ledger.record(*records)
+                assert "4711" not in refused.value.detail  # what a server says may hold rows
+        finally:
+            await connection.execute("DROP TRIGGER a_trouble ON steps; DROP FUNCTION in_trouble()")
+    finally:
+        await connection.close()
+    acks = await ledger.record(*records)
+
+    assert [(ack.rejected_reason, ack.duplicate, ack.cost_nanousd) for ack in acks] == [("", False, COST)] * 3
 
 
 @pytest.mark.parametrize(

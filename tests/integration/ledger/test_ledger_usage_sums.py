@@ -80,10 +80,12 @@ async def insert(database: Database, tenant: str, facts: dict[str, Any]) -> None
             await connection.execute("SET LOCAL session_replication_role = replica")  # costs without attempts are wanted here
             await connection.execute("SELECT ensure_user($1, $2)", tenant, facts["user_id"])
             await connection.execute(f"INSERT INTO operations ({columns}) VALUES ({places})", *row.values())
-            await connection.execute("INSERT INTO usage_unrolled VALUES ($1, $2)", tenant, operation_id)
+            await connection.execute("INSERT INTO operation_ids VALUES ($1, $2, $3)", tenant, operation_id, row["created_at"])
+            await connection.execute("INSERT INTO usage_unrolled VALUES ($1, $2, $3)", tenant, operation_id, row["created_at"])
             for ordinal, (name, duration_ms) in enumerate(facts["steps"], 1):
                 await connection.execute(
-                    "INSERT INTO steps VALUES ($1, $2, $3, $4, 'done', 0, $5, '{}')", tenant, operation_id, ordinal, name, duration_ms
+                    "INSERT INTO steps VALUES ($1, $2, $3, $4, 'done', 0, $5, '{}', $6)",
+                    *(tenant, operation_id, ordinal, name, duration_ms, row["created_at"]),
                 )
 
     await database.run(work)

@@ -187,6 +187,15 @@ TAMPERINGS = {
         "UPDATE operations SET cost_nanousd = 1 WHERE operation_id = (SELECT operation_id FROM attempts LIMIT 1) RETURNING operation_id",
         "operation_id={}: costs 1, and its attempts",
     ),
+    "an operation's id": (
+        "UPDATE operation_ids SET created_at = '2026-01-01' WHERE operation_id = (SELECT operation_id FROM attempts LIMIT 1)"
+        " RETURNING operation_id",
+        "operations tenant=",
+    ),
+    "an operation's id taken away": (
+        "DELETE FROM operation_ids WHERE operation_id = (SELECT operation_id FROM attempts LIMIT 1) RETURNING operation_id",
+        "operation_id={}: is of 2026-12-01 00:59:00+00, and its id says (gone)",
+    ),
     "a counter": (
         "UPDATE spending SET spent_nanousd = spent_nanousd + 1 WHERE scope = 'user' AND subject = 'bob' AND period = 'month'"
         " AND period_start = '2026-11-01' RETURNING subject",

@@ -3,15 +3,18 @@
 import copy
 import hashlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from services.chassis.errors import BudgetExhausted, ModelUnknown, RequestInvalid, Unavailable
+from services.chassis.errors import BudgetExhausted, ModelUnknown, NotAllowed, RequestInvalid, Unavailable
+from services.chassis.principal import Principal
 from services.chassis.wire import usage_value
 from services.local.stores import Valkey
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as pb
 from tests.fakes.orchestrator_world import ALICE, BOB, PRICES, Reply, World, world
+from tests.suite import until
 
 
 @pytest.fixture
@@ -371,3 +374,32 @@ async def test_retrieval_away_refuses_and_says_so(claude: World) -> None:
         await claude.ask("Which port does the gateway listen on?")
 
     assert refused.value.metadata["dependency"] == "qdrant"
+
+
+async def test_the_plan_says_whom_a_cached_answer_is_shared_with(claude: World) -> None:
+    """Kept for one it is served to this one alone, kept for the tenant not to who shares nothing, and `off` neither serves nor keeps."""
+    question = "Which port does the gateway listen on?"
+
+    async def told(who: Principal, scope: str, asked: str = question) -> str:
+        return (await claude.ask(asked, principal=replace(who, cache_scope=scope))).done.cache.verdict
+
+    assert [await told(ALICE, "user"), await told(BOB, "user"), await told(ALICE, "user")] == ["miss", "miss", "exact"]
+    assert [await told(BOB, "tenant"), await told(ALICE, "tenant"), await told(BOB, "")] == ["miss", "exact", "exact"]
+    assert await told(ALICE, "off") == "off"
+    other = "Which port does the ledger listen on?"
+    assert [await told(ALICE, "off", other), await told(ALICE, "tenant", other)] == ["off", "miss"]
+
+
+async def test_the_status_tells_of_the_spool_to_services_alone(claude: World) -> None:
+    """Nothing waits once all is booked."""
+    service = replace(ALICE, roles=frozenset({"service"}))
+    with pytest.raises(NotAllowed):
+        await claude.caller.unary(claude.stub.GetStatus, pb.GetStatusRequest(), principal=ALICE)
+    reply = await claude.ask("Which port does the gateway listen on?", cache=pb.CACHE_MODE_OFF)
+    await claude.booked(reply.answer_id)
+
+    async def drained() -> bool:
+        told = await claude.caller.unary(claude.stub.GetStatus, pb.GetStatusRequest(), principal=service)
+        return told.spool.size_bytes > 4096 and told.spool == pb.SpoolStatus(size_bytes=told.spool.size_bytes)
+
+    await until(drained)

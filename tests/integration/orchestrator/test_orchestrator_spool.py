@@ -11,8 +11,11 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from services.chassis.errors import Unavailable
+from services.orchestrator import spool_gauges
 from services.orchestrator.spool import Ack, Link, Spool, dead_letters, opened, retry_dead_letters
 from tests.fakes.orchestrator_world import until
 
@@ -310,6 +313,45 @@ async def test_figures_tell_how_much_waits_and_for_how_long(tmp_path: Path) -> N
     assert (figures.depth, figures.dead_letters, figures.full, figures.broken) == (2, 0, False, False)
     assert figures.oldest_s >= 0.05
     assert figures.size_bytes > 4096
+
+
+async def test_gauges_say_what_the_spool_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every figure under its own name, also of a spool whose disk has failed."""
+    reader = InMemoryMetricReader()
+    meter = MeterProvider([reader]).get_meter("test")
+    names = ("RECORDS", "OLDEST", "SIZE", "DEAD_LETTERS", "FULL", "BROKEN")
+    for name in names:
+        monkeypatch.setattr(spool_gauges, name, meter.create_gauge(f"tailrace.spool.{name.lower()}"))
+    books = Books()
+    books.reject.add(b"bad")
+
+    def told() -> dict[str, float]:
+        data = reader.get_metrics_data()
+        found = [metric for part in data.resource_metrics for scope in part.scope_metrics for metric in scope.metrics] if data else []
+        return {metric.name.rpartition(".")[2]: metric.data.data_points[0].value for metric in found}
+
+    async with opened(tmp_path / "spool.db", 10) as spool:
+        async with draining(spool, books):
+            await spool.append("o", b"bad")
+            assert await spool.flush(5) == 0
+        await spool.append("p", b"waits")
+        telling = asyncio.create_task(spool_gauges.tell_forever(spool, 0.01))
+        await until(lambda: told().get("oldest", 0) > 0)
+        well = told()
+        spool._failed(sqlite3_error(sqlite3.SQLITE_IOERR))
+        await until(lambda: told()["broken"] == 1)
+        telling.cancel()
+        await asyncio.gather(telling, return_exceptions=True)
+
+    assert set(well) == {name.lower() for name in names}
+    assert {name: well[name] for name in ("records", "dead_letters", "full", "broken")} == {
+        "records": 1,
+        "dead_letters": 1,
+        "full": 0,
+        "broken": 0,
+    }
+    assert well["size"] > 4096
+    assert told() | {"records": 1, "dead_letters": 1} == told()
 
 
 async def test_dead_letters_are_shown_and_sent_again(tmp_path: Path) -> None:

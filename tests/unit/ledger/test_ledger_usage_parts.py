@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from services.chassis.money import Price, Usage
 from services.ledger.histograms import ERROR_MAX, GROWTH, SMALLEST_MS, percentile, unpacked
-from services.ledger.roller import kept_since
+from services.ledger.roller import kept_since, months_kept_since
 from services.ledger.savings import prompt_cache_saved_nanousd, tiering_saved_nanousd
 from services.ledger.spans import DAY, HOUR, spans
 
@@ -84,3 +84,5 @@ def test_a_tier_saves_what_the_baseline_would_have_cost_more() -> None:
 def test_operations_are_kept_for_whole_days() -> None:
     """From a midnight in UTC on, at least so many days back."""
     assert kept_since(datetime(2026, 3, 31, 1, 2, tzinfo=UTC), 30) == datetime(2026, 3, 1, tzinfo=UTC)
+    assert months_kept_since(datetime(2026, 3, 31, 1, 2, tzinfo=UTC), 30) == datetime(2026, 3, 1, tzinfo=UTC)
+    assert months_kept_since(datetime(2026, 3, 30, 23, 59, tzinfo=UTC), 30) == datetime(2026, 2, 1, tzinfo=UTC)

@@ -36,6 +36,7 @@ class Principal(_message.Message):
     GROUPS_FIELD_NUMBER: _builtins.int
     PLAN_FIELD_NUMBER: _builtins.int
     TIERS_FIELD_NUMBER: _builtins.int
+    CACHE_SCOPE_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     """The tenant every query is bound to. 1-128 characters."""
     user: _builtins.str
@@ -44,6 +45,8 @@ class Principal(_message.Message):
     """Id of the API key that was used; empty for a token."""
     plan: _builtins.str
     """Name of the user's plan, where the edge knows it. At most 64 characters; empty = not known."""
+    cache_scope: _builtins.str
+    """Whom the plan shares cached answers with: `tenant`, `user` or `off`. Empty = as the orchestrator is set. At most 16 characters."""
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Any of `user`, `service`, `admin`. At most 16."""
@@ -78,10 +81,11 @@ class Principal(_message.Message):
         groups: _abc.Iterable[_builtins.str] | None = ...,
         plan: _builtins.str = ...,
         tiers: _abc.Iterable[_builtins.str] | None = ...,
+        cache_scope: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["issued_at", b"issued_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key_id", b"api_key_id", "groups", b"groups", "issued_at", b"issued_at", "plan", b"plan", "roles", b"roles", "scopes", b"scopes", "tenant", b"tenant", "tiers", b"tiers", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key_id", b"api_key_id", "cache_scope", b"cache_scope", "groups", b"groups", "issued_at", b"issued_at", "plan", b"plan", "roles", b"roles", "scopes", b"scopes", "tenant", b"tenant", "tiers", b"tiers", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

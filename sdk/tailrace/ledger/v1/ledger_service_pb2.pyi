@@ -964,6 +964,7 @@ class Plan(_message.Message):
     KEY_LIMITS_FIELD_NUMBER: _builtins.int
     ANSWER_DEADLINE_MS_FIELD_NUMBER: _builtins.int
     TOOLS_FIELD_NUMBER: _builtins.int
+    CACHE_SCOPE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name: `free`, `pro`, … 1-64 of [a-z0-9_-]."""
     requests_per_minute: _builtins.int
@@ -976,6 +977,10 @@ class Plan(_message.Message):
     """Budget of a user per month, nano-USD. 0 = none of its own."""
     answer_deadline_ms: _builtins.int
     """How long an answer may take if the request does not say, milliseconds. 0 = the orchestrator's default."""
+    cache_scope: _builtins.str
+    """Whom answers share the answer cache with: all users of the `tenant`, only their own `user`, or nobody (`off`). Empty = as the
+    orchestrator is set, which can narrow it and never widen.
+    """
     @_builtins.property
     def tiers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Tiers that may be asked for."""
@@ -1007,10 +1012,11 @@ class Plan(_message.Message):
         key_limits: Global___Limits | None = ...,
         answer_deadline_ms: _builtins.int = ...,
         tools: _abc.Iterable[_builtins.str] | None = ...,
+        cache_scope: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key_limits", b"key_limits", "tenant_limits", b"tenant_limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_deadline_ms", b"answer_deadline_ms", "concurrent_answers", b"concurrent_answers", "key_limits", b"key_limits", "monthly_budget_nanousd", b"monthly_budget_nanousd", "name", b"name", "requests_per_minute", b"requests_per_minute", "tenant_limits", b"tenant_limits", "tiers", b"tiers", "tokens_per_minute", b"tokens_per_minute", "tools", b"tools"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_deadline_ms", b"answer_deadline_ms", "cache_scope", b"cache_scope", "concurrent_answers", b"concurrent_answers", "key_limits", b"key_limits", "monthly_budget_nanousd", b"monthly_budget_nanousd", "name", b"name", "requests_per_minute", b"requests_per_minute", "tenant_limits", b"tenant_limits", "tiers", b"tiers", "tokens_per_minute", b"tokens_per_minute", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

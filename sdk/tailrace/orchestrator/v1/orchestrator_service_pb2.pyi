@@ -75,6 +75,85 @@ PRIORITY_BATCH: Priority.ValueType  # 2
 Global___Priority: _TypeAlias = Priority  # noqa: Y015
 
 @_typing.final
+class GetStatusRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetStatusRequest: _TypeAlias = GetStatusRequest  # noqa: Y015
+
+@_typing.final
+class GetStatusResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPOOL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def spool(self) -> Global___SpoolStatus:
+        """The records on their way to the ledger."""
+
+    def __init__(
+        self,
+        *,
+        spool: Global___SpoolStatus | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["spool", b"spool"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["spool", b"spool"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class SpoolStatus(_message.Message):
+    """How a spool is doing, measured now. What has failed on its disk leaves the figures it can no longer measure at 0."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECORDS_FIELD_NUMBER: _builtins.int
+    OLDEST_MS_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    DEAD_LETTERS_FIELD_NUMBER: _builtins.int
+    FULL_FIELD_NUMBER: _builtins.int
+    BROKEN_FIELD_NUMBER: _builtins.int
+    records: _builtins.int
+    """Records that wait. >= 0."""
+    oldest_ms: _builtins.int
+    """How long the oldest of them has waited, milliseconds. 0 = none waits."""
+    size_bytes: _builtins.int
+    """What its files take on disk, bytes."""
+    dead_letters: _builtins.int
+    """Records put aside because the ledger can never book them as they are."""
+    full: _builtins.bool
+    """The disk is full: no new work is admitted until there is room."""
+    broken: _builtins.bool
+    """The disk has failed: no new work is admitted by this process any more."""
+    def __init__(
+        self,
+        *,
+        records: _builtins.int = ...,
+        oldest_ms: _builtins.int = ...,
+        size_bytes: _builtins.int = ...,
+        dead_letters: _builtins.int = ...,
+        full: _builtins.bool = ...,
+        broken: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["broken", b"broken", "dead_letters", b"dead_letters", "full", b"full", "oldest_ms", b"oldest_ms", "records", b"records", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SpoolStatus: _TypeAlias = SpoolStatus  # noqa: Y015
+
+@_typing.final
 class AnswerRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

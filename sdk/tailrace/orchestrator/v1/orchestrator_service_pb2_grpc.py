@@ -70,6 +70,11 @@ class OrchestratorServiceStub:
                 request_serializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ListModelsRequest.SerializeToString,
                 response_deserializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ListModelsResponse.FromString,
                 _registered_method=True)
+        self.GetStatus = channel.unary_unary(
+                '/tailrace.orchestrator.v1.OrchestratorService/GetStatus',
+                request_serializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.GetStatusRequest.SerializeToString,
+                response_deserializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.GetStatusResponse.FromString,
+                _registered_method=True)
 
 
 class OrchestratorServiceServicer:
@@ -126,6 +131,13 @@ class OrchestratorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetStatus(self, request, context):
+        """How this replica is doing, over all tenants. Services only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OrchestratorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -163,6 +175,11 @@ def add_OrchestratorServiceServicer_to_server(servicer, server):
                     servicer.ListModels,
                     request_deserializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ListModelsRequest.FromString,
                     response_serializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ListModelsResponse.SerializeToString,
+            ),
+            'GetStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStatus,
+                    request_deserializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.GetStatusRequest.FromString,
+                    response_serializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.GetStatusResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -355,6 +372,33 @@ class OrchestratorService:
             '/tailrace.orchestrator.v1.OrchestratorService/ListModels',
             tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ListModelsRequest.SerializeToString,
             tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tailrace.orchestrator.v1.OrchestratorService/GetStatus',
+            tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.GetStatusRequest.SerializeToString,
+            tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.GetStatusResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -49,6 +49,8 @@ class OrchestratorServiceStub:
     """Forgets the prompts that are kept of a user's answers. Administrators only. Again changes nothing."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_orchestrator_service_pb2.ListModelsRequest, _orchestrator_service_pb2.ListModelsResponse]
     """The models and tiers that can be asked for."""
+    GetStatus: _grpc.UnaryUnaryMultiCallable[_orchestrator_service_pb2.GetStatusRequest, _orchestrator_service_pb2.GetStatusResponse]
+    """How this replica is doing, over all tenants. Services only."""
 
 @_typing.type_check_only
 class OrchestratorServiceAsyncStub(OrchestratorServiceStub):
@@ -71,6 +73,8 @@ class OrchestratorServiceAsyncStub(OrchestratorServiceStub):
     """Forgets the prompts that are kept of a user's answers. Administrators only. Again changes nothing."""
     ListModels: _aio.UnaryUnaryMultiCallable[_orchestrator_service_pb2.ListModelsRequest, _orchestrator_service_pb2.ListModelsResponse]  # type: ignore[assignment]
     """The models and tiers that can be asked for."""
+    GetStatus: _aio.UnaryUnaryMultiCallable[_orchestrator_service_pb2.GetStatusRequest, _orchestrator_service_pb2.GetStatusResponse]  # type: ignore[assignment]
+    """How this replica is doing, over all tenants. Services only."""
 
 class OrchestratorServiceServicer(metaclass=_abc_1.ABCMeta):
     """Answers questions. The principal travels in metadata; see tailrace.common.v1.Principal."""
@@ -132,5 +136,13 @@ class OrchestratorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_orchestrator_service_pb2.ListModelsResponse, _abc.Awaitable[_orchestrator_service_pb2.ListModelsResponse]]:
         """The models and tiers that can be asked for."""
+
+    @_abc_1.abstractmethod
+    def GetStatus(
+        self,
+        request: _orchestrator_service_pb2.GetStatusRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_orchestrator_service_pb2.GetStatusResponse, _abc.Awaitable[_orchestrator_service_pb2.GetStatusResponse]]:
+        """How this replica is doing, over all tenants. Services only."""
 
 def add_OrchestratorServiceServicer_to_server(servicer: OrchestratorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -37,13 +37,15 @@ async def connections(client: "redis.Redis") -> list[str]:
 async def test_calls_at_the_same_time_get_each_its_own_reply_over_one_connection(line: RedisLine, valkey: Valkey) -> None:
     """Also when some are given up on the way: their replies are thrown away and go to nobody else."""
     chance = random.Random(7)
-    await line.ping()  # so that every call is sent before the first of them is given up
+    await line.ping()
     async with redis.Redis.from_url(valkey.url) as other:
+        await other.client_pause(60_000, all=False)  # scripts wait, so that every call is sent before the first of them is given up
         calls = [asyncio.create_task(line.eval(ECHO, 0, f"call-{number}")) for number in range(400)]
         await asyncio.sleep(0)
         given_up = {number for number in range(400) if chance.random() < 0.3}
         for number in given_up:
             calls[number].cancel()
+        await other.client_unpause()
         replies = await asyncio.gather(*calls, return_exceptions=True)
 
         assert len(await connections(other)) == 1

@@ -41,7 +41,7 @@ class RedisLine:
     """
 
     def __init__(self, pool: "redis.ConnectionPool", *, silence_max_s: float = SILENCE_MAX_S) -> None:
-        """`pool` says where Redis is and how it is reached; its connections must have no time limit of their own for replies."""
+        """`pool` says where Redis is and how it is reached; what it says of time limits holds for reaching it alone."""
         self._pool: Any = pool
         self._silence_max_s = silence_max_s
         self._open: _Open | None = None
@@ -88,6 +88,8 @@ class RedisLine:
                 except BaseException:
                     await line.connection.disconnect(nowait=True)
                     raise
+                # With a limit of its own every command would be sent by a task of its own, out of turn; here `_look` sees to silences.
+                line.connection.socket_timeout = None
                 line.reading = asyncio.create_task(self._read(line), name="redis-line")
                 self._open = line
             return self._open

@@ -25,6 +25,8 @@ def plain(message: Message) -> dict[str, Any]:
     """`message` by our field names: int64 as strings, and every field that has no presence, also with its default."""
     plan = _plans.get(type(message))
     if plan is None:
+        if _has_own_form(message.DESCRIPTOR):
+            return _protobufs_own(message)  # type: ignore[no-any-return]
         # One for each type of the contract, so there is a bound.
         fields: Any = message.DESCRIPTOR.fields
         plan = _plans[type(message)] = [_put(field) for field in fields]
@@ -70,7 +72,7 @@ def _key(key: object) -> str:
 def _convert(field: FieldDescriptor) -> Convert | None:
     """How a single value of `field` is written; None = as it is."""
     if field.message_type is not None:
-        return _protobufs_own if field.message_type.full_name.startswith("google.protobuf.") else plain
+        return _protobufs_own if _has_own_form(field.message_type) else plain
     if field.enum_type is not None:
         return _named(field.enum_type)
     match field.cpp_type:
@@ -83,6 +85,10 @@ def _convert(field: FieldDescriptor) -> Convert | None:
         case FieldDescriptor.CPPTYPE_STRING if field.type == FieldDescriptor.TYPE_BYTES:
             return _base64
     return None
+
+
+def _has_own_form(descriptor: Any) -> bool:
+    return str(descriptor.full_name).startswith("google.protobuf.")
 
 
 def _protobufs_own(message: Message) -> Any:

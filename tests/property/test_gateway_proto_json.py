@@ -8,6 +8,7 @@ import pytest
 from google.protobuf import message_factory
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.json_format import MessageToDict
+from google.protobuf.struct_pb2 import Struct
 
 from services.gateway.proto_json import plain
 from tailrace.common.v1 import common_pb2
@@ -93,3 +94,11 @@ def test_every_type_is_written_as_protobuf_writes_it(descriptor: Descriptor) -> 
         expected = MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
 
         assert json.dumps(plain(message), sort_keys=True) == json.dumps(expected, sort_keys=True)
+
+
+def test_a_type_with_a_form_of_its_own_keeps_it() -> None:
+    """What a Struct holds is the object, not how protobuf keeps it."""
+    struct = Struct()
+    struct.update({"a": [1.5, None, {"b": True}]})
+
+    assert plain(struct) == {"a": [1.5, None, {"b": True}]}

@@ -6,6 +6,7 @@ event that came. An answer whose own replica is gone ends there, as interrupted.
 
 import asyncio
 import time
+from collections import deque
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, Self
@@ -26,6 +27,7 @@ class AnswerStream:
 
     def __init__(self, peer: Orchestrator, request: Any, *, timeout_s: float, heal_s: float = HEAL_S) -> None:
         self._peer, self._request, self._ends_at, self._heal_s = peer, request, time.monotonic() + timeout_s, heal_s
+        request.together = True
         self._begins = isinstance(request, orchestrator.AnswerRequest)
         self._answer_id = "" if self._begins else request.answer_id
         self._last = 0 if self._begins else request.after_sequence
@@ -35,6 +37,8 @@ class AnswerStream:
         self._lost_at: float | None = None
         self._call = AsyncExitStack()
         self._messages: Any = None
+        self._rest: deque[orchestrator.AnswerEvent] = deque()
+        """Events that came together with the one before them: at most 63."""
 
     async def __aenter__(self) -> Self:
         await self._open()
@@ -48,15 +52,24 @@ class AnswerStream:
 
     async def __anext__(self) -> orchestrator.AnswerEvent:
         """The next event. Raises what the answer ended in, and AnswerInterrupted if no replica knows of it any more."""
+        if self._rest:
+            event = self._rest.popleft()
+        else:
+            event = await self._message()
+            if event.next:
+                self._rest.extend(event.next)
+        self._answer_id, self._last = event.answer_id, event.sequence
+        return event
+
+    async def _message(self) -> orchestrator.AnswerEvent:
         while True:
             try:
-                event = await self._messages.__anext__()
+                message = await self._messages.__anext__()
             except DomainError as error:
                 await self._heal(error)
                 continue
             self._came, self._lost_at = True, None
-            self._answer_id, self._last = event.answer_id, event.sequence
-            return event  # type: ignore[no-any-return]
+            return message  # type: ignore[no-any-return]
 
     async def _heal(self, error: DomainError) -> None:
         """Go on at another replica, or raise what stands for `error`."""
@@ -73,7 +86,7 @@ class AnswerStream:
             raise AnswerInterrupted("no replica can be reached; resume the answer", answer_id=self._answer_id) from error
         await asyncio.sleep(min(PAUSE_MAX_S, PAUSE_MIN_S * 2**self._tries))
         self._tries += 1
-        self._request = orchestrator.ResumeAnswerRequest(answer_id=self._answer_id, after_sequence=self._last)
+        self._request = orchestrator.ResumeAnswerRequest(answer_id=self._answer_id, after_sequence=self._last, together=True)
         self._begins = False
         await self._open()
         return None

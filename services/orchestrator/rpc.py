@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -60,6 +61,7 @@ CALL_MARGIN_S = 0.2
 """What a call's own deadline leaves for booking and for the last message."""
 ANSWER_LEAST_S = 0.25
 """A call with less time left than this is not begun."""
+EVENTS_PER_MESSAGE_MAX = 64
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _PRIORITIES: dict[int, Priority] = {
@@ -87,7 +89,7 @@ def fingerprint(request: pb.AnswerRequest) -> bytes:
     """Digest of what is asked. How long the caller waits for it, and how it goes away, does not make it another question."""
     asked = pb.AnswerRequest()
     asked.CopyFrom(request)
-    for field in ("deadline_ms", "cancel_on_disconnect", "priority", "whole"):
+    for field in ("deadline_ms", "cancel_on_disconnect", "priority", "whole", "together"):
         asked.ClearField(field)
     return hashlib.sha256(asked.SerializeToString(deterministic=True)).digest()
 
@@ -250,6 +252,16 @@ def _deadline_s(request: pb.AnswerRequest) -> float | None:
     return min(bounds, default=None)
 
 
+def event_messages(answer_id: str, entries: Sequence[Entry], together: bool) -> Iterator[pb.AnswerEvent]:
+    """Entries as messages: a message costs a stream more than what is in it, so `together` puts up to EVENTS_PER_MESSAGE_MAX into one."""
+    size = EVENTS_PER_MESSAGE_MAX if together else 1
+    for start in range(0, len(entries), size):
+        first = event_message(answer_id, entries[start])
+        if size > 1:
+            first.next.extend(event_message(answer_id, entry) for entry in entries[start + 1 : start + size])
+        yield first
+
+
 def event_message(answer_id: str, entry: Entry) -> pb.AnswerEvent:
     """An entry of the log as readers see it; the same entry is always the same message."""
     match entry.event:
@@ -362,13 +374,13 @@ class OrchestratorRpc(pb_grpc.OrchestratorServiceServicer):
         )
         if not self._books.has_room:
             raise Overloaded("too many records wait for the ledger", retry_after_ms=5000)
-        await self._follow(await self._registry.begin(question, fingerprint(request)), 0, context)
+        await self._follow(await self._registry.begin(question, fingerprint(request)), 0, context, request.together)
 
     async def ResumeAnswer(self, request: pb.ResumeAnswerRequest, context: grpc.aio.ServicerContext) -> None:  # type: ignore[override]
         if not 0 <= request.after_sequence <= EVENTS_MAX:
             raise RequestInvalid("no answer has an event of this number", field="after_sequence", bound=f"0-{EVENTS_MAX}")
         found = await self._registry.find(current_principal(), _answer_id(request.answer_id))
-        await self._follow(found, request.after_sequence, context)
+        await self._follow(found, request.after_sequence, context, request.together)
 
     async def CancelAnswer(self, request: pb.CancelAnswerRequest, context: grpc.aio.ServicerContext) -> pb.CancelAnswerResponse:
         return pb.CancelAnswerResponse(was_running=await self._registry.cancel(current_principal(), _answer_id(request.answer_id)))
@@ -421,7 +433,7 @@ class OrchestratorRpc(pb_grpc.OrchestratorServiceServicer):
         ]
         return pb.ListModelsResponse(models=models, default_tier=self._router.default_tier)
 
-    async def _follow(self, found: Found, after: int, context: grpc.aio.ServicerContext) -> None:
+    async def _follow(self, found: Found, after: int, context: grpc.aio.ServicerContext, together: bool) -> None:
         """Write the answer's events from after a number on, until `done` or its error."""
         async with self._registry.reading(found, after) as (events, reader):
             # What another replica showed before it died may be more than it could share.
@@ -430,8 +442,8 @@ class OrchestratorRpc(pb_grpc.OrchestratorServiceServicer):
                 raise RequestInvalid("the answer has no event of this number", field="after_sequence", bound=f"0-{len(events)}")
             while True:
                 entries = await reader.next(self._heartbeat_s)
-                for entry in entries:
-                    await context.write(event_message(events.answer_id, entry))
+                for message in event_messages(events.answer_id, entries, together):
+                    await context.write(message)
                 if entries:
                     continue
                 if not events.ended:

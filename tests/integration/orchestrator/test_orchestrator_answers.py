@@ -10,6 +10,7 @@ import pytest
 from services.chassis.errors import BudgetExhausted, ModelUnknown, RequestInvalid, Unavailable
 from services.chassis.wire import usage_value
 from services.local.stores import Valkey
+from services.orchestrator import rpc
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as pb
 from tests.fakes.orchestrator_world import ALICE, BOB, PRICES, World, world
 
@@ -39,6 +40,34 @@ async def test_answer_is_one_numbered_stream_from_accepted_to_done(claude: World
     assert reply.done.verdict == "passed"
     assert {"recall", "passages", "compose", "hold", "generate", "validate", "record"} <= reply.steps().keys()
     assert len(reply.events[0].accepted.trace_id) == 32
+
+
+async def test_events_come_together_only_for_who_asks_and_are_the_same(claude: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bound holds for what is in one message; who did not ask gets each event alone, as ever."""
+    monkeypatch.setattr(rpc, "EVENTS_PER_MESSAGE_MAX", 5)
+    reply = await claude.ask("Which port does the gateway listen on?", cache=pb.CACHE_MODE_OFF, together=True)
+    alone = await claude.resume(reply.events[0].answer_id)
+    messages = []
+    request = pb.ResumeAnswerRequest(answer_id=alone.answer_id, together=True)
+    async with claude.caller.stream(claude.stub.ResumeAnswer, request, timeout_s=60, principal=ALICE) as stream:
+        async for message in stream:
+            messages.append(message)
+
+    assert len(alone.events) > 10
+    assert not any(event.next for event in alone.events)
+    sizes = [len(message.next) + 1 for message in messages]
+    assert set(sizes[:-1]) == {5}
+    assert sum(sizes) == len(alone.events)
+    for together in (reply.events, messages):
+        apart = [event for message in together for event in (without_next(message), *message.next)]
+        assert apart == alone.events
+
+
+def without_next(message: pb.AnswerEvent) -> pb.AnswerEvent:
+    event = pb.AnswerEvent()
+    event.CopyFrom(message)
+    event.ClearField("next")
+    return event
 
 
 async def test_no_text_comes_before_the_step_that_writes_it(keyless: World) -> None:

@@ -25,12 +25,12 @@ STOPPING = Overloaded("this replica is stopping", draining="true")
 
 
 class Replicas:
-    """An orchestrator whose calls go as scripted: numbers of events, then an error or the end."""
+    """An orchestrator whose calls go as scripted: numbers of events or whole messages, then an error or the end."""
 
     name = "orchestrator"
     stub = SimpleNamespace(Answer="Answer", ResumeAnswer="ResumeAnswer")
 
-    def __init__(self, *scripts: list[int | DomainError]) -> None:
+    def __init__(self, *scripts: list[Any]) -> None:
         self._scripts = list(scripts)
         self.calls: list[tuple[str, Any]] = []
         self.open = 0
@@ -44,11 +44,11 @@ class Replicas:
         finally:
             self.open -= 1
 
-    async def _play(self, script: list[int | DomainError]) -> AsyncIterator[pb.AnswerEvent]:
+    async def _play(self, script: list[Any]) -> AsyncIterator[pb.AnswerEvent]:
         for beat in script:
             if isinstance(beat, DomainError):
                 raise beat
-            yield pb.AnswerEvent(answer_id="a", sequence=beat)
+            yield beat if isinstance(beat, pb.AnswerEvent) else pb.AnswerEvent(answer_id="a", sequence=beat)
 
 
 async def read(replicas: Replicas, request: Any = None, *, heal_s: float = 5.0) -> list[int]:
@@ -119,3 +119,13 @@ async def test_replicas_that_all_stop_are_not_asked_for_ever() -> None:
             await read(replicas)
 
     assert (len(stopping.calls), len(full.calls)) == (3, 1)
+
+
+async def test_events_that_came_together_are_taken_apart() -> None:
+    """Whoever reads sees one event after the other; a line that is lost is gone on with after the last of them."""
+    message = pb.AnswerEvent(answer_id="a", sequence=1, next=[pb.AnswerEvent(answer_id="a", sequence=number) for number in (2, 3)])
+    replicas = Replicas([message, LOST], [4])
+
+    assert await read(replicas) == [1, 2, 3, 4]
+    assert [request.together for _, request in replicas.calls] == [True, True]
+    assert replicas.calls[1][1].after_sequence == 3

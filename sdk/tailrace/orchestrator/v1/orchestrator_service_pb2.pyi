@@ -98,6 +98,7 @@ class AnswerRequest(_message.Message):
     SERVER_TOOLS_FIELD_NUMBER: _builtins.int
     WHOLE_FIELD_NUMBER: _builtins.int
     REASONING_FIELD_NUMBER: _builtins.int
+    TOGETHER_FIELD_NUMBER: _builtins.int
     question: _builtins.str
     """What is asked. UTF-8, 1-32768 bytes, not only white space."""
     session_id: _builtins.str
@@ -132,6 +133,10 @@ class AnswerRequest(_message.Message):
     """The caller reads only the whole answer, not its stream: text may be held back until it was checked, and asked for once more."""
     reasoning: _builtins.bool
     """Show what the model thinks before it answers, where it can. Thoughts are output and paid for as such."""
+    together: _builtins.bool
+    """Events that are there at the same time may come as one message, by AnswerEvent.next. The gateway asks for it by itself, and takes such
+    messages apart for its own callers.
+    """
     @_builtins.property
     def output_schema(self) -> _struct_pb2.Struct:
         """JSON Schema (2020-12) the answer must satisfy; the text is JSON then, and cites nothing. At most 32 KiB and 24 levels, no reference out
@@ -177,10 +182,11 @@ class AnswerRequest(_message.Message):
         server_tools: _abc.Iterable[_builtins.str] | None = ...,
         whole: _builtins.bool = ...,
         reasoning: _builtins.bool = ...,
+        together: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "_max_output_tokens", b"_max_output_tokens", "deadline_ms", b"deadline_ms", "max_output_tokens", b"max_output_tokens", "output_schema", b"output_schema"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "_max_output_tokens", b"_max_output_tokens", "cache", b"cache", "cancel_on_disconnect", b"cancel_on_disconnect", "collection", b"collection", "continues", b"continues", "deadline_ms", b"deadline_ms", "idempotency_key", b"idempotency_key", "images", b"images", "max_output_tokens", b"max_output_tokens", "model", b"model", "output_schema", b"output_schema", "priority", b"priority", "question", b"question", "reasoning", b"reasoning", "replaces", b"replaces", "server_tools", b"server_tools", "session_id", b"session_id", "tier", b"tier", "tool_results", b"tool_results", "tools", b"tools", "whole", b"whole"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms", "_max_output_tokens", b"_max_output_tokens", "cache", b"cache", "cancel_on_disconnect", b"cancel_on_disconnect", "collection", b"collection", "continues", b"continues", "deadline_ms", b"deadline_ms", "idempotency_key", b"idempotency_key", "images", b"images", "max_output_tokens", b"max_output_tokens", "model", b"model", "output_schema", b"output_schema", "priority", b"priority", "question", b"question", "reasoning", b"reasoning", "replaces", b"replaces", "server_tools", b"server_tools", "session_id", b"session_id", "tier", b"tier", "together", b"together", "tool_results", b"tool_results", "tools", b"tools", "whole", b"whole"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__deadline_ms: _TypeAlias = _typing.Literal["deadline_ms"]  # noqa: Y015
     _WhichOneofArgType__deadline_ms: _TypeAlias = _typing.Literal["_deadline_ms", b"_deadline_ms"]  # noqa: Y015
@@ -268,6 +274,7 @@ class AnswerEvent(_message.Message):
     DONE_FIELD_NUMBER: _builtins.int
     REASONING_FIELD_NUMBER: _builtins.int
     TOOL_CONFIRMATION_FIELD_NUMBER: _builtins.int
+    NEXT_FIELD_NUMBER: _builtins.int
     answer_id: _builtins.str
     """Answer this belongs to; also the operation's id in the ledger."""
     sequence: _builtins.int
@@ -316,6 +323,10 @@ class AnswerEvent(_message.Message):
     def tool_confirmation(self) -> Global___ToolConfirmation:
         """A tool call waits for a person's word."""
 
+    @_builtins.property
+    def next(self) -> _containers.RepeatedCompositeFieldContainer[Global___AnswerEvent]:
+        """The events right after this one, in order; none of them has any of its own. At most 63. Only where the caller asked for `together`."""
+
     def __init__(
         self,
         *,
@@ -332,10 +343,11 @@ class AnswerEvent(_message.Message):
         done: Global___Done | None = ...,
         reasoning: Global___Reasoning | None = ...,
         tool_confirmation: Global___ToolConfirmation | None = ...,
+        next: _abc.Iterable[Global___AnswerEvent] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "citation", b"citation", "delta", b"delta", "done", b"done", "event", b"event", "heartbeat", b"heartbeat", "passages", b"passages", "reasoning", b"reasoning", "step", b"step", "tool_call", b"tool_call", "tool_confirmation", b"tool_confirmation", "tool_result", b"tool_result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "answer_id", b"answer_id", "citation", b"citation", "delta", b"delta", "done", b"done", "event", b"event", "heartbeat", b"heartbeat", "passages", b"passages", "reasoning", b"reasoning", "sequence", b"sequence", "step", b"step", "tool_call", b"tool_call", "tool_confirmation", b"tool_confirmation", "tool_result", b"tool_result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "answer_id", b"answer_id", "citation", b"citation", "delta", b"delta", "done", b"done", "event", b"event", "heartbeat", b"heartbeat", "next", b"next", "passages", b"passages", "reasoning", b"reasoning", "sequence", b"sequence", "step", b"step", "tool_call", b"tool_call", "tool_confirmation", b"tool_confirmation", "tool_result", b"tool_result"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["accepted", "step", "passages", "delta", "citation", "tool_call", "tool_result", "heartbeat", "done", "reasoning", "tool_confirmation"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
@@ -790,19 +802,23 @@ class ResumeAnswerRequest(_message.Message):
 
     ANSWER_ID_FIELD_NUMBER: _builtins.int
     AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
+    TOGETHER_FIELD_NUMBER: _builtins.int
     answer_id: _builtins.str
     """Which answer."""
     after_sequence: _builtins.int
     """Send only events after this number. 0 = from the start."""
+    together: _builtins.bool
+    """As in AnswerRequest."""
     def __init__(
         self,
         *,
         answer_id: _builtins.str = ...,
         after_sequence: _builtins.int = ...,
+        together: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "answer_id", b"answer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "answer_id", b"answer_id", "together", b"together"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

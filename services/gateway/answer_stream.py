@@ -52,13 +52,19 @@ class AnswerStream:
 
     async def __anext__(self) -> orchestrator.AnswerEvent:
         """The next event. Raises what the answer ended in, and AnswerInterrupted if no replica knows of it any more."""
-        if self._rest:
-            event = self._rest.popleft()
-        else:
+        if (event := self.at_hand()) is None:
             event = await self._message()
             if event.next:
                 self._rest.extend(event.next)
-        self._answer_id, self._last = event.answer_id, event.sequence
+            self._answer_id, self._last = event.answer_id, event.sequence
+        return event
+
+    def at_hand(self) -> orchestrator.AnswerEvent | None:
+        """The next event if it came together with the one before it; None if it must be waited for."""
+        if not self._rest:
+            return None
+        event = self._rest.popleft()
+        self._last = event.sequence
         return event
 
     async def _message(self) -> orchestrator.AnswerEvent:

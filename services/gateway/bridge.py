@@ -2,7 +2,7 @@
 
 One task takes a message, renders it and writes it, then takes the next: nothing waits for a timer, nobody is woken in between, and nothing
 is kept here. A write waits only while the client is too far behind to take it; then nothing is taken from the source either, and the
-flow control of the stream behind it holds its sender. What is written in one turn of the event loop leaves in one system call.
+flow control of the stream behind it holds its sender. What came in one message leaves in one write.
 
 Terminal law: what was started ends with exactly one terminal event of the source's own, or exactly one `event: error`, or, if its
 owner stopped it, exactly one `event: cancelled`.
@@ -52,13 +52,17 @@ class Bridge(Generic[M]):
         timing: Timing,
         draining: asyncio.Event,
         *,
+        at_hand: Callable[[], M | None] = lambda: None,
         lasting: bool = False,
     ) -> None:
-        """`render` makes a block of a message (or nothing), `is_last` tells the terminal one. A `lasting` stream has no end of its own:
-        it is ended when the process drains."""
+        """`render` makes a block of a message (or nothing), `is_last` tells the terminal one. `at_hand` takes a message from the source
+        that is there without waiting, of which it has few at a time. A `lasting` stream has no end of its own: it is ended when the
+        process drains.
+        """
         self._exchange = exchange
         self._render = render
         self._is_last = is_last
+        self._at_hand = at_hand
         self._timing = timing
         self._draining = draining
         self._lasting = lasting
@@ -120,8 +124,10 @@ class Bridge(Generic[M]):
             except Exception as failure:
                 error = failure
                 break
-            last = self._is_last(message)
-            await self._write(self._render(message), last=last)
+            body, last = self._render(message), self._is_last(message)
+            while not last and (more := self._at_hand()) is not None:
+                body, last = body + self._render(more), self._is_last(more)
+            await self._write(body, last=last)
             if self._left:
                 self._leave()
             if last:

@@ -21,6 +21,8 @@ class Client:
     def __init__(self) -> None:
         self.sent: list[bytes] = []
         self.ended = False
+        self.sending = self.sending_most = 0
+        """Sends that wait at the same time."""
         self.takes = asyncio.Event()
         self.takes.set()
         self.begun = asyncio.Event()
@@ -33,7 +35,10 @@ class Client:
 
     async def send(self, message: Any) -> None:
         self.begun.set()
+        self.sending += 1
+        self.sending_most = max(self.sending_most, self.sending)
         await self.takes.wait()
+        self.sending -= 1
         if message["type"] == "http.response.body":
             self.sent.append(message["body"])
             self.ended = not message["more_body"]
@@ -84,8 +89,9 @@ class Carried:
         self.running = asyncio.create_task(self.bridge.run(self.source))
 
     async def over(self) -> bool:
-        async with asyncio.timeout(10):
-            return await self.running
+        done, _ = await asyncio.wait({self.running}, timeout=10)  # a cancellation would itself end it
+        assert done
+        return self.running.result()
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -139,6 +145,7 @@ async def test_a_heartbeat_breaks_a_silence_and_never_comes_into_a_write() -> No
     await until(lambda: b"12" in carried.client.sent)
 
     assert carried.client.sent[:3] == [sse.HEARTBEAT, sse.HEARTBEAT, b"12"]
+    assert carried.client.sending_most == 1
     carried.source.give(LAST)
     assert await carried.over()
 

@@ -28,7 +28,10 @@ _SERVICE = "tailrace.bench.Floor"
 
 
 async def floor(messages: int = MESSAGES) -> dict[str, float]:
-    """Microseconds of CPU a message costs the server and the client, with so many on each stream. Raises RuntimeError, TimeoutError if they do not end well."""
+    """Microseconds of CPU a message costs the server and the client, with so many on each stream.
+
+    Raises RuntimeError, TimeoutError if they do not end well.
+    """
     server = await _process("server")
     try:
         async with asyncio.timeout(TIMEOUT_S):

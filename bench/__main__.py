@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 
 from bench import corpus, report
+from bench.floor import floor
 from bench.measure import Bench
 from bench.start import cold_starts
 from tests.suite import running
@@ -29,6 +30,7 @@ async def measure(chunks: int) -> dict[str, Any]:
         idle = await bench.idle()
         one = await bench.one_stream()
         many, cpu = await bench.many_streams()
+        bare = await floor()  # beside the suite and right after it, so that both met the same host
         exact, semantic = await bench.hits()
         return {
             "machine": {
@@ -41,6 +43,7 @@ async def measure(chunks: int) -> dict[str, Any]:
             "start": starts,
             "first_token": [one, many],
             "cpu": cpu,
+            "floor": bare,
             "idle": idle,
             "hits": {"exact": exact, "semantic": semantic},
             "memory": bench.memory(),

@@ -40,6 +40,10 @@ def _lines(figures: dict[str, Any]) -> Iterator[str]:
     if provider := cpu["per_token_us"].get("provider"):
         yield _row("  as multiples of the provider's own", f"{token / provider:.1f} x")
     yield f"  (paced, 20 streams; all-in = everything a {cpu['tokens_per_answer']}-token answer costs, spread over its tokens)"
+    bare = figures["floor"]
+    both_us = bare["server_us"] + bare["client_us"]
+    yield f"  (a bare gRPC stream: server {bare['server_us']:.0f} + client {bare['client_us']:.0f} us a message, which every token crosses;"
+    yield f"   gateway + orchestrator are {token / both_us:.1f} x that a token, {all_in / both_us:.1f} x all-in)"
     yield ""
     yield _row("cache hits", "first p50", "first p95", "done p50", "done p95")
     for name, limit in (("exact", EXACT_P50_MS), ("semantic", SEMANTIC_P50_MS)):

@@ -52,21 +52,31 @@ class AnswerStream:
 
     async def __anext__(self) -> orchestrator.AnswerEvent:
         """The next event. Raises what the answer ended in, and AnswerInterrupted if no replica knows of it any more."""
-        while True:
-            if self._more:
-                event = self._more.popleft()
-            else:
-                try:
-                    event = await self._messages.__anext__()
-                except DomainError as error:
-                    await self._heal(error)
-                    continue
-                if event.more:
-                    self._more.extend(event.more)
-                    event.ClearField("more")
-            self._came, self._lost_at = True, None
+        if (event := self.at_hand()) is None:
+            event = await self._message()
+            if event.more:
+                self._more.extend(event.more)
+                event.ClearField("more")
             self._answer_id, self._last = event.answer_id, event.sequence
-            return event
+        return event
+
+    def at_hand(self) -> orchestrator.AnswerEvent | None:
+        """The next event if it came together with the one before it; None if it must be waited for."""
+        if not self._more:
+            return None
+        event = self._more.popleft()
+        self._last = event.sequence
+        return event
+
+    async def _message(self) -> orchestrator.AnswerEvent:
+        while True:
+            try:
+                message = await self._messages.__anext__()
+            except DomainError as error:
+                await self._heal(error)
+                continue
+            self._came, self._lost_at = True, None
+            return message  # type: ignore[no-any-return]
 
     async def _heal(self, error: DomainError) -> None:
         """Go on at another replica, or raise what stands for `error`."""

@@ -99,8 +99,8 @@ async def models(exchange: Exchange, kit: Kit) -> None:
     await exchange.respond_json({"object": "list", "data": data, "default_tier": reply.default_tier})
 
 
-async def _relay(exchange: Exchange, kit: Kit, events: AsyncIterator[Any]) -> None:
-    bridge = Bridge(exchange, render.answer_event, render.is_done, kit.timing, kit.draining)
+async def _relay(exchange: Exchange, kit: Kit, events: AnswerStream | Metered) -> None:
+    bridge = Bridge(exchange, render.answer_event, render.is_done, kit.timing, kit.draining, at_hand=events.at_hand)
     with kit.counted(bridge, "answers"):
         if not await bridge.run(events):
             # The log has ended and the client has all of it: 204 is what stops a browser from coming back.

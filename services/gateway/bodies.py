@@ -187,13 +187,21 @@ class CancelFrame(Body, frozen=True, kw_only=True, tag_field="type", tag="cancel
     request_id: FrameId = ""
 
 
+class ConfirmFrame(ToolWordBody, frozen=True, kw_only=True, tag_field="type", tag="confirm"):
+    """A person's word on a call that waits for it."""
+
+    answer_id: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+    call_id: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+    request_id: FrameId = ""
+
+
 class PingFrame(Body, frozen=True, kw_only=True, tag_field="type", tag="ping"):
     """Are you there? For clients that cannot send a WebSocket's own ping, such as browsers."""
 
     request_id: FrameId = ""
 
 
-Frame = AskFrame | ResumeFrame | CancelFrame | PingFrame
+Frame = AskFrame | ResumeFrame | CancelFrame | ConfirmFrame | PingFrame
 
 
 class AccessBody(Body, frozen=True, kw_only=True):

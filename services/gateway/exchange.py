@@ -25,6 +25,8 @@ BODY_BYTES_PER_S_MIN = 8 * 1024
 DISCARD_BYTES_MAX = 64 * 1024 * 1024
 DISCARD_S = 10.0
 """How much of a refused body, and for how long, is thrown away before the connection is closed over it."""
+ARRIVED_BYTES_MAX = 64 * 1024
+"""How much of one that is there already is taken, so that the connection need not be closed."""
 
 
 class ClientLeft(Exception):
@@ -183,6 +185,8 @@ class Exchange:
 
         A client that is still sending would see a broken connection instead of the problem, so for a while what it sends is thrown away.
         """
+        if self.method not in ("GET", "HEAD"):
+            await self._take_what_came()
         unread = not self._body_ended and self.method not in ("GET", "HEAD")
         closing = [(b"connection", b"close")] if unread else []
         body = problems.body_of(error, trace_id=self.trace_id, request_id=self.request_id)
@@ -200,6 +204,21 @@ class Exchange:
         if unread:
             await self._discard()
             await self.write(b"", last=True)
+
+    async def _take_what_came(self) -> None:
+        """Take a small body that is there already, so that its connection can go on: a new one costs more than most refusals.
+
+        Not of a client that waits to be told that it may send: to ask for the body would tell it so.
+        """
+        if any(name == "expect" for name, _ in self.headers):
+            return
+        total = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0):  # what must be waited for does not come in time
+                while not self._body_ended and total <= ARRIVED_BYTES_MAX:
+                    message = await self._receive()
+                    total += len(message.get("body", b""))
+                    self._body_ended = not message.get("more_body", False)
 
     async def _discard(self) -> None:
         """Take the rest of the body, or as much of it as is reasonable."""

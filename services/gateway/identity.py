@@ -11,6 +11,7 @@ import math
 import os
 import re
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,6 +248,15 @@ class AllKeys:
             await source.probe()
 
 
+_DIGEST_KEY = os.urandom(32)
+"""So that what is remembered of a secret is of no use outside this process."""
+
+
+def _digest_of(credential: str) -> bytes:
+    """What a credential is remembered by."""
+    return hashlib.blake2b(credential.encode("utf-8", "surrogatepass"), digest_size=32, key=_DIGEST_KEY).digest()
+
+
 _COMPACT = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+", re.ASCII)
 """Three parts of base64url without padding (RFC 7515, 7.1). Python's decoder would skip over anything else."""
 
@@ -280,6 +290,8 @@ class _Decoder(jwt.PyJWT):
             raise jwt.DecodeError("the claims cannot be read") from error
 
 
+TOKENS_KNOWN_MAX = 8192
+"""How many tokens are remembered that were found good, so that each is verified in full once and not with every request."""
 REFUSED_HEADERS = frozenset({"crit", "b64", "zip", "enc", "cty", "jwk", "jku", "x5u", "x5c", "p2c", "p2s", "epk", "apu", "apv"})
 """What would bring its own key, address, compression or encryption. It is refused and not only left unread: no honest issuer sends it."""
 KID_LENGTH_MAX = 256
@@ -302,8 +314,25 @@ class Verified:
         return math.floor(self.expires_at - now)
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A token whose signature and claims were found good: what of that can change since, and what it says."""
+
+    algorithm: str
+    kid: str
+    """As the token's header has them; the key they lead to may be withdrawn."""
+    key: VerificationKey
+    not_before: float | None
+    issued_at: float | None
+    verified: Verified
+
+
 class Tokens:
-    """Verifies JWTs of one issuer for one audience."""
+    """Verifies JWTs of one issuer for one audience.
+
+    A token that was found good is remembered by a digest, and its signature is not computed again while the same key is published. Its
+    times, and whether its key still holds, are looked at every time.
+    """
 
     ALGORITHMS = frozenset({"EdDSA", "ES256", "RS256", "HS256"})
 
@@ -324,6 +353,8 @@ class Tokens:
         self.lifetime_max_s = lifetime_max_s
         self.now = now
         self._decoder = _Decoder()
+        self._known: OrderedDict[bytes, _Known] = OrderedDict()
+        """By digest, the one used last at the end. Strangers cannot crowd it: only good tokens get in."""
 
     async def principal(self, token: str) -> Principal:
         """The principal of a valid token. Raises as `verify`."""
@@ -331,6 +362,25 @@ class Tokens:
 
     async def verify(self, token: str) -> Verified:
         """What a valid token says. Raises NotAuthenticated with a cause, Unavailable without keys."""
+        if len(token) > TOKEN_BYTES_MAX:
+            raise NotAuthenticated(f"a token has at most {TOKEN_BYTES_MAX} bytes", cause="too_long")
+        digest = _digest_of(token)
+        known = self._known.get(digest)
+        if known is None or known.key is not await self._keys.find(known.kid, known.algorithm):
+            known = await self._examined(token)
+            self._known[digest] = known
+            if len(self._known) > TOKENS_KNOWN_MAX:
+                self._known.popitem(last=False)
+        try:
+            self._require_now(known)
+        except NotAuthenticated:
+            self._known.pop(digest, None)
+            raise
+        self._known.move_to_end(digest)
+        return known.verified
+
+    async def _examined(self, token: str) -> _Known:
+        """Everything about a token but whether its times are right now."""
         header = self._header(token)
         algorithm, kid = header["alg"], header.get("kid", "")
         key = await self._keys.find(kid, algorithm)
@@ -343,7 +393,7 @@ class Tokens:
                 algorithms=[algorithm],
                 audience=self._audience,
                 issuer=self._issuer,
-                # Times are checked below, by our clock, to the second and by type.
+                # Times are checked by ourselves, by our clock, to the second and by type.
                 options={"require": ["exp", "iss", "aud", "sub"], "verify_exp": False, "verify_nbf": False, "verify_iat": False},
             )
         except (jwt.InvalidIssuerError, jwt.InvalidAudienceError):
@@ -352,29 +402,33 @@ class Tokens:
             raise NotAuthenticated(f"the token lacks the claim {error.claim}", cause="claim", claim=error.claim) from None
         except (PyJWTError, ValueError, TypeError, OverflowError):
             raise NotAuthenticated("the token is not valid", cause="invalid") from None
-        return self._verified(claims)
+        return self._known_by(claims, algorithm, kid, key)
 
-    def _verified(self, claims: Mapping[str, Any]) -> Verified:
-        now, leeway_s = self.now(), self._leeway_s
+    def _known_by(self, claims: Mapping[str, Any], algorithm: str, kid: str, key: VerificationKey) -> _Known:
         expires_at, not_before, issued_at = (_time_in(claims, name) for name in ("exp", "nbf", "iat"))
-        if expires_at is None or expires_at + leeway_s <= now:
+        if expires_at is None:
             raise NotAuthenticated("the token has expired", cause="expired")
-        if any(start is not None and start > now + leeway_s for start in (not_before, issued_at)):
-            raise NotAuthenticated("the token is not valid yet", cause="not_yet")
-        if expires_at - (now if issued_at is None else issued_at) > self.lifetime_max_s + leeway_s:
-            raise NotAuthenticated(f"a token may last {self.lifetime_max_s} s", cause="claim", claim="exp")
         token_id = claims.get("jti", "")
         if token_id != "" and not _is_name(token_id, 256):
             raise NotAuthenticated("the claim jti has 1-256 printable characters", cause="claim", claim="jti")
         audience = claims.get("aud")
         if isinstance(audience, list) and not all(isinstance(one, str) for one in audience):
             raise NotAuthenticated("the token is from or for somebody else", cause="issuer_or_audience")
-        return Verified(_principal_of(claims), token_id, issued_at or 0.0, expires_at)
+        verified = Verified(_principal_of(claims), token_id, issued_at or 0.0, expires_at)
+        return _Known(algorithm, kid, key, not_before, issued_at, verified)
+
+    def _require_now(self, known: _Known) -> None:
+        """Raise NotAuthenticated unless the token holds at this moment."""
+        now, leeway_s, expires_at = self.now(), self._leeway_s, known.verified.expires_at
+        if expires_at + leeway_s <= now:
+            raise NotAuthenticated("the token has expired", cause="expired")
+        if any(start is not None and start > now + leeway_s for start in (known.not_before, known.issued_at)):
+            raise NotAuthenticated("the token is not valid yet", cause="not_yet")
+        if expires_at - (now if known.issued_at is None else known.issued_at) > self.lifetime_max_s + leeway_s:
+            raise NotAuthenticated(f"a token may last {self.lifetime_max_s} s", cause="claim", claim="exp")
 
     def _header(self, token: str) -> dict[str, Any]:
         """The token's header, if it asks for nothing that is not offered."""
-        if len(token) > TOKEN_BYTES_MAX:
-            raise NotAuthenticated(f"a token has at most {TOKEN_BYTES_MAX} bytes", cause="too_long")
         if _COMPACT.fullmatch(token) is None:
             raise NotAuthenticated("the token is malformed", cause="malformed")
         try:
@@ -454,8 +508,7 @@ class Identity:
             return (await self.verified(credential)).principal
         if len(credential) > API_KEY_BYTES_MAX or not credential.isascii():
             raise NotAuthenticated("the API key is not valid", cause="api_key")
-        digest = hashlib.blake2b(credential.encode(), digest_size=32, key=_DIGEST_KEY).digest()
-        principal = await self._known.get(digest, lambda: self._ask(credential))
+        principal = await self._known.get(_digest_of(credential), lambda: self._ask(credential))
         if principal is None:
             raise NotAuthenticated("the API key is not valid", cause="api_key")
         return principal
@@ -481,10 +534,6 @@ class Identity:
             if error.code in ("NOT_FOUND", "UNAUTHENTICATED", "INVALID_ARGUMENT"):
                 return None
             raise
-
-
-_DIGEST_KEY = os.urandom(32)
-"""So that what is remembered of a secret is of no use outside this process."""
 
 
 def has_credential(headers: Iterable[tuple[str, str]]) -> bool:

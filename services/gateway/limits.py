@@ -6,6 +6,7 @@ missing counter.
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import time
 import uuid
@@ -308,6 +309,7 @@ def _charges(principal: Principal, given: Entitlements, tokens: int | None) -> l
     return charges
 
 
+@functools.lru_cache(maxsize=SUBJECTS_MAX)
 def _key(tenant: str, scope: str, name: str, kind: Kind) -> str:
     """Names are arbitrary, so digests of them; the braces put all that is asked about together, one tenant, into one slot."""
     return f"tailrace:limits:{{{_digest(tenant)}}}:{kind}:{scope}:{_digest(name)}"
@@ -340,7 +342,7 @@ class Metered:
     """
 
     def __init__(self, events: AsyncIterator[Any], admission: Admission, on_prepared: Callable[[], None]) -> None:
-        self._events = events
+        self._events: Any = events
         self._admission = admission
         self._on_prepared = on_prepared
         self._prepared = False
@@ -356,6 +358,16 @@ class Metered:
             if not self._began:
                 self._admission.tokens_used = 0
             raise
+        self._note(event)
+        return event
+
+    def at_hand(self) -> Any:
+        """See AnswerStream, whose events these must be."""
+        if (event := self._events.at_hand()) is not None:
+            self._note(event)
+        return event
+
+    def _note(self, event: Any) -> None:
         self._began = True
         kind = event.WhichOneof("event")
         if not self._prepared and (kind in ("delta", "done") or (kind == "step" and event.step.name == "generate")):
@@ -365,4 +377,3 @@ class Metered:
             usage = event.done.usage
             used = usage.input_tokens + usage.output_tokens + usage.cache_read_tokens + usage.cache_write_tokens
             self._admission.tokens_used = used
-        return event

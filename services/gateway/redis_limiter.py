@@ -16,6 +16,7 @@ from redis.exceptions import NoScriptError, RedisError
 
 from services.chassis.errors import Unavailable
 from services.gateway.limiter import ENTRIES_PER_WINDOW, LEASE_RETRY_US, LEASE_US, WINDOW_US, Charge, Correction, Kind, Outcome, Verdict
+from services.gateway.redis_line import RedisLine
 
 ANSWER_TIMEOUT_S = 1.0
 RENEWALS_PER_CALL = 500
@@ -157,7 +158,12 @@ class RedisLimiter:
     """Limits shared by all replicas. Every call ends within `timeout_s`, whether or not a reply comes."""
 
     def __init__(
-        self, client: "redis.Redis", window_us: int = WINDOW_US, lease_us: int = LEASE_US, *, timeout_s: float = ANSWER_TIMEOUT_S
+        self,
+        client: "RedisLine | redis.Redis",
+        window_us: int = WINDOW_US,
+        lease_us: int = LEASE_US,
+        *,
+        timeout_s: float = ANSWER_TIMEOUT_S,
     ) -> None:
         """`client` must not try again by itself: a charge whose reply was lost would be made twice."""
         self._client: Any = client

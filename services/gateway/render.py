@@ -4,19 +4,13 @@ import re
 from typing import Any
 
 import orjson
-from google.protobuf.json_format import MessageToDict
-from google.protobuf.message import Message
 
 from services.gateway import sse, usd
+from services.gateway.proto_json import plain as plain
 from tailrace.common.v1 import common_pb2 as common
 from tailrace.ledger.v1 import ledger_service_pb2 as ledger
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
 from tailrace.retrieval.v1 import retrieval_service_pb2 as retrieval
-
-
-def plain(message: Message) -> dict[str, Any]:
-    """proto3 JSON: int64 as strings, every field that has no presence."""
-    return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
 
 
 def answer_event(event: orchestrator.AnswerEvent) -> bytes:

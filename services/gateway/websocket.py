@@ -2,8 +2,9 @@
 
 It decides nothing that a route does not decide: each message is admitted by the rule of its HTTP twin and becomes the same call.
 
-A client says `{"type": "ask" | "resume" | "cancel" | "ping", "request_id"?, …}`. Every text it gets has `type`, `request_id` and, once it
-is known, `answer_id`. An ask or resume ends with exactly one `done`, `error`, `cancelled` or, where nothing was left to resume, `end`.
+A client says `{"type": "ask" | "resume" | "cancel" | "confirm" | "ping", "request_id"?, …}`. Every text it gets has `type`, `request_id`
+and, once it is known, `answer_id`. An ask or resume ends with exactly one `done`, `error`, `cancelled` or, where nothing was left to
+resume, `end`.
 Leaving is not cancelling: an answer goes on and can be resumed on any connection.
 """
 
@@ -22,7 +23,7 @@ from services.chassis.errors import AnswerInterrupted, DomainError, NotAllowed, 
 from services.chassis.status import unexpected
 from services.gateway import bodies, deadlines, problems, render
 from services.gateway.answer_stream import AnswerStream
-from services.gateway.bodies import AskFrame, CancelFrame, PingFrame, ResumeFrame
+from services.gateway.bodies import AskFrame, CancelFrame, ConfirmFrame, PingFrame, ResumeFrame
 from services.gateway.exchange import ClientLeft, Exchange, Receive, Send
 from services.gateway.kit import Kit
 from services.gateway.limits import Metered
@@ -30,8 +31,11 @@ from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
 
 log = structlog.get_logger(__name__)
 
+Word = CancelFrame | ConfirmFrame
+
 CALLS_MAX = 16
-"""Asks, resumes and cancels under way on one socket."""
+"""Asks and resumes under way on one socket. Words about them, `cancel` and `confirm`, have as much room again: else nobody could end what
+fills the socket."""
 LAST_WORDS_S = 1.0
 """How long the end of a socket may take that is closed from our side."""
 SERVICE_RESTART = 1012
@@ -116,7 +120,7 @@ class _Conversation:
                 frame = cast(bodies.Frame, bodies.parse(text.encode(), cast(type[bodies.Body], bodies.Frame)))
                 if isinstance(frame, PingFrame):
                     await self._say("pong", _tags(frame.request_id))
-                elif len(self._calls) >= CALLS_MAX:
+                elif len(self._calls) >= (2 * CALLS_MAX if isinstance(frame, Word) else CALLS_MAX):
                     error = Overloaded(f"at most {CALLS_MAX} calls at once on a socket", bound=CALLS_MAX, retry_after_ms=1000)
                     await self._say_error(error, _tags(frame.request_id))
                 else:
@@ -133,7 +137,7 @@ class _Conversation:
         while self._calls:
             await asyncio.wait(self._calls)
 
-    async def _serve(self, frame: AskFrame | ResumeFrame | CancelFrame) -> None:
+    async def _serve(self, frame: AskFrame | ResumeFrame | Word) -> None:
         """Answer one message. Whatever happens, its last word is said exactly once while somebody listens."""
         name = type(frame).__struct_config__.tag
         tags = [_tags(frame.request_id, "" if isinstance(frame, AskFrame) else frame.answer_id)]
@@ -167,11 +171,11 @@ class _Conversation:
             gauge.dec()
             self._kit.metrics.stream_ends.labels("socket", end).inc()
 
-    async def _act(self, frame: AskFrame | ResumeFrame | CancelFrame, tags: list[bytes]) -> None:
+    async def _act(self, frame: AskFrame | ResumeFrame | Word, tags: list[bytes]) -> None:
         """`tags[0]` is kept up to date with the answer's id."""
         kit, admit = self._kit, self._exchange.admit
         peer = kit.backends.orchestrator
-        if kit.draining.is_set() and not isinstance(frame, CancelFrame):
+        if kit.draining.is_set() and not isinstance(frame, Word):
             raise Unavailable("the server is stopping; connect again", dependency="gateway")
         match frame:
             case AskFrame():
@@ -196,6 +200,11 @@ class _Conversation:
                 await admit("POST", b"/v1/answers/-/cancel")
                 reply = await peer.unary(peer.stub.CancelAnswer, orchestrator.CancelAnswerRequest(answer_id=frame.answer_id))
                 await self._say("cancel", tags[0], {"was_running": reply.was_running})
+            case ConfirmFrame():
+                await admit("POST", b"/v1/answers/-/tool-calls/-")
+                word = orchestrator.ConfirmToolCallRequest(answer_id=frame.answer_id, call_id=frame.call_id, allowed=frame.allowed)
+                said = await peer.unary(peer.stub.ConfirmToolCall, word, idempotent=False)
+                await self._say("confirm", tags[0], {"call_id": frame.call_id, "was_waiting": said.was_waiting})
 
     async def _relay(self, events: AsyncIterator[Any], request_id: str, tags: list[bytes]) -> bool:
         """Send events up to the receipt. False if there were none at all. Raises AnswerInterrupted if they stop before it."""

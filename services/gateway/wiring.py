@@ -27,6 +27,7 @@ from services.gateway.limits import Fallback, Limits, ReservedTokens
 from services.gateway.metrics import Metrics
 from services.gateway.page import Page
 from services.gateway.redis_limiter import RedisLimiter
+from services.gateway.redis_line import RedisLine
 from services.gateway.revocations import Revocations
 from services.gateway.rpc import GatewayService, token_identity
 from services.gateway.shedding import LoopLag, Shedding
@@ -87,7 +88,6 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
     async with contextlib.AsyncExitStack() as stack:
         metrics = Metrics()
         backends = await stack.enter_async_context(_backends(settings, metrics))
-        # A pool that makes callers wait: one that refuses them in a rush would send them to the local limit instead.
         pool = redis.BlockingConnectionPool.from_url(
             settings.redis_url,
             max_connections=32,
@@ -98,7 +98,9 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         )
         store = redis.Redis.from_pool(pool)
         stack.push_async_callback(store.aclose)
-        limiter = RedisLimiter(store)
+        line = RedisLine(redis.ConnectionPool.from_url(settings.redis_url, socket_connect_timeout=1.0, retry=Retry(NoBackoff(), 0)))
+        stack.push_async_callback(line.aclose)
+        limiter = RedisLimiter(line)
         limits = await stack.enter_async_context(_limits(settings, limiter, backends, metrics))
         lag = LoopLag()
         stack.callback(lag.stop)

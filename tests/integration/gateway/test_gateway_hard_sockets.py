@@ -67,6 +67,32 @@ async def test_a_body_that_drips_is_cut_by_its_total_time(front: Front) -> None:
     assert 0.4 < time.monotonic() - began < 2  # the stall time of this gateway is 0.5 s
 
 
+@pytest.mark.parametrize(
+    ("declared", "sent", "more", "goes_on"),
+    [
+        pytest.param(2, b"{}", "", True, id="all of it came"),
+        pytest.param(100_000, b"{}", "", False, id="some of it came"),
+        pytest.param(200_000, b" " * 200_000, "", False, id="more came than is taken"),
+        pytest.param(2, b"", "expect: 100-continue\r\n", False, id="the client waits to be told"),
+    ],
+)
+async def test_a_refused_request_keeps_its_connection_if_its_body_had_come(
+    front: Front, declared: int, sent: bytes, more: str, goes_on: bool
+) -> None:
+    """A body that is still to come is not waited for, and never asked for: the refusal comes at once, and closes the connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", front.http_port)
+    writer.write(f"POST /v1/answers HTTP/1.1\r\nhost: x\r\n{more}content-length: {declared}\r\n\r\n".encode() + sent)
+    async with asyncio.timeout(10):
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 401 ")
+        assert (b"connection: close" not in head) == goes_on
+        if goes_on:
+            await reader.readuntil(b"}")
+            writer.write(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
+    writer.close()
+
+
 async def test_connections_of_one_peer_are_bounded_and_given_back(front: Front, valkey: Valkey, tmp_path: Path) -> None:
     """The third is refused; once another has left there is room again, also when it had become a WebSocket."""
     async with gateway(front, valkey, tmp_path, TAILRACE_HTTP_CONNECTIONS_PER_PEER_MAX="2") as server:

@@ -117,6 +117,37 @@ async def test_resume_sends_the_rest_and_says_when_there_is_none(front: Front) -
     assert front.behind.seen.last("ResumeAnswer")[0].after_sequence == 9
 
 
+async def test_a_persons_word_on_a_tool_call_is_a_message_like_any_other(front: Front) -> None:
+    """Allowed or not, the orchestrator hears exactly that; an answer of others is as unknown as over HTTP; a word without one is none."""
+    async with opened(front) as socket:
+        for allowed in (True, False):
+            await say(socket, "confirm", answer_id=ANSWER, call_id="c1", allowed=allowed, request_id="w")
+            said = {"call_id": "c1", "was_waiting": True}
+            assert await heard(socket) == {"type": "confirm", "answer_id": ANSWER, "request_id": "w", "data": said}
+            request, principal = front.behind.seen.last("ConfirmToolCall")
+            assert (request.answer_id, request.call_id, request.allowed, principal.user) == (ANSWER, "c1", allowed, "ada")
+        await say(socket, "confirm", answer_id="unknown", call_id="c1", allowed=True)
+        assert (await heard(socket))["data"]["reason"] == "NOT_FOUND"
+        await say(socket, "confirm", answer_id=ANSWER, call_id="c1")
+        assert (await heard(socket))["data"]["field"] == "allowed"
+    assert front.behind.seen.count("ConfirmToolCall") == 3
+
+
+async def test_a_socket_that_is_full_of_answers_still_takes_a_word_about_them(front: Front) -> None:
+    """Else what fills it could be ended by nobody."""
+    front.behind.orchestrator.script = [accepted(), forever]
+    async with opened(front) as socket:
+        for _ in range(CALLS_MAX):
+            await say(socket, "ask", question="Why?")
+            assert (await heard(socket))["type"] == "accepted"
+        await say(socket, "ask", question="Why?")
+        assert (await heard(socket))["data"]["reason"] == "OVERLOADED"
+        await say(socket, "confirm", answer_id=ANSWER, call_id="c1", allowed=False)
+        assert (await heard(socket))["type"] == "confirm"
+        await say(socket, "cancel", answer_id=ANSWER)
+        assert (await heard(socket))["type"] == "cancel"
+
+
 async def test_cancel_asks_the_orchestrator_and_leaving_does_not(front: Front) -> None:
     """Leaving ends our call alone; what becomes of the answer is for its owner."""
     front.behind.orchestrator.script = [accepted(), forever]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from bench import corpus, report
+from bench.floor import floor
 from bench.measure import spread
 
 FIGURES: dict[str, Any] = {
@@ -29,6 +30,7 @@ FIGURES: dict[str, Any] = {
         "per_request_us": {"gateway": 2000, "orchestrator": 6000},
         "per_token_all_in_us": {"gateway": 70.0, "orchestrator": 120.0},
     },
+    "floor": {"server_us": 60.0, "client_us": 65.0},
     "idle": {"gateway": 900, "orchestrator": 1100},
     "hits": {
         "exact": {"asked": 200, "hits": 200, "first": {"p50": 6.0, "p95": 9.0, "n": 200}, "done": {"p50": 7.0, "p95": 10.0, "n": 200}},
@@ -55,6 +57,16 @@ def test_a_figure_above_its_mark_stands_out() -> None:
     assert good.count("ABOVE") == 0
     assert bad.count("ABOVE") == 1
     assert "semantic: none of 100 questions hit" in good
+    assert "a bare gRPC stream: server 60 + client 65 us a message" in good
+    assert "1.2 x that a token, 1.5 x all-in" in good
+
+
+async def test_the_floor_is_measured_by_two_processes_of_their_own() -> None:
+    """Each says what it spent itself; there is no message without a cost."""
+    figures = await floor(messages=20)
+
+    assert figures.keys() == {"server_us", "client_us"}
+    assert all(1 < spent_us < 100_000 for spent_us in figures.values())
 
 
 @pytest.mark.parametrize("source", [corpus.SCIFACT, Path("nothing here")])

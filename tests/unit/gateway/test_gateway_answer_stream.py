@@ -25,12 +25,12 @@ STOPPING = Overloaded("this replica is stopping", draining="true")
 
 
 class Replicas:
-    """An orchestrator whose calls go as scripted: numbers of events, then an error or the end."""
+    """An orchestrator whose calls go as scripted: numbers of events or whole messages, then an error or the end."""
 
     name = "orchestrator"
     stub = SimpleNamespace(Answer="Answer", ResumeAnswer="ResumeAnswer")
 
-    def __init__(self, *scripts: list[int | DomainError]) -> None:
+    def __init__(self, *scripts: list[Any]) -> None:
         self._scripts = list(scripts)
         self.calls: list[tuple[str, Any]] = []
         self.open = 0
@@ -44,11 +44,11 @@ class Replicas:
         finally:
             self.open -= 1
 
-    async def _play(self, script: list[int | DomainError]) -> AsyncIterator[pb.AnswerEvent]:
+    async def _play(self, script: list[Any]) -> AsyncIterator[pb.AnswerEvent]:
         for beat in script:
             if isinstance(beat, DomainError):
                 raise beat
-            yield pb.AnswerEvent(answer_id="a", sequence=beat)
+            yield beat if isinstance(beat, pb.AnswerEvent) else pb.AnswerEvent(answer_id="a", sequence=beat)
 
 
 async def read(replicas: Replicas, request: Any = None, *, heal_s: float = 5.0) -> list[int]:

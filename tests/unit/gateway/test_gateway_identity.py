@@ -253,6 +253,77 @@ async def test_a_new_key_is_found_at_once_and_a_withdrawn_one_ends() -> None:
     assert published.reads == 2
 
 
+def counted(verifier: Tokens, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The tokens whose signature `verifier` computes from now on."""
+    computed: list[str] = []
+    decode = verifier._decoder.decode
+
+    def noting(token: str, *args: Any, **options: Any) -> Any:
+        computed.append(token)
+        return decode(token, *args, **options)
+
+    monkeypatch.setattr(verifier._decoder, "decode", noting)
+    return computed
+
+
+async def test_a_signature_is_computed_once_but_times_are_looked_at_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is remembered of a token is no reason to take it after its end, or before its beginning by a clock that was set back."""
+    now = [float(NOW)]
+    published = Published(document(jwk_of(ED25519, "ed")))
+    verifier = Tokens(PublishedKeys(published.read), issuer="issuer", audience="tailrace", leeway_s=30, now=lambda: now[0])
+    computed = counted(verifier, monkeypatch)
+    token = jwt.encode({**CLAIMS, "nbf": NOW - 5, "exp": NOW + 60}, ED25519, "EdDSA", headers={"kid": "ed"})
+    first = await verifier.verify(token)
+    assert await verifier.verify(token) is first
+
+    assert computed == [token]
+    for moment, cause in ((NOW + 90.0, "expired"), (NOW - 36.0, "not_yet")):
+        now[0] = moment
+        with pytest.raises(NotAuthenticated) as caught:
+            await verifier.verify(token)
+        assert caught.value.metadata["cause"] == cause
+    now[0] = NOW + 89.0
+    assert (await verifier.verify(token)).principal.user == "ada"
+
+
+async def test_a_known_token_ends_with_its_key_and_is_examined_anew_by_another_of_that_name() -> None:
+    """A key that was withdrawn takes along every token it signed, also those that were found good before."""
+    published, clock = Published(document(jwk_of(ED25519, "name"), jwk_of(P256, "ec"))), Clock()
+    verifier = Tokens(PublishedKeys(published.read, clock), issuer="issuer", audience="tailrace", leeway_s=30)
+    token = jwt.encode(CLAIMS, ED25519, "EdDSA", headers={"kid": "name"})
+    await verifier.verify(token)
+    causes = []
+    for keys in ([jwk_of(P256, "ec")], [jwk_of(ed25519.Ed25519PrivateKey.generate(), "name")]):
+        published.content = document(*keys)
+        clock.now += identity.REFRESH_S
+        with pytest.raises(NotAuthenticated) as caught:
+            await verifier.verify(token)
+        causes.append(caught.value.metadata["cause"])
+
+    assert causes == ["unknown_key", "invalid"]
+
+
+async def test_only_good_tokens_are_remembered_and_no_more_than_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flood of bad ones must not crowd out those that are good, nor a flood of good ones the memory."""
+    monkeypatch.setattr(identity, "TOKENS_KNOWN_MAX", 3)
+    verifier = tokens()
+    computed = counted(verifier, monkeypatch)
+    good = [jwt.encode({**CLAIMS, "sub": f"user-{number}"}, ED25519, "EdDSA", headers={"kid": "ed"}) for number in range(4)]
+    for token in good[:3]:
+        await verifier.verify(token)
+    forged = good[0][:-6] + "AAAAAA"
+    for _ in range(5):
+        with pytest.raises(NotAuthenticated):
+            await verifier.verify(forged)
+    assert computed == [*good[:3], *[forged] * 5]
+
+    computed.clear()
+    for token in (good[0], good[3], good[0], good[1]):  # the one used last stays, the one longest ago goes
+        await verifier.verify(token)
+
+    assert computed == [good[3], good[1]]
+
+
 async def test_a_flood_of_unknown_keys_reads_once_in_ten_seconds() -> None:
     """Strangers do not decide how often the issuer is asked."""
     published, clock = Published(document(jwk_of(ED25519, "ed"))), Clock()

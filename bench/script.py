@@ -37,7 +37,8 @@ Fault = Literal[
 `cut_before_first` closes the socket before the response's head; `cut_after` in the body, after `fault_at` tokens; the two resets do the
 same without a goodbye, and `cut_at_end` closes it between the end of the answer and that of the response; `end_after` ends the body after
 `fault_at` tokens politely, but without the answer's end; `stall_after` goes silent there and `hang` before the head; `error_in_200` sends
-an overload there as an event, `limit_in_200` a rate limit, and `malformed` half an event; `status` answers with `status`; `late_usage_missing` leaves the last usage out;
+an overload there as an event, `limit_in_200` a rate limit, and `malformed` half an event; `status` answers with `status`;
+`late_usage_missing` leaves the last usage out;
 `zero_usage` reports 0 tokens everywhere and `doubled_usage` everything twice; `slow_drip` splits every event over two
 writes; the last three end with that stop reason.
 """

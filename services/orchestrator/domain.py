@@ -100,6 +100,8 @@ class ToolResult:
     name: str
     text: str
     failed: bool = False
+    flags: tuple[str, ...] = ()
+    """What makes the text look like instructions; see Passage."""
 
 
 @dataclass(frozen=True, slots=True)

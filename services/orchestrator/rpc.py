@@ -286,7 +286,7 @@ def event_message(answer_id: str, entry: Entry) -> pb.AnswerEvent:
             confirmation = pb.ToolConfirmation(call_id=waiting.call_id, name=waiting.name, wait_ms=waiting.wait_ms)
             return pb.AnswerEvent(answer_id=answer_id, sequence=entry.sequence, tool_confirmation=confirmation)
         case ToolResult() as returned:
-            result = pb.ToolResult(call_id=returned.call_id, text=returned.text, failed=returned.failed)
+            result = pb.ToolResult(call_id=returned.call_id, text=returned.text, failed=returned.failed, flags=returned.flags)
             return pb.AnswerEvent(answer_id=answer_id, sequence=entry.sequence, tool_result=result)
         case Done() as done:
             return pb.AnswerEvent(answer_id=answer_id, sequence=entry.sequence, done=_done_message(done))

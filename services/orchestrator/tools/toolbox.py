@@ -34,8 +34,6 @@ class Output:
     text: str
     structured: Any = None
     """The same as JSON, where the tool promises a shape."""
-    suspicious: bool = False
-    """Whether it holds text that looks like instructions."""
     passages: tuple[Passage, ...] = ()
     """Places in documents that it is made of; their numbers mean nothing yet. `text` has the same for readers, not for the model."""
 

@@ -17,7 +17,6 @@ from services.chassis.errors import NotFound, Overloaded, RequestInvalid
 from services.chassis.principal import Principal, current_principal
 from services.chassis.server import Server
 from services.chassis.wire import timestamp, usage_message
-from services.orchestrator import schema_rules
 from services.orchestrator.clients import cache_message, passage_message
 from services.orchestrator.domain import (
     Accepted,
@@ -42,6 +41,7 @@ from services.orchestrator.domain import (
     ToolSpec,
 )
 from services.orchestrator.log import EVENTS_MAX, Entry
+from services.orchestrator.output_schema import require as require_schema
 from services.orchestrator.ports import Books, PromptShelf
 from services.orchestrator.registry import Elsewhere, Found, Registry, owner_of
 from services.orchestrator.router import Router, Wish, writing
@@ -215,7 +215,7 @@ def _output_schema(request: pb.AnswerRequest) -> dict[str, Any] | None:
     if not request.HasField("output_schema"):
         return None
     schema = _object(request.output_schema)
-    schema_rules.require(schema, "output_schema")
+    require_schema(schema, "output_schema")
     return schema
 
 

@@ -19,9 +19,9 @@ from services.chassis.telemetry import StepRecord, span
 from services.orchestrator.attempts import first_draft
 from services.orchestrator.compose import MESSAGE_OVERHEAD_TOKENS, fenced_question, fenced_result, tokens_max
 from services.orchestrator.domain import Draft, Message, Prompt, Suspended, ToolCall, ToolConfirmation, ToolResult, ToolSpec
+from services.orchestrator.json_schema import Schema, SchemaRefused, ValueRefused, parse_object
 from services.orchestrator.run import Run
 from services.orchestrator.tools.intake import results_for
-from services.orchestrator.tools.schemas import Schema, SchemaRefused, ValueRefused, parse_object
 from services.orchestrator.tools.toolbox import CALL_ID_CHARACTERS_MAX, Allowed, Bench, Handed, Judged, Output, Refused, ToolFailed
 
 log = structlog.get_logger(__name__)

@@ -28,9 +28,9 @@ from mcp.shared.exceptions import MCPError
 from services.chassis.errors import Unavailable
 from services.orchestrator.compose import tool_description
 from services.orchestrator.domain import Question, ToolSpec
+from services.orchestrator.json_schema import Schema, SchemaRefused, closed
 from services.orchestrator.tools.mcp_process import ServerProcess
 from services.orchestrator.tools.mcp_session import CONNECTIONS_MAX, RESPONSE_BYTES_MAX, US, Session, first_of, greet, settled
-from services.orchestrator.tools.schemas import Schema, SchemaRefused, closed
 from services.orchestrator.tools.toolbox import NAME, Output, Tool, ToolFailed
 
 log = structlog.get_logger(__name__)

@@ -10,9 +10,9 @@ import structlog
 
 from services.chassis.errors import DomainError, RequestInvalid
 from services.orchestrator.domain import Passage, Question, ToolCall, ToolSpec
+from services.orchestrator.json_schema import Schema, SchemaRefused, ValueRefused, closed, parse_object
 from services.orchestrator.ports import PendingCalls
 from services.orchestrator.tools.confirmations import Confirmations
-from services.orchestrator.tools.schemas import Schema, SchemaRefused, ValueRefused, closed, parse_object
 
 log = structlog.get_logger(__name__)
 

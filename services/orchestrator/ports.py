@@ -69,6 +69,10 @@ class Memory(Protocol):
         """Offer an answer to the semantic cache; return why it was not kept, or nothing."""
         ...
 
+    async def embed(self, texts: Sequence[str]) -> list[Sequence[float]]:
+        """A vector of unit length for each of 1-256 texts of at most 32 KiB, in order, by the embedder that documents are found with."""
+        ...
+
 
 class Ledger(Protocol):
     """Money and conversations. Raises Unavailable(dependency="ledger") while it is away."""

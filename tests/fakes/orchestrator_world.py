@@ -116,6 +116,14 @@ class FakeRetrieval(retrieval_rpc.RetrievalServiceServicer):
         await context.write(retrieval_pb.RecallResponse(verdict=verdict))
         await context.write(retrieval_pb.RecallResponse(passages=retrieval_pb.RecallPassages(passages=self.passages)))
 
+    async def Embed(self, request: retrieval_pb.EmbedRequest, context: grpc.aio.ServicerContext) -> retrieval_pb.EmbedResponse:
+        """The same text has the same vector, any two others stand at right angles."""
+        if self.away:
+            raise Unavailable("qdrant is away", dependency="qdrant")
+        places = {text: place for place, text in enumerate(dict.fromkeys(request.texts))}
+        rows = [retrieval_pb.Embedding(values=[float(n == places[text]) for n in range(len(request.texts))]) for text in request.texts]
+        return retrieval_pb.EmbedResponse(embeddings=rows, embedder_id="fake")
+
     async def RememberAnswer(
         self, request: retrieval_pb.RememberAnswerRequest, context: grpc.aio.ServicerContext
     ) -> retrieval_pb.RememberAnswerResponse:
@@ -133,6 +141,7 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
     open_holds: set[str] = field(default_factory=set)
     operations: dict[str, ledger_pb.Operation] = field(default_factory=dict)
     records: int = 0
+    prices_told: int = 0
     turns: dict[str, list[ledger_pb.Turn]] = field(default_factory=dict)
     summaries: dict[str, ledger_pb.Summary] = field(default_factory=dict)
     """By the answer they reach."""
@@ -177,6 +186,15 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
         message.GetCurrentTime()
         reply.price.CopyFrom(price_message(price, message.ToDatetime()))
         return reply
+
+    async def ListPrices(self, request: ledger_pb.ListPricesRequest, context: grpc.aio.ServicerContext) -> None:
+        if self.away:
+            raise Unavailable("postgres is away", dependency="postgres")
+        now = ledger_pb.ReserveResponse().expires_at
+        now.GetCurrentTime()
+        for price in PRICES.values():
+            await context.write(ledger_pb.ListPricesResponse(price=price_message(price, now.ToDatetime())))
+        self.prices_told += 1
 
     async def LendCredit(self, request: ledger_pb.LendCreditRequest, context: grpc.aio.ServicerContext) -> ledger_pb.LendCreditResponse:
         if self.away:

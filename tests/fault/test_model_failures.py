@@ -509,6 +509,7 @@ async def test_shadow_answer_is_unseen_and_booked_on_its_own_tenant_with_what_it
     assert (facts["of"], facts["tier"], facts["other_tier"]) == (reply.answer_id, "watched", "better")
     assert (facts["verdict"], facts["other_verdict"], facts["agreement"]) == ("citation_unknown", "passed", "1.000")
     assert int(facts["cost_nanousd"]) == mine.cost_nanousd > 0
+    assert (facts["other_groundedness"], facts["similarity"]) == ("1.000", "1.000") and "groundedness" not in facts
     assert b"8080" not in shadow.SerializeToString()
 
 

@@ -114,6 +114,27 @@ async def test_the_fast_model_rewrites_and_its_call_is_booked_on_its_own(claude:
     await until(lambda: not claude.ledger.open_holds)
 
 
+async def test_small_work_is_done_by_the_cheapest_model_of_its_tier(tmp_path: Path, valkey: Valkey) -> None:
+    """Whatever its place in the file, and by the ledger's prices; the answer is written by the first all the same."""
+    names = ("claude-sonnet-5-5", "claude-haiku-5-5", "extractive")
+    rows = "".join(
+        f'[[models]]\nmodel = "{name}"\nprovider = "{"extractive" if name == "extractive" else "anthropic"}"\n'
+        "context_tokens_max = 200_000\noutput_tokens_max = 64_000\n"
+        for name in names
+    )
+    file = tmp_path / "models.toml"
+    file.write_text(f'[tiers.fast]\nmodels = ["{names[0]}", "{names[1]}"]\n{rows}')
+    settings = {"TAILRACE_MODELS_FILE": str(file), "TAILRACE_ORCHESTRATOR_REWRITES": "model"}
+    async with world(tmp_path, valkey.url, **settings) as running:
+        await until(lambda: running.ledger.prices_told)
+        says(running, REWRITE, text="How long does the gateway\nlisten?")
+        await running.ask(PORT, session_id="s1")
+        reply = await running.ask("How long does it?", session_id="s1")
+        (operation,) = await errands(running, "rewrite")
+
+    assert (reply.done.model, operation.model, step(reply, "rewrite")["model"]) == (names[0], names[1], names[1])
+
+
 async def test_a_slow_model_is_not_waited_for_and_is_booked_all_the_same(claude: World) -> None:
     """After a second and a half it is the rule; the call ends at its own bound, closed at the provider."""
     says(claude, REWRITE, fault="stall_after", fault_at=2, tokens=50)

@@ -516,7 +516,7 @@ class OperationRecord:
     duration_ms: float
     steps: tuple[StepChange, ...]
     attempts: tuple[Attempt, ...]
-    purpose: Literal["", "rewrite", "summary", "title"] = ""
+    purpose: Literal["", "rewrite", "shadow", "summary", "title"] = ""
     """Empty = an answer."""
 
 

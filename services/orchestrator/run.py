@@ -120,6 +120,8 @@ class Run:
         self.pieces: list[str] = []
         self._paragraph_due = False
         self.model = self.provider = self.finish_reason = self.verdict = ""
+        self.purpose: Literal["", "shadow"] = ""
+        """What it is booked as, if not as an answer to somebody."""
         self.first_token_ms = 0.0
         self.attempts: list[Attempt] = []
         self.route = question.route or Route(question.tier, question.candidates)
@@ -327,6 +329,7 @@ class Run:
             duration_ms=round(self.trail.elapsed_ms, 3),
             steps=tuple(steps),
             attempts=attempts,
+            purpose=self.purpose,
         )
 
     def turn(self, *, complete: bool) -> Turn:

@@ -114,6 +114,7 @@ class Shadows:
             route=route,
         )
         shadow = Run(question, run.kit, EventLog(answer_id))
+        shadow.purpose = "shadow"
         shadow.show(run.passages)
         return shadow
 

@@ -506,6 +506,7 @@ async def test_shadow_answer_is_unseen_and_booked_on_its_own_tenant_with_what_it
     assert (reply.text, reply.done.cost_nanousd) == (only_said, mine.cost_nanousd)
     assert len(mine.attempts) == len(shadow.attempts) == 1
     assert (mine.model, shadow.model, shadow.user) == ("claude-haiku-5-5", "claude-sonnet-5-5", "shadow")
+    assert (mine.purpose, shadow.purpose) == ("", "shadow")
     assert (facts["of"], facts["tier"], facts["other_tier"]) == (reply.answer_id, "watched", "better")
     assert (facts["verdict"], facts["other_verdict"], facts["agreement"]) == ("citation_unknown", "passed", "1.000")
     assert int(facts["cost_nanousd"]) == mine.cost_nanousd > 0

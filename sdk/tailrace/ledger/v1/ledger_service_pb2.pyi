@@ -518,7 +518,9 @@ class Operation(_message.Message):
     api_key_id: _builtins.str
     """API key it came with. Empty for a token."""
     purpose: _builtins.str
-    """What it was for, if not for an answer: `rewrite`, `summary` or `title` of a conversation. Its tier is empty then."""
+    """What it was for, if not for an answer: `rewrite`, `summary` or `title` of a conversation, whose tier is empty then,
+    or `shadow` for a second answer that measures the choice of tier.
+    """
     @_builtins.property
     def usage(self) -> _common_pb2.Usage:
         """Sum over the attempts."""
@@ -804,14 +806,15 @@ class QueryUsageRequest(_message.Message):
     TO_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def group_by(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Any of `day`, `hour`, `tenant`, `user`, `key`, `session`, `model`, `tier`, `step`, `cache`. At most 4. Empty = one total row.
+        """Any of `day`, `hour`, `tenant`, `user`, `key`, `session`, `model`, `tier`, `step`, `cache`, `purpose`. At most 4. Empty = one total
+        row. A purpose is `answer`, `title`, `summary`, `rewrite` or `shadow`.
         Days and hours are in UTC. More than 10000 groups are refused.
         """
 
     @_builtins.property
     def to(self) -> _timestamp_pb2.Timestamp:
-        """To when, exclusive. Unset = now. At most 400 days after `from`; 31 if grouped by `session` or `step`, or by `hour` with `user` or
-        `key`, as these are read from single operations.
+        """To when, exclusive. Unset = now. At most 400 days after `from`; 31 if grouped by `session`, `step` or `purpose`, or by `hour` with
+        `user` or `key`, as these are read from single operations.
         """
 
     def __init__(

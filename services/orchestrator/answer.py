@@ -347,14 +347,19 @@ async def record(run: Run, failure: DomainError | None, step: StepRecord) -> Non
 async def _keep_turn(run: Run, *, complete: bool) -> None:
     """The words go to the ledger on their own way: the spool holds counts alone."""
     asked = run.question
+    asked_after = run.turns[-1].answer_id if run.turns else ""
     for tries in range(TURN_TRIES_MAX):
         try:
-            kept = await run.kit.ledger.append_turn(asked.session_id, run.turn(complete=complete), asked.principal, asked.replaces)
+            turn = run.turn(complete=complete)
+            kept = await run.kit.ledger.append_turn(asked.session_id, turn, asked.principal, asked.replaces, asked_after)
             if complete:
                 look_after(run, kept)
             return
         except (Unavailable, DeadlineTooShort):
             await asyncio.sleep(random.uniform(0.1, min(TURN_WAIT_MAX_S, 0.25 * 2**tries)))  # noqa: S311 - jitter, not a secret
+        except NotFound:
+            log.info("conversation_deleted_meanwhile", answer_id=asked.answer_id)
+            return
         except DomainError as error:
             log.error("turn_rejected", answer_id=asked.answer_id, reason=error.reason)
             return

@@ -425,8 +425,8 @@ class RemoteLedger:
             return False
         return True
 
-    async def append_turn(self, session_id: str, turn: Turn, principal: Principal, replaces: str = "") -> KeptTurn:
-        request = ledger_pb.AppendTurnRequest(session_id=session_id, turn=_turn_message(turn), replaces=replaces)
+    async def append_turn(self, session_id: str, turn: Turn, principal: Principal, replaces: str = "", asked_after: str = "") -> KeptTurn:
+        request = ledger_pb.AppendTurnRequest(session_id=session_id, turn=_turn_message(turn), replaces=replaces, asked_after=asked_after)
         with _named("ledger"):
             reply = await self._caller.unary(self._stub.AppendTurn, request, timeout_s=10, principal=principal)
         return KeptTurn(reply.ordinal, reply.unsummarised)

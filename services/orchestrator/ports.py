@@ -107,7 +107,7 @@ class Ledger(Protocol):
         """Whether there is an operation of this id that the principal may see."""
         ...
 
-    async def append_turn(self, session_id: str, turn: Turn, principal: Principal, replaces: str = "") -> KeptTurn:
+    async def append_turn(self, session_id: str, turn: Turn, principal: Principal, replaces: str = "", asked_after: str = "") -> KeptTurn:
         """Keep a turn, or in the place of that of the answer `replaces`. The same answer again changes nothing. Raises NotFound."""
         ...
 

@@ -142,6 +142,8 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
     operations: dict[str, ledger_pb.Operation] = field(default_factory=dict)
     records: int = 0
     prices_told: int = 0
+    turned_away: int = 0
+    """Turns that were to follow or replace one that the conversation has not."""
     turns: dict[str, list[ledger_pb.Turn]] = field(default_factory=dict)
     summaries: dict[str, ledger_pb.Summary] = field(default_factory=dict)
     """By the answer they reach."""
@@ -264,13 +266,15 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
         if self.away:
             raise Unavailable("postgres is away", dependency="postgres")
         await self.keeping.wait()
-        turns = self.turns.setdefault(request.session_id, [])
+        turns = self.turns.get(request.session_id, [])
         parents = {turn.answer_id: turn.parent_answer_id for turn in turns}
-        if request.replaces and request.replaces not in parents:
+        if not {request.replaces, request.asked_after} - {""} <= parents.keys():
+            self.turned_away += 1
             raise NotFound("the conversation has no such turn", kind="turn")
         if request.turn.answer_id not in parents:
             head = turns[-1].answer_id if turns else ""
             request.turn.parent_answer_id = parents[request.replaces] if request.replaces else head
+            turns = self.turns.setdefault(request.session_id, turns)
             turns.append(request.turn)
         unsummarised = 0
         for turn in reversed(self.branch(request.session_id)):

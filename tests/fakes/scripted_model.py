@@ -188,7 +188,7 @@ class _Yes:
     async def history(self, session_id: str, limit: int, until: str = "") -> History:
         return History()
 
-    async def append_turn(self, session_id: str, turn: Any, principal: Principal, replaces: str = "") -> KeptTurn:
+    async def append_turn(self, session_id: str, turn: Any, principal: Principal, replaces: str = "", asked_after: str = "") -> KeptTurn:
         self.turns_kept.append(turn)
         return KeptTurn(len(self.turns_kept), 0)
 

@@ -323,3 +323,23 @@ async def test_usage_tells_answers_from_small_work_and_shadows(ledger: Ledger, a
     by_step = await used("step", "purpose")
     assert {purpose for _, purpose in by_step} == {"answer", "title", "shadow"}
     assert sum(cost for _, cost in by_step.values()) == sum(each.cost_nanousd for each in written)
+
+
+async def test_a_turn_of_a_conversation_that_was_deleted_is_not_kept(ledger: Ledger, ann: Principal) -> None:
+    """It was asked in one that had turns: it would begin it anew. While that is there, it may be asked after any of its turns."""
+    first, second, late = (str(uuid.uuid4()) for _ in range(3))
+
+    async def append(answer_id: str, asked_after: str = "") -> pb.AppendTurnResponse:
+        turn = pb.Turn(answer_id=answer_id, question="q", text="a", complete=True)
+        return await ledger.ask("AppendTurn", pb.AppendTurnRequest(session_id="s9", turn=turn, asked_after=asked_after), ann)
+
+    await append(first)
+    await append(second, first)
+    again = await append(second, first)
+    await ledger.ask("DeleteSession", pb.DeleteSessionRequest(session_id="s9"), ann)
+    with pytest.raises(NotFound):
+        await append(late, second)
+    left = await ledger.rows("ListTurns", pb.ListTurnsRequest(session_id="s9", limit=10), ann)
+    anew = await append(late)
+
+    assert (again.ordinal, left, anew.ordinal) == (2, [], 1)

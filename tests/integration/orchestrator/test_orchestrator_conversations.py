@@ -396,3 +396,20 @@ async def test_a_tier_of_its_own_template_has_a_cache_of_its_own(tmp_path: Path,
     assert text_of(body["system"]) == "Answer in en for smart, from default."
     assert step(reply, "compose")["template"].startswith("answer.own.v1-")
     assert step(plain, "compose")["template"].startswith("answer.v1-")
+
+
+async def test_a_conversation_that_is_deleted_while_an_answer_of_it_runs_does_not_begin_anew(claude: World) -> None:
+    """The answer reaches its reader and is booked; nothing of it is kept."""
+    await claude.ask(PORT, session_id="s1")
+    await until(lambda: claude.ledger.turns.get("s1"))
+    claude.ledger.keeping.clear()
+    reply = await claude.ask("And which one does the ledger have?", session_id="s1")
+    del claude.ledger.turns["s1"]
+    claude.ledger.keeping.set()
+    await claude.booked(reply.answer_id)
+    later = await claude.ask(PORT, session_id="s2")
+    await until(lambda: claude.ledger.turns.get("s2"))
+    await until(lambda: claude.ledger.turned_away)
+
+    assert reply.kinds[-1] == later.kinds[-1] == "done"
+    assert "s1" not in claude.ledger.turns

@@ -2160,10 +2160,15 @@ class AppendTurnRequest(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     TURN_FIELD_NUMBER: _builtins.int
     REPLACES_FIELD_NUMBER: _builtins.int
+    ASKED_AFTER_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Conversation, made if new."""
     replaces: _builtins.str
     """The answer whose place it takes: it follows what that one followed. NOT_FOUND if the conversation does not have it."""
+    asked_after: _builtins.str
+    """An answer that the conversation had when this one was asked. NOT_FOUND if it has it no more: one that was deleted while an answer of it
+    ran does not begin anew. Empty = it was new then.
+    """
     @_builtins.property
     def turn(self) -> Global___Turn:
         """The turn."""
@@ -2174,10 +2179,11 @@ class AppendTurnRequest(_message.Message):
         session_id: _builtins.str = ...,
         turn: Global___Turn | None = ...,
         replaces: _builtins.str = ...,
+        asked_after: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["turn", b"turn"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["replaces", b"replaces", "session_id", b"session_id", "turn", b"turn"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked_after", b"asked_after", "replaces", b"replaces", "session_id", b"session_id", "turn", b"turn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

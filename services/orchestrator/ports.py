@@ -1,7 +1,7 @@
 """What an answer needs from the world, as protocols. Each has one adapter that speaks to something real; none is named here."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
@@ -216,6 +216,10 @@ class PromptShelf(Protocol):
 
     async def get(self, tenant: str, answer_id: str) -> tuple[SentPrompt, ...]:
         """What is kept of an answer; nothing if that is nothing, or another tenant's."""
+        ...
+
+    def of_user(self, tenant: str, user: str) -> AsyncGenerator[tuple[str, tuple[SentPrompt, ...]], None]:
+        """What is kept of a user's answers, oldest first, each with its answer's id; empty where a former version kept it."""
         ...
 
     async def forget(self, tenant: str, user: str) -> int:

@@ -1,5 +1,6 @@
 """The orchestrator's RPCs: check what came in, hand it on, render what comes out. No step of an answer happens here."""
 
+import contextlib
 import hashlib
 import os
 import re
@@ -324,6 +325,11 @@ def _done_message(done: Done) -> pb.Done:
     )
 
 
+def _require_user(user: str) -> None:
+    if not 1 <= len(user) <= USER_CHARACTERS_MAX:
+        raise RequestInvalid("the user is missing or too long", field="user", bound=f"1-{USER_CHARACTERS_MAX} characters")
+
+
 def _prompt_message(sent: SentPrompt) -> pb.SentPrompt:
     messages = [pb.SentMessage(role=role, text=text) for role, text in sent.messages]
     return pb.SentPrompt(attempt=sent.attempt, model=sent.model, template=sent.template, system=sent.system, messages=messages)
@@ -398,12 +404,20 @@ class OrchestratorRpc(pb_grpc.OrchestratorServiceServicer):
             raise NotFound("no prompts are kept of this answer", kind="prompts")
         return pb.GetPromptsResponse(prompts=map(_prompt_message, prompts))
 
+    async def ExportPrompts(self, request: pb.ExportPromptsRequest, context: grpc.aio.ServicerContext) -> None:  # type: ignore[override]
+        admin = current_principal()
+        admin.require("admin")
+        admin.require_scope("admin")
+        _require_user(request.user)
+        async with contextlib.aclosing(self._shelf.of_user(admin.tenant, request.user)) as kept:
+            async for answer_id, prompts in kept:
+                await context.write(pb.ExportPromptsResponse(answer_id=answer_id, prompts=map(_prompt_message, prompts)))
+
     async def ForgetPrompts(self, request: pb.ForgetPromptsRequest, context: grpc.aio.ServicerContext) -> pb.ForgetPromptsResponse:
         admin = current_principal()
         admin.require("admin")
         admin.require_scope("admin")
-        if not 1 <= len(request.user) <= USER_CHARACTERS_MAX:
-            raise RequestInvalid("the user is missing or too long", field="user", bound=f"1-{USER_CHARACTERS_MAX} characters")
+        _require_user(request.user)
         # Also where nothing is kept any more: what was kept before the setting was changed is still there.
         return pb.ForgetPromptsResponse(forgotten=await self._shelf.forget(admin.tenant, request.user))
 

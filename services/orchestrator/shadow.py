@@ -40,10 +40,10 @@ class Shadows:
     def offer(self, run: Run, prompt: Prompt) -> None:
         """Answer the prompt of `run`, whose text was checked, by the other tier as well, if its route's sample draws it. Waits for nothing.
 
-        An answer that used tools is not drawn: its prompt is not all that it came from.
+        An answer that used tools, or looked at pictures, is not drawn: its prompt is not all that it came from.
         """
         route, asked = run.route.shadow, run.question
-        if route is None or asked.tools or asked.server_tools or asked.tool_results or run.finish_reason == "tool_use":
+        if route is None or asked.tools or asked.server_tools or asked.tool_results or asked.images or run.finish_reason == "tool_use":
             return
         if self._random() >= run.route.shadow_share or len(self._running) >= self._running_max:
             return

@@ -11,7 +11,6 @@ import os
 import signal
 import socket
 import subprocess
-import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 import anyio
@@ -22,6 +21,7 @@ from mcp.client.session import ClientSession
 from mcp.shared.message import SessionMessage
 
 from services.chassis.errors import Unavailable
+from services.chassis.processes import end_of
 from services.orchestrator.tools.mcp_session import CONNECTIONS_MAX, RESPONSE_BYTES_MAX, US, Session, first_of, greet
 
 log = structlog.get_logger(__name__)
@@ -180,7 +180,7 @@ async def _started(name: str, command: Sequence[str], environment: Mapping[str, 
             told.close()
             log.error("tool_server_cannot_start", server=name, error=type(error).__name__)
             raise Unavailable("the tool server cannot be started", dependency=name) from None
-    ended = _end_of(process)
+    ended = end_of(process)
     to_session, read = anyio.create_memory_object_stream[SessionMessage | Exception](0)
     write, from_session = anyio.create_memory_object_stream[SessionMessage](0)
     reading = asyncio.create_task(_read(lines, to_session, gone), name="tool server output")
@@ -252,17 +252,3 @@ def _process(line: socket.socket, command: Sequence[str], environment: Mapping[s
         cwd="/",
         start_new_session=True,  # to end it with all that it starts
     )
-
-
-def _end_of(process: "subprocess.Popen[bytes]") -> asyncio.Future[int]:
-    """The exit code to come. A thread waits for it, which every system has."""
-    loop = asyncio.get_running_loop()
-    ended: asyncio.Future[int] = loop.create_future()
-
-    def wait() -> None:
-        returncode = process.wait()
-        with contextlib.suppress(RuntimeError):  # nobody is there any more to be told
-            loop.call_soon_threadsafe(ended.set_result, returncode)
-
-    threading.Thread(target=wait, name="tool server", daemon=True).start()
-    return ended

@@ -347,16 +347,24 @@ async def test_an_administrator_of_the_tenant_sees_what_was_sent(claude: World) 
 
 
 async def test_prompts_go_with_their_user(claude: World) -> None:
-    """Those of others stay, also of a user of the same name elsewhere."""
+    """They are in the export of the user, and forgotten with them. Those of others stay, also of a user of the same name elsewhere."""
     name = f"user-{uuid.uuid4()}"  # the store is shared by all tests
     own = [await claude.ask(PORT, principal=Principal("acme", name), cache=pb.CACHE_MODE_OFF) for _ in range(2)]
     others = [await claude.ask(PORT, principal=who, cache=pb.CACHE_MODE_OFF) for who in (BOB, Principal("other", name))]
     for reply in (*own, others[0]):
         await kept(claude, reply.answer_id)
+    exported, everything = pb.ExportPromptsRequest(user=name), list[pb.ExportPromptsResponse]()
+    async with claude.caller.stream(claude.stub.ExportPrompts, exported, timeout_s=30, principal=ROOT) as rows:
+        everything += [row async for row in rows]
+    with pytest.raises(NotAllowed):
+        async with claude.caller.stream(claude.stub.ExportPrompts, exported, timeout_s=30, principal=ALICE) as rows:
+            everything += [row async for row in rows]
     request = pb.ForgetPromptsRequest(user=name)
     forgotten = await claude.caller.unary(claude.stub.ForgetPrompts, request, principal=ROOT)
     again = await claude.caller.unary(claude.stub.ForgetPrompts, request, principal=ROOT)
 
+    assert {row.answer_id for row in everything} == {reply.answer_id for reply in own} and len(everything) == 2
+    assert all(PORT in row.prompts[0].messages[-1].text for row in everything)
     assert (forgotten.forgotten, again.forgotten) == (2, 0)
     for reply in own:
         with pytest.raises(NotFound):

@@ -987,6 +987,52 @@ class ForgetPromptsResponse(_message.Message):
 Global___ForgetPromptsResponse: _TypeAlias = ForgetPromptsResponse  # noqa: Y015
 
 @_typing.final
+class ExportPromptsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_FIELD_NUMBER: _builtins.int
+    user: _builtins.str
+    """Whose, within the caller's tenant. 1-256 characters."""
+    def __init__(
+        self,
+        *,
+        user: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["user", b"user"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportPromptsRequest: _TypeAlias = ExportPromptsRequest  # noqa: Y015
+
+@_typing.final
+class ExportPromptsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ANSWER_ID_FIELD_NUMBER: _builtins.int
+    PROMPTS_FIELD_NUMBER: _builtins.int
+    answer_id: _builtins.str
+    """The answer they were sent for; empty for one that a former version kept."""
+    @_builtins.property
+    def prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___SentPrompt]:
+        """One for each provider call, in order."""
+
+    def __init__(
+        self,
+        *,
+        answer_id: _builtins.str = ...,
+        prompts: _abc.Iterable[Global___SentPrompt] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_id", b"answer_id", "prompts", b"prompts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportPromptsResponse: _TypeAlias = ExportPromptsResponse  # noqa: Y015
+
+@_typing.final
 class SentPrompt(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -66,8 +66,8 @@ class Dialect(Protocol):
         """What comes after the last token, but for the last chunk. Without `counts` nothing is said of usage."""
         ...
 
-    def error_event(self) -> bytes:
-        """An overload, told in a stream that began well."""
+    def error_event(self, record: Record, *, limited: bool) -> bytes:
+        """An overload, or a rate limit, told in a stream that began well."""
         ...
 
     def whole(self, record: Record, reason: Reason, pieces: Sequence[Piece], counts: Counts) -> bytes:

@@ -71,8 +71,9 @@ class Anthropic:
         ends = _event("message_delta", data)
         return chunk((ends * 2 if record.fault == "doubled_usage" else ends) + _event("message_stop", {}))
 
-    def error_event(self) -> bytes:
-        return chunk(_event("error", {"error": {"type": "overloaded_error", "message": "Overloaded"}}))
+    def error_event(self, record: Record, *, limited: bool) -> bytes:
+        error = ("rate_limit_error", "This request would exceed your rate limit") if limited else ("overloaded_error", "Overloaded")
+        return chunk(_event("error", {"error": {"type": error[0], "message": error[1]}}))
 
     def whole(self, record: Record, reason: Reason, pieces: Sequence[Piece], counts: Counts) -> bytes:
         content: list[dict[str, Any]] = []

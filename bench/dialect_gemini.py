@@ -69,7 +69,9 @@ class Gemini:
         made = _event(data)
         return made * 2 if record.fault == "doubled_usage" else made
 
-    def error_event(self) -> bytes:
+    def error_event(self, record: Record, *, limited: bool) -> bytes:
+        if limited:
+            return _event({"error": {"code": 429, "message": "Resource has been exhausted.", "status": "RESOURCE_EXHAUSTED"}})
         return _event({"error": {"code": 503, "message": "The model is overloaded.", "status": "UNAVAILABLE"}})
 
     def whole(self, record: Record, reason: Reason, pieces: Sequence[Piece], counts: Counts) -> bytes:

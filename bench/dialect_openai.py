@@ -75,8 +75,9 @@ class ChatCompletions:
             made += spent * 2 if record.fault == "doubled_usage" else spent
         return made + chunk(b"data: [DONE]\n\n")
 
-    def error_event(self) -> bytes:
-        return _event({"error": {"message": "Overloaded", "type": "server_error", "param": None, "code": "server_is_overloaded"}})
+    def error_event(self, record: Record, *, limited: bool) -> bytes:
+        kind, code = CODES[429] if limited else ("server_error", "server_is_overloaded")
+        return _event({"error": {"message": "Not now", "type": kind, "param": None, "code": code}})
 
     def whole(self, record: Record, reason: Reason, pieces: Sequence[Piece], counts: Counts) -> bytes:
         message: dict[str, Any] = {"role": "assistant", "content": said(pieces, "text") or None, "refusal": None}
@@ -205,8 +206,12 @@ class Responses:
         response = self._response(record, status, [], counts, reason)
         return _named(f"response.{status}", 9, {"response": response})
 
-    def error_event(self) -> bytes:
-        return _named("error", 7, {"code": "server_is_overloaded", "message": "Overloaded", "param": None})
+    def error_event(self, record: Record, *, limited: bool) -> bytes:
+        if not limited:
+            return _named("error", 7, {"code": "server_is_overloaded", "message": "Overloaded", "param": None})
+        response = self._response(record, "failed", [], None)
+        response["error"] = {"code": "rate_limit_exceeded", "message": "Rate limit reached"}  # a limit ends the response, not the stream
+        return _named("response.failed", 7, {"response": response})
 
     def whole(self, record: Record, reason: Reason, pieces: Sequence[Piece], counts: Counts) -> bytes:
         output: list[dict[str, Any]] = [_reasoning(record)] if said(pieces, "thought") else []

@@ -21,6 +21,7 @@ Fault = Literal[
     "stall_after",
     "hang",
     "error_in_200",
+    "limit_in_200",
     "malformed",
     "status",
     "late_usage_missing",
@@ -36,12 +37,13 @@ Fault = Literal[
 `cut_before_first` closes the socket before the response's head; `cut_after` in the body, after `fault_at` tokens; the two resets do the
 same without a goodbye, and `cut_at_end` closes it between the end of the answer and that of the response; `end_after` ends the body after
 `fault_at` tokens politely, but without the answer's end; `stall_after` goes silent there and `hang` before the head; `error_in_200` sends
-an error event there and `malformed` half an event; `status` answers with `status`; `late_usage_missing` leaves the last usage out;
+an overload there as an event, `limit_in_200` a rate limit, and `malformed` half an event; `status` answers with `status`;
+`late_usage_missing` leaves the last usage out;
 `zero_usage` reports 0 tokens everywhere and `doubled_usage` everything twice; `slow_drip` splits every event over two
 writes; the last three end with that stop reason.
 """
 
-STRIKING = frozenset({"cut_after", "reset_after", "end_after", "stall_after", "error_in_200", "malformed"})
+STRIKING = frozenset({"cut_after", "reset_after", "end_after", "stall_after", "error_in_200", "limit_in_200", "malformed"})
 """Faults that strike after `fault_at` tokens."""
 IMAGE_TOKENS = 85
 """What a picture is billed, whatever its size."""

@@ -258,8 +258,9 @@ class Answer:
     def _strike(self) -> None:
         if self._fault == "stall_after":
             return
-        if self._fault == "error_in_200":
-            self._transport.write(self._dialect.error_event() + LAST_CHUNK)
+        if self._fault in ("error_in_200", "limit_in_200"):
+            told = self._dialect.error_event(self._record, limited=self._fault == "limit_in_200")
+            self._transport.write(told + LAST_CHUNK)
         elif self._fault == "malformed":
             self._transport.write(self._dialect.half_an_event + LAST_CHUNK)
         elif self._fault == "end_after":

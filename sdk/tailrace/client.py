@@ -101,6 +101,9 @@ class Answer:
             steps=tuple(steps.values()),
             session_id=next((event.session_id for event in events if isinstance(event, values.Accepted)), ""),
             receipt=receipt,
+            reasoning="".join(event.text for event in events if isinstance(event, values.Reasoning)),
+            tool_calls=tuple(event for event in events if isinstance(event, values.ToolCall)),
+            tool_results=tuple(event for event in events if isinstance(event, values.ToolResult)),
         )
 
     async def _read(self) -> AsyncGenerator[values.Event, None]:
@@ -163,8 +166,20 @@ class AsyncClient:
         max_output_tokens: int | None = None,
         output_schema: Mapping[str, Any] | None = None,
         idempotency_key: str = "",
+        replaces: str = "",
+        tools: Sequence[values.Tool] = (),
+        server_tools: Sequence[str] = (),
+        images: Sequence[values.Image] = (),
+        continues: str = "",
+        tool_results: Sequence[values.ToolResult] = (),
+        reasoning: bool = False,
     ) -> Answer:
-        """Ask. Nothing is sent until the answer is read."""
+        """Ask. Nothing is sent until the answer is read.
+
+        `replaces` is the answer whose turn this one takes the place of, regenerated or edited. `tools` are the client's own, `server_tools`
+        names of the suite's. `continues` is an answer that ended with `tool_use`; the question may be empty then, and `tool_results` have
+        one result for each of its open calls. `reasoning` shows what the model thinks, which is paid for as output.
+        """
         request = orchestrator.AnswerRequest(
             question=question,
             session_id=session_id,
@@ -174,6 +189,13 @@ class AsyncClient:
             cache=_CACHE_MODES[cache],
             max_output_tokens=max_output_tokens,
             idempotency_key=idempotency_key,
+            replaces=replaces,
+            tools=[values.tool_message(tool) for tool in tools],
+            server_tools=server_tools,
+            images=[orchestrator.Image(media_type=image.media_type, data=image.data) for image in images],
+            continues=continues,
+            tool_results=[orchestrator.ToolResult(call_id=made.call_id, text=made.text, failed=made.failed) for made in tool_results],
+            reasoning=reasoning,
         )
         if output_schema is not None:
             schema = struct_pb2.Struct()
@@ -190,6 +212,11 @@ class AsyncClient:
         """Stop an answer at once; say whether it was still running."""
         response = await _unary(self._call(self._stub.CancelAnswer, orchestrator.CancelAnswerRequest(answer_id=answer_id)))
         return bool(response.was_running)
+
+    async def confirm(self, answer_id: str, call_id: str, *, allowed: bool) -> bool:
+        """Say whether a call that waits for a person's word may be made; say whether it was still waiting. The first word counts."""
+        request = orchestrator.ConfirmToolCallRequest(answer_id=answer_id, call_id=call_id, allowed=allowed)
+        return bool((await _unary(self._call(self._stub.ConfirmToolCall, request))).was_waiting)
 
     async def search(
         self,
@@ -333,7 +360,7 @@ class AsyncClient:
                 yield values.operation(message.operation)
 
     async def usage(self, *group_by: str, since: datetime | None = None, until: datetime | None = None) -> AsyncIterator[values.UsageRow]:
-        """Tokens, cost, savings and latency, grouped by any of day, hour, user, session, model, tier, step, cache."""
+        """Tokens, cost, savings and latency, grouped by any of day, hour, user, session, model, tier, step, cache, purpose."""
         request = ledger.QueryUsageRequest(group_by=group_by, to=values.moment_message(until), **{"from": values.moment_message(since)})
         async with _reading(self._call(self._stub.QueryUsage, request)) as messages:
             async for message in messages:
@@ -436,6 +463,13 @@ class Client:
         max_output_tokens: int | None = None,
         output_schema: Mapping[str, Any] | None = None,
         idempotency_key: str = "",
+        replaces: str = "",
+        tools: Sequence[values.Tool] = (),
+        server_tools: Sequence[str] = (),
+        images: Sequence[values.Image] = (),
+        continues: str = "",
+        tool_results: Sequence[values.ToolResult] = (),
+        reasoning: bool = False,
     ) -> BlockingAnswer:
         """See AsyncClient.answer."""
         answer = self._client.answer(
@@ -448,6 +482,13 @@ class Client:
             max_output_tokens=max_output_tokens,
             output_schema=output_schema,
             idempotency_key=idempotency_key,
+            replaces=replaces,
+            tools=tools,
+            server_tools=server_tools,
+            images=images,
+            continues=continues,
+            tool_results=tool_results,
+            reasoning=reasoning,
         )
         return BlockingAnswer(answer, self._runner.run, self._drain)
 
@@ -458,6 +499,10 @@ class Client:
     def cancel(self, answer_id: str) -> bool:
         """See AsyncClient.cancel."""
         return self._runner.run(self._client.cancel(answer_id))
+
+    def confirm(self, answer_id: str, call_id: str, *, allowed: bool) -> bool:
+        """See AsyncClient.confirm."""
+        return self._runner.run(self._client.confirm(answer_id, call_id, allowed=allowed))
 
     def search(
         self,

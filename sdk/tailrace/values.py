@@ -157,17 +157,60 @@ class Citation:
 
 
 @dataclass(frozen=True, slots=True)
+class Reasoning:
+    """More of what the model thinks before it answers. Not part of the answer's text."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class ToolCall:
+    """The model calls a tool. Of the client's own, the answer ends with the receipt's `finish_reason` `tool_use`."""
+
     call_id: str
     name: str
     input: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
+class ToolConfirmation:
+    """A call waits for a person's word; see `AsyncClient.confirm`."""
+
+    call_id: str
+    name: str
+    wait_ms: int
+    """Then it counts as refused."""
+
+
+@dataclass(frozen=True, slots=True)
 class ToolResult:
+    """What a tool returned: read from events, and sent for the client's own tools."""
+
     call_id: str
     text: str
-    failed: bool
+    failed: bool = False
+    flags: tuple[str, ...] = ()
+    """What makes it look like an instruction to the model; empty = nothing was seen. Not sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A tool of the client's own, as the model sees it."""
+
+    name: str
+    """1-64 of [A-Za-z0-9_-]."""
+    description: str = ""
+    input_schema: Mapping[str, Any] = field(default_factory=dict)
+    """JSON Schema of an object."""
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A picture a question is about: PNG, JPEG, GIF or WebP, at most 5 MiB."""
+
+    media_type: str
+    """Such as `image/png`."""
+    data: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +244,7 @@ class Receipt:
     duration_ms: float
 
 
-Event = Accepted | Step | Passages | Delta | Citation | ToolCall | ToolResult | Receipt
+Event = Accepted | Step | Passages | Delta | Citation | Reasoning | ToolCall | ToolConfirmation | ToolResult | Receipt
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +257,18 @@ class FinalAnswer:
     steps: tuple[Step, ...]
     session_id: str
     receipt: Receipt
+    reasoning: str = ""
+    """What the model was seen to think, if that was asked for."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_results: tuple[ToolResult, ...] = ()
+    """Of calls that were made already. Those that have none are the client's to make."""
+
+    @property
+    def open_calls(self) -> tuple[ToolCall, ...]:
+        """Calls that wait for the client: make them, and ask again with `continues` and `tool_results`."""
+        made = {result.call_id for result in self.tool_results}
+        waiting = tuple(call for call in self.tool_calls if call.call_id not in made)
+        return waiting if self.receipt.finish_reason == "tool_use" else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,11 +414,23 @@ def event(message: orchestrator.AnswerEvent) -> Event | None:
         case "tool_call":
             return ToolCall(message.tool_call.call_id, message.tool_call.name, MessageToDict(message.tool_call.input))
         case "tool_result":
-            return ToolResult(message.tool_result.call_id, message.tool_result.text, message.tool_result.failed)
+            returned = message.tool_result
+            return ToolResult(returned.call_id, returned.text, returned.failed, tuple(returned.flags))
+        case "reasoning":
+            return Reasoning(message.reasoning.text)
+        case "tool_confirmation":
+            waiting = message.tool_confirmation
+            return ToolConfirmation(waiting.call_id, waiting.name, waiting.wait_ms)
         case "done":
             return receipt(message.done)
         case _:
             return None
+
+
+def tool_message(tool: Tool) -> orchestrator.ToolDefinition:
+    message = orchestrator.ToolDefinition(name=tool.name, description=tool.description)
+    message.input_schema.update(tool.input_schema)
+    return message
 
 
 def receipt(done: orchestrator.Done) -> Receipt:

@@ -200,9 +200,13 @@ async def put_user(exchange: Exchange, kit: Kit) -> None:
 
 
 async def export_user(exchange: Exchange, kit: Kit) -> None:
-    """GET /v1/admin/users/{user}/export: a line of JSON for each record, and a last one that says how many there were."""
+    """GET /v1/admin/users/{user}/export: a line of JSON for each record, and a last one that says how many there were.
+
+    The prompts that are kept of the user's answers come after what the ledger has.
+    """
     exchange.query(())
-    request = ledger.ExportUserRequest(user=_subject(exchange, "user"))
+    user = _subject(exchange, "user")
+    request = ledger.ExportUserRequest(user=user)
     stub, count = kit.backends.ledger.stub, 0
     headers = [
         (b"content-type", b"application/x-ndjson"),
@@ -215,6 +219,11 @@ async def export_user(exchange: Exchange, kit: Kit) -> None:
                 await exchange.start(200, headers)
             count += 1
             await exchange.write(orjson.dumps(render.plain(message)) + b"\n")
+    asked, kept = kit.backends.orchestrator, orchestrator.ExportPromptsRequest(user=user)
+    async with asked.stream(asked.stub.ExportPrompts, kept, timeout_s=EXPORT_TIMEOUT_S) as sent:
+        async for message in sent:
+            count += 1
+            await exchange.write(orjson.dumps({"prompts": render.plain(message)}) + b"\n")
     await exchange.write(orjson.dumps({"complete": True, "records": count}) + b"\n", last=True)
 
 

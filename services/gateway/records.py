@@ -14,7 +14,7 @@ from services.gateway.queries import moment, page
 from tailrace.ledger.v1 import ledger_service_pb2 as ledger
 
 WATCH_TIMEOUT_S = 86_400.0
-GROUPS = ("day", "hour", "tenant", "user", "key", "session", "model", "tier", "step", "cache")
+GROUPS = ("day", "hour", "tenant", "user", "key", "session", "model", "tier", "step", "cache", "purpose")
 USAGE_TOKENS = ("input_tokens", "output_tokens", "cache_read_tokens", "cache_write_tokens", "cache_write_1h_tokens")
 USAGE_COLUMNS = (
     *("operations", "failed", "cancelled", "estimated", "cache_hits", "coalesced", "attempts", *USAGE_TOKENS),

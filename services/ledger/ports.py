@@ -281,11 +281,14 @@ class Keys(Protocol):
 class Conversations(Protocol):
     """Sessions and their turns. A session's id is its user's own choice, so the user is always part of the key."""
 
-    async def append(self, principal: Principal, session_id: str, turn: Turn, replaces: UUID | None = None) -> tuple[int, int]:
+    async def append(
+        self, principal: Principal, session_id: str, turn: Turn, replaces: UUID | None = None, asked_after: UUID | None = None
+    ) -> tuple[int, int]:
         """Keep a turn, at the end of the current branch or in the place of another; the same answer again changes nothing.
 
         Return its position over all branches, from 1, and how many turns up to it no summary covers, counted up to 100. Raises
-        IdempotencyConflict if the answer is kept in another of the user's conversations, NotFound if there is nothing to replace.
+        IdempotencyConflict if the answer is kept in another of the user's conversations, NotFound if there is nothing to replace, or
+        `asked_after` is not there any more.
         """
         ...
 

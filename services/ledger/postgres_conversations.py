@@ -12,7 +12,7 @@ from services.chassis.errors import IdempotencyConflict, NotFound
 from services.chassis.principal import Principal
 from services.ledger.domain import Citation, Session, Summary, Turn
 from services.ledger.paging import Page
-from services.ledger.postgres_database import Database
+from services.ledger.postgres_database import Connection, Database
 
 _SESSION = (
     "s.user_id, s.session_id, s.title, s.created_at, s.updated_at, s.turns, s.title_by,"
@@ -42,13 +42,27 @@ class PostgresConversations:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def append(self, principal: Principal, session_id: str, turn: Turn, replaces: UUID | None = None) -> tuple[int, int]:
-        place, kept_in, unsummarised = await self._database.of(principal.tenant).row(
-            "SELECT * FROM append_turn($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
-            *(principal.tenant, principal.user, session_id, UUID(turn.answer_id), turn.question, turn.text),
+    async def append(
+        self, principal: Principal, session_id: str, turn: Turn, replaces: UUID | None = None, asked_after: UUID | None = None
+    ) -> tuple[int, int]:
+        own = (principal.tenant, principal.user, session_id)
+        arguments = (
+            *(*own, UUID(turn.answer_id), turn.question, turn.text),
             *(orjson.dumps([asdict(citation) for citation in turn.citations]).decode(), turn.complete, turn.created_at),
             *(turn.question[:TITLE_CHARACTERS_MAX], replaces),
         )
+
+        async def work(connection: Connection) -> Any:
+            async with connection.transaction():
+                if asked_after is not None:
+                    # The lock that deleting takes first, too: the conversation is there until the turn is, or it is gone.
+                    await connection.execute("SELECT FROM users WHERE tenant = $1 AND user_id = $2 FOR NO KEY UPDATE", *own[:2])
+                    there = await connection.fetchval(f"SELECT true FROM turns WHERE {_OWN} AND answer_id = $4", *own, asked_after)
+                    if not there:
+                        return None, None, None
+                return await connection.fetchrow("SELECT * FROM append_turn($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)", *arguments)
+
+        place, kept_in, unsummarised = await self._database.of(principal.tenant).run(work)
         if place is None:
             raise NotFound("the conversation has no such turn", kind="turn")
         if kept_in != session_id:

@@ -19,9 +19,9 @@ class Span:
 
 
 def needs_rows(group_by: Collection[str]) -> bool:
-    """Whether only single operations can tell: no sums are kept by session or step, nor by hour of a user or key."""
+    """Whether only single operations can tell: no sums are kept by session, step or purpose, nor by hour of a user or key."""
     names = set(group_by)
-    return bool(names & {"session", "step"}) or ("hour" in names and bool(names & {"user", "key"}))
+    return bool(names & {"session", "step", "purpose"}) or ("hour" in names and bool(names & {"user", "key"}))
 
 
 def spans(start: datetime, end: datetime, *, days: bool, hours: bool) -> list[Span]:

@@ -4,6 +4,7 @@ The intervals are of the sample alone: percentile bootstrap over its pairs.
 """
 
 import random
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ RESAMPLES = 1_000
 LEVEL = 0.95
 STEP = "compare"
 """Step of a shadow operation whose facts hold the comparison."""
+GROUNDED = frozenset({"groundedness", "other_groundedness"})
 PAIRS_LEAST = 30
 """With fewer pairs than this the intervals say little, and the table says so."""
 
@@ -25,6 +27,10 @@ class Pair:
     passed: bool
     other_passed: bool
     agreement: float
+    grounded_lost: float | None = None
+    """Groundedness of the other answer less that of this one; None if not both cite anything that was judged."""
+    similarity: float | None = None
+    """Cosine of both answers' meaning; None if it was not measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +55,10 @@ class Regret:
     """Share of answers that passed the checks there and not here, less those the other way round."""
     agreement: Estimate
     """How much both say the same by their words, 0-1, in the mean."""
+    grounded_lost: Estimate | None
+    """What of groundedness was lost, in the mean over the pairs that have one on both sides; below 0 = this tier's was better."""
+    similarity: Estimate | None
+    """How near both are in meaning, by the embedder, in the mean over the pairs where it was measured."""
 
 
 def pairs_of(operations: Iterable[Any]) -> Mapping[tuple[str, str], Sequence[Pair]]:
@@ -64,6 +74,8 @@ def pairs_of(operations: Iterable[Any]) -> Mapping[tuple[str, str], Sequence[Pai
             facts["verdict"] == "passed",
             facts["other_verdict"] == "passed",
             float(facts["agreement"]),
+            float(facts["other_groundedness"]) - float(facts["groundedness"]) if facts.keys() >= GROUNDED else None,
+            float(facts["similarity"]) if "similarity" in facts else None,
         )
         found.setdefault((facts["tier"], facts["other_tier"]), []).append(pair)
     return found
@@ -74,12 +86,29 @@ def regret_of(tier: str, other_tier: str, pairs: Sequence[Pair], seed: int = 0) 
     chance = random.Random(seed)  # noqa: S311 - a statistic, not a secret
     samples = [chance.choices(pairs, k=len(pairs)) for _ in range(RESAMPLES)]
 
-    def estimate(figure: Callable[[Sequence[Pair]], float]) -> Estimate:
-        drawn = sorted(map(figure, samples))
+    def interval(value: float, drawn: list[float]) -> Estimate:
         tail = int((1 - LEVEL) / 2 * len(drawn))
-        return Estimate(figure(pairs), drawn[tail], drawn[-1 - tail])
+        return Estimate(value, drawn[tail], drawn[-1 - tail])
 
-    return Regret(tier, other_tier, len(pairs), estimate(_saved), estimate(_lost), estimate(_agreement))
+    def estimate(figure: Callable[[Sequence[Pair]], float]) -> Estimate:
+        return interval(figure(pairs), sorted(map(figure, samples)))
+
+    def mean_of(values: Sequence[float | None]) -> Estimate | None:
+        there = [value for value in values if value is not None]
+        if not there:
+            return None
+        return interval(statistics.fmean(there), sorted(statistics.fmean(chance.choices(there, k=len(there))) for _ in range(RESAMPLES)))
+
+    return Regret(
+        tier,
+        other_tier,
+        len(pairs),
+        estimate(_saved),
+        estimate(_lost),
+        estimate(_agreement),
+        mean_of([pair.grounded_lost for pair in pairs]),
+        mean_of([pair.similarity for pair in pairs]),
+    )
 
 
 def table(regrets: Sequence[Regret]) -> str:
@@ -90,7 +119,16 @@ def table(regrets: Sequence[Regret]) -> str:
     for regret in regrets:
         few = f", fewer than {PAIRS_LEAST}: the intervals say little" if regret.pairs < PAIRS_LEAST else ""
         lines.append(f"{regret.tier} instead of {regret.other_tier} ({regret.pairs} pairs{few})")
-        for name, figure in (("cost saved", regret.saved), ("passed checks lost", regret.lost), ("agreement by words", regret.agreement)):
+        figures = {
+            "cost saved": regret.saved,
+            "passed checks lost": regret.lost,
+            "groundedness lost": regret.grounded_lost,
+            "agreement by words": regret.agreement,
+            "likeness in meaning": regret.similarity,
+        }
+        for name, figure in figures.items():
+            if figure is None:
+                continue
             lines.append(f"  {name:<20}{figure.value:>7.1%}   {LEVEL:.0%}: {figure.low:.1%} to {figure.high:.1%}")
     return "\n".join(lines)
 

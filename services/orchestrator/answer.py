@@ -36,6 +36,7 @@ from services.orchestrator.ports import Recalling
 from services.orchestrator.run import Run, Toolkit
 from services.orchestrator.standalone import depends_on_history, depends_on_time
 from services.orchestrator.tools.loop import draft_with_tools, take_up
+from services.orchestrator.unfencing import Unfencing
 from services.orchestrator.validate import WHOLE
 
 log = structlog.get_logger(__name__)
@@ -267,7 +268,9 @@ async def fitting_draft(run: Run, prompt: Prompt) -> Draft:
     schema = run.question.output_schema
     if schema is None:
         return await draft_with_tools(run, prompt)
-    run.holding, run.watch = run.question.whole, None if run.question.whole else JsonWatch(schema)
+    run.holding = run.question.whole
+    if not run.holding:
+        run.watch, run.unfencing = JsonWatch(schema), Unfencing()
     draft = await draft_with_tools(run, prompt)
     problems = await _problems(run, draft, schema)
     if problems and run.holding:
@@ -285,8 +288,7 @@ async def _problems(run: Run, draft: Draft, schema: Mapping[str, Any]) -> list[t
     if draft.calls or draft.finish_reason not in WHOLE:
         return []
     with run.step("validate") as step:
-        text = unfenced(draft.text) if run.holding else draft.text
-        problems = await asyncio.to_thread(problems_of, text, schema)
+        problems = await asyncio.to_thread(problems_of, unfenced(draft.text), schema)
         step.note(problems=len(problems))
         return problems
 
@@ -345,14 +347,19 @@ async def record(run: Run, failure: DomainError | None, step: StepRecord) -> Non
 async def _keep_turn(run: Run, *, complete: bool) -> None:
     """The words go to the ledger on their own way: the spool holds counts alone."""
     asked = run.question
+    asked_after = run.turns[-1].answer_id if run.turns else ""
     for tries in range(TURN_TRIES_MAX):
         try:
-            kept = await run.kit.ledger.append_turn(asked.session_id, run.turn(complete=complete), asked.principal, asked.replaces)
+            turn = run.turn(complete=complete)
+            kept = await run.kit.ledger.append_turn(asked.session_id, turn, asked.principal, asked.replaces, asked_after)
             if complete:
                 look_after(run, kept)
             return
         except (Unavailable, DeadlineTooShort):
             await asyncio.sleep(random.uniform(0.1, min(TURN_WAIT_MAX_S, 0.25 * 2**tries)))  # noqa: S311 - jitter, not a secret
+        except NotFound:
+            log.info("conversation_deleted_meanwhile", answer_id=asked.answer_id)
+            return
         except DomainError as error:
             log.error("turn_rejected", answer_id=asked.answer_id, reason=error.reason)
             return

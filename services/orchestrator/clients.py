@@ -12,6 +12,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.chassis.channel import Caller, Patience
 from services.chassis.errors import DomainError, NotFound, RequestInvalid, Unavailable
+from services.chassis.money import Price
 from services.chassis.principal import Principal
 from services.chassis.wire import price_value, timestamp, usage_message, usage_value
 from services.orchestrator.domain import (
@@ -44,6 +45,7 @@ SERVICE = Principal("tailrace", "orchestrator", frozenset({"service"}))
 """Who the orchestrator is when it writes what it alone knows."""
 RECALL_TIMEOUT_S = 15.0
 SEARCH_TIMEOUT_S = 15.0
+EMBED_TIMEOUT_S = 15.0
 RECORD_STREAM_S = 3600.0
 ACK_TIMEOUT_S = 30.0
 RESERVE_TIMEOUT_S, RESERVE_HURRIED_S = 5.0, 2.0
@@ -321,6 +323,11 @@ class RemoteMemory:
             reply = await self._caller.unary(self._stub.RememberAnswer, request, timeout_s=10)
         return "" if reply.remembered else reply.reason or "refused"
 
+    async def embed(self, texts: Sequence[str]) -> list[Sequence[float]]:
+        with _named("retrieval"):
+            reply = await self._caller.unary(self._stub.Embed, retrieval_pb.EmbedRequest(texts=texts), timeout_s=EMBED_TIMEOUT_S)
+        return [row.values for row in reply.embeddings]
+
 
 class RemoteSearch:
     """DocumentSearch at the retrieval service."""
@@ -377,6 +384,12 @@ class RemoteLedger:
         granted = reply.output_tokens_max or output_tokens_max  # a ledger of the former version grants all, and does not say so
         return Hold(reply.hold_id, reply.amount_nanousd, price_value(reply.price), granted)
 
+    async def prices(self) -> dict[tuple[str, str], Price]:
+        """The common price list, by provider and model."""
+        with _named("ledger"):
+            async with self._caller.stream(self._stub.ListPrices, ledger_pb.ListPricesRequest(), timeout_s=5, principal=SERVICE) as rows:
+                return {(row.price.provider, row.price.model): price_value(row.price) async for row in rows}
+
     async def lend(self, lease_id: str, payer: Payer) -> LentCredit:
         request = ledger_pb.LendCreditRequest(lease_id=lease_id, tenant=payer.tenant, user=payer.user, api_key_id=payer.api_key_id)
         with _named("ledger"):
@@ -412,8 +425,8 @@ class RemoteLedger:
             return False
         return True
 
-    async def append_turn(self, session_id: str, turn: Turn, principal: Principal, replaces: str = "") -> KeptTurn:
-        request = ledger_pb.AppendTurnRequest(session_id=session_id, turn=_turn_message(turn), replaces=replaces)
+    async def append_turn(self, session_id: str, turn: Turn, principal: Principal, replaces: str = "", asked_after: str = "") -> KeptTurn:
+        request = ledger_pb.AppendTurnRequest(session_id=session_id, turn=_turn_message(turn), replaces=replaces, asked_after=asked_after)
         with _named("ledger"):
             reply = await self._caller.unary(self._stub.AppendTurn, request, timeout_s=10, principal=principal)
         return KeptTurn(reply.ordinal, reply.unsummarised)

@@ -79,7 +79,7 @@ class OrchestratorSettings(ServiceSettings):
     prompts_kept_s: int = Field(0, ge=0, le=604_800, validation_alias="TAILRACE_ORCHESTRATOR_PROMPTS_KEPT_S")
     """How long the exact prompts of answers are kept for administrators, seconds; 0 = they are not. They hold questions and documents."""
     errands_tier: str = Field("fast", max_length=64, validation_alias="TAILRACE_ORCHESTRATOR_ERRANDS_TIER")
-    """Tier whose first model rewrites questions, summarises and gives titles. Empty, or no such tier or provider = all by rule."""
+    """Tier whose cheapest model rewrites questions, summarises and gives titles. Empty, or no such tier or provider = all by rule."""
     rewrites: Literal["model", "rule"] = Field("model", validation_alias="TAILRACE_ORCHESTRATOR_REWRITES")
     """Who makes a question that leans on the conversation self-contained. The model has 1.5 s, then it is the rule."""
     titles: Literal["model", "rule"] = Field("rule", validation_alias="TAILRACE_ORCHESTRATOR_TITLES")

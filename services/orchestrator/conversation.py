@@ -15,6 +15,7 @@ from services.chassis.errors import DomainError, Overloaded
 from services.chassis.telemetry import StepRecord
 from services.orchestrator.compose import compose_errand
 from services.orchestrator.domain import KeptTurn, Summary, Turn
+from services.orchestrator.errands import Written
 from services.orchestrator.follow_up import self_contained
 from services.orchestrator.router import EXTRACTIVE
 from services.orchestrator.run import Run
@@ -53,8 +54,10 @@ async def rewrite(run: Run, step: StepRecord) -> str:
         try:
             working = run.kit.after.spawn(_text_or_nothing(errand), "rewrite")
             done, _ = await asyncio.wait({working}, timeout=REWRITE_WAIT_S)
-            written = _SPACE.sub(" ", working.result()).strip() if done else ""
-            step.note(model=run.kit.errands.model)
+            result = working.result() if done else Written()
+            written = _SPACE.sub(" ", result.text).strip()
+            if result.model:
+                step.note(model=result.model)
         except Overloaded:
             written = ""
         if 0 < len(written) <= REWRITE_CHARACTERS_MAX and _is_about(asked.text, written):
@@ -65,7 +68,7 @@ async def rewrite(run: Run, step: StepRecord) -> str:
 
 def _may_ask(run: Run) -> bool:
     """Whether a model may be asked for the sake of this answer: who asks the model that costs nothing pays for none."""
-    return bool(run.kit.errands.model) and run.question.candidates[0].provider != EXTRACTIVE
+    return run.kit.errands.possible and run.question.candidates[0].provider != EXTRACTIVE
 
 
 def _is_about(question: str, form: str) -> bool:
@@ -101,11 +104,11 @@ async def _suggest_title(run: Run) -> None:
     asked, kit = run.question, run.kit
     prompt = compose_errand(kit.templates.title, [run.turn(complete=True)])
     written = await _text_or_nothing(kit.errands.run(asked, "title", prompt, TITLE_TOKENS_MAX, LATER_WAIT_S))
-    title = _SPACE.sub(" ", written).strip(_QUOTES).rstrip(".")[:TITLE_CHARACTERS_MAX].strip()
+    title = _SPACE.sub(" ", written.text).strip(_QUOTES).rstrip(".")[:TITLE_CHARACTERS_MAX].strip()
     if not title:
         return
     try:
-        await kit.ledger.suggest_title(asked.session_id, title, kit.errands.model, asked.principal)
+        await kit.ledger.suggest_title(asked.session_id, title, written.model, asked.principal)
     except DomainError as error:
         log.warning("title_not_kept", answer_id=asked.answer_id, reason=error.reason)
 
@@ -142,17 +145,17 @@ async def _summary(run: Run, earlier: str, turns: tuple[Turn, ...]) -> tuple[str
     kit = run.kit
     if kit.limits.summaries == "model" and _may_ask(run):
         prompt = compose_errand(kit.templates.summary, turns, summary=earlier)
-        written = (await _text_or_nothing(kit.errands.run(run.question, "summary", prompt, SUMMARY_TOKENS_MAX, LATER_WAIT_S))).strip()
-        if written:
-            return written[:SUMMARY_CHARACTERS_MAX], kit.errands.model
+        written = await _text_or_nothing(kit.errands.run(run.question, "summary", prompt, SUMMARY_TOKENS_MAX, LATER_WAIT_S))
+        if text := written.text.strip():
+            return text[:SUMMARY_CHARACTERS_MAX], written.model
     return by_rule(earlier, turns), "rule"
 
 
-async def _text_or_nothing(errand: Coroutine[Any, Any, str]) -> str:
+async def _text_or_nothing(errand: Coroutine[Any, Any, Written]) -> Written:
     try:
         return await errand
     except DomainError as error:
         log.warning("errand_failed", reason=error.reason)
     except Exception as error:
         log.exception("errand_failed_unexpectedly", error=type(error).__name__)
-    return ""
+    return Written()

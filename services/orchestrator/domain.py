@@ -100,6 +100,8 @@ class ToolResult:
     name: str
     text: str
     failed: bool = False
+    flags: tuple[str, ...] = ()
+    """What makes the text look like instructions; see Passage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -514,7 +516,7 @@ class OperationRecord:
     duration_ms: float
     steps: tuple[StepChange, ...]
     attempts: tuple[Attempt, ...]
-    purpose: Literal["", "rewrite", "summary", "title"] = ""
+    purpose: Literal["", "rewrite", "shadow", "summary", "title"] = ""
     """Empty = an answer."""
 
 

@@ -5,8 +5,8 @@ account after it. What is asked, and what is done with the reply, is decided els
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from services.chassis import telemetry
@@ -17,6 +17,7 @@ from services.chassis.money import Usage
 from services.chassis.telemetry import Trail
 from services.orchestrator.domain import Attempt, CacheReceipt, Candidate, Draft, Hold, OperationRecord, Prompt, Question, StepChange
 from services.orchestrator.ports import Books, Ledger, Model
+from services.orchestrator.tariff import Tariff
 from services.orchestrator.validate import WHOLE
 
 Purpose = Literal["rewrite", "summary", "title"]
@@ -24,29 +25,47 @@ HOLD_MARGIN_S = 60.0
 """A hold outlives the call by this, so that the sweeper never books what is about to be recorded."""
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What came of an errand."""
+
+    text: str = ""
+    """Empty = nothing that can be used."""
+    model: str = ""
+    """Who wrote it."""
+
+
 class Errands:
-    """Runs them with one model, the cheapest there is; without one, everything is done by rule."""
+    """Runs them, each with the cheapest of `candidates` that has room for it; without any, everything is done by rule."""
 
     def __init__(
         self,
         ledger: Ledger,
         books: Books,
         models: Mapping[str, Model],
-        candidate: Candidate | None,
+        candidates: Sequence[Candidate],
+        tariff: Tariff,
         clock: Clock,
         new_id: Callable[[], str],
     ) -> None:
         self._ledger, self._books, self._models = ledger, books, models
-        self._candidate, self._clock, self._new_id = candidate, clock, new_id
+        self._candidates, self._tariff, self._clock, self._new_id = tuple(candidates), tariff, clock, new_id
         self.under_way: set[tuple[str, ...]] = set()
         """What is being done for whom, by those who must not begin it twice."""
 
     @property
-    def model(self) -> str:
-        """Who is asked; empty = nobody."""
-        return self._candidate.model if self._candidate is not None else ""
+    def possible(self) -> bool:
+        """Whether there is anybody to ask."""
+        return bool(self._candidates)
 
-    async def run(self, asked: Question, purpose: Purpose, prompt: Prompt, output_tokens_max: int, within_s: float) -> str:
+    def _chosen(self, prompt: Prompt, output_tokens_max: int) -> Candidate | None:
+        """Who is asked; None = nobody, or nobody has room for the prompt."""
+        able = [
+            c for c in self._candidates if c.context_tokens_max - min(output_tokens_max, c.output_tokens_max) >= prompt.input_tokens_max
+        ]
+        return self._tariff.cheapest(able, prompt.input_tokens_estimate, output_tokens_max) if able else None
+
+    async def run(self, asked: Question, purpose: Purpose, prompt: Prompt, output_tokens_max: int, within_s: float) -> Written:
         """Make one call for the user and the conversation of `asked`; return its text, nothing if that was cut or refused.
 
         It is never tried again.
@@ -54,12 +73,14 @@ class Errands:
         Raises what reserving and the model raise, DeadlineTooShort after `within_s`, Unavailable if there is no model or no room in the
         books. Cancellation: the provider's connection is closed and what was used is booked before CancelledError leaves.
         """
-        if self._candidate is None:
-            raise Unavailable("no model is configured for errands", dependency="model")
+        candidate = self._chosen(prompt, output_tokens_max)
+        if candidate is None:
+            raise Unavailable("no model is configured for errands, or none that has room for this one", dependency="model")
         if not self._books.has_room:
             raise Unavailable("too many records wait for the ledger", dependency="ledger")
         current_deadline.set(None)  # bounded by `within_s` alone: what it serves may be over before it is
-        return await _Errand(self, asked, purpose, prompt, self._candidate, output_tokens_max, within_s).run()
+        text = await _Errand(self, asked, purpose, prompt, candidate, output_tokens_max, within_s).run()
+        return Written(text, candidate.model)
 
 
 class _Errand:

@@ -125,16 +125,20 @@ class GeminiReading(Reading):
         if chunk.response_id and not draft.request_id:
             draft.request_id = chunk.response_id
         self.named(chunk.model_version)
+        broken = False
         for answer in chunk.candidates or ():
             if answer.content is not None:
                 for part in answer.content.parts or ():
                     self._more(part)
             if answer.finish_reason:
+                broken = broken or answer.finish_reason in BROKEN_OUTPUT
                 self._finish(answer.finish_reason)
         if chunk.prompt_feedback is not None and chunk.prompt_feedback.block_reason:
             self.finished, draft.finish_reason = True, "refusal"
         if chunk.usage_metadata is not None:
             self._count(chunk.usage_metadata)
+        if broken:  # only now: what it wrote is billed, and this chunk alone says how much
+            raise ModelFailed("the model wrote a call that cannot be read", provider=self.provider, cause="malformed_call")
 
     def _more(self, part: _Part) -> None:
         if part.function_call is not None:
@@ -151,8 +155,6 @@ class GeminiReading(Reading):
                 self.write(part.text)
 
     def _finish(self, reason: str) -> None:
-        if reason in BROKEN_OUTPUT:
-            raise ModelFailed("the model wrote a call that cannot be read", provider=self.provider, cause="malformed_call")
         self.finished = True
         ours = FINISH_REASONS.get(reason, "")
         self.draft.finish_reason = "tool_use" if ours == "end_turn" and self.draft.calls else ours

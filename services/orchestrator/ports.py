@@ -1,7 +1,7 @@
 """What an answer needs from the world, as protocols. Each has one adapter that speaks to something real; none is named here."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
@@ -69,6 +69,10 @@ class Memory(Protocol):
         """Offer an answer to the semantic cache; return why it was not kept, or nothing."""
         ...
 
+    async def embed(self, texts: Sequence[str]) -> list[Sequence[float]]:
+        """A vector of unit length for each of 1-256 texts of at most 32 KiB, in order, by the embedder that documents are found with."""
+        ...
+
 
 class Ledger(Protocol):
     """Money and conversations. Raises Unavailable(dependency="ledger") while it is away."""
@@ -103,7 +107,7 @@ class Ledger(Protocol):
         """Whether there is an operation of this id that the principal may see."""
         ...
 
-    async def append_turn(self, session_id: str, turn: Turn, principal: Principal, replaces: str = "") -> KeptTurn:
+    async def append_turn(self, session_id: str, turn: Turn, principal: Principal, replaces: str = "", asked_after: str = "") -> KeptTurn:
         """Keep a turn, or in the place of that of the answer `replaces`. The same answer again changes nothing. Raises NotFound."""
         ...
 
@@ -212,6 +216,10 @@ class PromptShelf(Protocol):
 
     async def get(self, tenant: str, answer_id: str) -> tuple[SentPrompt, ...]:
         """What is kept of an answer; nothing if that is nothing, or another tenant's."""
+        ...
+
+    def of_user(self, tenant: str, user: str) -> AsyncGenerator[tuple[str, tuple[SentPrompt, ...]], None]:
+        """What is kept of a user's answers, oldest first, each with its answer's id; empty where a former version kept it."""
         ...
 
     async def forget(self, tenant: str, user: str) -> int:

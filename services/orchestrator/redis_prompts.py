@@ -2,7 +2,8 @@
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
 
 import msgspec
 import redis.asyncio as redis
@@ -21,6 +22,8 @@ class _Kept(msgspec.Struct):
 
     tenant: str
     prompts: tuple[SentPrompt, ...]
+    answer_id: str = ""
+    """Empty = kept by a former version."""
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -34,7 +37,7 @@ class RedisPrompts:
         self._client, self._kept_s = client, kept_s
 
     async def keep(self, principal: Principal, answer_id: str, prompts: Sequence[SentPrompt]) -> bool:
-        value = _encode(_Kept(principal.tenant, tuple(prompts)))
+        value = _encode(_Kept(principal.tenant, tuple(prompts), answer_id))
         if not self._kept_s or len(value) > VALUE_BYTES_MAX:
             return False
         key, index, now = _key("answer", principal.tenant, answer_id), _key("user", principal.tenant, principal.user), time.time()
@@ -50,17 +53,31 @@ class RedisPrompts:
         return True
 
     async def get(self, tenant: str, answer_id: str) -> tuple[SentPrompt, ...]:
+        kept = await self._kept(tenant, _key("answer", tenant, answer_id))
+        return kept.prompts if kept is not None else ()
+
+    async def of_user(self, tenant: str, user: str) -> AsyncGenerator[tuple[str, tuple[SentPrompt, ...]], None]:
         try:
-            value = await self._client.get(_key("answer", tenant, answer_id))
+            keys: list[Any] = await self._client.zrange(_key("user", tenant, user), 0, -1)
+        except (RedisError, OSError, TimeoutError) as error:
+            raise _away() from error
+        for key in keys:  # one at a time: each may be some MiB
+            if (kept := await self._kept(tenant, key)) is not None:
+                yield kept.answer_id, kept.prompts
+
+    async def _kept(self, tenant: str, key: str | bytes) -> _Kept | None:
+        """What is kept under a key; None if that is nothing, or another tenant's."""
+        try:
+            value = await self._client.get(key)
         except (RedisError, OSError, TimeoutError) as error:
             raise _away() from error
         if not isinstance(value, bytes):
-            return ()
+            return None
         try:
             kept = _decode(value)
         except msgspec.MsgspecError:
-            return ()  # of another version
-        return kept.prompts if kept.tenant == tenant else ()
+            return None  # of another version
+        return kept if kept.tenant == tenant else None
 
     async def forget(self, tenant: str, user: str) -> int:
         index = _key("user", tenant, user)

@@ -1,5 +1,6 @@
 """The orchestrator's RPCs: check what came in, hand it on, render what comes out. No step of an answer happens here."""
 
+import contextlib
 import hashlib
 import os
 import re
@@ -18,7 +19,6 @@ from services.chassis.errors import NotFound, Overloaded, RequestInvalid
 from services.chassis.principal import Principal, current_principal
 from services.chassis.server import Server
 from services.chassis.wire import timestamp, usage_message
-from services.orchestrator import schema_rules
 from services.orchestrator.clients import cache_message, passage_message
 from services.orchestrator.domain import (
     Accepted,
@@ -43,6 +43,7 @@ from services.orchestrator.domain import (
     ToolSpec,
 )
 from services.orchestrator.log import EVENTS_MAX, Entry
+from services.orchestrator.output_schema import require as require_schema
 from services.orchestrator.ports import Books, PromptShelf
 from services.orchestrator.registry import Elsewhere, Found, Registry, owner_of
 from services.orchestrator.router import Router, Wish, writing
@@ -219,7 +220,7 @@ def _output_schema(request: pb.AnswerRequest) -> dict[str, Any] | None:
     if not request.HasField("output_schema"):
         return None
     schema = _object(request.output_schema)
-    schema_rules.require(schema, "output_schema")
+    require_schema(schema, "output_schema")
     return schema
 
 
@@ -290,7 +291,7 @@ def event_message(answer_id: str, entry: Entry) -> pb.AnswerEvent:
             confirmation = pb.ToolConfirmation(call_id=waiting.call_id, name=waiting.name, wait_ms=waiting.wait_ms)
             return pb.AnswerEvent(answer_id=answer_id, sequence=entry.sequence, tool_confirmation=confirmation)
         case ToolResult() as returned:
-            result = pb.ToolResult(call_id=returned.call_id, text=returned.text, failed=returned.failed)
+            result = pb.ToolResult(call_id=returned.call_id, text=returned.text, failed=returned.failed, flags=returned.flags)
             return pb.AnswerEvent(answer_id=answer_id, sequence=entry.sequence, tool_result=result)
         case Done() as done:
             return pb.AnswerEvent(answer_id=answer_id, sequence=entry.sequence, done=_done_message(done))
@@ -345,6 +346,11 @@ def _done_message(done: Done) -> pb.Done:
         groundedness=done.groundedness,
         sentences_judged=done.sentences_judged,
     )
+
+
+def _require_user(user: str) -> None:
+    if not 1 <= len(user) <= USER_CHARACTERS_MAX:
+        raise RequestInvalid("the user is missing or too long", field="user", bound=f"1-{USER_CHARACTERS_MAX} characters")
 
 
 def _prompt_message(sent: SentPrompt) -> pb.SentPrompt:
@@ -422,12 +428,20 @@ class OrchestratorRpc(pb_grpc.OrchestratorServiceServicer):
             raise NotFound("no prompts are kept of this answer", kind="prompts")
         return pb.GetPromptsResponse(prompts=map(_prompt_message, prompts))
 
+    async def ExportPrompts(self, request: pb.ExportPromptsRequest, context: grpc.aio.ServicerContext) -> None:  # type: ignore[override]
+        admin = current_principal()
+        admin.require("admin")
+        admin.require_scope("admin")
+        _require_user(request.user)
+        async with contextlib.aclosing(self._shelf.of_user(admin.tenant, request.user)) as kept:
+            async for answer_id, prompts in kept:
+                await context.write(pb.ExportPromptsResponse(answer_id=answer_id, prompts=map(_prompt_message, prompts)))
+
     async def ForgetPrompts(self, request: pb.ForgetPromptsRequest, context: grpc.aio.ServicerContext) -> pb.ForgetPromptsResponse:
         admin = current_principal()
         admin.require("admin")
         admin.require_scope("admin")
-        if not 1 <= len(request.user) <= USER_CHARACTERS_MAX:
-            raise RequestInvalid("the user is missing or too long", field="user", bound=f"1-{USER_CHARACTERS_MAX} characters")
+        _require_user(request.user)
         # Also where nothing is kept any more: what was kept before the setting was changed is still there.
         return pb.ForgetPromptsResponse(forgotten=await self._shelf.forget(admin.tenant, request.user))
 

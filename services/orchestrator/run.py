@@ -49,6 +49,7 @@ from services.orchestrator.ports import Books, Credit, ExactCache, Ledger, Memor
 from services.orchestrator.standalone import language
 from services.orchestrator.templates import Templates, filled
 from services.orchestrator.tools.toolbox import Toolset
+from services.orchestrator.unfencing import Unfencing
 from services.orchestrator.validate import danger, judge
 
 FACTS_MAX = 16
@@ -119,6 +120,8 @@ class Run:
         self.pieces: list[str] = []
         self._paragraph_due = False
         self.model = self.provider = self.finish_reason = self.verdict = ""
+        self.purpose: Literal["", "shadow"] = ""
+        """What it is booked as, if not as an answer to somebody."""
         self.first_token_ms = 0.0
         self.attempts: list[Attempt] = []
         self.route = question.route or Route(question.tier, question.candidates)
@@ -127,6 +130,8 @@ class Run:
         """Whether text is kept from readers until it was checked."""
         self.watch: JsonWatch | None = None
         """Set where text of a schema is shown as it comes: what cannot satisfy it any more is not shown."""
+        self.unfencing: Unfencing | None = None
+        """Set beside it: a block of code around the JSON is not shown either."""
         self._attempts_begun = 0
         self._returned: list[str] = []
         """Texts of tools, which the answer may repeat as it may its passages."""
@@ -223,6 +228,8 @@ class Run:
         if self._paragraph_due:
             self._paragraph_due = False
             text = "\n\n" + text
+        if self.unfencing is not None and not (text := self.unfencing.feed(text)):
+            return
         if self.watch is not None and (wrong := self.watch.feed(text)):
             raise OutputInvalid("what the model writes cannot satisfy the schema any more", keyword=wrong)
         if not self.first_token_ms:
@@ -322,6 +329,7 @@ class Run:
             duration_ms=round(self.trail.elapsed_ms, 3),
             steps=tuple(steps),
             attempts=attempts,
+            purpose=self.purpose,
         )
 
     def turn(self, *, complete: bool) -> Turn:

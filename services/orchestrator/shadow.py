@@ -13,7 +13,7 @@ import structlog
 from services.chassis.deadline import Deadline, current_deadline
 from services.chassis.errors import AnswerCancelled, DeadlineTooShort, DomainError
 from services.chassis.principal import Principal, set_current
-from services.orchestrator.agreement import agreement
+from services.orchestrator.agreement import agreement, parts_of, similarity
 from services.orchestrator.attempts import first_draft
 from services.orchestrator.domain import Prompt, Route
 from services.orchestrator.log import EventLog
@@ -40,10 +40,10 @@ class Shadows:
     def offer(self, run: Run, prompt: Prompt) -> None:
         """Answer the prompt of `run`, whose text was checked, by the other tier as well, if its route's sample draws it. Waits for nothing.
 
-        An answer that used tools is not drawn: its prompt is not all that it came from.
+        An answer that used tools, or looked at pictures, is not drawn: its prompt is not all that it came from.
         """
         route, asked = run.route.shadow, run.question
-        if route is None or asked.tools or asked.server_tools or asked.tool_results or run.finish_reason == "tool_use":
+        if route is None or asked.tools or asked.server_tools or asked.tool_results or asked.images or run.finish_reason == "tool_use":
             return
         if self._random() >= run.route.shadow_share or len(self._running) >= self._running_max:
             return
@@ -78,6 +78,11 @@ class Shadows:
                 chosen = run.choices[-1]
                 step.note(of=run.question.answer_id, tier=chosen.tier, model=run.model, cost_nanousd=run.cost_nanousd, verdict=run.verdict)
                 step.note(other_tier=route.tier, other_verdict=shadow.verdict, agreement=f"{agreement(run.text, shadow.text):.3f}")
+                for name, grounded in (("groundedness", run.citations.groundedness), ("other_groundedness", shadow.citations.groundedness)):
+                    if grounded is not None:
+                        step.note(**{name: f"{grounded:.3f}"})
+                if (alike := await _similarity(run, shadow)) is not None:
+                    step.note(similarity=f"{alike:.3f}")
                 if chosen.difficulty is not None:
                     step.note(difficulty=chosen.difficulty)
         except asyncio.CancelledError:
@@ -109,8 +114,22 @@ class Shadows:
             route=route,
         )
         shadow = Run(question, run.kit, EventLog(answer_id))
+        shadow.purpose = "shadow"
         shadow.show(run.passages)
         return shadow
+
+
+async def _similarity(run: Run, shadow: Run) -> float | None:
+    """How near both answers are in meaning; None if that cannot be told, which is no reason to lose the rest of the comparison."""
+    parts, others = parts_of(run.text), parts_of(shadow.text)
+    if not parts or not others:
+        return None
+    try:
+        vectors = await run.kit.memory.embed([*parts, *others])
+    except DomainError as error:
+        log.warning("shadow_not_embedded", reason=error.reason)
+        return None
+    return similarity(vectors[: len(parts)], vectors[len(parts) :])
 
 
 async def _record(shadow: Run, failure: DomainError | None) -> None:

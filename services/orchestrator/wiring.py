@@ -44,6 +44,7 @@ from services.orchestrator.rpc import OrchestratorRpc, event_bytes, new_answer_i
 from services.orchestrator.run import Limits, Toolkit
 from services.orchestrator.shadow import Shadows
 from services.orchestrator.standalone import language
+from services.orchestrator.tariff import Tariff
 from services.orchestrator.templates import FOLDER, read_templates
 from services.orchestrator.tools.addresses import parse_hosts
 from services.orchestrator.tools.calculator import Calculator
@@ -142,6 +143,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
         shelf = RedisPrompts(cache, kept_s=settings.prompts_kept_s)
         folder = settings.prompts_dir or FOLDER
         shadows = Shadows(settings.shadow_tenant, new_answer_id, random.random)
+        tariff = Tariff(ledger)
         kit = Toolkit(
             memory,
             ledger,
@@ -153,7 +155,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             read_templates(settings.answer_prompts, folder),
             limits,
             leases,
-            Errands(ledger, books, models, errand_candidate(router, settings.errands_tier), clock, new_answer_id),
+            Errands(ledger, books, models, errand_candidates(router, settings.errands_tier), tariff, clock, new_answer_id),
             shelf if settings.prompts_kept_s else None,
             Health(time.monotonic, random.random),
             read_template(CONTINUE_FILE),
@@ -180,6 +182,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             "publisher": publisher.run_forever(),
             "lease": registry.live_forever(),
             "credit leases": leases.live_forever(),
+            "prices": tariff.keep_forever(),
             "cancels": registry.listen_forever(),
             "models file": reload_forever(router, models_file),
             "interrupted answers": tell_interrupted(logs, outbox.interrupted),
@@ -274,15 +277,15 @@ def open_tools(
     return Toolset(Toolbox(built_in, sources, confirmed), pending, Confirmations(RedisWords(cache, settings.logs_timeout_s)), limits)
 
 
-def errand_candidate(router: Router, tier: str) -> Candidate | None:
-    """Who does small calls: the first of the tier. Nobody, if there is no such tier or no provider of it is configured."""
+def errand_candidates(router: Router, tier: str) -> tuple[Candidate, ...]:
+    """Who may do small calls: the models of the tier. Nobody, if there is no such tier or no provider of it is configured."""
     if not tier:
-        return None
+        return ()
     try:
-        candidate = router.route(Wish(tier=tier)).candidates[0]
+        candidates = router.route(Wish(tier=tier)).candidates
     except (ModelUnknown, NotAllowed):
-        return None
-    return candidate if candidate.provider != EXTRACTIVE else None
+        return ()
+    return tuple(candidate for candidate in candidates if candidate.provider != EXTRACTIVE)
 
 
 async def tell_interrupted(logs: SharedLogs, left: Sequence[tuple[str, str]]) -> None:

@@ -17,12 +17,12 @@ import structlog
 from services.chassis.afterwork import AfterWork
 from services.chassis.ending import ended
 from services.chassis.errors import DomainError, Internal, NotAllowed, NotFound, Overloaded, Unavailable
+from services.chassis.injection import flags_of
 from services.chassis.telemetry import span
 from services.retrieval import facts
 from services.retrieval.access import everything_of, readers_of
 from services.retrieval.chunking import CUT, chunked, in_context
 from services.retrieval.domain import Chunk, Document, Extracted, Progress, Stage, Upload, Viewer, document_id
-from services.retrieval.injection import flags_of
 from services.retrieval.jobs import Claim, JobState, JobStore, Owner, Taken, Told
 from services.retrieval.ports import Embedder, SparseEncoder, Vectors
 from services.retrieval.registry import Registry

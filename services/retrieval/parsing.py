@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import structlog
 
 import services
 from services.chassis.errors import DocumentRejected, Unavailable
+from services.chassis.processes import end_of
 from services.retrieval.domain import Extracted, Upload
 from services.retrieval.parsers.frames import LENGTH, OUT_OF_MEMORY, OUTCOME, OUTCOME_BYTES_MAX, Outcome, Task, framed
 from services.retrieval.parsers.rejection import rejected
@@ -62,7 +62,7 @@ class _Worker:
         self.process = process
         self.files = 0
         self.idle: asyncio.TimerHandle | None = None
-        self.ended = _end_of(process)
+        self.ended = end_of(process)
         """Its exit code, once there is one."""
         self.ended.add_done_callback(lambda _: tasks.close())
         self._outcomes, self._tasks = outcomes, tasks
@@ -249,20 +249,6 @@ def _process(line: socket.socket, limits: Limits) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(
         (*command, *map(str, arguments)), stdin=line.fileno(), stdout=line.fileno(), stderr=subprocess.DEVNULL, env=_environment()
     )
-
-
-def _end_of(process: "subprocess.Popen[bytes]") -> asyncio.Future[int]:
-    """The exit code to come. A thread waits for it, which every system has."""
-    loop = asyncio.get_running_loop()
-    ended: asyncio.Future[int] = loop.create_future()
-
-    def wait() -> None:
-        returncode = process.wait()
-        with contextlib.suppress(RuntimeError):  # nobody is there any more to be told
-            loop.call_soon_threadsafe(ended.set_result, returncode)
-
-    threading.Thread(target=wait, name="parser process", daemon=True).start()
-    return ended
 
 
 def _environment() -> dict[str, str]:

@@ -27,6 +27,7 @@ RULES = {
         "CancelAnswer": MEMBER,
         "ConfirmToolCall": MEMBER,
         "GetPrompts": ADMIN,
+        "ExportPrompts": ADMIN,
         "ForgetPrompts": ADMIN,
         "ListModels": MEMBER,
         "GetStatus": SERVICE,

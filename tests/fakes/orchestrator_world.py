@@ -116,6 +116,14 @@ class FakeRetrieval(retrieval_rpc.RetrievalServiceServicer):
         await context.write(retrieval_pb.RecallResponse(verdict=verdict))
         await context.write(retrieval_pb.RecallResponse(passages=retrieval_pb.RecallPassages(passages=self.passages)))
 
+    async def Embed(self, request: retrieval_pb.EmbedRequest, context: grpc.aio.ServicerContext) -> retrieval_pb.EmbedResponse:
+        """The same text has the same vector, any two others stand at right angles."""
+        if self.away:
+            raise Unavailable("qdrant is away", dependency="qdrant")
+        places = {text: place for place, text in enumerate(dict.fromkeys(request.texts))}
+        rows = [retrieval_pb.Embedding(values=[float(n == places[text]) for n in range(len(request.texts))]) for text in request.texts]
+        return retrieval_pb.EmbedResponse(embeddings=rows, embedder_id="fake")
+
     async def RememberAnswer(
         self, request: retrieval_pb.RememberAnswerRequest, context: grpc.aio.ServicerContext
     ) -> retrieval_pb.RememberAnswerResponse:
@@ -133,6 +141,9 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
     open_holds: set[str] = field(default_factory=set)
     operations: dict[str, ledger_pb.Operation] = field(default_factory=dict)
     records: int = 0
+    prices_told: int = 0
+    turned_away: int = 0
+    """Turns that were to follow or replace one that the conversation has not."""
     turns: dict[str, list[ledger_pb.Turn]] = field(default_factory=dict)
     summaries: dict[str, ledger_pb.Summary] = field(default_factory=dict)
     """By the answer they reach."""
@@ -177,6 +188,15 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
         message.GetCurrentTime()
         reply.price.CopyFrom(price_message(price, message.ToDatetime()))
         return reply
+
+    async def ListPrices(self, request: ledger_pb.ListPricesRequest, context: grpc.aio.ServicerContext) -> None:
+        if self.away:
+            raise Unavailable("postgres is away", dependency="postgres")
+        now = ledger_pb.ReserveResponse().expires_at
+        now.GetCurrentTime()
+        for price in PRICES.values():
+            await context.write(ledger_pb.ListPricesResponse(price=price_message(price, now.ToDatetime())))
+        self.prices_told += 1
 
     async def LendCredit(self, request: ledger_pb.LendCreditRequest, context: grpc.aio.ServicerContext) -> ledger_pb.LendCreditResponse:
         if self.away:
@@ -246,13 +266,15 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
         if self.away:
             raise Unavailable("postgres is away", dependency="postgres")
         await self.keeping.wait()
-        turns = self.turns.setdefault(request.session_id, [])
+        turns = self.turns.get(request.session_id, [])
         parents = {turn.answer_id: turn.parent_answer_id for turn in turns}
-        if request.replaces and request.replaces not in parents:
+        if not {request.replaces, request.asked_after} - {""} <= parents.keys():
+            self.turned_away += 1
             raise NotFound("the conversation has no such turn", kind="turn")
         if request.turn.answer_id not in parents:
             head = turns[-1].answer_id if turns else ""
             request.turn.parent_answer_id = parents[request.replaces] if request.replaces else head
+            turns = self.turns.setdefault(request.session_id, turns)
             turns.append(request.turn)
         unsummarised = 0
         for turn in reversed(self.branch(request.session_id)):

@@ -40,6 +40,7 @@ from services.orchestrator.health import Health
 from services.orchestrator.log import EventLog
 from services.orchestrator.run import Limits, Toolkit
 from services.orchestrator.shadow import Shadows
+from services.orchestrator.tariff import Tariff
 from services.orchestrator.templates import read_templates
 from services.orchestrator.tools.confirmations import Confirmations
 from services.orchestrator.tools.toolbox import Output, Tool, Toolbox, ToolLimits, Toolset
@@ -187,7 +188,7 @@ class _Yes:
     async def history(self, session_id: str, limit: int, until: str = "") -> History:
         return History()
 
-    async def append_turn(self, session_id: str, turn: Any, principal: Principal, replaces: str = "") -> KeptTurn:
+    async def append_turn(self, session_id: str, turn: Any, principal: Principal, replaces: str = "", asked_after: str = "") -> KeptTurn:
         self.turns_kept.append(turn)
         return KeptTurn(len(self.turns_kept), 0)
 
@@ -281,7 +282,7 @@ async def answered(
         *(anything, anything, anything, anything),
         {"scripted": model},
         *(AfterWork(), _Clock(), read_templates("answer.v1"), bounds, anything),
-        *(Errands(anything, anything, {}, None, _Clock(), lambda: ""), None),
+        *(Errands(anything, anything, {}, (), Tariff(anything), _Clock(), lambda: ""), None),
         *(Health(lambda: 0.0, lambda: 0.0), read_template(CONTINUE_FILE), Shadows("", lambda: "", lambda: 1.0), toolset),
     )
     log = EventLog(asked.answer_id) if events is None else events  # an empty log is falsy

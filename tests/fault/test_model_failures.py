@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from bench.script import Behaviour, Record
+from bench.script import Behaviour, Record, ScriptedCall
 from services.chassis.errors import DomainError
 from services.local.stores import Valkey
 from tailrace.ledger.v1 import ledger_service_pb2 as ledger_pb
@@ -61,6 +62,10 @@ class Row:
     """The same where the whole answer is asked for."""
     whole_calls: int = 0
     """Calls of the first model then, if they are others."""
+    elsewhere: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    """Calls and end with a provider where they are others, by its name in SUBJECTS."""
+    arguments: str = ""
+    """What the first model calls the calculator with, before it answers. `{mark}` stands for the cell's own word."""
 
 
 BEFORE = "next"
@@ -70,6 +75,7 @@ ROWS = [
     Row("silence before the first byte", {"fault": "hang"}, 1, BEFORE, BEFORE),
     Row("silence before the first token", {"fault": "stall_after"}, 1, BEFORE, BEFORE),
     Row("error in a 200 before the first token", {"fault": "error_in_200"}, 3, BEFORE, BEFORE),
+    Row("late 429 before the first token", {"fault": "limit_in_200"}, 3, BEFORE, BEFORE),
     Row("malformed before the first token", {"fault": "malformed"}, 3, BEFORE, BEFORE),
     Row("end before the first token", {"fault": "end_after"}, 3, BEFORE, BEFORE),
     Row("400", {"fault": "status", "status": 400}, 1, "MODEL_REFUSED", "MODEL_REFUSED"),
@@ -88,6 +94,7 @@ ROWS = [
     Row("end without its last event", {"fault": "end_after", "fault_at": 7}, 1, "MODEL_FAILED", BEFORE, 3),
     Row("malformed after the first token", {"fault": "malformed", "fault_at": 7}, 1, "MODEL_FAILED", BEFORE, 3),
     Row("error in a 200 after the first token", {"fault": "error_in_200", "fault_at": 7}, 1, "MODEL_OVERLOADED", BEFORE, 3),
+    Row("late 429 after the first token", {"fault": "limit_in_200", "fault_at": 7}, 1, "MODEL_OVERLOADED", BEFORE, 3),
     Row("silence after the first token", {"fault": "stall_after", "fault_at": 7}, 1, "MODEL_STALLED", BEFORE, 1),
     Row("slow drip", {"fault": "slow_drip"}, 1, "answer", "answer"),
     Row("usage missing", {"fault": "late_usage_missing"}, 1, "answer", "answer"),
@@ -95,6 +102,9 @@ ROWS = [
     Row("usage doubled", {"fault": "doubled_usage"}, 1, "answer", "answer"),
     Row("refusal", {"fault": "refusal"}, 1, "answer", "answer"),
     Row("empty answer", {"tokens": 0, "cites": False, "fail_first": 1}, 1, "escalated", "escalated"),
+    # Gemini reads arguments itself, and says of what it cannot read only that there was something.
+    Row("tool arguments that are no JSON", {}, 2, "answer", "answer", 0, {"gemini": (3, BEFORE)}, '{"expression": "{mark}'),
+    Row("tool arguments against the schema", {}, 2, "answer", "answer", 0, {}, '{"expresion": "{mark}"}'),
     Row("huge answer", {"tokens": 20_000}, 1, "answer", "answer"),
 ]
 
@@ -106,6 +116,7 @@ class Cell:
     row: Row
     is_whole: bool
     number: int
+    subject: str
 
     @property
     def name(self) -> str:
@@ -123,6 +134,8 @@ class Cell:
     @property
     def expected(self) -> tuple[int, str]:
         """Calls of the first model, and the end."""
+        if self.subject in self.row.elsewhere:
+            return self.row.elsewhere[self.subject]
         if self.is_whole:
             return self.row.whole_calls or self.row.calls, self.row.whole
         return self.row.calls, self.row.stream
@@ -137,31 +150,49 @@ class Cell:
             wanted.pop("fail_first")
         return Behaviour(**wanted)
 
+    @property
+    def arguments(self) -> str:
+        return self.row.arguments.replace("{mark}", f"wrong-{self.number}-arguments")
 
-CELLS = [Cell(row, is_whole, 2 * place + is_whole) for place, row in enumerate(ROWS) for is_whole in (False, True)]
+    def rules(self) -> list[tuple[bytes, Behaviour]]:
+        """What the provider does, the most particular last."""
+        mark = self.mark.encode() + b" "
+        if not self.arguments:
+            return [(mark, self.behaviour())]
+        usual = self.behaviour()
+        calls = msgspec.structs.replace(usual, calls=(ScriptedCall(name="calculator", arguments=self.arguments),))
+        # Once it sees what it wrote, or where the next model is asked, there is an answer.
+        return [(mark, calls), (f"wrong-{self.number}-arguments".encode(), usual), (f"\n{self.models[1]}".encode(), usual)]
 
 
-def models_file(subject: Subject) -> str:
+def cells_of(subject: str) -> list[Cell]:
+    """The whole matrix of one provider."""
+    return [Cell(row, is_whole, 2 * place + is_whole, subject) for place, row in enumerate(ROWS) for is_whole in (False, True)]
+
+
+def models_file(subject: Subject, cells: list[Cell]) -> str:
     """Every cell's tier, and the tier its empty or doubtful answers are escalated to."""
     row = 'provider = "{provider}"\ncontext_tokens_max = 200_000\noutput_tokens_max = 64_000\n'
     parts = ['[tiers.fast]\nmodels = ["extractive"]\n']
-    for cell in CELLS:
+    for cell in cells:
         first, following, better = cell.models
         parts.append(f'[tiers.t{cell.number}]\nmodels = ["{first}", "{following}"]\nescalate_to = "b{cell.number}"\n')
         parts.append(f'[tiers.b{cell.number}]\nmodels = ["{better}"]\n')
-    for name in (model for cell in CELLS for model in cell.models):
-        parts.append(f'[[models]]\nmodel = "{name}"\n{row.format(provider=subject.provider)}')
+    for name in (model for cell in cells for model in cell.models):
+        parts.append(f'[[models]]\nmodel = "{name}"\n{row.format(provider=subject.provider)}capabilities = ["tools"]\n')
     parts.append(f'[[models]]\nmodel = "extractive"\n{row.format(provider="extractive")}')
     return "\n".join(parts)
 
 
 @asynccontextmanager
-async def ground(subject: Subject, folder: Path, valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+async def ground(
+    subject: Subject, cells: list[Cell], folder: Path, valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[World]:
     """A world whose models file has a tier for each cell."""
-    for name in (model for cell in CELLS for model in cell.models):
+    for name in (model for cell in cells for model in cell.models):
         monkeypatch.setitem(PRICES, name, replace(PRICES[subject.price_of], model=name))
     path = folder / "models.toml"
-    path.write_text(models_file(subject))
+    path.write_text(models_file(subject, cells))
     limits = {"TAILRACE_MODEL_FIRST_TOKEN_S": "3", "TAILRACE_MODEL_STALL_S": "2", "TAILRACE_MODELS_FILE": str(path)}
     async with world(folder, valkey.url, **limits, **subject.variables) as running:
         yield running
@@ -169,16 +200,20 @@ async def ground(subject: Subject, folder: Path, valkey: Valkey, monkeypatch: py
 
 async def run_cell(running: World, cell: Cell) -> list[str]:
     """Ask, look at everything from all sides, and return what is not as it shall be."""
-    running.provider.rules.append((cell.mark.encode() + b" ", cell.behaviour()))
+    running.provider.rules += cell.rules()
     if cell.row.behaviour.get("tokens") == 0:
         running.provider.rules.append((cell.models[2].encode(), Behaviour()))
     reply, error = Reply(), ""
-    fields = {"whole": True, "cancel_on_disconnect": True} if cell.is_whole else {}
+    fields: dict[str, Any] = {"whole": True, "cancel_on_disconnect": True} if cell.is_whole else {}
+    if cell.arguments:
+        fields["server_tools"] = ["calculator"]
     question = f"Which port does the gateway listen on, {cell.mark} ?"
     try:
         await running.ask(question, into=reply, tier=f"t{cell.number}", max_output_tokens=64_000, cache=pb.CACHE_MODE_OFF, **fields)
     except DomainError as failure:
         error = failure.reason
+    if not reply.events:
+        return [f"{cell.name}: refused with {error}"]
     operation = await running.booked(reply.answer_id)
 
     def records() -> list[Record]:
@@ -199,6 +234,8 @@ async def run_cell(running: World, cell: Cell) -> list[str]:
         "text": not error and reply.text and reply.text.split()[0] != "All",
         "status": operation.status != ("failed" if error else "done") or operation.error_reason != error,
         "attempts": len(operation.attempts) != len(records()),
+        "tool results": [event.tool_result.failed for event in reply.events if event.HasField("tool_result")]
+        != ([True] if cell.arguments and end == "answer" else []),
         "usage": not booked_right(operation, records(), cell.row.name == "usage zero"),
     }
     return [f"{cell.name}: {what} (saw {seen}, {[r.model for r in records()]}, {told})" for what, is_wrong in wrong.items() if is_wrong]
@@ -229,17 +266,17 @@ async def test_every_fault_ends_as_the_matrix_says(
     name: str, tmp_path: Path, valkey: Valkey, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exactly one typed end, the right tries and the right next model, every call booked, every socket closed, no hold left open."""
-    free = asyncio.Semaphore(AT_ONCE)
-    async with ground(SUBJECTS[name], tmp_path, valkey, monkeypatch) as running:
+    free, cells = asyncio.Semaphore(AT_ONCE), cells_of(name)
+    async with ground(SUBJECTS[name], cells, tmp_path, valkey, monkeypatch) as running:
 
         async def bounded(cell: Cell) -> list[str]:
             async with free:
                 return await run_cell(running, cell)
 
-        wrong = [line for lines in await asyncio.gather(*map(bounded, CELLS)) for line in lines]
+        wrong = [line for lines in await asyncio.gather(*map(bounded, cells)) for line in lines]
         await until(lambda: not running.ledger.open_holds)
     with capsys.disabled():
-        print(f"\n{name}: {len(CELLS) - len({line.split(':')[0] for line in wrong})} of {len(CELLS)} cells as the matrix says")
+        print(f"\n{name}: {len(cells) - len({line.split(':')[0] for line in wrong})} of {len(cells)} cells as the matrix says")
 
     assert wrong == []
 
@@ -250,6 +287,7 @@ def table() -> str:
     lines = ["| fault | calls of the model | read along | as one document |", "|---|---|---|---|"]
     for row in ROWS:
         calls = f"{row.calls}, {row.whole_calls} as one document" if row.whole_calls not in (0, row.calls) else f"{row.calls}"
+        calls += "".join(f"; {provider}: {few}, {ends.get(end, f'`{end}`')}" for provider, (few, end) in row.elsewhere.items())
         lines.append(f"| {row.name} | {calls} | {ends.get(row.stream, f'`{row.stream}`')} | {ends.get(row.whole, f'`{row.whole}`')} |")
     return "\n".join(lines)
 
@@ -468,9 +506,11 @@ async def test_shadow_answer_is_unseen_and_booked_on_its_own_tenant_with_what_it
     assert (reply.text, reply.done.cost_nanousd) == (only_said, mine.cost_nanousd)
     assert len(mine.attempts) == len(shadow.attempts) == 1
     assert (mine.model, shadow.model, shadow.user) == ("claude-haiku-5-5", "claude-sonnet-5-5", "shadow")
+    assert (mine.purpose, shadow.purpose) == ("", "shadow")
     assert (facts["of"], facts["tier"], facts["other_tier"]) == (reply.answer_id, "watched", "better")
     assert (facts["verdict"], facts["other_verdict"], facts["agreement"]) == ("citation_unknown", "passed", "1.000")
     assert int(facts["cost_nanousd"]) == mine.cost_nanousd > 0
+    assert (facts["other_groundedness"], facts["similarity"]) == ("1.000", "1.000") and "groundedness" not in facts
     assert b"8080" not in shadow.SerializeToString()
 
 

@@ -65,8 +65,9 @@ class ConversationRpcs:
         session_id = checks.text(request.session_id, "session_id", SESSION_CHARACTERS_MAX, empty=False)
         turn = messages.turn_value(request.turn, self._clock.now())
         replaces = checks.uuid(request.replaces, "replaces") if request.replaces else None
+        asked_after = checks.uuid(request.asked_after, "asked_after") if request.asked_after else None
         with span("ledger.append_turn"):
-            place, unsummarised = await self._conversations.append(current_principal(), session_id, turn, replaces)
+            place, unsummarised = await self._conversations.append(current_principal(), session_id, turn, replaces, asked_after)
         return pb.AppendTurnResponse(ordinal=place, unsummarised=unsummarised)
 
     async def PutSummary(self, request: pb.PutSummaryRequest, _: object) -> pb.PutSummaryResponse:

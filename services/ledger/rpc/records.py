@@ -26,7 +26,7 @@ log = structlog.get_logger(__name__)
 RECORDS_MAX = 256
 """Most records that are booked in one transaction: the commit is shared by all, and their rows are locked by it until then."""
 HEARTBEAT_S = 15.0
-GROUPINGS = ("day", "hour", "tenant", "user", "key", "session", "model", "tier", "step", "cache")
+GROUPINGS = ("day", "hour", "tenant", "user", "key", "session", "model", "tier", "step", "cache", "purpose")
 GROUPINGS_MAX = 4
 USAGE_DEFAULT = timedelta(days=30)
 USAGE_MAX = timedelta(days=400)

@@ -42,7 +42,7 @@ class SearchDocuments:
         if not hits:
             return Output("Nothing was found.")
         hits = _fitting(hits)
-        return Output("\n\n".join(map(_told, hits)), suspicious=any(hit.flags for hit in hits), passages=hits)
+        return Output("\n\n".join(map(_told, hits)), passages=hits)
 
 
 def _fitting(hits: Sequence[Passage]) -> tuple[Passage, ...]:

@@ -6,7 +6,7 @@ import orjson
 
 from services.chassis.errors import RequestInvalid
 from services.orchestrator.domain import Image, Suspended, ToolResult, ToolSpec
-from services.orchestrator.tools.schemas import Schema, SchemaRefused, closed
+from services.orchestrator.json_schema import Schema, SchemaRefused, closed
 from services.orchestrator.tools.toolbox import CALL_ID_CHARACTERS_MAX, DESCRIPTION_CHARACTERS_MAX, NAME, TOOLS_MAX
 
 IMAGES_MAX = 8

@@ -14,13 +14,14 @@ from opentelemetry.trace import SpanKind
 from services.chassis import telemetry
 from services.chassis.deadline import current_deadline
 from services.chassis.errors import DomainError, ModelFailed, Overloaded, RequestInvalid
+from services.chassis.injection import flags_of_long
 from services.chassis.telemetry import StepRecord, span
 from services.orchestrator.attempts import first_draft
 from services.orchestrator.compose import MESSAGE_OVERHEAD_TOKENS, fenced_question, fenced_result, tokens_max
 from services.orchestrator.domain import Draft, Message, Prompt, Suspended, ToolCall, ToolConfirmation, ToolResult, ToolSpec
+from services.orchestrator.json_schema import Schema, SchemaRefused, ValueRefused, parse_object
 from services.orchestrator.run import Run
 from services.orchestrator.tools.intake import results_for
-from services.orchestrator.tools.schemas import Schema, SchemaRefused, ValueRefused, parse_object
 from services.orchestrator.tools.toolbox import CALL_ID_CHARACTERS_MAX, Allowed, Bench, Handed, Judged, Output, Refused, ToolFailed
 
 log = structlog.get_logger(__name__)
@@ -140,8 +141,11 @@ def _equipped(run: Run, bench: Bench, prompt: Prompt) -> Prompt:
 
 
 def _room(run: Run) -> int:
+    """Tokens that a prompt may have with every model that may come to see it: also where the answer is escalated, or made cheaper."""
     asked = run.question
-    return min(c.context_tokens_max - min(asked.output_tokens_max, c.output_tokens_max) for c in asked.candidates)
+    ways = [way for way in (run.route, run.route.escalation, run.route.cheaper) if way is not None]
+    rooms = [c.context_tokens_max - min(asked.output_tokens_max, c.output_tokens_max) for way in ways for c in way.candidates]
+    return min(rooms + [way.prompt_tokens_max for way in ways if way.prompt_tokens_max is not None])
 
 
 def _size_of(spec: ToolSpec) -> int:
@@ -204,10 +208,15 @@ async def _call(run: Run, verdict: Allowed | Refused, used: _Used) -> _Made:
         text = _cut(output.text, min(limits.result_bytes_max, max(0, limits.results_bytes_max - used.bytes)))
         used.bytes += len(text.encode())
         step.note(tool=name, outcome=outcome, bytes=len(text.encode()))
-        shown = ToolResult(call.call_id, call.name, text, failed=outcome != "done")
-        fenced = fenced_result(text, suspicious=output.suspicious)
+        # In a thread: a page may be long, and other streams go on. What a search found was looked at when it was stored.
+        flags = await asyncio.to_thread(flags_of_long, text)
+        flags = tuple(sorted({*flags, *(flag for passage in output.passages for flag in passage.flags)}))
+        if flags:
+            step.note(flags=", ".join(flags))
+        shown = ToolResult(call.call_id, call.name, text, failed=outcome != "done", flags=flags)
+        fenced = fenced_result(text, suspicious=bool(flags))
         if output.passages and text == output.text and (cited := run.show_more(output.passages)):
-            fenced = fenced_result("", cited, suspicious=output.suspicious)  # the same, with numbers
+            fenced = fenced_result("", cited, suspicious=bool(flags))  # the same, with numbers
         return _Made(shown, replace(shown, text=fenced))
 
 

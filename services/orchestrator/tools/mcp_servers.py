@@ -1,12 +1,14 @@
-"""Tools of MCP servers, over streamable HTTP, in both revisions of the protocol: with a session (2025-11-25) and without (2026-07-28).
+"""Tools of MCP servers, over streamable HTTP or as programs of our own (`mcp_process`), in both revisions of the protocol: with a session
+(2025-11-25) and without (2026-07-28).
 
-Nothing a server says is trusted: its schemas are looked through, its texts are bounded, and it learns no user's name. Each list and each
-call has a connection of its own, so that no session, and nothing a server keeps in one, is shared between users; what was learnt of a
-server's revision is kept, so that one without sessions is asked once and not twice.
+Nothing a server says is trusted: its schemas are looked through, its texts are bounded, and it learns no user's name. Over HTTP each list
+and each call has a connection of its own, so that no session, and nothing a server keeps in one, is shared between users; what was learnt
+of a server's revision is kept, so that one without sessions is asked once and not twice.
 """
 
 import contextlib
 import logging
+import os
 import re
 import tomllib
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -26,7 +28,9 @@ from mcp.shared.exceptions import MCPError
 from services.chassis.errors import Unavailable
 from services.orchestrator.compose import tool_description
 from services.orchestrator.domain import Question, ToolSpec
-from services.orchestrator.tools.schemas import Schema, SchemaRefused, closed
+from services.orchestrator.json_schema import Schema, SchemaRefused, closed
+from services.orchestrator.tools.mcp_process import ServerProcess
+from services.orchestrator.tools.mcp_session import CONNECTIONS_MAX, RESPONSE_BYTES_MAX, US, Session, first_of, greet, settled
 from services.orchestrator.tools.toolbox import NAME, Output, Tool, ToolFailed
 
 log = structlog.get_logger(__name__)
@@ -35,16 +39,17 @@ SERVERS_MAX = 32
 LISTED_MAX = 256
 PAGES_MAX = 16
 DESCRIPTION_CHARACTERS_MAX = 2_000
-RESPONSE_BYTES_MAX = 4 * 1024 * 1024
 EVENT_BYTES_MAX = 1024 * 1024
 CONNECT_S, READ_S = 5.0, 60.0
-CONNECTIONS_MAX = 32
 AWAY_S = 5.0
 """How long a server that could not be reached is left alone before its tools are asked for again."""
 _SERVER_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,23}")
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _UNNAMABLE = re.compile(r"[^A-Za-z0-9_-]")
-_KEYS = frozenset({"url", "headers", "tools", "confirm", "list_life_s"})
+_HTTP_KEYS = frozenset({"url", "headers"})
+_PROGRAM_KEYS = frozenset({"command", "environment", "life_s"})
+_KEYS = _HTTP_KEYS | _PROGRAM_KEYS | {"tools", "confirm", "list_life_s"}
+ARGUMENTS_MAX = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,7 @@ class ServerSettings:
 
     name: str
     url: str
+    """Empty for a program."""
     headers: Mapping[str, str] = field(repr=False)
     """May hold secrets."""
     tools: frozenset[str] | None
@@ -60,6 +66,12 @@ class ServerSettings:
     confirm: frozenset[str]
     """Of these, a person must allow each call; `*` = of all."""
     list_life_s: float
+    command: tuple[str, ...] = ()
+    """A program and its arguments; empty for a server that has an address."""
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """All that the program sees of an environment. May hold secrets."""
+    life_s: float = 3600.0
+    """How old a process of the program may grow."""
 
     @property
     def confirmed(self) -> list[str]:
@@ -68,7 +80,10 @@ class ServerSettings:
 
 
 def read_servers(path: Path, environ: Mapping[str, str]) -> tuple[ServerSettings, ...]:
-    """Read the servers of a TOML file; `${NAME}` in a header is a variable of `environ`. Raises ValueError, OSError."""
+    """Read the servers of a TOML file; `${NAME}` in a header or a program's environment is a variable of `environ`.
+
+    Raises ValueError, OSError.
+    """
     table = tomllib.loads(path.read_text(encoding="utf-8")).get("servers", {})
     if not isinstance(table, dict) or len(table) > SERVERS_MAX:
         raise ValueError(f"servers: a table of at most {SERVERS_MAX}")
@@ -83,34 +98,53 @@ def _server(name: str, row: Any, environ: Mapping[str, str]) -> ServerSettings:
         raise ValueError(
             f"{where}: unknown {', '.join(unknown) if isinstance(row, dict) else 'value'}; there are: {', '.join(sorted(_KEYS))}"
         )
-    url = row.get("url", "")
-    if not isinstance(url, str) or not re.fullmatch(r"https?://[^\s/@]+(/\S*)?", url):
-        raise ValueError(f"{where}.url: an http or https address without a user name; a server that is a program is not started from here")
-    headers = row.get("headers", {})
-    if not isinstance(headers, dict) or not all(isinstance(value, str) for value in headers.values()):
-        raise ValueError(f"{where}.headers: a table of texts")
-
-    def variable(match: re.Match[str]) -> str:
-        if match[1] not in environ:
-            raise ValueError(f"{where}.headers: the variable {match[1]} is not set")
-        return environ[match[1]]
-
+    is_program = "command" in row
+    if strange := sorted(row.keys() & (_HTTP_KEYS if is_program else _PROGRAM_KEYS)):
+        raise ValueError(f"{where}.{strange[0]}: {'not for a program' if is_program else 'for a program alone'}")
+    url, command = row.get("url", ""), row.get("command", [])
+    if is_program:
+        words = isinstance(command, list) and 1 <= len(command) <= ARGUMENTS_MAX and all(isinstance(word, str) for word in command)
+        if not words or not re.fullmatch(r"/[^\0]+|[^/\0\s]+", command[0]):
+            raise ValueError(
+                f"{where}.command: a list of a program and its arguments, at most {ARGUMENTS_MAX}; a whole path, or a name on PATH"
+            )
+    elif not isinstance(url, str) or not re.fullmatch(r"https?://[^\s/@]+(/\S*)?", url):
+        raise ValueError(f"{where}.url: an http or https address without a user name")
+    given = {key: _filled(f"{where}.{key}", row.get(key, {}), environ) for key in ("headers", "environment")}
     tools, confirm, life_s = row.get("tools"), row.get("confirm", []), row.get("list_life_s", 300)
     for key, names in (("tools", tools or []), ("confirm", confirm)):
         if not isinstance(names, list) or not all(isinstance(one, str) and one for one in names):
             raise ValueError(f"{where}.{key}: a list of names")
     if tools is not None and (strange := sorted(set(confirm) - {*tools, "*"})):  # a slip of the pen would leave a tool unguarded
         raise ValueError(f"{where}.confirm: {', '.join(strange)} is not among its tools")
-    if isinstance(life_s, bool) or not isinstance(life_s, int | float) or not 1 <= life_s <= 86_400:
-        raise ValueError(f"{where}.list_life_s: 1-86400 seconds")
+    process_life_s = row.get("life_s", 3600)
+    for key, seconds in (("list_life_s", life_s), ("life_s", process_life_s)):
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 1 <= seconds <= 86_400:
+            raise ValueError(f"{where}.{key}: 1-86400 seconds")
     return ServerSettings(
         name=name,
         url=url,
-        headers={key: _VARIABLE.sub(variable, value) for key, value in headers.items()},
+        headers=given["headers"],
         tools=None if tools is None else frozenset(tools),
         confirm=frozenset(confirm),
         list_life_s=float(life_s),
+        command=tuple(command),
+        environment=settled(given["environment"], environ.get("PATH", os.defpath)) if is_program else {},
+        life_s=float(process_life_s),
     )
+
+
+def _filled(where: str, table: Any, environ: Mapping[str, str]) -> dict[str, str]:
+    """A table of texts, with the variables they name. Raises ValueError."""
+    if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
+        raise ValueError(f"{where}: a table of texts")
+
+    def variable(match: re.Match[str]) -> str:
+        if match[1] not in environ:
+            raise ValueError(f"{where}: the variable {match[1]} is not set")
+        return environ[match[1]]
+
+    return {key: _VARIABLE.sub(variable, value) for key, value in table.items()}
 
 
 def _whole_name(server: str, tool: str) -> str:
@@ -150,19 +184,13 @@ class _BoundedStream(httpx2.AsyncByteStream):
         await self._inner.aclose()
 
 
-class _Session(ClientSession):
-    """A session that leaves the check of results to us: the package's own runs patterns of strangers without a bound."""
-
-    async def validate_tool_result(self, name: str, result: mcp_types.CallToolResult) -> None:
-        return None
-
-
 class McpServer:
     """Source: one server. `now` is a monotonic clock, in seconds."""
 
     def __init__(self, settings: ServerSettings, now: Callable[[], float]) -> None:
         self.name = settings.name
         self._settings, self._now = settings, now
+        self._process = ServerProcess(self.name, settings.command, settings.environment, settings.life_s, now) if settings.command else None
         self._client = httpx2.AsyncClient(
             headers=dict(settings.headers),
             transport=_Bounded(httpx2.AsyncHTTPTransport(limits=httpx2.Limits(max_connections=CONNECTIONS_MAX, keepalive_expiry=30))),
@@ -178,7 +206,10 @@ class McpServer:
         self._away_until = 0.0
 
     async def aclose(self) -> None:
+        """Close connections, and end the process of a program."""
         await self._client.aclose()
+        if self._process is not None:
+            await self._process.aclose()
 
     @property
     def confirmed(self) -> list[str]:
@@ -252,16 +283,12 @@ class McpServer:
 
     @contextlib.asynccontextmanager
     async def _connected(self) -> AsyncIterator[ClientSession]:
-        """A session of its own, open for the block. Whatever the network does to it is Unavailable, what the server says ToolFailed."""
+        """A session, open for the block. Whatever happens on the way is Unavailable, what the server says ToolFailed."""
         try:
-            async with (
-                streamable_http_client(self._settings.url, http_client=self._client, max_sse_event_size=EVENT_BYTES_MAX) as (read, write),
-                _Session(read, write, client_info=mcp_types.Implementation(name="tailrace", version="1")) as session,
-            ):
-                await self._greet(session)
+            async with self._process.session() if self._process is not None else self._over_http() as session:
                 yield session
         except BaseException as error:
-            reason = _first(error)
+            reason = first_of(error)
             if isinstance(reason, ToolFailed | Unavailable):
                 raise reason from None
             if isinstance(reason, Exception):
@@ -273,18 +300,21 @@ class McpServer:
                 raise Unavailable("the tool server cannot be reached", dependency=self.name) from None
             raise
 
-    async def _greet(self, session: ClientSession) -> None:
-        """Agree on a revision. One without sessions needs no word once it is known."""
-        if self._discovered is not None:
-            session.adopt(self._discovered)
-        elif self._has_sessions:
-            await session.initialize()
-        else:
-            try:
-                self._discovered = await session.discover()
-            except (MCPError, RuntimeError, ValueError):  # it knows no such question, or speaks no such revision
+    @contextlib.asynccontextmanager
+    async def _over_http(self) -> AsyncIterator[ClientSession]:
+        """A connection of its own. A revision without sessions needs no word once it is known."""
+        async with (
+            streamable_http_client(self._settings.url, http_client=self._client, max_sse_event_size=EVENT_BYTES_MAX) as (read, write),
+            Session(read, write, client_info=US) as session,
+        ):
+            if self._discovered is not None:
+                session.adopt(self._discovered)
+            elif self._has_sessions:
                 await session.initialize()
-                self._has_sessions = True
+            else:
+                self._discovered = await greet(session)
+                self._has_sessions = self._discovered is None
+            yield session
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,13 +329,6 @@ class McpTool:
 
     async def call(self, arguments: Mapping[str, Any], asked: Question) -> Output:
         return await self.server.call(self.name, arguments)
-
-
-def _first(error: BaseException) -> BaseException:
-    """The first thing that went wrong in a group of tasks."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 def _text(result: mcp_types.CallToolResult) -> str:

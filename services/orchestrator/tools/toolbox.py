@@ -10,9 +10,9 @@ import structlog
 
 from services.chassis.errors import DomainError, RequestInvalid
 from services.orchestrator.domain import Passage, Question, ToolCall, ToolSpec
+from services.orchestrator.json_schema import Schema, SchemaRefused, ValueRefused, closed, parse_object
 from services.orchestrator.ports import PendingCalls
 from services.orchestrator.tools.confirmations import Confirmations
-from services.orchestrator.tools.schemas import Schema, SchemaRefused, ValueRefused, closed, parse_object
 
 log = structlog.get_logger(__name__)
 
@@ -34,8 +34,6 @@ class Output:
     text: str
     structured: Any = None
     """The same as JSON, where the tool promises a shape."""
-    suspicious: bool = False
-    """Whether it holds text that looks like instructions."""
     passages: tuple[Passage, ...] = ()
     """Places in documents that it is made of; their numbers mean nothing yet. `text` has the same for readers, not for the model."""
 

@@ -90,6 +90,7 @@ class FakeOrchestrator(OrchestratorServiceServicer):
         self.seen = seen
         self.script: Script = []
         self.resumed: Script = []
+        self.prompts: Script = []
 
     async def Answer(self, request: Any, context: Any) -> None:
         self.seen.note("Answer", request)
@@ -115,6 +116,10 @@ class FakeOrchestrator(OrchestratorServiceServicer):
         self.seen.note("GetPrompts", request)
         message = orchestrator.SentMessage(role="user", text="Why?")
         return orchestrator.GetPromptsResponse(prompts=[orchestrator.SentPrompt(attempt=1, system="Answer.", messages=[message])])
+
+    async def ExportPrompts(self, request: Any, context: Any) -> None:
+        self.seen.note("ExportPrompts", request)
+        await play(self.prompts, context, self.seen)
 
     async def ForgetPrompts(self, request: Any, context: Any) -> Any:
         self.seen.note("ForgetPrompts", request)

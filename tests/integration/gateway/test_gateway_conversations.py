@@ -9,6 +9,7 @@ import pytest
 from services.chassis.errors import Unavailable
 from tailrace.common.v1 import common_pb2 as common
 from tailrace.ledger.v1 import ledger_service_pb2 as ledger
+from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
 from tests.integration.gateway.backends import ANSWER
 from tests.integration.gateway.conftest import Front, problem_of
 
@@ -132,8 +133,14 @@ async def test_prompts_are_shown_to_admins_and_go_with_the_user(front: Front, ad
     """To nobody else; and who is erased is forgotten there too."""
     shown = (await admin.get(f"/v1/answers/{ANSWER}/prompts")).json()
     problem_of(await client.get(f"/v1/answers/{ANSWER}/prompts"), 403, "NOT_ALLOWED")
+    front.behind.orchestrator.prompts = [orchestrator.ExportPromptsResponse(answer_id="a1", prompts=[orchestrator.SentPrompt(attempt=1)])]
+    exported = [json.loads(line) for line in (await admin.get("/v1/admin/users/ada/export")).text.splitlines()]
+    front.behind.orchestrator.prompts = []
     await admin.delete("/v1/admin/users/ada")
 
+    assert front.behind.seen.last("ExportPrompts")[0].user == "ada"
+    assert (exported[-2]["prompts"]["answer_id"], exported[-2]["prompts"]["prompts"][0]["attempt"]) == ("a1", 1)
+    assert exported[-1] == {"complete": True, "records": len(exported) - 1}
     assert shown["answer_id"] == ANSWER
     assert shown["prompts"][0]["messages"] == [{"role": "user", "text": "Why?"}]
     assert front.behind.seen.last("ForgetPrompts")[0].user == "ada"

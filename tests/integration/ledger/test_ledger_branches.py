@@ -304,3 +304,42 @@ async def test_an_operation_says_what_it_was_for(ledger: Ledger, ann: Principal)
     assert [bool(ack.rejected_reason) for ack in acks] == [False, False, True, False]
     assert acks[3].duplicate
     assert found == {titled.operation_id: "title", answered.operation_id: ""}
+
+
+async def test_usage_tells_answers_from_small_work_and_shadows(ledger: Ledger, ann: Principal) -> None:
+    """Alone, and beside model and step; what is summed is what the operations say."""
+    written = [operation(ann), operation(ann), operation(ann, purpose="title", tier=""), operation(ann, purpose="shadow")]
+    assert not any(ack.rejected_reason for ack in await ledger.record(*written))
+
+    async def used(*group_by: str) -> dict[tuple[str, ...], tuple[int, int]]:
+        rows = await ledger.rows("QueryUsage", pb.QueryUsageRequest(group_by=group_by), ann)
+        return {tuple(row.group[name] for name in group_by): (row.operations, row.cost_nanousd) for row in rows}
+
+    cost = {each.purpose: each.cost_nanousd for each in written}
+    expected = {("answer",): (2, 2 * cost[""]), ("title",): (1, cost["title"]), ("shadow",): (1, cost["shadow"])}
+
+    assert await used("purpose") == expected
+    assert await used("purpose", "model") == {(purpose, written[0].model): figures for (purpose,), figures in expected.items()}
+    by_step = await used("step", "purpose")
+    assert {purpose for _, purpose in by_step} == {"answer", "title", "shadow"}
+    assert sum(cost for _, cost in by_step.values()) == sum(each.cost_nanousd for each in written)
+
+
+async def test_a_turn_of_a_conversation_that_was_deleted_is_not_kept(ledger: Ledger, ann: Principal) -> None:
+    """It was asked in one that had turns: it would begin it anew. While that is there, it may be asked after any of its turns."""
+    first, second, late = (str(uuid.uuid4()) for _ in range(3))
+
+    async def append(answer_id: str, asked_after: str = "") -> pb.AppendTurnResponse:
+        turn = pb.Turn(answer_id=answer_id, question="q", text="a", complete=True)
+        return await ledger.ask("AppendTurn", pb.AppendTurnRequest(session_id="s9", turn=turn, asked_after=asked_after), ann)
+
+    await append(first)
+    await append(second, first)
+    again = await append(second, first)
+    await ledger.ask("DeleteSession", pb.DeleteSessionRequest(session_id="s9"), ann)
+    with pytest.raises(NotFound):
+        await append(late, second)
+    left = await ledger.rows("ListTurns", pb.ListTurnsRequest(session_id="s9", limit=10), ann)
+    anew = await append(late)
+
+    assert (again.ordinal, left, anew.ordinal) == (2, [], 1)

@@ -114,6 +114,27 @@ async def test_the_fast_model_rewrites_and_its_call_is_booked_on_its_own(claude:
     await until(lambda: not claude.ledger.open_holds)
 
 
+async def test_small_work_is_done_by_the_cheapest_model_of_its_tier(tmp_path: Path, valkey: Valkey) -> None:
+    """Whatever its place in the file, and by the ledger's prices; the answer is written by the first all the same."""
+    names = ("claude-sonnet-5-5", "claude-haiku-5-5", "extractive")
+    rows = "".join(
+        f'[[models]]\nmodel = "{name}"\nprovider = "{"extractive" if name == "extractive" else "anthropic"}"\n'
+        "context_tokens_max = 200_000\noutput_tokens_max = 64_000\n"
+        for name in names
+    )
+    file = tmp_path / "models.toml"
+    file.write_text(f'[tiers.fast]\nmodels = ["{names[0]}", "{names[1]}"]\n{rows}')
+    settings = {"TAILRACE_MODELS_FILE": str(file), "TAILRACE_ORCHESTRATOR_REWRITES": "model"}
+    async with world(tmp_path, valkey.url, **settings) as running:
+        await until(lambda: running.ledger.prices_told)
+        says(running, REWRITE, text="How long does the gateway\nlisten?")
+        await running.ask(PORT, session_id="s1")
+        reply = await running.ask("How long does it?", session_id="s1")
+        (operation,) = await errands(running, "rewrite")
+
+    assert (reply.done.model, operation.model, step(reply, "rewrite")["model"]) == (names[0], names[1], names[1])
+
+
 async def test_a_slow_model_is_not_waited_for_and_is_booked_all_the_same(claude: World) -> None:
     """After a second and a half it is the rule; the call ends at its own bound, closed at the provider."""
     says(claude, REWRITE, fault="stall_after", fault_at=2, tokens=50)
@@ -326,16 +347,24 @@ async def test_an_administrator_of_the_tenant_sees_what_was_sent(claude: World) 
 
 
 async def test_prompts_go_with_their_user(claude: World) -> None:
-    """Those of others stay, also of a user of the same name elsewhere."""
+    """They are in the export of the user, and forgotten with them. Those of others stay, also of a user of the same name elsewhere."""
     name = f"user-{uuid.uuid4()}"  # the store is shared by all tests
     own = [await claude.ask(PORT, principal=Principal("acme", name), cache=pb.CACHE_MODE_OFF) for _ in range(2)]
     others = [await claude.ask(PORT, principal=who, cache=pb.CACHE_MODE_OFF) for who in (BOB, Principal("other", name))]
     for reply in (*own, others[0]):
         await kept(claude, reply.answer_id)
+    exported, everything = pb.ExportPromptsRequest(user=name), list[pb.ExportPromptsResponse]()
+    async with claude.caller.stream(claude.stub.ExportPrompts, exported, timeout_s=30, principal=ROOT) as rows:
+        everything += [row async for row in rows]
+    with pytest.raises(NotAllowed):
+        async with claude.caller.stream(claude.stub.ExportPrompts, exported, timeout_s=30, principal=ALICE) as rows:
+            everything += [row async for row in rows]
     request = pb.ForgetPromptsRequest(user=name)
     forgotten = await claude.caller.unary(claude.stub.ForgetPrompts, request, principal=ROOT)
     again = await claude.caller.unary(claude.stub.ForgetPrompts, request, principal=ROOT)
 
+    assert {row.answer_id for row in everything} == {reply.answer_id for reply in own} and len(everything) == 2
+    assert all(PORT in row.prompts[0].messages[-1].text for row in everything)
     assert (forgotten.forgotten, again.forgotten) == (2, 0)
     for reply in own:
         with pytest.raises(NotFound):
@@ -375,3 +404,20 @@ async def test_a_tier_of_its_own_template_has_a_cache_of_its_own(tmp_path: Path,
     assert text_of(body["system"]) == "Answer in en for smart, from default."
     assert step(reply, "compose")["template"].startswith("answer.own.v1-")
     assert step(plain, "compose")["template"].startswith("answer.v1-")
+
+
+async def test_a_conversation_that_is_deleted_while_an_answer_of_it_runs_does_not_begin_anew(claude: World) -> None:
+    """The answer reaches its reader and is booked; nothing of it is kept."""
+    await claude.ask(PORT, session_id="s1")
+    await until(lambda: claude.ledger.turns.get("s1"))
+    claude.ledger.keeping.clear()
+    reply = await claude.ask("And which one does the ledger have?", session_id="s1")
+    del claude.ledger.turns["s1"]
+    claude.ledger.keeping.set()
+    await claude.booked(reply.answer_id)
+    later = await claude.ask(PORT, session_id="s2")
+    await until(lambda: claude.ledger.turns.get("s2"))
+    await until(lambda: claude.ledger.turned_away)
+
+    assert reply.kinds[-1] == later.kinds[-1] == "done"
+    assert "s1" not in claude.ledger.turns

@@ -1,5 +1,6 @@
 """Answers that have to be JSON of a certain shape, through the real chain."""
 
+import hashlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,21 @@ async def test_json_that_stays_wrong_is_a_typed_error_and_nothing_is_shown(claud
     assert operation.usage.output_tokens > 0
     assert not claude.ledger.open_holds
     assert not claude.retrieval.remembered
+
+
+async def test_json_in_a_block_of_code_is_streamed_without_the_block(claude: World) -> None:
+    """What is read, its digest and what is kept are the JSON alone; words after the block are words too many."""
+    claude.behave(text='```json\n{ "port" : 8080 }\n```\n')
+    reply = await claude.ask(QUESTION, output_schema=shaped())
+    again = await claude.ask(QUESTION, output_schema=shaped())
+    claude.behave(text='```json\n{ "port" : 8080 }\n```\nI hope that this helps.')
+    with pytest.raises(OutputInvalid) as failed:
+        await claude.ask(QUESTION, output_schema=shaped(), cache=pb.CACHE_MODE_OFF)
+
+    assert (reply.text, reply.done.verdict) == ('{ "port" : 8080 }', "passed")
+    assert reply.done.text_sha256 == hashlib.sha256(reply.text.encode()).hexdigest()
+    assert (again.done.cache.verdict, again.text) == ("exact", reply.text)
+    assert failed.value.metadata["keyword"] == "json"
 
 
 async def test_stream_ends_where_the_text_goes_wrong(claude: World) -> None:

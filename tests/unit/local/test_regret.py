@@ -49,6 +49,23 @@ def test_figures_are_what_they_say() -> None:
     assert f"fewer than {PAIRS_LEAST}" in table([regret])
 
 
+def test_groundedness_and_meaning_are_compared_where_they_were_measured() -> None:
+    """Older comparisons have neither, and answers without a judged citation no groundedness: such pairs do not count there."""
+    operations = [
+        Operation(steps=[compared()]),
+        Operation(steps=[compared(groundedness="0.5", other_groundedness="1.0", similarity="0.9")]),
+        Operation(steps=[compared(groundedness="1.0", other_groundedness="0.8", similarity="0.7")]),
+        Operation(steps=[compared(other_groundedness="0.8", similarity="0.8")]),
+    ]
+    regret = regret_of("fast", "smart", pairs_of(operations)["fast", "smart"])
+
+    assert regret.grounded_lost is not None and round(regret.grounded_lost.value, 6) == 0.15
+    assert regret.similarity is not None and round(regret.similarity.value, 6) == 0.8
+    assert regret.similarity.low <= 0.8 <= regret.similarity.high
+    assert "groundedness lost" in table([regret]) and "likeness in meaning" in table([regret])
+    assert "groundedness" not in table([regret_of("fast", "smart", [Pair(2, 10, False, True, 0.5)])])
+
+
 def test_dearer_tier_saves_less_than_nothing_and_a_free_one_divides_by_nothing() -> None:
     """Signs are told as they are."""
     assert regret_of("smart", "fast", [Pair(20, 10, True, True, 1.0)]).saved.value == -1

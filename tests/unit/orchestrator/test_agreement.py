@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.orchestrator.agreement import agreement
+from services.orchestrator.agreement import PART_CHARACTERS, PARTS_MAX, agreement, parts_of, similarity
 
 
 def test_words_that_carry_meaning_decide() -> None:
@@ -24,3 +24,18 @@ def test_agreement_is_a_share_and_goes_both_ways(one: str, other: str) -> None:
     """Neither text is the measure of the other."""
     assert 0 <= agreement(one, other) == agreement(other, one) <= 1
     assert agreement(one, one) == 1
+
+
+def test_likeness_is_the_cosine_of_what_the_parts_mean_together() -> None:
+    """However many parts an answer has; two that point nowhere, or one that is empty, cannot be compared."""
+    assert similarity([[1.0, 0.0]], [[0.0, 1.0]]) == 0
+    assert round(similarity([[1.0, 0.0], [0.0, 1.0]], [[0.6, 0.6]]) or 0, 9) == 1
+    assert similarity([[1.0, 0.0]], [[-1.0, 0.0]]) == -1
+    assert similarity([], [[1.0]]) is None and similarity([[1.0], [-1.0]], [[1.0]]) is None
+
+
+def test_parts_are_bounded_and_hold_no_markers() -> None:
+    """Numbers of passages mean nothing, and differ between two answers that say the same."""
+    assert parts_of(" Water flows [1], it says [2, 3]. ") == ["Water flows , it says ."]
+    assert parts_of(" [1] ") == []
+    assert [len(part) for part in parts_of("x" * 100_000)] == [PART_CHARACTERS] * PARTS_MAX

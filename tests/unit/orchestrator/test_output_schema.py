@@ -8,9 +8,9 @@ import pytest
 
 from services.chassis.errors import RequestInvalid
 from services.orchestrator.domain import Message, Prompt
+from services.orchestrator.json_schema import SCHEMA_NODES_MAX as NODES_MAX
 from services.orchestrator.json_watch import JsonWatch
-from services.orchestrator.output_schema import asked_again, problems_of, tokens_max_of, told, unfenced
-from services.orchestrator.schema_rules import NODES_MAX, require
+from services.orchestrator.output_schema import asked_again, problems_of, require, tokens_max_of, told, unfenced
 
 PERSON: dict[str, Any] = {
     "type": "object",

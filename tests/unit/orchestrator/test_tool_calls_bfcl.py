@@ -11,7 +11,7 @@ import orjson
 import pytest
 
 from services.orchestrator.domain import ToolCall, ToolSpec
-from services.orchestrator.tools.schemas import closed
+from services.orchestrator.json_schema import closed
 from services.orchestrator.tools.toolbox import Bench, Handed, Refused
 from tests.fakes.scripted_model import FakeTool, ScriptedModel, answered, question
 

@@ -94,7 +94,7 @@ async def test_documents_are_searched_in_the_answers_own_collection() -> None:
     documents = _Documents(hit, replace(hit, flags=("instructions",)))
     output = await SearchDocuments(documents).call({"query": "port"}, question(collection="manuals"))
 
-    assert documents.asked == [("port", "manuals", 5)] and output.suspicious
+    assert documents.asked == [("port", "manuals", 5)] and output.passages == documents.hits
     assert output.text == "From Guide › Ports, page 3:\nPort 8080.\n\nFrom Guide › Ports, page 3:\nPort 8080."
     assert (await SearchDocuments(_Documents()).call({"query": "port"}, question())).text == "Nothing was found."
     long = await SearchDocuments(_Documents(*[replace(hit, text="ä" * 5_000)] * 10)).call({"query": "port"}, question())

@@ -518,7 +518,9 @@ class Operation(_message.Message):
     api_key_id: _builtins.str
     """API key it came with. Empty for a token."""
     purpose: _builtins.str
-    """What it was for, if not for an answer: `rewrite`, `summary` or `title` of a conversation. Its tier is empty then."""
+    """What it was for, if not for an answer: `rewrite`, `summary` or `title` of a conversation, whose tier is empty then,
+    or `shadow` for a second answer that measures the choice of tier.
+    """
     @_builtins.property
     def usage(self) -> _common_pb2.Usage:
         """Sum over the attempts."""
@@ -804,14 +806,15 @@ class QueryUsageRequest(_message.Message):
     TO_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def group_by(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Any of `day`, `hour`, `tenant`, `user`, `key`, `session`, `model`, `tier`, `step`, `cache`. At most 4. Empty = one total row.
+        """Any of `day`, `hour`, `tenant`, `user`, `key`, `session`, `model`, `tier`, `step`, `cache`, `purpose`. At most 4. Empty = one total
+        row. A purpose is `answer`, `title`, `summary`, `rewrite` or `shadow`.
         Days and hours are in UTC. More than 10000 groups are refused.
         """
 
     @_builtins.property
     def to(self) -> _timestamp_pb2.Timestamp:
-        """To when, exclusive. Unset = now. At most 400 days after `from`; 31 if grouped by `session` or `step`, or by `hour` with `user` or
-        `key`, as these are read from single operations.
+        """To when, exclusive. Unset = now. At most 400 days after `from`; 31 if grouped by `session`, `step` or `purpose`, or by `hour` with
+        `user` or `key`, as these are read from single operations.
         """
 
     def __init__(
@@ -2163,10 +2166,15 @@ class AppendTurnRequest(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     TURN_FIELD_NUMBER: _builtins.int
     REPLACES_FIELD_NUMBER: _builtins.int
+    ASKED_AFTER_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Conversation, made if new."""
     replaces: _builtins.str
     """The answer whose place it takes: it follows what that one followed. NOT_FOUND if the conversation does not have it."""
+    asked_after: _builtins.str
+    """An answer that the conversation had when this one was asked. NOT_FOUND if it has it no more: one that was deleted while an answer of it
+    ran does not begin anew. Empty = it was new then.
+    """
     @_builtins.property
     def turn(self) -> Global___Turn:
         """The turn."""
@@ -2177,10 +2185,11 @@ class AppendTurnRequest(_message.Message):
         session_id: _builtins.str = ...,
         turn: Global___Turn | None = ...,
         replaces: _builtins.str = ...,
+        asked_after: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["turn", b"turn"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["replaces", b"replaces", "session_id", b"session_id", "turn", b"turn"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked_after", b"asked_after", "replaces", b"replaces", "session_id", b"session_id", "turn", b"turn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

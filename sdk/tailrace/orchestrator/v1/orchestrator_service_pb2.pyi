@@ -703,22 +703,30 @@ class ToolResult(_message.Message):
     CALL_ID_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
+    FLAGS_FIELD_NUMBER: _builtins.int
     call_id: _builtins.str
     """Id of the call."""
     text: _builtins.str
     """Result as text."""
     failed: _builtins.bool
     """Whether the tool failed."""
+    @_builtins.property
+    def flags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What makes the text look like instructions to the model instead of material, in the words of `CitedPassage.flags`. Empty = nothing was
+        seen, which proves nothing. Set by the server in events, not read in requests.
+        """
+
     def __init__(
         self,
         *,
         call_id: _builtins.str = ...,
         text: _builtins.str = ...,
         failed: _builtins.bool = ...,
+        flags: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "failed", b"failed", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "failed", b"failed", "flags", b"flags", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1072,6 +1080,52 @@ class ForgetPromptsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ForgetPromptsResponse: _TypeAlias = ForgetPromptsResponse  # noqa: Y015
+
+@_typing.final
+class ExportPromptsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_FIELD_NUMBER: _builtins.int
+    user: _builtins.str
+    """Whose, within the caller's tenant. 1-256 characters."""
+    def __init__(
+        self,
+        *,
+        user: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["user", b"user"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportPromptsRequest: _TypeAlias = ExportPromptsRequest  # noqa: Y015
+
+@_typing.final
+class ExportPromptsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ANSWER_ID_FIELD_NUMBER: _builtins.int
+    PROMPTS_FIELD_NUMBER: _builtins.int
+    answer_id: _builtins.str
+    """The answer they were sent for; empty for one that a former version kept."""
+    @_builtins.property
+    def prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___SentPrompt]:
+        """One for each provider call, in order."""
+
+    def __init__(
+        self,
+        *,
+        answer_id: _builtins.str = ...,
+        prompts: _abc.Iterable[Global___SentPrompt] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_id", b"answer_id", "prompts", b"prompts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportPromptsResponse: _TypeAlias = ExportPromptsResponse  # noqa: Y015
 
 @_typing.final
 class SentPrompt(_message.Message):

@@ -60,6 +60,11 @@ class OrchestratorServiceStub:
                 request_serializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.GetPromptsRequest.SerializeToString,
                 response_deserializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.GetPromptsResponse.FromString,
                 _registered_method=True)
+        self.ExportPrompts = channel.unary_stream(
+                '/tailrace.orchestrator.v1.OrchestratorService/ExportPrompts',
+                request_serializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ExportPromptsRequest.SerializeToString,
+                response_deserializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ExportPromptsResponse.FromString,
+                _registered_method=True)
         self.ForgetPrompts = channel.unary_unary(
                 '/tailrace.orchestrator.v1.OrchestratorService/ForgetPrompts',
                 request_serializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ForgetPromptsRequest.SerializeToString,
@@ -117,6 +122,13 @@ class OrchestratorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExportPrompts(self, request, context):
+        """Everything that is kept of the prompts of a user's answers, for the export of a person's data. Administrators only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ForgetPrompts(self, request, context):
         """Forgets the prompts that are kept of a user's answers. Administrators only. Again changes nothing.
         """
@@ -165,6 +177,11 @@ def add_OrchestratorServiceServicer_to_server(servicer, server):
                     servicer.GetPrompts,
                     request_deserializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.GetPromptsRequest.FromString,
                     response_serializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.GetPromptsResponse.SerializeToString,
+            ),
+            'ExportPrompts': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportPrompts,
+                    request_deserializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ExportPromptsRequest.FromString,
+                    response_serializer=tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ExportPromptsResponse.SerializeToString,
             ),
             'ForgetPrompts': grpc.unary_unary_rpc_method_handler(
                     servicer.ForgetPrompts,
@@ -318,6 +335,33 @@ class OrchestratorService:
             '/tailrace.orchestrator.v1.OrchestratorService/GetPrompts',
             tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.GetPromptsRequest.SerializeToString,
             tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.GetPromptsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportPrompts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tailrace.orchestrator.v1.OrchestratorService/ExportPrompts',
+            tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ExportPromptsRequest.SerializeToString,
+            tailrace_dot_orchestrator_dot_v1_dot_orchestrator__service__pb2.ExportPromptsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,8 @@ class OrchestratorServiceStub:
     """Allows or refuses a tool call that waits for a person's word."""
     GetPrompts: _grpc.UnaryUnaryMultiCallable[_orchestrator_service_pb2.GetPromptsRequest, _orchestrator_service_pb2.GetPromptsResponse]
     """The exact prompts that were sent for an answer. Administrators only, and only where keeping them is switched on."""
+    ExportPrompts: _grpc.UnaryStreamMultiCallable[_orchestrator_service_pb2.ExportPromptsRequest, _orchestrator_service_pb2.ExportPromptsResponse]
+    """Everything that is kept of the prompts of a user's answers, for the export of a person's data. Administrators only."""
     ForgetPrompts: _grpc.UnaryUnaryMultiCallable[_orchestrator_service_pb2.ForgetPromptsRequest, _orchestrator_service_pb2.ForgetPromptsResponse]
     """Forgets the prompts that are kept of a user's answers. Administrators only. Again changes nothing."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_orchestrator_service_pb2.ListModelsRequest, _orchestrator_service_pb2.ListModelsResponse]
@@ -69,6 +71,8 @@ class OrchestratorServiceAsyncStub(OrchestratorServiceStub):
     """Allows or refuses a tool call that waits for a person's word."""
     GetPrompts: _aio.UnaryUnaryMultiCallable[_orchestrator_service_pb2.GetPromptsRequest, _orchestrator_service_pb2.GetPromptsResponse]  # type: ignore[assignment]
     """The exact prompts that were sent for an answer. Administrators only, and only where keeping them is switched on."""
+    ExportPrompts: _aio.UnaryStreamMultiCallable[_orchestrator_service_pb2.ExportPromptsRequest, _orchestrator_service_pb2.ExportPromptsResponse]  # type: ignore[assignment]
+    """Everything that is kept of the prompts of a user's answers, for the export of a person's data. Administrators only."""
     ForgetPrompts: _aio.UnaryUnaryMultiCallable[_orchestrator_service_pb2.ForgetPromptsRequest, _orchestrator_service_pb2.ForgetPromptsResponse]  # type: ignore[assignment]
     """Forgets the prompts that are kept of a user's answers. Administrators only. Again changes nothing."""
     ListModels: _aio.UnaryUnaryMultiCallable[_orchestrator_service_pb2.ListModelsRequest, _orchestrator_service_pb2.ListModelsResponse]  # type: ignore[assignment]
@@ -120,6 +124,14 @@ class OrchestratorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_orchestrator_service_pb2.GetPromptsResponse, _abc.Awaitable[_orchestrator_service_pb2.GetPromptsResponse]]:
         """The exact prompts that were sent for an answer. Administrators only, and only where keeping them is switched on."""
+
+    @_abc_1.abstractmethod
+    def ExportPrompts(
+        self,
+        request: _orchestrator_service_pb2.ExportPromptsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_orchestrator_service_pb2.ExportPromptsResponse], _abc.AsyncIterator[_orchestrator_service_pb2.ExportPromptsResponse]]:
+        """Everything that is kept of the prompts of a user's answers, for the export of a person's data. Administrators only."""
 
     @_abc_1.abstractmethod
     def ForgetPrompts(

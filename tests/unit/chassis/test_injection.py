@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from services.retrieval.injection import flags_of
+from services.chassis.injection import flags_of
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
 needs_data = pytest.mark.skipif(not (DATA / "injection").is_dir(), reason="the shared data sets are not here")

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from services.orchestrator.tools.schemas import CHECKS_MAX, Schema, SchemaRefused, ValueRefused, closed, parse_object
+from services.orchestrator.json_schema import CHECKS_MAX, Schema, SchemaRefused, ValueRefused, closed, parse_object
 
 DOUBLING = {f"a{level}": {"allOf": [{"$ref": f"#/$defs/a{level + 1}"}] * 2} for level in range(40)}
 
@@ -38,6 +38,11 @@ def refusal(schema: dict[str, Any], value: object) -> str:
         ({"$defs": {"n": {"type": "number"}}, "properties": {"a": {"$ref": "#/$defs/n"}}}, {"a": "x"}, "a: 'x' is not of type 'number'"),
         ({"properties": {"a/b": {"type": "string"}, "c": {"$ref": "#/properties/a~1b"}}}, {"c": 1}, "c: 1 is not of type 'string'"),
         ({"anyOf": [{"type": "object"}, {"$ref": "#/anyOf/0"}], "properties": {"a": True, "b": False}}, {"a": 1}, ""),
+        (
+            {"patternProperties": {f"{n}b": {} for n in range(400)}},
+            {f"{n}a": 1 for n in range(400)},
+            "the schema asks for too much work to check this",
+        ),
         ({"allOf": [{"$ref": "#"}]}, {}, "the schema asks for too much work to check this"),
         ({"$defs": {**DOUBLING, "a40": {}}, "$ref": "#/$defs/a0"}, {}, "the schema asks for too much work to check this"),
     ],

@@ -1,7 +1,7 @@
-"""JSON Schema (draft 2020-12) for what goes into a tool and what comes out of it, also where schema and value come from strangers.
+"""JSON Schema (draft 2020-12) for what goes into a tool, what comes out of it, and answers of a shape; schema and value may be strangers'.
 
 Nothing is fetched and nothing takes long: references stay inside the schema, patterns are matched in linear time, and each check has a
-bound on its work. What a tool does with its arguments is not known here.
+bound on its work. What tools do with arguments, and how a model is told of a schema, is not known here.
 """
 
 import functools
@@ -30,10 +30,24 @@ VALUE_NODES_MAX = 5_000
 PATTERN_CHARACTERS_MAX = 512
 CHECKS_MAX = 50_000
 """Keywords looked at in one check, about a quarter of a second: a schema of a few lines can ask for 2^40 of them."""
+ANSWER_CHECKS_MAX = 100_000
+"""The same for an answer, which may be larger than what a tool takes."""
 REASONS_MAX = 4
 REASON_CHARACTERS_MAX = 240
 _REFUSED = frozenset({"$dynamicRef", "$recursiveRef", "$id"})
 """Keywords that change what references mean, or mean another thing with every use."""
+_REFUSED_OF_ANSWERS = _REFUSED | {
+    *("unevaluatedProperties", "unevaluatedItems"),
+    *("$anchor", "$dynamicAnchor", "$recursiveAnchor", "$vocabulary"),
+}
+"""A caller writes these for us, so what no provider takes is told at once. What a tool's server writes has to be lived with."""
+_DIALECTS = frozenset(
+    {
+        "https://json-schema.org/draft/2020-12/schema",
+        "https://json-schema.org/draft/2019-09/schema",
+        "http://json-schema.org/draft-07/schema",
+    }
+)
 _COMPOSED = frozenset(
     {"$ref", "allOf", "anyOf", "oneOf", "if", "patternProperties", "dependentSchemas", "unevaluatedProperties", "additionalProperties"}
 )
@@ -48,8 +62,8 @@ class ValueRefused(ValueError):
     """A value that is no JSON, too large, or not what the schema says. Its text says why; it may quote the value."""
 
 
-class _TooMuchWork(Exception):
-    pass
+class TooMuchWork(Exception):
+    """A check that would take too long, or go too deep."""
 
 
 _checks_left: ContextVar[list[int]] = ContextVar("checks_left")
@@ -69,13 +83,15 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     return value
 
 
-def require_bounded(value: object, nodes_max: int = VALUE_NODES_MAX) -> None:
-    """Raise ValueRefused unless `value` is JSON of at most DEPTH_MAX levels and `nodes_max` nodes, with finite numbers."""
+def require_bounded(value: object, nodes_max: int = VALUE_NODES_MAX, *, of: tuple[type, ...] = (object,)) -> None:
+    """Raise ValueRefused unless `value` is JSON of at most DEPTH_MAX levels and `nodes_max` nodes that are one of `of`, with finite
+    numbers."""
     waiting, nodes = [(value, 1)], 0
     while waiting:
         item, depth = waiting.pop()
-        nodes += 1
-        if depth > DEPTH_MAX:
+        if counts := isinstance(item, of):
+            nodes += 1
+        if counts and depth > DEPTH_MAX:
             raise ValueRefused(f"nested deeper than {DEPTH_MAX} levels")
         if nodes > nodes_max:
             raise ValueRefused(f"more than {nodes_max} values")
@@ -86,26 +102,37 @@ def require_bounded(value: object, nodes_max: int = VALUE_NODES_MAX) -> None:
 
 
 class Schema:
-    """A schema that is fit to check strangers' values with. Raises SchemaRefused where it is made."""
+    """A schema that is fit to check strangers' values with. Raises SchemaRefused where it is made.
 
-    def __init__(self, schema: Mapping[str, Any]) -> None:
+    That of a tool's arguments is one of an object; `of_answer` lets any value be asked for, and refuses more keywords.
+    """
+
+    def __init__(self, schema: Mapping[str, Any], *, of_answer: bool = False) -> None:
         try:
             text = orjson.dumps(schema, option=orjson.OPT_SORT_KEYS)
         except (TypeError, orjson.JSONEncodeError):
             raise SchemaRefused("not JSON") from None
         if len(text) > SCHEMA_BYTES_MAX:
             raise SchemaRefused(f"larger than {SCHEMA_BYTES_MAX} bytes")
-        self._validator = _validator(text)
+        self._validator = _validator(text, of_answer)
+        self._checks_max = ANSWER_CHECKS_MAX if of_answer else CHECKS_MAX
 
     def check(self, value: object) -> None:
         """Raise ValueRefused, with what is wrong and where, unless `value` satisfies the schema. `value` is bounded already."""
-        _checks_left.set([CHECKS_MAX])
         try:
-            found = [error for _, error in zip(range(REASONS_MAX), self._validator.iter_errors(value), strict=False)]
-        except (_TooMuchWork, RecursionError):
+            found = [error for _, error in zip(range(REASONS_MAX), self.problems(value), strict=False)]
+        except TooMuchWork:
             raise ValueRefused("the schema asks for too much work to check this") from None
         if found:
             raise ValueRefused("; ".join(_told(error) for error in found))
+
+    def problems(self, value: object) -> Iterator[ValidationError]:
+        """What is wrong with `value`, one mistake after the other. Raises TooMuchWork in the middle if the bound on work is reached."""
+        _checks_left.set([self._checks_max])
+        try:
+            yield from self._validator.iter_errors(value)
+        except (RecursionError, ArithmeticError) as error:  # as a number that is divided beyond what a float holds
+            raise TooMuchWork from error
 
 
 def closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -119,10 +146,10 @@ def closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 @functools.lru_cache(maxsize=128)
-def _validator(text: bytes) -> Any:
+def _validator(text: bytes, of_answer: bool) -> Any:
     """The same tools come with every question of a client, so what was looked through once is kept."""
     schema = orjson.loads(text)
-    _look_through(schema)
+    _look_through(schema, of_answer)
     return _Checks(schema, registry=Registry())  # an empty one: what it lacks is not fetched
 
 
@@ -171,14 +198,18 @@ _SHAPES: dict[str, Callable[[Any], bool]] = {
 """What each keyword's value must be. By hand: the draft's own schema of schemas takes a hundred times as long to apply."""
 
 
-def _look_through(root: Any) -> None:
+def _look_through(root: Any, of_answer: bool) -> None:
     """Raise SchemaRefused for what is no schema, and for what could fetch, hang or hide."""
-    if not isinstance(root, dict) or root.get("type", "object") != "object":
+    refused = _REFUSED_OF_ANSWERS if of_answer else _REFUSED
+    if not isinstance(root, dict) or (not of_answer and root.get("type", "object") != "object"):
         raise SchemaRefused('not a schema of an object ("type": "object")')
-    root.pop("$id", None)  # a name for others to refer to, and nobody does
-    root.pop("$schema", None)
+    dialect = root.pop("$schema", None)
+    if of_answer and dialect is not None and (not isinstance(dialect, str) or dialect.rstrip("#") not in _DIALECTS):
+        raise SchemaRefused("of a dialect that is not known")
+    if not of_answer:
+        root.pop("$id", None)  # a name for others to refer to, and nobody does
     try:
-        require_bounded(root, SCHEMA_NODES_MAX)
+        require_bounded(root, SCHEMA_NODES_MAX, of=(dict, list))
     except ValueRefused as error:
         raise SchemaRefused(str(error)) from None
     waiting: list[Any] = [root]
@@ -194,7 +225,7 @@ def _look_through(root: Any) -> None:
             raise SchemaRefused("not a schema of draft 2020-12: where a schema belongs there is something else")
         keywords |= node.keys()
         for keyword, value in node.items():
-            if keyword in _REFUSED:
+            if keyword in refused:
                 raise SchemaRefused(f"{keyword} is not taken here")
             if keyword in _SHAPES and not _SHAPES[keyword](value):
                 raise SchemaRefused(f"not a schema of draft 2020-12: the value of {keyword} is wrong")
@@ -256,13 +287,18 @@ def _matcher(pattern: object) -> Callable[[str], bool]:
 
 def _counted(check: Callable[..., Iterable[ValidationError] | None]) -> Callable[..., Iterable[ValidationError]]:
     def run(validator: Any, keyword: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
-        left = _checks_left.get([CHECKS_MAX])
-        left[0] -= 1
-        if left[0] < 0:
-            raise _TooMuchWork
+        _spend(1 + (len(keyword) // 8 if isinstance(keyword, list | dict) else 0))
         yield from check(validator, keyword, instance, schema) or ()
 
     return run
+
+
+def _spend(checks: int) -> None:
+    """Take so much of what may still be done for the value that is being checked. Raises TooMuchWork."""
+    left = _checks_left.get()
+    left[0] -= checks
+    if left[0] < 0:
+        raise TooMuchWork
 
 
 def _pattern(validator: Any, pattern: str, instance: Any, schema: Any) -> Iterator[ValidationError]:
@@ -273,8 +309,10 @@ def _pattern(validator: Any, pattern: str, instance: Any, schema: Any) -> Iterat
 def _pattern_properties(validator: Any, patterns: Mapping[str, Any], instance: Any, schema: Any) -> Iterator[ValidationError]:
     if isinstance(instance, dict):
         for pattern, inner in patterns.items():
+            _spend(len(instance))
+            matches = _matcher(pattern)
             for name, value in instance.items():
-                if _matcher(pattern)(name):
+                if matches(name):
                     yield from validator.descend(value, inner, path=name, schema_path=pattern)
 
 
@@ -282,8 +320,10 @@ def _additional_properties(validator: Any, inner: Any, instance: Any, schema: An
     if not isinstance(instance, dict):
         return
     listed, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
+    _spend(len(instance) * (1 + len(patterns)) // 8)
+    matchers = [_matcher(pattern) for pattern in patterns]
     for name, value in instance.items():
-        if name in listed or any(_matcher(pattern)(name) for pattern in patterns):
+        if name in listed or any(matches(name) for matches in matchers):
             continue
         if inner is False:
             yield ValidationError(f"there is no property {name!r:.64}")
@@ -294,6 +334,7 @@ def _additional_properties(validator: Any, inner: Any, instance: Any, schema: An
 def _unique_items(validator: Any, wanted: bool, instance: Any, schema: Any) -> Iterator[ValidationError]:
     """In linear time: equal values have equal canonical texts."""
     if wanted and isinstance(instance, list):
+        _spend(len(instance) // 8)
         texts = {orjson.dumps(_canonical(item), option=orjson.OPT_SORT_KEYS | orjson.OPT_PASSTHROUGH_DATETIME) for item in instance}
         if len(texts) < len(instance):
             yield ValidationError("has the same item twice")

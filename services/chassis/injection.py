@@ -1,7 +1,8 @@
-"""Passages that read like instructions to the model instead of material for it, told by what they say. Pure, bounded, and no proof.
+"""Passages and tools' results that read like instructions to the model instead of material for it, told by what they say. Pure, bounded,
+and no proof.
 
-What is found is shown with the passage and keeps an answer out of the cache; nothing relies on it. The fence around passages does not
-ask what is in them, tools are granted by policy, and a passage without a flag is trusted no more than one with.
+What is found is shown with the text and keeps an answer out of the cache; nothing relies on it. The fence around material does not
+ask what is in it, tools are granted by policy, and a text without a flag is trusted no more than one with.
 """
 
 import re
@@ -9,7 +10,7 @@ import unicodedata
 from collections.abc import Iterator
 
 TEXT_CHARACTERS_MAX = 20_000
-"""Of one passage; several times the largest chunk."""
+"""Of one passage; several times the largest chunk. A longer text is looked at in such parts."""
 SENTENCE_CHARACTERS_MAX = 600
 INVISIBLE_MIN = 3
 """So many characters nobody sees are no accident. One or two may be what a copy from a web page left."""
@@ -137,6 +138,15 @@ def flags_of(text: str) -> tuple[str, ...]:
             seen.add("reply_order")
         if _CODE_ORDER.search(sentence) and _RISKY_CODE.search(text):
             seen.add("code_order")
+    return tuple(sorted(seen))
+
+
+def flags_of_long(text: str) -> tuple[str, ...]:
+    """`flags_of` for a text of any length, whose parts overlap by a sentence: an order is not hidden by being far down. Linear time."""
+    seen: set[str] = set()
+    step = TEXT_CHARACTERS_MAX - SENTENCE_CHARACTERS_MAX
+    for begin in range(0, max(1, len(text) - SENTENCE_CHARACTERS_MAX), step):
+        seen.update(flags_of(text[begin : begin + TEXT_CHARACTERS_MAX]))
     return tuple(sorted(seen))
 
 

@@ -60,13 +60,13 @@ def _places(ranking: Sequence[Record]) -> dict[str, tuple[int, float]]:
 
 def _by_spread(ranking: Sequence[Record]) -> dict[str, float]:
     scores = [record.score for record in ranking]
-    if len(scores) < 2:
+    if not scores or min(scores) == max(scores):
         return {record.id: 0.5 for record in ranking}
     # By hand: `statistics` reckons in fractions, which takes a fifth of a whole recall and tells apart nothing that counts.
     mean = math.fsum(scores) / len(scores)
     spread = 2 * SPREADS * math.sqrt(math.fsum([(score - mean) ** 2 for score in scores]) / (len(scores) - 1))
     if not spread:
-        return {record.id: 0.5 for record in ranking}
+        return {record.id: 0.5 for record in ranking}  # they differ by less than a square can hold
     lowest = mean - spread / 2
     return {record.id: (record.score - lowest) / spread for record in ranking}
 

@@ -1,6 +1,6 @@
 """How often a cached answer is served, and how often wrongly, at each similarity, with and without the guards.
 
-    python -m bench.cache_quality FOLDER [--share 3] [--show 0.9]
+    python -m bench.cache_quality FOLDER [--share 3] [--show 0.9] [--quant q8]
 
 FOLDER holds qqp_pairs.jsonl.gz and qqp_near_miss.jsonl: pairs of questions with a human label whether they ask the same. The labels are
 noisy (word-for-word equal questions are labelled different), so `--show` prints the pairs that count as wrong at a similarity, to be read.
@@ -62,13 +62,13 @@ def report(name: str, pairs: list[Pair]) -> None:
         print(f"      {least:.2f}          {bare}         {guarded} {hits}")
 
 
-async def measure(folder: Path, share: int, show: float) -> None:
+async def measure(folder: Path, share: int, show: float, quant: str) -> None:
     with gzip.open(folder / "qqp_pairs.jsonl.gz", "rt", encoding="utf-8") as lines:
         rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
     rows = [row for row in rows if int(hashlib.sha256(row["_id"].encode()).hexdigest(), 16) % share == 0]
     near = [json.loads(line) for line in (folder / "qqp_near_miss.jsonl").read_text(encoding="utf-8").splitlines()]
     texts = sorted({text for row in rows + near for text in (row["a"], row["b"])})
-    embedder = await asyncio.to_thread(MiniLmEmbedder.load, Path(".tailrace") / "models", "fp32")
+    embedder = await asyncio.to_thread(MiniLmEmbedder.load, Path(".tailrace") / "models", quant)
     try:
         vectors = (await embedder.embed_texts(texts)).vectors
     finally:
@@ -94,5 +94,6 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--share", type=int, default=3, help="every so-manieth pair; 1 = all (takes minutes)")
     parser.add_argument("--show", type=float, default=0.0, help="print wrongly served pairs from this similarity on")
+    parser.add_argument("--quant", choices=("q8", "fp32", "int8"), default="q8", help="precision of the embedder")
     chosen = parser.parse_args()
-    asyncio.run(measure(chosen.folder, chosen.share, chosen.show))
+    asyncio.run(measure(chosen.folder, chosen.share, chosen.show, chosen.quant))

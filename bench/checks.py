@@ -25,7 +25,7 @@ import orjson
 from bench.ground import Bar, Outcome, seed_of_run
 from bench.grounding_pairs import Pair, right_and_wrong
 from bench.retrieval_figures import mean
-from bench.retrieval_ground import KEY, MODELS, WHO, File, Service, scratch, serving
+from bench.retrieval_ground import KEY, MODELS, QUANT, WHO, File, Service, scratch, serving
 from bench.scenarios_command import rows
 from services.chassis.channel import Caller
 from services.chassis.passport import Passport
@@ -158,7 +158,7 @@ async def dense(run: Run) -> list[Outcome]:
     chance = run.random("dense")
     pairs = [pair for pair in right_and_wrong(run.data, chance) if pair.kind == "claim"]
     pairs = chance.sample(pairs, min(run.n, len(pairs)))
-    embedder = await asyncio.to_thread(MiniLmEmbedder.load, MODELS, "fp32")
+    embedder = await asyncio.to_thread(MiniLmEmbedder.load, MODELS, QUANT)
     try:
         cosines = []
         for pair in pairs:

@@ -9,7 +9,7 @@ import time
 
 import orjson
 
-from bench.retrieval_ground import MODELS
+from bench.retrieval_ground import MODELS, QUANT
 from services.retrieval.ingest import CHUNKS_PER_STEP
 from services.retrieval.minilm_embedder import MiniLmEmbedder
 
@@ -17,7 +17,7 @@ WARM_UP = 16
 
 
 async def main(texts: list[str]) -> None:
-    embedder = await asyncio.to_thread(MiniLmEmbedder.load, MODELS, "fp32")
+    embedder = await asyncio.to_thread(MiniLmEmbedder.load, MODELS, QUANT)
     try:
         await embedder.embed_texts(texts[:WARM_UP])
         began = time.perf_counter()

@@ -28,7 +28,7 @@ from bench import ingestion_faults
 from bench.ground import Bar, Outcome, seed_of_run, side_by_side
 from bench.hostile_files import bombs
 from bench.retrieval_figures import Span, backwards, common, length, mean, ndcg, percentile, recall
-from bench.retrieval_ground import DENSE, DIMENSION, HYBRID, MODELS, ROOT, SPARSE, File, Service, filling, scratch, serving
+from bench.retrieval_ground import DENSE, DIMENSION, HYBRID, MODELS, QUANT, ROOT, SPARSE, File, Service, filling, scratch, serving
 from bench.scenarios_command import rows
 from services.retrieval.chunking import chunked, in_context
 from services.retrieval.domain import Chunk, Stage
@@ -133,10 +133,10 @@ async def scifact(run: Run) -> list[Outcome]:
 
 def _chunk_texts(corpus: list[dict[str, str]]) -> list[str]:
     """What the service embeds of these abstracts."""
-    folder = next(MODELS.glob("minilm-l6-v2-fp32-*"), None)
+    folder = next(MODELS.glob(f"minilm-l6-v2-{QUANT}-*"), None)
     if folder is None:
-        MiniLmEmbedder.load(MODELS, "fp32").close()
-        folder = next(MODELS.glob("minilm-l6-v2-fp32-*"))
+        MiniLmEmbedder.load(MODELS, QUANT).close()
+        folder = next(MODELS.glob(f"minilm-l6-v2-{QUANT}-*"))
     count = WordPieces(folder / "tokenizer.json").count
     return [in_context(row["title"], chunk) for row in corpus for chunk in chunked(parse_plain(row["text"]), count, row["title"])]
 
@@ -210,11 +210,11 @@ async def spans(run: Run) -> list[Outcome]:
     questions = run.random("spans").sample(questions, min(run.n, len(questions)))
     texts = {path.stem: path.read_bytes().decode() for path in sorted(folder.glob("*.md"))}
     async with scratch() as state:
-        embedder = await asyncio.to_thread(MiniLmEmbedder.load, MODELS, "fp32")
+        embedder = await asyncio.to_thread(MiniLmEmbedder.load, MODELS, QUANT)
         try:
             async with filling(state) as fill:
                 for name, text in texts.items():
-                    chunks = _fixed(text, WordPieces(next(MODELS.glob("minilm-l6-v2-fp32-*")) / "tokenizer.json").count)
+                    chunks = _fixed(text, WordPieces(next(MODELS.glob(f"minilm-l6-v2-{QUANT}-*")) / "tokenizer.json").count)
                     vectors = (await embedder.embed_texts([chunk.text for chunk in chunks])).vectors
                     await fill.add("fixed", name, chunks, vectors)
         finally:

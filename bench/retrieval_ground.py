@@ -23,6 +23,7 @@ from services.chassis.clock import SystemClock
 from services.chassis.passport import Passport
 from services.chassis.principal import Principal
 from services.local.stores import Valkey
+from services.retrieval.config import Settings
 from services.retrieval.domain import Chunk, Document, document_id
 from services.retrieval.edge_bm25 import EdgeBm25
 from services.retrieval.edge_store import EdgeStore
@@ -34,6 +35,8 @@ from tailrace.retrieval.v1 import retrieval_service_pb2_grpc as pb_grpc
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / ".tailrace" / "models"
 """Converted once, by whoever comes first, and shared by all scenarios."""
+QUANT = str(Settings.model_fields["embed_quant"].default)
+"""Precision of the embedder that the service has by default."""
 WHO = Principal("bench", "bench")
 DIMENSION = 384
 PIECE = 512 * 1024

@@ -15,7 +15,7 @@ from services.retrieval.access import Reach
 from services.retrieval.domain import CachedAnswer, Passage, Verdict, stable_id
 from services.retrieval.encoding_spaces import Encodings
 from services.retrieval.guards import difference, normalised
-from services.retrieval.ports import Filter, Payload, Point, Query, Record, Space, VectorStore
+from services.retrieval.ports import Filter, Payload, Point, Query, Space, VectorStore
 
 CANDIDATES = 5
 
@@ -36,23 +36,30 @@ class AnswerCache:
     async def lookup(self, reach: Reach, scope: Scope, epoch: int, question: str, dense: Sequence[float], space: Space) -> Verdict:
         """The nearest answer in `space` that may be served for `question`, or why there is none."""
         where = reach.where(cache_scope=_joined(scope), epoch=epoch)
-        records = await self._store.search(space, Query(where, CANDIDATES, dense=dense))
-        if not records:
-            return Verdict(reason="no_candidate")
+        # An answer brings all its passages: only what is near enough to be served is worth reading.
+        ranked = await self._store.search(space, Query(where, CANDIDATES, dense=dense, payload=False))
+        near = [record for record in ranked if record.score >= self._similarity_min]
+        if not near:
+            return Verdict(similarity=min(ranked[0].score, 1.0), reason="below_threshold") if ranked else Verdict(reason="no_candidate")
+        kept = await self._store.get(space, reach.tenant, [record.id for record in near])
         reasons = []
-        for record in records:
-            reason = self._refusal(question, record)
+        for record in near:
+            if record.id not in kept:
+                continue  # removed since the ranking, as if it had never been there
+            # An id says scope, epoch and question, so that what was written over it in the meantime may be served as well.
+            payload = kept[record.id].payload
+            reason = self._refusal(question, payload)
             if not reason:
-                return Verdict(_answer(record.payload), min(record.score, 1.0))
-            reasons.append(reason)
-        return Verdict(similarity=min(records[0].score, 1.0), reason=reasons[0])
+                return Verdict(_answer(payload), min(record.score, 1.0))
+            reasons.append((record.score, reason))
+        if not reasons:
+            return Verdict(reason="no_candidate")
+        return Verdict(similarity=min(reasons[0][0], 1.0), reason=reasons[0][1])
 
-    def _refusal(self, question: str, record: Record) -> str:
-        if record.score < self._similarity_min:
-            return "below_threshold"
-        if self._clock.now() - _moment(record.payload["created_us"]) > self._ttl:
+    def _refusal(self, question: str, payload: Payload) -> str:
+        if self._clock.now() - _moment(payload["created_us"]) > self._ttl:
             return "expired"
-        return difference(question, record.payload["question"])
+        return difference(question, payload["question"])
 
     async def remember(self, reach: Reach, scope: Scope, epoch: int, answer: CachedAnswer) -> bool:
         """Keep `answer`; the same question again takes its place. Nothing is kept while the collection's embedder cannot be opened."""

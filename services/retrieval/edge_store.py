@@ -4,7 +4,9 @@ Calls run on the event loop: the engine holds the GIL while it works, so a threa
 For the same reason `optimize()` is never called here: it stops the whole process for seconds.
 """
 
+import functools
 import shutil
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +19,9 @@ from services.retrieval.facts import FACTS, NAME, VALUE, Condition
 from services.retrieval.ports import SPACES, TENANTS_MAX, Filter, Point, Query, Record, Space
 
 T = TypeVar("T")
+
+IDS_KEPT = 16_384
+"""Ids as text, 5 MB at most: a search ranks two hundred points, often the same ones, and writing an id takes a microsecond."""
 
 log = structlog.get_logger(__name__)
 
@@ -127,7 +132,7 @@ class EdgeStore:
             prefetches = [edge.Prefetch(query=one, limit=brought, filter=where) for one in nearest]
             request = edge.QueryRequest(prefetches=prefetches, query=_fusion(query), limit=query.limit, with_payload=query.payload)
         points = self._call(space, lambda shard: shard.query(request))
-        return [Record(str(point.id), point.payload or {}, float(point.score)) for point in points]
+        return [Record(_written(point.id.int), point.payload or {}, float(point.score)) for point in points]
 
     async def check(self) -> None:
         for space in SPACES:
@@ -141,6 +146,12 @@ class EdgeStore:
         if shard is None:
             raise Unavailable("the vector store is closed", dependency="qdrant")
         return work(shard)
+
+
+@functools.lru_cache(maxsize=IDS_KEPT)
+def _written(number: int) -> str:
+    """The UUID with that number, as ids are written here."""
+    return str(uuid.UUID(int=number))
 
 
 def translated(where: Filter) -> Any:

@@ -15,7 +15,8 @@ from services.retrieval.ports import Embedder
 from services.retrieval.remote_embedding import Dialect, Remote, RemoteEmbedder
 from services.retrieval.word_pieces import WordPieces
 
-MINILM = {"minilm": "fp32", "minilm-int8": "int8"}
+MINILM = {"minilm-q8": "q8", "minilm": "fp32", "minilm-int8": "int8"}
+"""Names by which stores remember their embedders: what a name means never changes, whatever the default."""
 ADDRESSES = {
     "openai": "https://api.openai.com/v1",
     "voyage": "https://api.voyageai.com/v1",
@@ -53,7 +54,7 @@ async def opened(name: str, settings: Settings) -> AsyncIterator[Embedder]:
         return
     if not model or kind not in ("fastembed", *ADDRESSES):
         raise EmbedderUnknown(
-            f"{name!r} is no embedder: minilm, minilm-int8, openai:MODEL, voyage:MODEL, gemini:MODEL and fastembed:MODEL are there"
+            f"{name!r} is no embedder: {', '.join(MINILM)}, openai:MODEL, voyage:MODEL, gemini:MODEL and fastembed:MODEL are there"
         )
     pieces = await asyncio.to_thread(WordPieces.published)
     if kind == "fastembed":

@@ -185,7 +185,8 @@ class Encodings:
             if needed:
                 raise
             return None
-        vector: Sequence[float] = (await embedder.embed_question(text))[0]
+        # Plain floats: the stores take a vector number by number, and numpy's own are slow to be taken so.
+        vector: list[float] = (await embedder.embed_question(text))[0].tolist()
         return vector
 
     def words(self, encoding: Encoding) -> SparseEncoder:

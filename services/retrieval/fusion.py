@@ -1,8 +1,8 @@
 """Two rankings made one: how scores of meaning and of words are put on one scale, and how much each counts. Pure; no store and no wire."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
 
 from services.retrieval.ports import Record
 
@@ -39,31 +39,37 @@ def familiarity(characters: int, pieces: int) -> float:
     return min(1.0, max(0.0, known))
 
 
-def fused(dense: Sequence[Record], sparse: Sequence[Record], dense_weight: float, mode: str = "dbsf", rrf_k: int = 60) -> list[Fused]:
-    """All candidates of both, best first. `dense_weight` is the share of meaning, 0-1; ties go by id."""
+def fused(
+    dense: Sequence[Record], sparse: Sequence[Record], dense_weight: float, mode: str = "dbsf", rrf_k: int = 60, *, most: int | None = None
+) -> list[Fused]:
+    """The `most` best candidates of both (None = all), best first. `dense_weight` is the share of meaning, 0-1; ties go by id."""
     by_meaning, by_words = ((_by_rank(ranking, rrf_k) if mode == "rrf" else _by_spread(ranking)) for ranking in (dense, sparse))
-    meant = {record.id: (rank, record.score) for rank, record in enumerate(dense, 1)}
-    said = {record.id: (rank, record.score) for rank, record in enumerate(sparse, 1)}
-    candidates = [
-        Fused(
-            id_,
-            dense_weight * by_meaning.get(id_, 0.0) + (1.0 - dense_weight) * by_words.get(id_, 0.0),
-            *meant.get(id_, (None, None)),
-            *said.get(id_, (None, None)),
-        )
-        for id_ in meant.keys() | said.keys()
-    ]
-    return sorted(candidates, key=lambda candidate: (-candidate.score, candidate.id))
+    scores = {id_: dense_weight * score for id_, score in by_meaning.items()}
+    for id_, score in by_words.items():
+        scores[id_] = scores.get(id_, 0.0) + (1.0 - dense_weight) * score
+    # Of two hundred candidates a dozen is wanted: the others need no more than a number.
+    best = sorted([(-score, id_) for id_, score in scores.items()])[:most]
+    meant, said = _places(dense), _places(sparse)
+    return [Fused(id_, -negated, *meant.get(id_, (None, None)), *said.get(id_, (None, None))) for negated, id_ in best]
 
 
-def _by_spread(ranking: Sequence[Record]) -> Mapping[str, float]:
+def _places(ranking: Sequence[Record]) -> dict[str, tuple[int, float]]:
+    """Rank from 1 and score by id."""
+    return {record.id: (rank, record.score) for rank, record in enumerate(ranking, 1)}
+
+
+def _by_spread(ranking: Sequence[Record]) -> dict[str, float]:
     scores = [record.score for record in ranking]
-    spread = 2 * SPREADS * stdev(scores) if len(scores) > 1 else 0.0
-    if not spread:
+    if not scores or min(scores) == max(scores):
         return {record.id: 0.5 for record in ranking}
-    lowest = fmean(scores) - spread / 2
+    # By hand: `statistics` reckons in fractions, which takes a fifth of a whole recall and tells apart nothing that counts.
+    mean = math.fsum(scores) / len(scores)
+    spread = 2 * SPREADS * math.sqrt(math.fsum([(score - mean) ** 2 for score in scores]) / (len(scores) - 1))
+    if not spread:
+        return {record.id: 0.5 for record in ranking}  # they differ by less than a square can hold
+    lowest = mean - spread / 2
     return {record.id: (record.score - lowest) / spread for record in ranking}
 
 
-def _by_rank(ranking: Sequence[Record], k: int) -> Mapping[str, float]:
+def _by_rank(ranking: Sequence[Record], k: int) -> dict[str, float]:
     return {record.id: 1.0 / (k + rank) for rank, record in enumerate(ranking, 1)}

@@ -39,6 +39,8 @@ ROOM_WAIT_S = 10.0
 ROOM_RETRY_S = 0.1
 IDLE_S = 0.25
 """How soon a worker sees what another replica has received; what its own has received it sees at once."""
+IDLE_MAX_S = 2.0
+"""What it grows to while nothing comes. What this replica takes in wakes it; only what others leave behind has to be looked for."""
 AWAY_RETRY_S = 0.5
 TRIES_MAX = 3
 """How often a document is begun by one claim while what it needs is away for a moment; the pause doubles from AWAY_RETRY_S."""
@@ -211,6 +213,7 @@ class Ingestion:
         self._new_id = new_id
         self._workers = workers
         self._beat_s = min(1.0, lease_s / 3)
+        self._idle_s_max = max(IDLE_S, min(IDLE_MAX_S, lease_s / 5))
         self._wake = asyncio.Event()
         self._held: dict[str, asyncio.Task[None]] = {}
         self._working: list[asyncio.Task[None]] = []
@@ -289,6 +292,7 @@ class Ingestion:
 
     async def _work(self) -> None:
         """Claim and ingest, one document after the other."""
+        pause_s = IDLE_S
         while True:
             self._wake.clear()
             try:
@@ -298,9 +302,11 @@ class Ingestion:
                 continue
             if claim is None:
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(IDLE_S):
+                    async with asyncio.timeout(pause_s):
                         await self._wake.wait()
+                pause_s = IDLE_S if self._wake.is_set() else min(2 * pause_s, self._idle_s_max)
                 continue
+            pause_s = IDLE_S
             task = self._held[claim.key] = asyncio.create_task(self._ingest(claim), name=f"ingest {claim.job_id} {claim.index}")
             try:
                 await asyncio.wait([task])

@@ -1,16 +1,21 @@
-"""The chain of one recall: embed once → semantic tier → verdict → passages. Each step is one line here and one span in the trace."""
+"""The chain of one recall: embed once, and rank by words meanwhile → semantic tier → verdict → passages. Each step has its span here."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from services.chassis.ending import ended
 from services.chassis.telemetry import Trail
 from services.retrieval.access import Reach
 from services.retrieval.answer_cache import AnswerCache
 from services.retrieval.domain import Passage, SearchMode, Verdict
-from services.retrieval.encoding_spaces import Encodings
+from services.retrieval.encoding_spaces import Encoding, Encodings
 from services.retrieval.ports import Embedder
 from services.retrieval.registry import Registry
-from services.retrieval.search import Searcher
+from services.retrieval.search import ByWords, Searcher
+
+HANDING_OVER_TURNS = 2
+"""Of the event loop, from a question's task to the embedder's thread: the question's own, and its lane's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,34 +75,71 @@ class Memory:
 
 async def recall(question: Question, memory: Memory, emit: Callable[[Part], Awaitable[None]]) -> None:
     """Emit the epoch at once, then the verdict, then passages if wanted. Cancelled, it stops where it is and leaves nothing behind."""
-    trail = Trail("retrieval")
     reach = question.reach
     state = await memory.registry.epoch(reach.tenant, reach.collection)
-    epoch, audience = state.number, reach.viewer.audience(limited=state.limited)
-    await emit(Started(epoch, audience))
-    if epoch == question.held_epoch and audience == question.held_audience:
+    started = Started(state.number, reach.viewer.audience(limited=state.limited))
+    if started.epoch == question.held_epoch and started.audience == question.held_audience:
+        await emit(started)
         return
     if not question.want_cached and not question.passages_max:
+        await emit(started)
         await emit(Judged(Verdict(reason="requested"), 0.0, 0.0))
         return
+    encoding = await memory.encodings.answering(reach.tenant, reach.collection)
+    # Words need no vector: they are looked up while the question is embedded, in time that would be spent waiting.
+    searching = asyncio.create_task(_by_words(question, memory, encoding), name="search by words")
+    try:
+        await _embedded(question, memory, encoding, started, searching, emit)
+    except BaseException:
+        await ended(searching)
+        raise
+
+
+async def _embedded(
+    question: Question,
+    memory: Memory,
+    encoding: Encoding,
+    started: Started,
+    searching: "asyncio.Task[ByWords | None]",
+    emit: Callable[[Part], Awaitable[None]],
+) -> None:
+    """All that rests on the question's vector."""
+    trail, reach = Trail("retrieval"), question.reach
     with trail.step("embed") as embedded:
-        encoding = await memory.encodings.answering(reach.tenant, reach.collection)
-        dense = await memory.encodings.question(encoding, question.text)
+        embedding = asyncio.create_task(memory.encodings.question(encoding, question.text), name="embed the question")
+        try:
+            await emit(started)
+            dense = await embedding
+        except BaseException:
+            await ended(embedding)
+            raise
     with trail.step("cache_lookup") as looked:
         if question.want_cached and dense is None:
             verdict = Verdict(reason="embedder_unavailable")
         elif question.want_cached and dense is not None:
-            verdict = await memory.answers.lookup(reach, (question.cache_scope, audience), epoch, question.text, dense, encoding.answers)
+            scope = (question.cache_scope, started.audience)
+            verdict = await memory.answers.lookup(reach, scope, started.epoch, question.text, dense, encoding.answers)
         else:
             verdict = Verdict(reason="requested")
             looked.skip("requested")
         looked.note(verdict="hit" if verdict.answer else verdict.reason)
     await emit(Judged(verdict, embedded.duration_ms, looked.duration_ms))
-    if not question.passages_max:
+    by_words = await searching
+    if by_words is None:
         return
     with trail.step("search") as searched:
         passages = await memory.searcher.passages(
-            reach, question.text, dense, limit=question.passages_max, mode=SearchMode.HYBRID, encoding=encoding
+            reach, question.text, dense, limit=question.passages_max, mode=SearchMode.HYBRID, encoding=encoding, by_words=by_words
         )
         searched.note(passages=len(passages))
     await emit(Found(passages, searched.duration_ms))
+
+
+async def _by_words(question: Question, memory: Memory, encoding: Encoding) -> ByWords | None:
+    """None where no passages are wanted."""
+    if not question.passages_max:
+        return None
+    # An embedded store searches on the event loop: what hands the question to the embedder's thread has to be done before that.
+    for _ in range(HANDING_OVER_TURNS):
+        await asyncio.sleep(0)
+    return await memory.searcher.by_words(question.reach, question.text, limit=question.passages_max, encoding=encoding)

@@ -16,7 +16,7 @@ from services.retrieval.encoding_spaces import Encoding, Encodings
 from services.retrieval.facts import Condition
 from services.retrieval.fusion import Fused, familiarity, fused
 from services.retrieval.near_duplicates import distinct
-from services.retrieval.ports import Fusion, Query, Record, Reranker, Space, VectorStore
+from services.retrieval.ports import Fusion, Query, Record, Reranker, Space, Sparse, VectorStore
 from services.retrieval.registry import Registry
 
 log = structlog.get_logger(__name__)
@@ -45,6 +45,18 @@ class Hit:
     fused: Fused
     dense_weight: float
     rerank_score: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ByWords:
+    """The ranking by words of one question; it needs no vector, so it can be had while the question is embedded."""
+
+    sparse: Sparse | None
+    """None = no word to search by."""
+    ranking: list[Record]
+    """Without payload."""
+    brought: int
+    """How many the ranking was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +111,21 @@ class Searcher:
         limit: int,
         mode: SearchMode,
         encoding: Encoding,
+        by_words: ByWords | None = None,
     ) -> list[Passage]:
-        """The best `limit` passages, best first, numbered from 1. `dense` is in `encoding`; without it, words alone are searched by."""
-        hits = await self.hits(reach, text, dense, limit=limit, mode=mode, encoding=encoding)
+        """The best `limit` passages, best first, numbered from 1. `dense` is in `encoding`; without it, words alone are searched by.
+
+        `by_words` is what the method of that name found for the same question, reach, limit and encoding.
+        """
+        hits = await self.hits(reach, text, dense, limit=limit, mode=mode, encoding=encoding, by_words=by_words)
         return [hit.passage for hit in hits]
+
+    async def by_words(self, reach: Reach, text: str, *, limit: int, encoding: Encoding) -> ByWords:
+        """The half of a hybrid search that needs no vector."""
+        sparse = self._sparse(text, encoding)
+        brought = max(self._fusion.prefetch, self._looked_at(limit))
+        query = Query(reach.where(), brought, sparse=sparse, payload=False)
+        return ByWords(sparse, await self._leg(encoding.chunks, query), brought)
 
     async def neighbours(self, hit: Hit, count: int) -> tuple[list[StoredChunk], list[StoredChunk]]:
         """Up to `count` chunks before and after a hit, in reading order, of the version the hit is from."""
@@ -121,29 +144,42 @@ class Searcher:
         encoding: Encoding,
         document_ids: tuple[str, ...] = (),
         facts: tuple[Condition, ...] = (),
+        by_words: ByWords | None = None,
     ) -> list[Hit]:
         """As `passages`, with what each came from; of these documents (empty = of all) and of such metadata alone."""
         where = reach.where(document_ids=document_ids, facts=facts)
-        sparse = None if mode is SearchMode.DENSE else self._encodings.words(encoding).query(text)
-        if sparse is not None and not sparse.indices:
-            sparse = None  # nothing but stop words: no word to search by
-        looked_at = limit + SPARE if self._reranking is None else max(limit + SPARE, self._reranking.candidates)
-        query = Query(where, looked_at, dense=None if mode is SearchMode.SPARSE else dense, sparse=sparse)
+        sparse = by_words.sparse if by_words else None if mode is SearchMode.DENSE else self._sparse(text, encoding)
+        query = Query(where, self._looked_at(limit), dense=None if mode is SearchMode.SPARSE else dense, sparse=sparse)
         weight = (
             self._dense_weight(encoding, text) if query.dense is not None and query.sparse is not None else float(query.dense is not None)
         )
-        hits, more = await self._found(reach, text, encoding, query, weight)
+        hits, more = await self._found(reach, text, encoding, query, weight, by_words)
         kept = distinct([hit.passage.text for hit in hits], limit)
         if len(kept) < limit and more:
             # A document is being replaced this very moment, so that chunks of two versions compete, or much says the same: look further
             # down once.
-            hits, _ = await self._found(reach, text, encoding, replace(query, limit=query.limit * REFILL_FACTOR), weight)
+            hits, _ = await self._found(reach, text, encoding, replace(query, limit=query.limit * REFILL_FACTOR), weight, by_words)
             kept = distinct([hit.passage.text for hit in hits], limit)
-        return [replace(hit, passage=replace(hit.passage, number=number)) for number, hit in enumerate((hits[place] for place in kept), 1)]
+        chosen = [hits[place] for place in kept]
+        return [
+            hit if hit.passage.number == number else replace(hit, passage=replace(hit.passage, number=number))
+            for number, hit in enumerate(chosen, 1)
+        ]
 
-    async def _found(self, reach: Reach, text: str, encoding: Encoding, query: Query, weight: float) -> tuple[list[Hit], bool]:
+    def _sparse(self, text: str, encoding: Encoding) -> Sparse | None:
+        """Nothing but stop words leaves no word to search by: None."""
+        sparse = self._encodings.words(encoding).query(text)
+        return sparse if sparse.indices else None
+
+    def _looked_at(self, limit: int) -> int:
+        """Candidates that are looked at for `limit` hits."""
+        return limit + SPARE if self._reranking is None else max(limit + SPARE, self._reranking.candidates)
+
+    async def _found(
+        self, reach: Reach, text: str, encoding: Encoding, query: Query, weight: float, by_words: ByWords | None
+    ) -> tuple[list[Hit], bool]:
         """Hits, best first, and whether the rankings may hold more."""
-        records, seen = await self._ranked(encoding.chunks, query, weight)
+        records, seen = await self._ranked(encoding.chunks, query, weight, by_words)
         current = await self._registry.current(reach.viewer, records)
         meaning, words = self._fusion.weights
         is_known = weight >= KNOWN_SHARE * meaning / ((meaning + words) or 1.0)
@@ -174,15 +210,20 @@ class Searcher:
         ranked = sorted(zip(judged, scores, strict=True), key=lambda pair: -pair[1])
         return [replace(hit, rerank_score=score) for hit, score in ranked] + others
 
-    async def _ranked(self, space: Space, query: Query, dense_weight: float) -> tuple[list[Record], dict[str, Fused]]:
+    async def _ranked(
+        self, space: Space, query: Query, dense_weight: float, by_words: ByWords | None
+    ) -> tuple[list[Record], dict[str, Fused]]:
         """The best candidates, and how the rankings saw each. A ranking asked alone keeps its own scores."""
         alone = query.dense is None or query.sparse is None
         brought = query.limit if alone else max(self._fusion.prefetch, query.limit)
-        dense, sparse = await asyncio.gather(
-            self._leg(space, replace(query, sparse=None, limit=brought, payload=alone)),
-            self._leg(space, replace(query, dense=None, limit=brought, payload=alone)),
-        )
-        best = fused(dense, sparse, dense_weight, self._fusion.mode, self._fusion.rrf_k)[: query.limit]
+        by_meaning = replace(query, sparse=None, limit=brought, payload=alone)
+        if by_words is not None and not alone and by_words.brought == brought:
+            dense, sparse = await self._leg(space, by_meaning), by_words.ranking
+        else:
+            dense, sparse = await asyncio.gather(
+                self._leg(space, by_meaning), self._leg(space, replace(query, dense=None, limit=brought, payload=alone))
+            )
+        best = fused(dense, sparse, dense_weight, self._fusion.mode, self._fusion.rrf_k, most=query.limit)
         seen = {candidate.id: candidate for candidate in best}
         if alone:
             return [*dense, *sparse], seen

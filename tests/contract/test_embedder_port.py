@@ -24,7 +24,8 @@ KEY = "a key that only the tests know"
 EATING, BREAD, STORM = "A man is eating food.", "A man is eating a piece of bread.", "The storm tore the roof off the old barn."
 needs_fastembed = pytest.mark.skipif(importlib.util.find_spec("fastembed") is None, reason="the extra [fastembed] is not installed")
 REMOTE = ["openai", "openai-base64", "voyage", "gemini"]
-KINDS = ["minilm", "minilm-int8", pytest.param("fastembed", marks=needs_fastembed), *REMOTE]
+MINILM = ["minilm-q8", "minilm", "minilm-int8"]
+KINDS = [*MINILM, pytest.param("fastembed", marks=needs_fastembed), *REMOTE]
 
 
 def settings_for(folder: Path, **values: Any) -> Settings:
@@ -46,7 +47,7 @@ async def service() -> AsyncIterator[EmbeddingService]:
 @contextlib.asynccontextmanager
 async def open_one(kind: str, folder: Path, service: EmbeddingService, **values: Any) -> AsyncIterator[Embedder]:
     """An embedder of this kind."""
-    if kind in ("minilm", "minilm-int8"):
+    if kind in MINILM:
         settings, name = settings_for(folder), kind
     elif kind == "fastembed":
         # Its own model is MiniLM as published, in the form that fastembed reads: token embeddings in, one output.
@@ -155,8 +156,7 @@ async def test_ids_tell_apart_what_must_not_be_mixed(state_dir: Path, service: E
     """Another precision, model, length or prefix is another embedder; another address is not."""
     ids = []
     for kind, values in (
-        ("minilm", {}),
-        ("minilm-int8", {}),
+        *((name, {}) for name in MINILM),
         ("openai", {}),
         ("voyage", {}),
         ("gemini", {}),
@@ -170,7 +170,7 @@ async def test_ids_tell_apart_what_must_not_be_mixed(state_dir: Path, service: E
     assert len(ids) == len(set(ids))
     assert not any(" " in id_ for id_ in ids)
     async with open_one("openai", state_dir, service, embedder_url="http://elsewhere.test/v1") as moved:
-        assert ids[2] == moved.embedder_id
+        assert ids[len(MINILM)] == moved.embedder_id
 
 
 async def test_questions_and_documents_are_told_apart_where_the_model_wants_it(state_dir: Path, service: EmbeddingService) -> None:
@@ -332,7 +332,7 @@ async def test_questions_pass_documents_and_wait_in_bounds(state_dir: Path, serv
 @pytest.mark.parametrize(
     ("name", "values", "word"),
     [
-        ("word2vec", {}, "minilm, minilm-int8"),
+        ("word2vec", {}, "minilm-q8, minilm, minilm-int8"),
         ("openai:", {}, "is no embedder"),
         ("openai:text-embedding-3-small", {}, "OPENAI_API_KEY"),
         ("openai:unheard-of", {"embedder_key": "k"}, "EMBEDDER_DIMENSIONS"),

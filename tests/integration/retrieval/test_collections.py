@@ -38,7 +38,7 @@ async def test_collections_of_the_tenant_are_listed(retrieval: Retrieval, ann: P
     listed = await collections(retrieval, ann)
 
     assert [("default", 2), ("other", 1)] == [(name, row.documents) for name, row in listed.items()]
-    assert all("minilm-l6-v2-fp32" in row.embedder_id and not row.next_embedder_id for row in listed.values())
+    assert all("minilm-l6-v2-q8" in row.embedder_id and not row.next_embedder_id for row in listed.values())
     epoch = listed["other"].epoch
     await retrieval.ingest(ann, {"d.md": "# D"}, collection="other")
     shown = [row.document for row in await retrieval.stream("ListDocuments", pb.ListDocumentsRequest(collection="other"), ann)]
@@ -47,6 +47,31 @@ async def test_collections_of_the_tenant_are_listed(retrieval: Retrieval, ann: P
     again = (await collections(retrieval, ann))["other"]
     assert (2, True) == (again.documents, again.epoch > epoch)
     assert {"secret"} == set(await collections(retrieval, eve))
+
+
+async def test_a_store_of_fp32_moves_to_the_default_precision(state_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an older release left it: found at every moment by meaning too, answers are cached again, and fp32 stays to be had by setting."""
+    monkeypatch.setattr(reencoding, "INTERVAL_S", 0.05)
+    monkeypatch.setattr(reencoding, "LINGER_S", 0.2)
+    (state_dir / "models").mkdir(exist_ok=True)
+    (tmp_path / "models").symlink_to(state_dir / "models")
+    ann = Principal("tenant", "ann", frozenset({"user", "admin"}))
+    async with running(settings_for(tmp_path, embed_quant="fp32")) as older:
+        await older.ingest(ann, {"router.md": "# Router\n\nHold the button for ten seconds.", "tea.md": "# Tea\n\nSteep it."})
+        best = (await older.search(ann, QUESTION))[0].chunk_id
+        assert "minilm-l6-v2-fp32" in (await collections(older, ann))["default"].embedder_id
+    async with running(settings_for(tmp_path)) as younger:
+        async with asyncio.timeout(60):
+            while True:
+                for mode in (pb.SEARCH_MODE_HYBRID, pb.SEARCH_MODE_DENSE):
+                    assert best == (await younger.search(ann, QUESTION, mode=mode))[0].chunk_id
+                row = (await collections(younger, ann))["default"]
+                if "minilm-l6-v2-q8" in row.embedder_id and not row.next_embedder_id:
+                    break
+            assert 2 == row.documents
+            # The removal of what fp32 left makes one epoch more: an answer remembered before that is asked for in vain.
+            while not (found := await younger.recall(ann, QUESTION))[1].HasField("answer"):
+                await younger.remember(ann, QUESTION, "Ten seconds [1].", found[0])
 
 
 async def test_documents_are_counted_as_the_caller_may_read_them(retrieval: Retrieval, ann: Principal) -> None:

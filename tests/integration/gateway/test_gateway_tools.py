@@ -140,7 +140,7 @@ async def test_a_whole_answer_has_its_calls(front: Front, client: httpx.AsyncCli
     whole = (await client.post("/v1/answers", json={"question": "x", "stream": False})).json()
 
     assert whole["tool_calls"] == [{"call_id": "c1", "name": "weather", "input": {"town": "Oslo", "days": 3}}]
-    assert whole["tool_results"] == [{"call_id": "c0", "text": "42", "failed": False}] and len(whole["steps"]) == 2
+    assert whole["tool_results"] == [{"call_id": "c0", "text": "42", "failed": False, "flags": []}] and len(whole["steps"]) == 2
 
 
 async def test_a_call_is_one_event(front: Front, client: httpx.AsyncClient) -> None:

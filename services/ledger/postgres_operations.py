@@ -179,11 +179,10 @@ class PostgresOperations:
         return known
 
     async def _holds(self, connection: Connection, operations: Sequence[Operation]) -> dict[tuple[str, str], dict[int, Hold]]:
-        """Holds by operation and attempt, locked."""
+        """Holds by operation and attempt, locked. `operations` are of one tenant."""
         rows = await connection.fetch(
-            f"SELECT {HOLD_COLUMNS}, tenant, operation_id FROM holds WHERE (tenant, operation_id, user_id) IN"
-            " (SELECT * FROM unnest($1::text[], $2::uuid[], $3::text[])) ORDER BY tenant, operation_id, attempt FOR UPDATE",
-            [operation.tenant for operation in operations],
+            f"SELECT {HOLD_COLUMNS}, tenant, operation_id FROM holds_of($1, $2, $3)",
+            operations[0].tenant,
             [UUID(operation.operation_id) for operation in operations],
             [operation.user for operation in operations],
         )

@@ -28,8 +28,9 @@ def _add(table: str, grain: str, owner: str) -> str:
 
 
 _ROLL = (
-    "WITH taken AS (DELETE FROM usage_unrolled WHERE (tenant, operation_id) IN"
-    " (SELECT tenant, operation_id FROM usage_unrolled LIMIT $1) RETURNING tenant, operation_id, created_at),"
+    # By place, not by key: with a long list the planner would look for a batch's keys in all of it, batch after batch.
+    "WITH taken AS (DELETE FROM usage_unrolled WHERE ctid = ANY (ARRAY(SELECT ctid FROM usage_unrolled LIMIT $1))"
+    " RETURNING tenant, operation_id, created_at),"
     " facts AS MATERIALIZED (SELECT f.* FROM taken JOIN LATERAL (SELECT * FROM usage_facts"
     " WHERE tenant = taken.tenant AND operation_id = taken.operation_id AND created_at = taken.created_at OFFSET 0) f ON true),"
     f" hours AS ({_add('usage_hours', 'hour', '')}), days AS ({_add('usage_days', 'day', '')}),"

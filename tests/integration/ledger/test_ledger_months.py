@@ -60,6 +60,10 @@ class _Former:
             query, arguments = query.replace("book_operations", "record_operations"), (operations, *undated, moves)
         return await self._connection.fetchval(query, *arguments)
 
+    async def fetch(self, query: str, *arguments: Any) -> Any:
+        named = "holds WHERE tenant = $1 AND (operation_id, user_id) IN (SELECT * FROM unnest($2::uuid[], $3::text[])) FOR UPDATE"
+        return await self._connection.fetch(query.replace("holds_of($1, $2, $3)", named), *arguments)
+
 
 class FormerReplica:
     """Its database."""

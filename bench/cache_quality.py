@@ -1,6 +1,6 @@
 """How often a cached answer is served, and how often wrongly, at each similarity, with and without the guards.
 
-    python -m bench.cache_quality FOLDER [--share 3] [--show 0.9] [--quant q8]
+    python -m bench.cache_quality FOLDER [--share 3] [--show 0.9] [--quant int8]
 
 FOLDER holds qqp_pairs.jsonl.gz and qqp_near_miss.jsonl: pairs of questions with a human label whether they ask the same. The labels are
 noisy (word-for-word equal questions are labelled different), so `--show` prints the pairs that count as wrong at a similarity, to be read.
@@ -94,6 +94,6 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--share", type=int, default=3, help="every so-manieth pair; 1 = all (takes minutes)")
     parser.add_argument("--show", type=float, default=0.0, help="print wrongly served pairs from this similarity on")
-    parser.add_argument("--quant", choices=("q8", "fp32", "int8"), default="q8", help="precision of the embedder")
+    parser.add_argument("--quant", choices=("int8", "fp32"), default="int8", help="precision of the embedder")
     chosen = parser.parse_args()
     asyncio.run(measure(chosen.folder, chosen.share, chosen.show, chosen.quant))

@@ -15,7 +15,7 @@ from services.retrieval.ports import Embedder
 from services.retrieval.remote_embedding import Dialect, Remote, RemoteEmbedder
 from services.retrieval.word_pieces import WordPieces
 
-MINILM = {"minilm-q8": "q8", "minilm": "fp32", "minilm-int8": "int8"}
+MINILM = {"minilm-int8": "int8", "minilm": "fp32"}
 """Names by which stores remember their embedders: what a name means never changes, whatever the default."""
 ADDRESSES = {
     "openai": "https://api.openai.com/v1",

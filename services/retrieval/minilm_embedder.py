@@ -27,13 +27,12 @@ BATCH_TOKENS_MAX = 1024
 """Tokens a batch of documents, padding included: about 150 ms of one core, and memory that stays small."""
 QUESTIONS_WAITING_MAX = 256
 QUESTION_BATCH_MAX = 4
-"""Four together cost what 2.7 (fp32) or 3.4 (q8) cost one after the other; eight gain little more and keep the first longer. int8 goes one
-by one: its numbers are rounded by the largest of the batch, so that company would change a question's vector."""
+"""Four together cost what 2.5 (fp32) or 3 (int8) cost one after the other; eight gain little more and keep the first longer."""
 QUESTION_SPREAD_MAX = 1.5
 """Beyond that the padding of the shorter ones eats the gain."""
 DIMENSION = 384
-CONVERSION_VERSION = "1"
-"""Changed whenever the graph that minilm_conversion writes changes."""
+CONVERSION_VERSIONS = {"fp32": "1", "int8": "2"}
+"""Changed whenever the graph that minilm_conversion writes gives other vectors."""
 
 
 class MiniLmEmbedder:
@@ -41,7 +40,7 @@ class MiniLmEmbedder:
 
     dimension = DIMENSION
 
-    def __init__(self, folder: Path, embedder_id: str, question_batch_max: int) -> None:
+    def __init__(self, folder: Path, embedder_id: str) -> None:
         self.embedder_id = embedder_id
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
@@ -56,23 +55,23 @@ class MiniLmEmbedder:
         self._tokenizer.no_padding()
         self._pieces = WordPieces(folder / "tokenizer.json")
         self._question_thread = ThreadPoolExecutor(1, thread_name_prefix="embed-question")
-        self._questions = QuestionLane(self._question_batch, runs_max=1, batch_max=question_batch_max, spread_max=QUESTION_SPREAD_MAX)
+        self._questions = QuestionLane(self._question_batch, runs_max=1, batch_max=QUESTION_BATCH_MAX, spread_max=QUESTION_SPREAD_MAX)
         self._documents = ThreadPoolExecutor(1, thread_name_prefix="embed-document", initializer=give_way)
 
     @classmethod
     def load(cls, models: Path, quant: str) -> "MiniLmEmbedder":
         """Open the converted model under `models`, converting it first if it is not there. Blocks for up to a few seconds.
 
-        `quant` is one of minilm_conversion's: `fp32`, `q8` or `int8`.
+        `quant` is one of minilm_conversion's: `fp32` or `int8`.
         """
-        name = f"minilm-l6-v2-{quant}-{_weights_key()}"
+        name = f"minilm-l6-v2-{quant}-{_weights_key(quant)}"
         folder = models / name
         if not (folder / "model.onnx").is_file():
             command = [sys.executable, "-m", "services.retrieval.minilm_conversion", str(folder), quant]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise OSError(f"the embedding model could not be converted into {folder}: {done.stderr.strip()[-500:]}")
-        return cls(folder, f"{name}-{TOKENS_MAX}", 1 if quant == "int8" else QUESTION_BATCH_MAX)
+        return cls(folder, f"{name}-{TOKENS_MAX}")
 
     def close(self) -> None:
         """Drop what waits, end both lanes."""
@@ -123,11 +122,11 @@ def _batches(lengths: Sequence[int]) -> list[list[int]]:
     return batches
 
 
-def _weights_key() -> str:
+def _weights_key(quant: str) -> str:
     """Changes with the published weights and with our conversion.
 
     From the package's own record: reading 90 MB takes a second when they are cold.
     """
     recorded = sorted(f"{file}:{file.hash.value}" for file in distribution(PACKAGE).files or () if file.hash and "model/" in str(file))
     assert recorded, "the package's record lists no files"
-    return hashlib.sha256("\n".join([CONVERSION_VERSION, *recorded]).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join([CONVERSION_VERSIONS[quant], *recorded]).encode()).hexdigest()[:16]

@@ -38,7 +38,7 @@ async def test_collections_of_the_tenant_are_listed(retrieval: Retrieval, ann: P
     listed = await collections(retrieval, ann)
 
     assert [("default", 2), ("other", 1)] == [(name, row.documents) for name, row in listed.items()]
-    assert all("minilm-l6-v2-q8" in row.embedder_id and not row.next_embedder_id for row in listed.values())
+    assert all("minilm-l6-v2-int8" in row.embedder_id and not row.next_embedder_id for row in listed.values())
     epoch = listed["other"].epoch
     await retrieval.ingest(ann, {"d.md": "# D"}, collection="other")
     shown = [row.document for row in await retrieval.stream("ListDocuments", pb.ListDocumentsRequest(collection="other"), ann)]
@@ -66,7 +66,7 @@ async def test_a_store_of_fp32_moves_to_the_default_precision(state_dir: Path, t
                 for mode in (pb.SEARCH_MODE_HYBRID, pb.SEARCH_MODE_DENSE):
                     assert best == (await younger.search(ann, QUESTION, mode=mode))[0].chunk_id
                 row = (await collections(younger, ann))["default"]
-                if "minilm-l6-v2-q8" in row.embedder_id and not row.next_embedder_id:
+                if "minilm-l6-v2-int8" in row.embedder_id and not row.next_embedder_id:
                     break
             assert 2 == row.documents
             # The removal of what fp32 left makes one epoch more: an answer remembered before that is asked for in vain.

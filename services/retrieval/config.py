@@ -59,8 +59,7 @@ class Settings(ServiceSettings):
     `gemini:MODEL` or `fastembed:MODEL`. Empty = MiniLM in the precision of TAILRACE_RETRIEVAL_EMBED_QUANT. A change embeds what is stored
     again, in the background."""
     embed_quant: Literal["int8", "fp32"] = Field("int8", validation_alias="TAILRACE_RETRIEVAL_EMBED_QUANT")
-    """Precision of MiniLM where TAILRACE_RETRIEVAL_EMBEDDER is empty. int8 finds what fp32 finds, in less time and a third of the
-    memory."""
+    """Precision of MiniLM where TAILRACE_RETRIEVAL_EMBEDDER is empty. int8 is near fp32 and takes less time."""
     embedder_url: str = Field("", validation_alias="TAILRACE_RETRIEVAL_EMBEDDER_URL")
     """Base address of a remote embedder, such as http://tei:8080/v1. Empty = the vendor's, or the vendor's own variable for it."""
     embedder_key: SecretStr = Field(SecretStr(""), validation_alias="TAILRACE_RETRIEVAL_EMBEDDER_KEY")

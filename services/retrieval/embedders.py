@@ -16,7 +16,7 @@ from services.retrieval.remote_embedding import Dialect, Remote, RemoteEmbedder
 from services.retrieval.word_pieces import WordPieces
 
 MINILM = {"minilm-int8": "int8", "minilm": "fp32"}
-"""Names by which stores remember their embedders: what a name means never changes, whatever the default."""
+"""Names by which stores remember their embedders: whatever the default. What a name gives may change with a version, and its id with it."""
 ADDRESSES = {
     "openai": "https://api.openai.com/v1",
     "voyage": "https://api.voyageai.com/v1",

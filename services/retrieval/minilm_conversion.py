@@ -32,7 +32,7 @@ GELU_DEPTH = 0.17
 """GELU falls no lower than minus this."""
 SMOOTHED = {"qkv": 0.8, "intermediate.dense": 0.5}
 """Which products have their few large activations divided, and the weights multiplied, by channel; and how much of the difference between
-channels goes into the weights. As SmoothQuant does it (Xiao et al., 2022); of an answer's error to fp32 half goes away with it."""
+channels goes into the weights. As SmoothQuant does it (Xiao et al., 2022); over half of a vector's distance to fp32 goes away with it."""
 SAMPLE = (
     "The committee approved the annual budget on 14 March 2019.",
     "How do I reset my password if I no longer have access to my e-mail?",

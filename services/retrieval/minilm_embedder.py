@@ -27,7 +27,7 @@ BATCH_TOKENS_MAX = 1024
 """Tokens a batch of documents, padding included: about 150 ms of one core, and memory that stays small."""
 QUESTIONS_WAITING_MAX = 256
 QUESTION_BATCH_MAX = 4
-"""Four together cost what 2.5 (fp32) or 3 (int8) cost one after the other; eight gain little more and keep the first longer."""
+"""Four together cost what some 2.7 (fp32) or 3.3 (int8) cost one after the other; eight gain little more and keep the first longer."""
 QUESTION_SPREAD_MAX = 1.5
 """Beyond that the padding of the shorter ones eats the gain."""
 DIMENSION = 384

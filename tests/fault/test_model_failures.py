@@ -407,20 +407,20 @@ async def test_black_hole_ends_at_the_deadline_and_is_put_aside(claude: World) -
     """A provider that takes requests and says nothing: each ends by its deadline, and the model counts as failed, so that others answer."""
     only_first(claude, fault="hang")
 
-    async def timed(**fields: Any) -> tuple[str, float]:
+    async def timed(deadline_ms: int) -> tuple[str, float]:
         began = time.monotonic()
         try:
-            reply = await claude.ask(QUESTION, cache=pb.CACHE_MODE_OFF, deadline_ms=1500, **fields)
+            reply = await claude.ask(QUESTION, cache=pb.CACHE_MODE_OFF, deadline_ms=deadline_ms)
         except DomainError as failure:
             return failure.reason, time.monotonic() - began
         return reply.done.model, time.monotonic() - began
 
-    first = await asyncio.gather(*(timed() for _ in range(10)))
-    then = await timed()
+    first = await asyncio.gather(*(timed(1500) for _ in range(10)))
+    then = await asyncio.gather(*(timed(5000) for _ in range(5)))
 
     assert {end for end, _ in first} == {"DEADLINE_TOO_SHORT"}
     assert max(took for _, took in first) < 1.5 + 3  # the bench says how near it is; here others use the CPU too
-    assert then[0] == "claude-sonnet-5-5"
+    assert [end for end, _ in then].count("claude-sonnet-5-5") >= 4  # one of them may have been the probe
 
 
 async def test_text_that_breaks_off_goes_on_with_the_next_model_where_the_tier_wants_it(claude: World) -> None:

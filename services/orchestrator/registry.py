@@ -50,6 +50,9 @@ YOUNG_S, YOUNG_PAUSE_S = 0.5, 0.02
 LISTEN_AGAIN_S = 0.5
 CANCEL_WAIT_S, CANCEL_PAUSE_S = 1.0, 0.02
 """How long a cancel waits until the answer has stopped. It is asked for anyway."""
+STOP_TURNS = 4
+"""Turns of the event loop before a stop: in them, what the provider has sent and bills is read, wakes its reader and is counted. A loop
+that lags has tens of milliseconds of it in its sockets."""
 Owner = tuple[str, str]
 Produce = Callable[[Question, EventLog], Awaitable[None]]
 Knows = Callable[[Principal, str], Awaitable[bool]]
@@ -380,5 +383,13 @@ def _stop(kept: Kept, failure: DomainError | None) -> bool:
     if kept.task.done() or kept.events.ended:
         return False
     kept.events.stopping = kept.events.stopping or failure
-    kept.task.cancel()
+    _cancel_soon(kept.task, STOP_TURNS)
     return True
+
+
+def _cancel_soon(task: "asyncio.Task[None]", turns: int) -> None:
+    """Cancel `task` so many turns of the event loop from now."""
+    if turns > 0:
+        asyncio.get_running_loop().call_soon(_cancel_soon, task, turns - 1)
+    else:
+        task.cancel()

@@ -1,6 +1,7 @@
 """Which answers are kept, for whom, and for how long."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -24,7 +25,7 @@ from services.orchestrator.domain import Candidate, Claim, Image, Priority, Ques
 from services.orchestrator.log import Entry, EventLog
 from services.orchestrator.mirrors import Mirrors
 from services.orchestrator.publisher import Publisher
-from services.orchestrator.registry import Bounds, Elsewhere, Kept, Registry
+from services.orchestrator.registry import Bounds, Elsewhere, Kept, Produce, Registry
 from services.orchestrator.rpc import new_answer_id
 from tests.fakes.shared_logs import MemoryLogs
 
@@ -60,7 +61,7 @@ class Producer:
 class Replica:
     """A registry with all that belongs to it."""
 
-    def __init__(self, producer: Producer, logs: MemoryLogs, name: str = "r1", known: set[tuple[str, str]] | None = None, **bounds: float):
+    def __init__(self, producer: Produce, logs: MemoryLogs, name: str = "r1", known: set[tuple[str, str]] | None = None, **bounds: float):
         values = {"answers_max": 10, "answers_per_user_max": 10, "kept_max": 10, "kept_s": 60.0, "detach_grace_s": 60.0, **bounds}
         booked = known if known is not None else set()
 
@@ -320,6 +321,35 @@ async def test_answer_stopped_before_its_first_step_still_has_an_end(replica: Ma
 
     assert isinstance(kept.events.failure, AnswerCancelled)
     assert not await answers.cancel(ALICE, "a")
+
+
+async def test_what_lies_in_the_provider_socket_is_counted_before_a_stop() -> None:
+    """It was made and is billed, so an estimate that leaves it out is wrong by all that a lagging loop had not read."""
+    ours, theirs = socket.socketpair()
+    lines, answering = await asyncio.open_connection(sock=ours)
+    counted = 0
+
+    async def produce(asked: Question, events: EventLog) -> None:
+        nonlocal counted
+        try:
+            events.append(TextDelta("x"))
+            while await lines.readline():
+                counted += 1
+        finally:
+            events.end(AnswerCancelled())
+
+    one = Replica(produce, MemoryLogs(), "r1")
+    try:
+        kept = await began(one.answers, question("a"))
+        theirs.sendall(b"token\n" * 7)  # nothing of this has been read when the stop is asked for
+        await one.answers.cancel(ALICE, "a")
+        await asyncio.gather(kept.task, return_exceptions=True)
+    finally:
+        one.close()
+        answering.close()
+        theirs.close()
+
+    assert counted == 7
 
 
 async def test_drain_refuses_what_is_new_and_interrupts_what_does_not_end(replica: Make) -> None:

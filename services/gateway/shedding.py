@@ -21,8 +21,9 @@ TICK_S = 0.05
 TICKS = 4
 """Lag must last for so many ticks: one long callback or collection is no overload."""
 
-STANDS_AFTER_S = 1.0
-"""A burst that was not worked off to half of the standing bound for so long is a queue that stands."""
+STANDS_AFTER_S = 2.0
+"""A burst that was not worked off to half of the standing bound for so long is a queue that stands. Twenty people who ask at the same
+moment keep two slow cores busy for one second: they are a burst."""
 
 
 class LoopLag:

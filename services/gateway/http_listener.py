@@ -247,7 +247,8 @@ class HttpListener:
     async def start(self, host: str, port: int) -> int:
         """Listen on `host:port` (0 = any free one) and return the port. Raises OSError that names the port if it is taken."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listening = socket.socket(family, socket.SOCK_STREAM)
+        # By its full name: asyncio takes the delay off a connection only where the protocol is given, and a response is two writes.
+        listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         try:
             # A port in TIME_WAIT after a restart is free; one that somebody listens on is not.
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,5 +1,6 @@
 """Which language a text is in, and words for scripts that write none apart. Pure; no word weights and no search live here."""
 
+import functools
 import itertools
 import math
 import re
@@ -22,7 +23,7 @@ class Languages:
     """Detection by a model that comes with its library: 0.1 ms a question, 130 MB of nothing to download."""
 
     def __init__(self) -> None:
-        self._identifier = LanguageIdentifier.from_modelpath(str(MODEL_DIR / MODEL_FILE))
+        self._identifier = _identifier()
 
     def detected(self, text: str) -> str:
         """ISO 639-1 code of the language; empty if it cannot be told, as of two words or of numbers."""
@@ -37,6 +38,12 @@ class Languages:
         ranked = self._identifier.rank(sample)[:QUERY_LANGUAGES_MAX]
         best = ranked[0][1]
         return tuple(code for code, likelihood in ranked if best - likelihood <= PLAUSIBLE_WITHIN)
+
+
+@functools.cache
+def _identifier() -> LanguageIdentifier:
+    """Unpacked once a process, whoever needs it: that takes a third of a second, and nothing of it changes."""
+    return LanguageIdentifier.from_modelpath(str(MODEL_DIR / MODEL_FILE))
 
 
 def segmented(text: str) -> str:

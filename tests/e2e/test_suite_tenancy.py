@@ -1,5 +1,6 @@
 """What belongs to somebody else answers exactly like what does not exist, over HTTP and gRPC: three tenants, two users each."""
 
+import asyncio
 import contextlib
 import json
 import re
@@ -152,15 +153,19 @@ async def test_a_foreign_turn_is_replaced_like_an_unknown_one(suite: Suite, ever
     """By a third user, in a conversation of their own or under the other's id of it; and every conversation stays as it was."""
     async with suite.client("cat", TENANTS[0]) as client:
         mine = (await ask(client, "What did cat write?", session_id="cats")).answer_id
+
+        async def said_of(session: str, replaced: str) -> tuple[int, str, str]:
+            body = {"question": "Mine now?", "session_id": session, "replaces": replaced, "stream": False}
+            refused = await client.post("/v1/answers", json=body)
+            return refused.status_code, refused.json()["reason"], refused.json()["detail"]
+
         for owner in everybody:
-            for session in ("cats", owner.ids["session"]):
-                said_of = []
-                for replaced in (owner.ids["answer"], UNKNOWN):
-                    body = {"question": "Mine now?", "session_id": session, "replaces": replaced, "stream": False}
-                    refused = await client.post("/v1/answers", json=body)
-                    said_of.append((refused.status_code, refused.json()["reason"], refused.json()["detail"]))
-                assert said_of[0] == said_of[1]
-                assert said_of[0][:2] == (404, "NOT_FOUND")
+            # At once: each is looked for a while, as it might only just have been said.
+            sessions = ("cats", owner.ids["session"])
+            foreign = await asyncio.gather(*(said_of(session, owner.ids["answer"]) for session in sessions))
+            unknown = await asyncio.gather(*(said_of(session, UNKNOWN) for session in sessions))
+            assert foreign == unknown
+            assert {reply[:2] for reply in foreign} == {(404, "NOT_FOUND")}
         shown = (await client.get("/v1/sessions/cats?branches=all")).raise_for_status().json()
         assert [turn["answer_id"] for turn in shown["turns"]] == [mine]
     for owner in everybody:

@@ -16,6 +16,9 @@ EVENTS_MAX = 70_000
 BYTES_MAX = 4 * 1024 * 1024
 CITATION_BYTES = 100
 READERS_MAX = 16
+GIVES_WAY_TURNS = 3
+"""Turns of the event loop for which word of a step gives way to the call that the step makes, which is on its way after so many. Text gives
+way to nothing."""
 RESERVED_EVENTS = 64
 """Room that text may not take, so that an answer which fills the log can still say how it ended."""
 
@@ -145,6 +148,8 @@ class Reader:
                 await self._waiting
             finally:
                 self._waiting = None
+            for _ in range(0 if self._log.shown else GIVES_WAY_TURNS):
+                await asyncio.sleep(0)
             entries = self._log.read(self.position)
         self.position += len(entries)
         return entries

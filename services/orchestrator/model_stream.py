@@ -209,6 +209,7 @@ async def follow(chunks: AsyncIterable[bytes], reading: Reading, silence: Silenc
             if reading.finished:
                 if not silence.finished:
                     silence.hurry(CLOSING_S)
+                await asyncio.sleep(0)  # who reads along has the last words before they are judged
             elif reading.progressed:
                 silence.renew()
         if not reading.finished:

@@ -1,5 +1,6 @@
 """Which passages go into a prompt: the best ones that fit a budget, each thing said once, numbered in the order they are shown. Pure."""
 
+import functools
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -30,30 +31,36 @@ def pack(passages: Sequence[Passage], bytes_max: int) -> tuple[Passage, ...]:
     one always stays.
     """
     kept: list[Passage] = []
-    seen: list[tuple[frozenset[Shingle], list[str]]] = []
+    seen: list[_Print] = []
     left = bytes_max
     for passage in passages:
-        shingles, marks = _prints(passage.text)
-        if any(marks == other and _alike(shingles, known) >= ALIKE_MIN for known, other in seen):
+        print_ = _Print(passage.text)
+        if any(print_.marks == other.marks and _alike(print_.shingles, other.shingles) >= ALIKE_MIN for other in seen):
             continue
         size = PASSAGE_OVERHEAD_BYTES + sum(len(part.encode()) for part in (passage.text, passage.title, *passage.heading_path))
         if size > left and kept:
             continue
         left -= size
-        seen.append((shingles, marks))
+        seen.append(print_)
         kept.append(replace(passage, number=len(kept) + 1))
     return tuple(kept)
 
 
-def _prints(text: str) -> tuple[frozenset[Shingle], list[str]]:
-    """What a text is compared by: its shingles, and the numbers and negations that two texts must share to mean the same."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    words = _WORD.findall(folded)
-    marks = sorted(word for word in words if word in _NEGATIONS or (not word.isalpha() and _DIGIT.search(word)))
-    if len(words) >= SHINGLE_WORDS:
-        return frozenset(zip(*(words[place:] for place in range(SHINGLE_WORDS)), strict=False)), marks
-    run = "".join(words)
-    return frozenset(run[place : place + SHINGLE_CHARACTERS] for place in range(max(1, len(run) - SHINGLE_CHARACTERS + 1))), marks
+class _Print:
+    """What a text is compared by."""
+
+    def __init__(self, text: str) -> None:
+        self._words = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+        self.marks = sorted(word for word in self._words if word in _NEGATIONS or (not word.isalpha() and _DIGIT.search(word)))
+        """Numbers and negations, which two texts must share to mean the same. Most differ in them, and then nothing else is looked at."""
+
+    @functools.cached_property
+    def shingles(self) -> frozenset[Shingle]:
+        words = self._words
+        if len(words) >= SHINGLE_WORDS:
+            return frozenset(zip(*(words[place:] for place in range(SHINGLE_WORDS)), strict=False))
+        run = "".join(words)
+        return frozenset(run[place : place + SHINGLE_CHARACTERS] for place in range(max(1, len(run) - SHINGLE_CHARACTERS + 1)))
 
 
 def _alike(left: frozenset[Shingle], right: frozenset[Shingle]) -> float:

@@ -1,8 +1,9 @@
 """The chain of one recall: embed once, and rank by words meanwhile → semantic tier → verdict → passages. Each step has its span here."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 from services.chassis.ending import ended
 from services.chassis.telemetry import Trail
@@ -14,8 +15,9 @@ from services.retrieval.ports import Embedder
 from services.retrieval.registry import Registry
 from services.retrieval.search import ByWords, Searcher
 
-HANDING_OVER_TURNS = 2
-"""Of the event loop, from a question's task to the embedder's thread: the question's own, and its lane's."""
+HEAD_START_S = 0.001
+"""What a question's way into the embedder has before words are looked up. An embedded store searches on the event loop and holds the
+interpreter meanwhile, which the embedder's thread needs until it is inside its model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,7 @@ class Found:
 
 
 Part = Started | Judged | Found
+Emit = Callable[[Part], Coroutine[Any, Any, None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,7 @@ class Memory:
     searcher: Searcher
 
 
-async def recall(question: Question, memory: Memory, emit: Callable[[Part], Awaitable[None]]) -> None:
+async def recall(question: Question, memory: Memory, emit: Emit) -> None:
     """Emit the epoch at once, then the verdict, then passages if wanted. Cancelled, it stops where it is and leaves nothing behind."""
     reach = question.reach
     state = await memory.registry.epoch(reach.tenant, reach.collection)
@@ -101,7 +104,7 @@ async def _embedded(
     encoding: Encoding,
     started: Started,
     searching: "asyncio.Task[ByWords | None]",
-    emit: Callable[[Part], Awaitable[None]],
+    emit: Emit,
 ) -> None:
     """All that rests on the question's vector."""
     trail, reach = Trail("retrieval"), question.reach
@@ -123,15 +126,23 @@ async def _embedded(
             verdict = Verdict(reason="requested")
             looked.skip("requested")
         looked.note(verdict="hit" if verdict.answer else verdict.reason)
-    await emit(Judged(verdict, embedded.duration_ms, looked.duration_ms))
-    by_words = await searching
-    if by_words is None:
-        return
-    with trail.step("search") as searched:
-        passages = await memory.searcher.passages(
-            reach, question.text, dense, limit=question.passages_max, mode=SearchMode.HYBRID, encoding=encoding, by_words=by_words
-        )
-        searched.note(passages=len(passages))
+    telling = asyncio.create_task(emit(Judged(verdict, embedded.duration_ms, looked.duration_ms)), name="tell the verdict")
+    try:
+        # A hit ends the recall: then it has to be on its way before anything else is begun. Else it is told beside the search.
+        await (telling if verdict.answer else asyncio.sleep(0))
+        by_words = await searching
+        if by_words is None:
+            await telling
+            return
+        with trail.step("search") as searched:
+            passages = await memory.searcher.passages(
+                reach, question.text, dense, limit=question.passages_max, mode=SearchMode.HYBRID, encoding=encoding, by_words=by_words
+            )
+            searched.note(passages=len(passages))
+        await telling
+    except BaseException:
+        await ended(telling)
+        raise
     await emit(Found(passages, searched.duration_ms))
 
 
@@ -139,7 +150,5 @@ async def _by_words(question: Question, memory: Memory, encoding: Encoding) -> B
     """None where no passages are wanted."""
     if not question.passages_max:
         return None
-    # An embedded store searches on the event loop: what hands the question to the embedder's thread has to be done before that.
-    for _ in range(HANDING_OVER_TURNS):
-        await asyncio.sleep(0)
+    await asyncio.sleep(HEAD_START_S)
     return await memory.searcher.by_words(question.reach, question.text, limit=question.passages_max, encoding=encoding)

@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ from services.chassis.channel import Caller, open_channel
 from services.chassis.clock import SystemClock
 from services.chassis.passport import Passport
 from services.chassis.principal import Principal
-from services.local.stores import Valkey
+from services.local.stores import Valkey, free_port
 from services.retrieval.config import Settings
 from services.retrieval.domain import Chunk, Document, document_id
 from services.retrieval.edge_bm25 import EdgeBm25
@@ -175,7 +174,7 @@ async def serving(folder: Path) -> AsyncIterator[Service]:
     valkey = Valkey(folder / "valkey")
     await valkey.start()
     try:
-        port = _free_port()
+        port = free_port()
         with (folder / "retrieval.log").open("ab") as log:
             command = (sys.executable, "-m", "services.retrieval")
             process = await asyncio.create_subprocess_exec(*command, env=_environment(folder, port, valkey.url), stderr=log, cwd=ROOT)
@@ -209,12 +208,6 @@ def _environment(folder: Path, port: int, redis_url: str) -> dict[str, str]:
         "REDIS_URL": redis_url,
         "PYTHONPATH": f"{ROOT}:{ROOT / 'sdk'}",
     }
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 async def _sent(files: Iterable[File], collection: str) -> AsyncIterator[pb.IngestDocumentsRequest]:

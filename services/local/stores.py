@@ -6,8 +6,10 @@ The wheels' own launchers are not used: they trust stale pid files, change permi
 """
 
 import asyncio
+import contextlib
 import hashlib
 import importlib.util
+import itertools
 import os
 import pwd
 import secrets
@@ -27,16 +29,21 @@ SHARED_ROOT = Path("/var/lib/tailrace")
 """Where root's cluster lives if its state directory is closed to other users."""
 
 
+PORTS = range(20_000, 32_000)
+"""Below what systems give to outgoing connections (from 32768 on Linux, from 49152 by IANA), so that none takes a port between the choice
+and the server that is started on it."""
+_walk = itertools.count(secrets.randbelow(len(PORTS)))
+"""Another beginning in every process, and no port twice in one."""
+
+
 def free_port(preferred: int = 0) -> int:
-    """`preferred` if nothing listens there, else any free port on loopback."""
-    for port in (preferred, 0):
+    """`preferred` if nothing listens there, else any free port on loopback that was not given before."""
+    for port in itertools.chain([preferred] if preferred else [], (PORTS[next(_walk) % len(PORTS)] for _ in PORTS)):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
+            with contextlib.suppress(OSError):
                 probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return int(probe.getsockname()[1])
+                return port
     raise ChildFailed("no free port on 127.0.0.1")
 
 

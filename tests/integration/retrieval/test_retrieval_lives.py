@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import socket
 import sys
 from pathlib import Path
 
@@ -12,18 +11,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.chassis.errors import Unavailable
 from services.chassis.principal import Principal
-from services.local.stores import Valkey
+from services.local.stores import Valkey, free_port
 from tailrace.retrieval.v1 import retrieval_service_pb2 as pb
 from tests.integration.retrieval.retrieval_kit import KEY, Retrieval, running, settings_for
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = {"guide.md": "# Timeouts\n\nThe default timeout is five seconds of network inactivity.\n"}
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 async def spawn(folder: Path, port: int, redis_url: str) -> asyncio.subprocess.Process:

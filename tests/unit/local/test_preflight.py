@@ -71,3 +71,13 @@ def test_the_lock_is_for_its_owner_alone(tmp_path: Path) -> None:
         mode = stat.S_IMODE((tmp_path / "lock").stat().st_mode)
 
     assert mode == 0o600
+
+
+def test_a_free_port_is_none_that_an_outgoing_connection_could_take(taken: int) -> None:
+    """Between the choice and the server that is started on it, the system may give it to anybody who connects; and no port comes twice."""
+    given = [free_port() for _ in range(200)]
+
+    assert max(given) < 32_768
+    assert len(set(given)) == len(given)
+    assert free_port(taken) != taken
+    assert free_port(given[-1]) == given[-1]

@@ -63,7 +63,7 @@ class PostgresLeases:
         return returned
 
     async def _call(self, draw: Draw, lease_id: UUID, tenant: str, user: str, connection: Connection) -> dict[str, Any]:
-        """A draw as open_late reads it."""
+        """A draw as open_late_holds reads it."""
         now = self._now() or datetime.now(UTC)
         listed = await self._prices.told(tenant, draw.provider, draw.model, draw.price_version, now, connection)
         return {

@@ -45,7 +45,9 @@ _THE_OPERATION = (
     " AND o.created_at = (SELECT k.created_at FROM operation_ids k WHERE k.tenant = $1 AND k.operation_id = $2)"
 )
 
-
+_HOLD = f"{HOLD_COLUMNS}, tenant, operation_id"
+HoldsByCall = dict[tuple[str, str], dict[int, Hold]]
+"""By tenant and operation, then by attempt."""
 Baseline = tuple[str, str]
 """Provider and model that tiers are compared with."""
 
@@ -76,10 +78,17 @@ class PostgresOperations:
         for place, operation in enumerate(operations):
             places[operation.tenant].append(place)
         outcomes: dict[int, Recorded | DomainError] = {}
-        for own in places.values():
+
+        async def of_one_tenant(own: list[int]) -> None:
             own.sort(key=lambda place: operations[place].operation_id)  # whoever sends the same ones locks them in the same order
             async with self._recording:
-                outcomes |= zip(own, await self._record_together([operations[place] for place in own]), strict=True)
+                outcomes.update(zip(own, await self._record_together([operations[place] for place in own]), strict=True))
+
+        # Side by side: what one tenant's transaction waits for keeps no other one's waiting.
+        ends = await asyncio.gather(*map(of_one_tenant, places.values()), return_exceptions=True)
+        for failure in ends:
+            if failure is not None:
+                raise failure
         return [outcomes[place] for place in range(len(operations))]
 
     async def _record_together(self, operations: Sequence[Operation]) -> Sequence[Recorded | DomainError]:
@@ -160,7 +169,7 @@ class PostgresOperations:
             raise IdempotencyConflict("the operation was recorded with another content", key=booked.operation_id)
         return Recorded(booked.cost_nanousd, duplicate=True)
 
-    async def _known_holds(self, connection: Connection, operations: Sequence[Operation]) -> dict[tuple[str, str], dict[int, Hold]]:
+    async def _known_holds(self, connection: Connection, operations: Sequence[Operation]) -> HoldsByCall:
         """The holds of every operation that has attempts, by attempt; those that are missing are made first."""
         calling = [operation for operation in operations if operation.attempts]
         if not calling:
@@ -174,25 +183,30 @@ class PostgresOperations:
         ]
         if missing:
             calls = [await self._late(connection, operation, attempt) for operation, attempt in missing]
-            await connection.execute("SELECT open_late($1, NULL)", orjson.dumps(calls).decode())
-            known = await self._holds(connection, calling)
+            made = await connection.fetch(f"SELECT {_HOLD} FROM open_late_holds($1, NULL)", orjson.dumps(calls).decode())
+            if len(made) < len(missing):  # somebody else has made some in the meantime
+                return await self._holds(connection, calling)
+            await self._add(known, made, connection)
         return known
 
-    async def _holds(self, connection: Connection, operations: Sequence[Operation]) -> dict[tuple[str, str], dict[int, Hold]]:
+    async def _holds(self, connection: Connection, operations: Sequence[Operation]) -> HoldsByCall:
         """Holds by operation and attempt, locked. `operations` are of one tenant."""
         rows = await connection.fetch(
-            f"SELECT {HOLD_COLUMNS}, tenant, operation_id FROM holds_of($1, $2, $3)",
+            f"SELECT {_HOLD} FROM holds_of($1, $2, $3)",
             operations[0].tenant,
             [UUID(operation.operation_id) for operation in operations],
             [operation.user for operation in operations],
         )
-        found: dict[tuple[str, str], dict[int, Hold]] = {}
-        for row in rows:
-            found.setdefault((row["tenant"], str(row["operation_id"])), {})[row["attempt"]] = await self._held.hold_of(row, connection)
+        found: HoldsByCall = {}
+        await self._add(found, rows, connection)
         return found
 
+    async def _add(self, found: HoldsByCall, rows: Sequence[Any], connection: Connection) -> None:
+        for row in rows:
+            found.setdefault((row["tenant"], str(row["operation_id"])), {})[row["attempt"]] = await self._held.hold_of(row, connection)
+
     async def _late(self, connection: Connection, operation: Operation, attempt: Attempt) -> dict[str, Any]:
-        """A call that has no hold as open_late reads it, so that late money takes the same way through the books as any other."""
+        """A call that has no hold as open_late_holds reads it, so that late money takes the same way through the books as any other."""
         named = (operation.tenant, attempt.provider, attempt.model, attempt.price_version)
         listed = await self._prices.told(*named, operation.created_at, connection)
         return {

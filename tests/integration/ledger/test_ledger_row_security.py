@@ -2,8 +2,10 @@
 
 import uuid
 from collections.abc import AsyncIterator
+from typing import Any
 
 import asyncpg
+import orjson
 import pytest
 
 from services.chassis.money import Price
@@ -14,7 +16,7 @@ from services.ledger.postgres_database import Connection, Database, opened
 from services.ledger.postgres_holds import resolve
 from tailrace.common.v1 import common_pb2
 from tailrace.ledger.v1 import ledger_service_pb2 as pb
-from tests.integration.ledger.ledger_kit import HAIKU, Ledger, attempt, operation
+from tests.integration.ledger.ledger_kit import HAIKU, RECORDER, Ledger, attempt, operation
 
 TABLES = {
     *("tenants", "users", "plans", "subscriptions", "api_keys", "prices", "budgets", "spending", "holds", "entries"),
@@ -102,6 +104,31 @@ async def test_foreign_holds_are_not_resolved(database: Database, ledger: Ledger
     for table in ("chain_links", "chain_heads"):
         with pytest.raises(asyncpg.InsufficientPrivilegeError):
             await database.of(ann.tenant).fetch(f"INSERT INTO {table} SELECT * FROM {table}")
+
+
+async def test_foreign_calls_are_not_booked_late(database: Database, ledger: Ledger, ann: Principal, stranger: Principal) -> None:
+    """open_late_holds runs in the owner's name, and still makes a tenant's own holds only, on its own leases only."""
+    price_id = await database.value("SELECT price_id FROM prices WHERE tenant = '' LIMIT 1")
+    call = {"user_id": stranger.user, "api_key_id": "", "operation_id": str(uuid.uuid4()), "attempt": 1, "provider": "p", "model": "m"}
+    bounds = {
+        "price_id": price_id,
+        "input_tokens_max": 1,
+        "output_tokens_max": 1,
+        "amount_nanousd": 1,
+        "created_at": "2026-11-01T00:00:00Z",
+    }
+    lease = str(uuid.uuid4())
+    await ledger.ask("LendCredit", pb.LendCreditRequest(lease_id=lease, tenant=stranger.tenant, user=stranger.user), RECORDER)
+
+    async def opened(told: dict[str, Any]) -> list[asyncpg.Record]:
+        query = "SELECT tenant, lease_id, amount_nanousd FROM open_late_holds($1, NULL)"
+        return await database.of(ann.tenant).fetch(query, orjson.dumps([{**call, **bounds, **told}]).decode())
+
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        await opened({"tenant": stranger.tenant})
+    made = await opened({"tenant": ann.tenant, "user_id": ann.user, "lease_id": lease})
+
+    assert [tuple(row) for row in made] == [(ann.tenant, None, 0)]
 
 
 async def test_a_connection_that_entered_no_tenant_sees_nothing(database: Database) -> None:

@@ -420,7 +420,9 @@ async def test_black_hole_ends_at_the_deadline_and_is_put_aside(claude: World) -
 
     assert {end for end, _ in first} == {"DEADLINE_TOO_SHORT"}
     assert max(took for _, took in first) < 1.5 + 3  # the bench says how near it is; here others use the CPU too
-    assert [end for end, _ in then].count("claude-sonnet-5-5") >= 4  # one of them may have been the probe
+    answered = [took for end, took in then if end == "claude-sonnet-5-5"]
+    assert len(answered) >= 4  # one of them may have been the probe
+    assert max(answered) < 1.5 + 3
 
 
 async def test_text_that_breaks_off_goes_on_with_the_next_model_where_the_tier_wants_it(claude: World) -> None:

@@ -61,8 +61,8 @@ def _lines(figures: dict[str, Any]) -> Iterator[str]:
     yield _row("  all", f"{both[0]:.0f}", f"{both[1]:.0f}", _mark(both[0], MEMORY_MIB, "MiB"))
     yield ""
     start = figures["start"]
-    yield _row("`make run` to ready, nothing there yet", f"{start['first_s']:.1f} s", _mark(start["first_s"], COLD_START_S, "s"))
-    yield _row("`make run` to ready, again", f"{start['again_s']:.1f} s")
+    yield _row("`make run` to its URL, nothing there yet", f"{start['first_s']:.1f} s", _mark(start["first_s"], COLD_START_S, "s"))
+    yield _row("`make run` to its URL, again", f"{start['again_s']:.1f} s")
 
 
 def _row(name: str, *cells: str) -> str:

@@ -7,11 +7,14 @@ import httpx
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 120.0
+FIRST = ("README.md", "answers.md")
+"""What the first questions are about. They can be asked while the others are still being embedded."""
 
 
-def documents() -> list[Path]:
-    """README.md and docs/*.md; nothing where Tailrace is installed without its sources."""
-    return [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.is_file()]
+def documents() -> tuple[list[Path], list[Path]]:
+    """README.md and docs/*.md, those of `FIRST` and the others; nothing where Tailrace is installed without its sources."""
+    paths = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.is_file()]
+    return [path for path in paths if path.name in FIRST], [path for path in paths if path.name not in FIRST]
 
 
 async def ingest(url: str, token: str, paths: Sequence[Path]) -> None:

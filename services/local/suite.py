@@ -142,13 +142,27 @@ class Suite:
         await self.supervisor.start()
         write_secret(self.state_dir / "database-url", self.database_url)
         write_secret(self.state_dir / "redis-url", self.redis_url)
-        note = await self._sample() if self.issuer else ""
+        first, others = self._sample_documents()
+        trouble = await self._sample(first)
+        note = trouble or _can_be_asked(first, others)
         print(banner(self.settings, signed_in=self.issuer is not None, seconds=time.monotonic() - began, note=note), flush=True)
+        if others and not trouble:
+            trouble = await self._sample(others)
+            say(trouble or f"all {len(first) + len(others)} documents of the project can be asked about")
+        if first and not trouble:
+            self._sample_marker.write_text("\n".join(path.name for path in (*first, *others)) + "\n")
 
-    async def _sample(self) -> str:
-        """Ingest the documentation on the first run; say how that went, if there is something to say."""
-        marker, paths = self.state_dir / "sample-ingested", sample.documents()
-        if marker.exists() or not paths:
+    def _sample_documents(self) -> tuple[list[Path], list[Path]]:
+        """What to ingest before the address is printed, and after. Nothing if all is there, or if there is no token to do it with."""
+        return ([], []) if self.issuer is None or self._sample_marker.exists() else sample.documents()
+
+    @property
+    def _sample_marker(self) -> Path:
+        return self.state_dir / "sample-ingested"
+
+    async def _sample(self, paths: Sequence[Path]) -> str:
+        """Ingest a part of the documentation; say what went wrong, if something did."""
+        if not paths:
             return ""
         token = (self.state_dir / "dev-token").read_text()
         try:
@@ -156,8 +170,15 @@ class Suite:
                 await sample.ingest(self.settings.url, token, paths)
         except (httpx.HTTPError, ValueError, TimeoutError) as error:
             return f"the sample documents could not be ingested ({str(error) or type(error).__name__}); the next start tries again"
-        marker.write_text("\n".join(path.name for path in paths) + "\n")
-        return f"{len(paths)} documents of the project were ingested as the collection `default`"
+        return ""
+
+
+def _can_be_asked(first: Sequence[Path], others: Sequence[Path]) -> str:
+    if not first:
+        return ""
+    return (
+        f"{' and '.join(path.name for path in first)} can be asked about, in the collection `default`; {len(others)} more documents follow"
+    )
 
 
 async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:

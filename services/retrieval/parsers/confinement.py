@@ -14,8 +14,8 @@ import struct
 import sys
 from typing import Any
 
-NICENESS = 10
-"""As the embedder's lane for documents: a question comes first."""
+from services.retrieval.niceness import give_way_whole
+
 FILES_MAX = 64
 
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
@@ -40,8 +40,7 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 def confine(parent: int, memory_mib: int) -> None:
     """Give up, for good, all that reading a file does not need. Call it before the first byte of the file is there."""
     _die_with(parent)
-    if hasattr(os, "setpriority"):
-        os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
+    give_way_whole()
     _limit(resource.RLIMIT_AS, memory_mib * 1024 * 1024)
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_FSIZE, 0)

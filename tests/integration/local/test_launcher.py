@@ -106,6 +106,19 @@ def test_the_three_calls_work_as_printed(launcher: Running) -> None:
     assert len([run for run in outputs if "disconnect is not a cancel" in run.stdout]) == 3
 
 
+def test_the_first_documents_can_be_asked_at_once_and_the_others_follow(launcher: Running) -> None:
+    """The address does not wait for all of the sample; once the launcher says so, all of it is there."""
+    until(lambda: "documents of the project can be asked about" in launcher.said, READY_S, "the whole sample")
+    headers = {"authorization": f"Bearer {(launcher.state / 'dev-token').read_text()}"}
+    url = f"http://127.0.0.1:{launcher.environ['TAILRACE_HTTP_PORT']}/v1/documents"
+    listed = httpx.get(url, headers=headers, params={"page_size": 100}, timeout=10).json()
+    there = {document["source_uri"] for document in listed["documents"]}
+
+    assert there == {"README.md", *(path.name for path in (ROOT / "docs").glob("*.md"))}
+    assert "README.md and answers.md can be asked about" in launcher.said
+    assert there == set((launcher.state / "sample-ingested").read_text().split())
+
+
 def test_a_second_launcher_on_the_same_directory_is_told_about_the_first(launcher: Running) -> None:
     """Exit code not zero, the process and the address, and nothing is disturbed."""
     second = subprocess.run([str(TAILRACE), "up"], cwd=ROOT, env=launcher.environ, capture_output=True, text=True, check=False)

@@ -131,7 +131,7 @@ async def test_documents_do_not_delay_questions(embedder: MiniLmEmbedder) -> Non
             task.cancel()
         await asyncio.gather(*floods, return_exceptions=True)
 
-    # In one lane each question would wait for a batch of 1024 tokens: 25 times as long.
+    # In one lane each question would wait for a batch of 256 tokens, or for all that wait: ten times as long, or hundreds.
     assert loaded < 8 * idle
 
 

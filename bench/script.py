@@ -93,6 +93,8 @@ class Behaviour(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """Sent with the fault `status` as `location`."""
     end_after_ms: float = 0.0
     """How long after the end of the answer the end of the response comes."""
+    under_way: int = 0
+    """Tokens it writes still when it hears that the client's side is closed, as one that is far away has. -1 = it goes on all the same."""
     fail_first: int = 0
     """The fault strikes only the first so many requests of this behaviour. 0 = every one."""
 

@@ -169,6 +169,16 @@ class Answer:
         if not paused and not self.over and self._record.stream and self._timer is None and self._fault != "hang":
             self._at(self._loop.time(), self._stream)
 
+    def client_closes(self) -> bool:
+        """The client has closed its side. Returns whether it is written to all the same."""
+        under_way, sent = self._behaviour.under_way, self._record.output_tokens
+        if not self.over and under_way < 0:
+            return True
+        if not self.over and sent < (upto := min(sent + under_way, len(self._pieces))):
+            self._write_tokens(sent, upto)
+        self.client_left()
+        return False
+
     def client_left(self) -> None:
         if not self.over:
             self._end("client_closed")
@@ -342,6 +352,9 @@ class Connection(asyncio.Protocol):
         if self._answer:
             self._answer.client_left()
             self._answer.record.closed_s = self._answer.since_s()
+
+    def eof_received(self) -> bool:
+        return bool(self._answer and self._answer.client_closes())
 
     def pause_writing(self) -> None:
         if self._answer:

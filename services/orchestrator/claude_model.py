@@ -18,6 +18,7 @@ from services.orchestrator.domain import Candidate, Draft, Message, Prompt
 from services.orchestrator.model_stream import (
     BRIEF_BELOW_TOKENS,
     CONNECTIONS_MAX,
+    Incoming,
     Reading,
     arguments_object,
     bounded_silence,
@@ -217,9 +218,7 @@ class ClaudeModel:
                 request = _request(self._provider, prompt, candidate, output_tokens_max, draft)
                 async with self._clients[key].messages.with_streaming_response.create(**request) as answer:
                     draft.request_id = answer.request_id or ""
-                    stream = answer.http_response.stream  # what `aiter_raw` reads, without the layer that cuts it into equal pieces
-                    assert isinstance(stream, httpx2.AsyncByteStream)
-                    await follow(stream, ClaudeReading(self._provider, draft), silence)
+                    await follow(Incoming.of(answer.http_response), ClaudeReading(self._provider, draft), silence)
         except DomainError as error:
             self._keys.note(key, error)
             raise

@@ -18,6 +18,7 @@ from services.orchestrator.domain import Candidate, Draft, Message, Prompt, Tool
 from services.orchestrator.model_stream import (
     BRIEF_BELOW_TOKENS,
     CONNECTIONS_MAX,
+    Incoming,
     Reading,
     arguments_object,
     bounded_silence,
@@ -233,7 +234,7 @@ class GeminiModel:
                 assert isinstance(response, aiohttp.ClientResponse)
                 answered = True
                 async with response:
-                    await follow(response.content.iter_any(), GeminiReading(self._provider, draft), silence)
+                    await follow(Incoming(response), GeminiReading(self._provider, draft), silence)
         except DomainError as error:
             self._keys.note(key, error)
             raise

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import email.utils
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import aiohttp
@@ -56,6 +56,11 @@ class Silence:
         """Nothing but the end of the stream is awaited, and that not for long."""
         self.finished = True
         self._timeout.reschedule(self._loop.time() + left_s)
+
+    @property
+    def over(self) -> bool:
+        """Whether the limit has been passed."""
+        return self._timeout.expired()
 
     @property
     def waited_ms(self) -> int:
@@ -191,34 +196,78 @@ CLOSING_S = 0.5
 once, as a rule."""
 
 
-async def follow(chunks: AsyncIterable[bytes], reading: Reading, silence: Silence) -> None:
-    """Read a stream to the end of its answer. Raises ModelFailed if it ends before that."""
+PARTING_S = 0.1
+"""How long a provider is heard out once it was told that nobody listens: what it has written by then is billed."""
+
+
+class Incoming:
+    """The body of one response while it comes, and our side of its connection."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self._response = response
+
+    @classmethod
+    def of(cls, response: httpx2.Response) -> "Incoming":
+        """What one of the vendors' packages reads a response from, without their layers, which cut the bytes into equal pieces."""
+        ours = response.stream._stream._aiohttp_response  # type: ignore[union-attr]
+        assert isinstance(ours, aiohttp.ClientResponse)
+        return cls(ours)
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self._response.content.iter_any()
+
+    def hang_up(self) -> bool:
+        """Say that we leave; what comes can still be read. False where that cannot be said on one side alone, as through TLS."""
+        connection = self._response.connection
+        if connection is None or (transport := connection.transport) is None or transport.is_closing() or not transport.can_write_eof():
+            return False
+        transport.write_eof()
+        return True
+
+
+async def follow(incoming: Incoming, reading: Reading, silence: Silence) -> None:
+    """Read a stream to the end of its answer. Raises ModelFailed if it ends before that.
+
+    Cancelled, it closes our side at once, and reads for at most PARTING_S what the provider writes until it closes its own.
+    """
     events = EventBytes(reading.provider)
     try:
-        async for chunk in chunks:
-            if reading.whole:
-                continue
-            reading.progressed = False
-            try:
-                for data in events.feed(chunk):
-                    reading.read(data)
-            except UNREADABLE as error:
-                raise reading.malformed() from error
-            finally:
-                reading.flush()  # also what came just before a failure
-            if reading.finished:
-                if not silence.finished:
-                    silence.hurry(CLOSING_S)
-                await asyncio.sleep(0)  # who reads along has the last words before they are judged
-            elif reading.progressed:
-                silence.renew()
+        try:
+            await _listen(incoming, events, reading, silence)
+        except asyncio.CancelledError:
+            if not (reading.finished or silence.over) and incoming.hang_up():
+                with contextlib.suppress(TimeoutError, DomainError, aiohttp.ClientError, OSError):
+                    async with asyncio.timeout(PARTING_S):
+                        await _listen(incoming, events, reading, None)
+            raise
         if not reading.finished:
             raise ModelFailed("the provider ended the stream before its end", provider=reading.provider, cause="cut")
-    except (aiohttp.ClientError, httpx2.HTTPError, OSError):
+    except (aiohttp.ClientError, OSError):
         if not reading.finished:  # else there is an answer, whatever becomes of the connection
             raise
     finally:
         reading.give_up()
+
+
+async def _listen(incoming: Incoming, events: EventBytes, reading: Reading, silence: Silence | None) -> None:
+    """Read until the provider ends the response. Without `silence` nothing is made of how long it takes."""
+    async for chunk in incoming:
+        if reading.whole:
+            continue
+        reading.progressed = False
+        try:
+            for data in events.feed(chunk):
+                reading.read(data)
+        except UNREADABLE as error:
+            raise reading.malformed() from error
+        finally:
+            reading.flush()  # also what came just before a failure
+        if reading.finished:
+            if silence is not None and not silence.finished:
+                silence.hurry(CLOSING_S)
+            await asyncio.sleep(0)  # who reads along has the last words before they are judged
+        elif reading.progressed and silence is not None:
+            silence.renew()
 
 
 # What a provider's refusal means to us.

@@ -18,6 +18,7 @@ from services.chassis.errors import DomainError, ModelFailed, ModelMisconfigured
 from services.orchestrator.domain import Candidate, Draft, Image, Prompt
 from services.orchestrator.model_stream import (
     CONNECTIONS_MAX,
+    Incoming,
     Reading,
     bounded_silence,
     broken_off,
@@ -150,9 +151,7 @@ class OpenAiModel:
                 request = self.request(prompt, candidate, output_tokens_max, draft)
                 async with self.opened(self._clients[key], request) as answer:
                     draft.request_id = answer.headers.get("x-request-id", "")
-                    stream = answer.http_response.stream  # what `aiter_raw` reads, without the layer that cuts it into equal pieces
-                    assert isinstance(stream, httpx2.AsyncByteStream)
-                    await follow(stream, self.reading(draft), silence)
+                    await follow(Incoming.of(answer.http_response), self.reading(draft), silence)
         except DomainError as error:
             self._keys.note(key, error)
             raise

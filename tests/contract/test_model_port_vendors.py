@@ -6,6 +6,7 @@ The simulator is the witness: what it billed, what it was sent, and when its soc
 import asyncio
 import base64
 import json
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -416,6 +417,38 @@ async def test_a_cancel_closes_the_socket_wherever_it_comes(subject: Subject, pr
     provider.default = Behaviour(text="All well.")
 
     assert (await asked(subject)).text == "All well."
+
+
+async def test_what_was_under_way_at_a_cancel_is_read_and_billed(subject: Subject, provider: Provider) -> None:
+    """The provider hears at once that nobody listens; what it wrote until then it bills, so it must not be lost with the connection."""
+    provider.default = Behaviour(tokens=1000, tokens_per_s=50, under_way=3)
+    heard = Heard()
+    calling = asyncio.create_task(asked(subject, heard))
+    await until(lambda: len(heard.order) >= 2)
+    calling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await calling
+    await until(lambda: provider.records[-1].closed_s is not None)
+
+    assert provider.records[-1].state == "client_closed"
+    assert heard.draft.deltas == provider.records[-1].output_tokens
+
+
+async def test_one_that_writes_on_after_a_cancel_is_left_soon(subject: Subject, provider: Provider) -> None:
+    """It has a tenth of a second to close its side; then the connection is closed on it."""
+    provider.default = Behaviour(tokens=100_000, tokens_per_s=100, under_way=-1)
+    heard = Heard()
+    calling = asyncio.create_task(asked(subject, heard))
+    await until(lambda: len(heard.order) >= 2)
+    known, began = heard.draft.deltas, time.monotonic()
+    calling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await calling
+    took_s = time.monotonic() - began
+    await until(lambda: provider.records[-1].closed_s is not None)
+
+    assert heard.draft.deltas > known
+    assert took_s < 0.1 + 1.0, "a tenth of a second, on a machine that does other things"
 
 
 async def test_an_answer_without_end_is_cut_off(subject: Subject, provider: Provider, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,9 @@ bench-usage: setup ## usage questions over 5 million operations, with bars; ARGS
 bench-adapters: setup ## what a token costs each provider's adapter in CPU, beside Claude's
 	$(BIN)/python -m bench.adapters
 
+bench-vendors: setup ## what all four services add to each way to a provider
+	$(BIN)/python -m bench.vendors $(ARGS)
+
 bench-retrieval: setup ## what retrieval finds, how fast and how safely, with bars; DATA=../shared/data, ARGS="spans --n 50" picks and shortens
 	$(BIN)/python -m bench.retrieval $(or $(DATA),../shared/data) $(ARGS)
 
@@ -69,4 +72,4 @@ soak: setup ## mixed load for ten minutes, MINUTES=480 for a night; print what g
 clean: ## remove .venv and caches, but not the data in .tailrace
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-.PHONY: help setup run test check fmt proto bench bench-streams bench-money bench-routing bench-ledger bench-usage bench-adapters bench-retrieval bench-checks soak clean
+.PHONY: help setup run test check fmt proto bench bench-streams bench-money bench-routing bench-ledger bench-usage bench-adapters bench-vendors bench-retrieval bench-checks soak clean

@@ -12,7 +12,7 @@ import orjson
 
 from bench.corpus import Corpus
 from bench.script import Behaviour
-from bench.wire import Call, Line, Timing, ask_provider, ask_tailrace
+from bench.wire import VENDORS, Call, Line, Timing, Vendor, ask_provider, ask_tailrace
 from tests.suite import SERVICES, Load, Suite, events
 
 COLLECTION = "bench"
@@ -52,10 +52,11 @@ def spread(values_ms: Sequence[float]) -> Figures:
 
 
 class Bench:
-    """One suite under measurement, with a corpus to ask about."""
+    """One suite under measurement, with a corpus to ask about. With a `vendor` its model answers, else the one of the default tier."""
 
-    def __init__(self, suite: Suite, corpus: Corpus) -> None:
+    def __init__(self, suite: Suite, corpus: Corpus, vendor: Vendor | None = None) -> None:
         self._suite = suite
+        self._vendor, self._model = vendor or VENDORS["anthropic"], vendor.model if vendor else ""
         self._corpus = corpus
         self._token = suite.token(USER, TENANT)
         self._topics = corpus.topics(10_000)
@@ -71,7 +72,7 @@ class Bench:
                 yield f"What did group {number} report about {topic}?"
 
     def _through(self, question: str, cache: str = "off") -> Call:
-        return ask_tailrace(self._token, question, collection=COLLECTION, cache=cache)
+        return ask_tailrace(self._token, question, collection=COLLECTION, cache=cache, model=self._model)
 
     @asynccontextmanager
     async def _lines(self, count: int) -> AsyncIterator[tuple[list[Line], list[Line]]]:
@@ -86,7 +87,7 @@ class Bench:
             yield both[0], both[1]
 
     async def prepare(self) -> Figures:
-        """Lift the limits, ingest the corpus, warm everything up, and take a real prompt to send directly."""
+        """Lift the limits, ingest the corpus and warm everything up."""
         async with self._suite.client("admin", TENANT, ("user", "admin")) as admin:
             (await admin.put(f"/v1/admin/subscriptions/{USER}", json={"plan": "enterprise"})).raise_for_status()
         rows = [{"title": title, "text": text, "collection": COLLECTION} for title, text in self._corpus.documents]
@@ -104,18 +105,23 @@ class Bench:
         stages = {progress["stage"] for progress in final.values()}
         assert (len(final), stages) == (len(rows), {"indexed"}), f"{len(final)} documents ended as {stages}"
         chunks = sum(int(progress["chunks_total"]) for progress in final.values())
-        async with self._lines(1) as (_, (line,)):
-            for _ in range(WARM_UP):
-                await line.stream(self._through(next(self._fresh)))
-        prompt = (await self._suite.provider.prompts())[-1]
-        self._direct = ask_provider(prompt)
+        prompt_bytes = await self.warm_up()
         return {
             "source": self._corpus.source,
             "documents": len(rows),
             "chunks": chunks,
             "chunks_per_s": round(chunks / took_s, 1),
-            "prompt_bytes": len(orjson.dumps(prompt)),
+            "prompt_bytes": prompt_bytes,
         }
+
+    async def warm_up(self) -> int:
+        """Ask a while, and take a real prompt to send directly. Returns its bytes."""
+        async with self._lines(1) as (_, (line,)):
+            for _ in range(WARM_UP):
+                await line.stream(self._through(next(self._fresh)))
+        prompt = (await self._suite.provider.prompts())[-1]
+        self._direct = ask_provider(self._vendor, prompt)
+        return len(orjson.dumps(prompt))
 
     async def one_stream(self) -> Figures:
         """Added time to the first token, one question at a time."""

@@ -75,12 +75,52 @@ def post(path: str, body: dict[str, object], **headers: str) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode() + payload
 
 
-def ask_tailrace(token: str, question: str, *, collection: str, cache: str) -> Call:
-    body = {"question": question, "collection": collection, "cache": cache, "max_output_tokens": 2000}
+@dataclass(frozen=True)
+class Vendor:
+    """One way to a provider: a model that is reached by it, and how the provider itself is asked for a stream."""
+
+    model: str
+    path: str
+    headers: dict[str, str]
+    first: bytes
+    last: bytes
+
+
+VENDORS = {
+    "anthropic": Vendor(
+        "claude-haiku-5-5",
+        "/v1/messages",
+        {"x_api_key": "simulated", "anthropic_version": "2023-06-01"},
+        b"content_block_delta",
+        b"message_stop",
+    ),
+    "openai_responses": Vendor(
+        "gpt-6-luna", "/v1/responses", {"authorization": "Bearer simulated"}, b"response.output_text.delta", b"response.completed"
+    ),
+    "openai_chat": Vendor("bench-chat", "/v1/chat/completions", {"authorization": "Bearer simulated"}, b'"content":"', b"[DONE]"),
+    "gemini": Vendor(
+        "gemini-3.8-flash",
+        "/v1beta/models/gemini-3.8-flash:streamGenerateContent?alt=sse",
+        {"x_goog_api_key": "simulated"},
+        b'"text":"',
+        b"finishReason",
+    ),
+}
+"""By the name of the format."""
+
+
+def ask_tailrace(token: str, question: str, *, collection: str, cache: str, model: str = "") -> Call:
+    body = {
+        "question": question,
+        "collection": collection,
+        "cache": cache,
+        "max_output_tokens": 2000,
+        **({"model": model} if model else {}),
+    }
     request = post("/v1/answers", body, authorization=f"Bearer {token}", accept="text/event-stream")
     return Call(request, b"event: delta", b"event: done")
 
 
-def ask_provider(prompt: dict[str, object]) -> Call:
-    request = post("/v1/messages", {**prompt, "stream": True}, x_api_key="simulated", anthropic_version="2023-06-01")
-    return Call(request, b"content_block_delta", b"message_stop")
+def ask_provider(vendor: Vendor, prompt: dict[str, object]) -> Call:
+    """`prompt` is a request body that was sent to it before."""
+    return Call(post(vendor.path, prompt, **vendor.headers), vendor.first, vendor.last)

@@ -349,19 +349,27 @@ async def until(probe: Callable[[], Awaitable[T | None]], timeout_s: float = 10.
 
 @contextlib.asynccontextmanager
 async def running(
-    *, traces: bool = False, folder: Path | None = None, ledgers: int = 1, orchestrators: int = 1, gateways: int = 1, **extra: str
+    *,
+    traces: bool = False,
+    folder: Path | None = None,
+    provider: Simulator | None = None,
+    ledgers: int = 1,
+    orchestrators: int = 1,
+    gateways: int = 1,
+    **extra: str,
 ) -> AsyncIterator[Suite]:
     """Run the whole suite, ready to answer, until the block is left. `extra` are variables for all services.
 
     Every replica has ports and a state directory of its own; gateways share out their calls over all orchestrators.
 
-    `folder` keeps its state; without one it is a temporary folder. With `traces` spans go to `suite.collector`.
+    `folder` keeps its state; without one it is a temporary folder. Without a `provider` it has one of its own. With `traces` spans go to
+    `suite.collector`.
     """
     async with contextlib.AsyncExitStack() as stack:
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tailrace-suite-", ignore_cleanup_errors=True)))
             folder.chmod(0o755)  # PostgreSQL does not run as root, and must reach its cluster
-        provider = await stack.enter_async_context(simulator())
+        provider = provider or await stack.enter_async_context(simulator())
         collector = await stack.enter_async_context(Collector()) if traces else None
         postgres, valkey = Postgres(folder / "postgres"), Valkey(folder / "valkey")
         for store in (postgres, valkey):

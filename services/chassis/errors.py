@@ -15,7 +15,8 @@ DomainError
 └── RemoteError                                                a status that none of the above names
 """
 
-from typing import ClassVar
+import copy
+from typing import ClassVar, Self
 
 
 class DomainError(Exception):
@@ -38,6 +39,10 @@ class DomainError(Exception):
         super().__init__(detail or self.title)
         self.detail = detail or self.title
         self.metadata = {key: str(value) for key, value in metadata.items()}
+
+    def bare(self) -> Self:
+        """The same error without its traceback and cause. What is kept, or raised by many, must not keep every frame it came through."""
+        return copy.copy(self)
 
     @property
     def retry_after_ms(self) -> int | None:

@@ -133,7 +133,7 @@ def _errors_become_statuses() -> Iterator[list[DomainError]]:
     try:
         yield failure
     except DomainError as error:
-        failure.append(error)
+        failure.append(error.bare())
     except asyncio.CancelledError:
         if (task := asyncio.current_task()) and task.cancelling():
             raise

@@ -85,7 +85,7 @@ class EventLog:
         """Close the log: after `done`, or with what stood in its way."""
         assert not self.ended, "a log ends once"
         assert failure is not None or isinstance(self._entries[-1].event, Done | Recorded), "a log that ends well ends with done"
-        self.ended, self.failure = True, failure
+        self.ended, self.failure = True, failure and failure.bare()
         self._wake()
         if self.on_change is not None:
             self.on_change(self)

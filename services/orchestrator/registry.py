@@ -341,6 +341,8 @@ class Registry:
                 events.end(Internal(""))
 
     def _has_ended(self, kept: Kept) -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            kept.task.exception()  # asked for, it leaves the task: it holds all frames of the answer, and they hold the task
         answer_id = kept.question.answer_id
         del self._running[answer_id]
         self._by_user[kept.owner] -= 1

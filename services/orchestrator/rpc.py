@@ -490,7 +490,7 @@ class OrchestratorRpc(pb_grpc.OrchestratorServiceServicer):
                     beat = pb.AnswerEvent(answer_id=events.answer_id, sequence=reader.position, heartbeat=pb.Heartbeat())
                     await context.write(beat)
                 elif events.failure is not None:
-                    raise events.failure
+                    raise events.failure.bare()
                 else:
                     return
 

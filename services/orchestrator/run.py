@@ -103,7 +103,7 @@ class Run:
 
     def __init__(self, question: Question, kit: Toolkit, events: EventLog) -> None:
         self.question, self.kit, self.events = question, kit, events
-        self.trail = Trail("orchestrator", lambda step: self.events.append(_change(step)))
+        self.trail = Trail("orchestrator", lambda step: events.append(_change(step)))
         self.step = self.trail.step
         self.trace_id = telemetry.current_trace_id()
         self.turns: tuple[Turn, ...] = ()

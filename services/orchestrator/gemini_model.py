@@ -234,7 +234,7 @@ class GeminiModel:
                 assert isinstance(response, aiohttp.ClientResponse)
                 answered = True
                 async with response:
-                    await follow(Incoming(response), GeminiReading(self._provider, draft), silence)
+                    await follow(Incoming(response.content.iter_any(), response), GeminiReading(self._provider, draft), silence)
         except DomainError as error:
             self._keys.note(key, error)
             raise

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import email.utils
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import aiohttp
@@ -203,26 +203,34 @@ PARTING_S = 0.1
 class Incoming:
     """The body of one response while it comes, and our side of its connection."""
 
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
-        self._response = response
+    def __init__(self, chunks: AsyncIterable[bytes], response: aiohttp.ClientResponse | None) -> None:
+        self._chunks, self._response = chunks, response
 
     @classmethod
     def of(cls, response: httpx2.Response) -> "Incoming":
-        """What one of the vendors' packages reads a response from, without their layers, which cut the bytes into equal pieces."""
-        ours = response.stream._stream._aiohttp_response  # type: ignore[union-attr]
-        assert isinstance(ours, aiohttp.ClientResponse)
-        return cls(ours)
+        """Of a response of one of the vendors' packages, without the layer that cuts its bytes into equal pieces."""
+        assert isinstance(response.stream, httpx2.AsyncByteStream)
+        return cls(response.stream, _beneath(response.stream))
 
     def __aiter__(self) -> AsyncIterator[bytes]:
-        return self._response.content.iter_any()
+        return aiter(self._chunks)
 
-    def hang_up(self) -> bool:
-        """Say that we leave; what comes can still be read. False where that cannot be said on one side alone, as through TLS."""
-        connection = self._response.connection
+    def hang_up(self) -> AsyncIterable[bytes] | None:
+        """Say that we leave, and return what comes still. None where that cannot be said on one side alone, as through TLS."""
+        connection = self._response.connection if self._response is not None else None
         if connection is None or (transport := connection.transport) is None or transport.is_closing() or not transport.can_write_eof():
-            return False
+            return None
         transport.write_eof()
-        return True
+        return self._response.content.iter_any() if self._response is not None else None
+
+
+def _beneath(stream: Any) -> aiohttp.ClientResponse | None:
+    """The response that the vendors' packages wrap, once for reading and once more where they trace; None if one does it otherwise."""
+    while stream is not None:
+        if isinstance(found := getattr(stream, "_aiohttp_response", None), aiohttp.ClientResponse):
+            return found
+        stream = getattr(stream, "_async_body", None) or getattr(stream, "_stream", None)
+    return None
 
 
 async def follow(incoming: Incoming, reading: Reading, silence: Silence) -> None:
@@ -235,23 +243,23 @@ async def follow(incoming: Incoming, reading: Reading, silence: Silence) -> None
         try:
             await _listen(incoming, events, reading, silence)
         except asyncio.CancelledError:
-            if not (reading.finished or silence.over) and incoming.hang_up():
+            if not (reading.finished or silence.over) and (rest := incoming.hang_up()) is not None:
                 with contextlib.suppress(TimeoutError, DomainError, aiohttp.ClientError, OSError):
                     async with asyncio.timeout(PARTING_S):
-                        await _listen(incoming, events, reading, None)
+                        await _listen(rest, events, reading, None)
             raise
         if not reading.finished:
             raise ModelFailed("the provider ended the stream before its end", provider=reading.provider, cause="cut")
-    except (aiohttp.ClientError, OSError):
+    except (aiohttp.ClientError, httpx2.HTTPError, OSError):
         if not reading.finished:  # else there is an answer, whatever becomes of the connection
             raise
     finally:
         reading.give_up()
 
 
-async def _listen(incoming: Incoming, events: EventBytes, reading: Reading, silence: Silence | None) -> None:
+async def _listen(chunks: AsyncIterable[bytes], events: EventBytes, reading: Reading, silence: Silence | None) -> None:
     """Read until the provider ends the response. Without `silence` nothing is made of how long it takes."""
-    async for chunk in incoming:
+    async for chunk in chunks:
         if reading.whole:
             continue
         reading.progressed = False

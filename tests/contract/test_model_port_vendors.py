@@ -15,6 +15,7 @@ import openai.types.chat.completion_create_params
 import openai.types.responses.response_create_params
 import pytest
 from google.genai import types
+from opentelemetry import trace
 from pydantic import TypeAdapter
 
 from bench.script import Behaviour, ScriptedCall
@@ -23,7 +24,7 @@ from services.chassis.errors import DomainError, ModelFailed, ModelMisconfigured
 from services.orchestrator import model_stream
 from services.orchestrator.domain import Draft, Image, Message, Prompt, ToolCall, ToolResult, ToolSpec
 from tests.contract.model_subjects import FORMATS, SUBJECTS, Subject, subject_of
-from tests.fakes.orchestrator_world import provider_server, until
+from tests.fakes.orchestrator_world import provider_server, spans_of_this_process, until
 
 WEATHER = ToolSpec("weather", "What the sky does.", {"type": "object", "properties": {"city": {"type": "string"}}})
 CLOSED = {"type": "object", "properties": {"port": {"type": "integer"}}, "required": ["port"], "additionalProperties": False}
@@ -419,11 +420,18 @@ async def test_a_cancel_closes_the_socket_wherever_it_comes(subject: Subject, pr
     assert (await asked(subject)).text == "All well."
 
 
-async def test_what_was_under_way_at_a_cancel_is_read_and_billed(subject: Subject, provider: Provider) -> None:
-    """The provider hears at once that nobody listens; what it wrote until then it bills, so it must not be lost with the connection."""
+@pytest.mark.parametrize("traced", [False, True])
+async def test_what_was_under_way_at_a_cancel_is_read_and_billed(subject: Subject, provider: Provider, traced: bool) -> None:
+    """The provider hears at once that nobody listens; what it wrote until then it bills, so it must not be lost with the connection.
+
+    The vendors' packages wrap their responses otherwise where calls are traced.
+    """
+    if traced:
+        spans_of_this_process()
     provider.default = Behaviour(tokens=1000, tokens_per_s=50, under_way=3)
     heard = Heard()
-    calling = asyncio.create_task(asked(subject, heard))
+    with trace.get_tracer("test").start_as_current_span("answer"):
+        calling = asyncio.create_task(asked(subject, heard))
     await until(lambda: len(heard.order) >= 2)
     calling.cancel()
     with pytest.raises(asyncio.CancelledError):

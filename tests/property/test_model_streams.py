@@ -63,17 +63,6 @@ def body(dialect: Dialect) -> bytes:
     return plain
 
 
-class Arriving(Incoming):
-    """Bytes that need no connection."""
-
-    def __init__(self, chunks: list[bytes]) -> None:
-        self._chunks = chunks
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        for chunk in self._chunks:
-            yield chunk
-
-
 def read(reading: type[Reading], chunks: list[bytes]) -> tuple[Draft, list[tuple[str, str]], DomainError | None]:
     """The draft, what was heard of it with neighbours joined, and how it failed."""
     heard: list[tuple[str, str]] = []
@@ -85,10 +74,14 @@ def read(reading: type[Reading], chunks: list[bytes]) -> tuple[Draft, list[tuple
 
     draft = Draft(lambda text: hear("text", text), on_reasoning=lambda text: hear("thought", text), sent=True)
 
+    async def arriving() -> AsyncIterator[bytes]:
+        for chunk in chunks:
+            yield chunk
+
     async def run() -> DomainError | None:
         try:
             async with bounded_silence("p", 30, 30) as silence:
-                await follow(Arriving(chunks), reading("p", draft), silence)
+                await follow(Incoming(arriving(), None), reading("p", draft), silence)
         except DomainError as error:
             return error
         return None

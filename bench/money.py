@@ -6,16 +6,14 @@ made, and what the ledger says was used.
 
 import asyncio
 import collections
-import functools
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.ground import PLAN, TENANTS, Bar, Ground, Outcome, side_by_side, untyped
-from bench.reader import Read, Reply, fetch, read_answer, request
+from bench.ground import TENANTS, Bar, Ground, Outcome, side_by_side, untyped
+from bench.reader import Read, read_answer
 from bench.script import Behaviour, Record
-from services.ledger.verify import verify
 from tests.suite import until
 
 USERS_AT_ONCE = 16
@@ -24,10 +22,6 @@ STREAMS_AT_A_KILL = 20
 DRAINED_WITHIN_S = 30.0
 ESTIMATE_SHARE = 2.0
 """By how many per cent all that was estimated may differ from what the provider made."""
-SILENT_MS = 55_000
-"""How long the provider says nothing: as long as it takes to decide five hundred requests, and less than it may be silent."""
-TOKENS_WORTH_AN_ANSWER = 256
-"""The least that an answer's bound is lowered to (TAILRACE_ORCHESTRATOR_OUTPUT_TOKENS_MIN)."""
 POOR_USD = "0.05"
 """What the last tenant may spend, so that its leases and its budget run out."""
 
@@ -212,122 +206,6 @@ async def _killing(ground: Ground, n: int, name: str, kill: Callable[[int], Awai
     )
 
 
-async def budgets(ground: Ground, n: int) -> Outcome:
-    """`n` requests at the same moment, through both gateways to both orchestrators, with money for fewer, three times: a known user with a
-    budget, a user nobody has ever seen on a plan with one, and forty such users of a tenant with one.
-
-    The provider says nothing before all are decided, so that no answer gives money back that another could be admitted with.
-    """
-    await ground.begin()
-    chance = ground.random("budgets")
-    bars: list[Bar] = []
-    notes: dict[str, Any] = {}
-    for tenant, limited in zip(TENANTS, ("user", "plan", "tenant"), strict=False):
-        each = await _worst_case(ground, tenant)
-        k = chance.randint(2, max(2, n // 8))
-        limit = k * each + each - 1
-        users = [f"new{number:02}" for number in range(40)] if limited == "tenant" else ["known" if limited == "user" else "never-seen"]
-        used = await _limit(ground, tenant, limited, users[0], limit)
-        await ground.suite.provider.reset()
-        await ground.suite.provider.behave(Behaviour(ttft_ms=SILENT_MS, tokens=20))
-        accepted: dict[int, str] = {}
-
-        async def one(number: int, tenant: str = tenant, users: list[str] = users, accepted: dict[int, str] = accepted) -> Read:
-            body = _short_question(tenant, number)
-            token = ground.suite.token(users[number % len(users)], tenant)
-
-            def hear(reply: Reply) -> None:
-                accepted.setdefault(number, reply.blocks[0].data["answer_id"])
-
-            while True:  # a gateway that has too much to do says so, and is asked again
-                read = await read_answer(ground.turned(number), token, body, key=f"{tenant}-{number}", on_blocks=hear)
-                if read.refusal is None or read.refusal.status != 503:
-                    return read
-                await asyncio.sleep(chance.uniform(0.2, 0.6))
-
-        asking = [asyncio.create_task(one(number)) for number in range(n)]
-        try:
-            await until(functools.partial(_decided, asking, n - k), SILENT_MS / 1000)
-            _, most = await _used(ground, tenant)
-            calls = len(await ground.suite.provider.records())
-            for number, task in enumerate(asking):
-                if not task.done():
-                    token = ground.suite.token(users[number % len(users)], tenant)
-                    await fetch(ground.ports[0], request("POST", f"/v1/answers/{accepted[number]}/cancel", token))
-            ends = collections.Counter((read.end and read.reason) or read.reason for read in await asyncio.gather(*asking))
-        finally:
-            for task in asking:
-                task.cancel()
-        left = await ground.holds_left()
-        admitted = n - ends["BUDGET_EXHAUSTED"]
-        bars += [
-            Bar(f"{limited}: admitted beside {k}", abs(admitted - k), 0),
-            Bar(f"{limited}: calls of the provider beside {k}", abs(calls - k), 0),
-            Bar(f"{limited}: refused otherwise", sum(ends.values()) - ends["BUDGET_EXHAUSTED"] - ends["ANSWER_CANCELLED"], 0),
-            Bar(f"{limited}: spent and held beyond the budget", max(0, most - used - limit), 0, "nUSD"),
-            Bar(f"{limited}: holds left open", left, 0),
-        ]
-        notes[limited] = f"{admitted} of {n}, {dict(ends)}"
-    broken = [finding.law for finding in await verify(ground.suite.postgres.url) if finding.broken]
-    return Outcome(
-        "budget for k of many",
-        n,
-        ground.seed,
-        [*bars, Bar("laws of the books broken", len(broken), 0)],
-        {**notes, "broken": broken},
-    )
-
-
-async def _decided(asking: list[asyncio.Task[Read]], refused: int) -> bool:
-    """Whether so many have come to an end while the provider was silent."""
-    return sum(task.done() for task in asking) >= refused
-
-
-def _short_question(tenant: str, number: int) -> dict[str, Any]:
-    """All of one length, and for as few tokens as are worth an answer: no bound can be lowered to admit one more."""
-    question = f"What does the river bring to mark-{tenant}-{number:06}?"
-    return {"question": question, "cache": "off", "max_output_tokens": TOKENS_WORTH_AN_ANSWER, "collection": "none"}
-
-
-async def _worst_case(ground: Ground, tenant: str) -> int:
-    """What one such request holds, nano-USD."""
-    read = await read_answer(ground.ports, ground.token(tenant), _short_question(tenant, 999_999), key=f"{tenant}-first")
-    rows = await ground.suite.rows("SELECT amount_nanousd FROM holds WHERE tenant = $1 AND operation_id = $2::uuid", tenant, read.answer_id)
-    assert len(rows) == 1, read.reason
-    return int(rows[0]["amount_nanousd"])
-
-
-async def _limit(ground: Ground, tenant: str, limited: str, user: str, limit_nanousd: int) -> int:
-    """Let `user`, or the tenant, spend so much from now on. Returns what the tenant has used so far."""
-    await ground.holds_left()
-    used, _ = await _used(ground, tenant)
-    plan = {**PLAN, "monthly_budget_usd": _usd(limit_nanousd if limited == "plan" else 0)}
-    async with ground.suite.client("admin", tenant, ("user", "admin")) as admin:
-        (await admin.put("/v1/admin/plans/free", json=plan)).raise_for_status()
-        if limited == "user":
-            body = {"period": "month", "limit_usd": _usd(limit_nanousd)}
-            (await admin.put(f"/v1/admin/budgets/user/{user}", json=body)).raise_for_status()
-        elif limited == "tenant":
-            body = {"period": "month", "limit_usd": _usd(limit_nanousd + used)}
-            (await admin.put(f"/v1/admin/budgets/tenant/{tenant}", json=body)).raise_for_status()
-    return used
-
-
-def _usd(nanousd: int) -> str:
-    return f"{nanousd // 10**9}.{nanousd % 10**9:09}"
-
-
-async def _used(ground: Ground, tenant: str) -> tuple[int, int]:
-    """What a tenant has spent and holds now, and the most of it after any commit, as the chain of its books remembers it."""
-    rows = await ground.suite.rows(
-        "SELECT coalesce(sum(own), 0)::bigint AS now, coalesce(max(used), 0)::bigint AS most FROM (SELECT -e.amount_nanousd AS own,"
-        " sum(-e.amount_nanousd) OVER (ORDER BY l.commit_number) AS used FROM chain_links l JOIN entries e USING (posting_id)"
-        " WHERE l.tenant = $1 AND e.account = 'available') u",
-        tenant,
-    )
-    return int(rows[0]["now"]), int(rows[0]["most"])
-
-
 async def compare(ground: Ground) -> Books:
     """What the provider made since the last reset beside what was booked for it."""
     records = [record for record in await ground.suite.provider.records() if record.state != "refused"]
@@ -385,6 +263,5 @@ SCENARIOS: dict[str, tuple[Scenario, int]] = {
     "orchestrators": (orchestrators, 200),
     "postgres": (postgres, 50),
     "ledgers": (ledgers, 50),
-    "budgets": (budgets, 500),
 }
-"""What can be asked for, with the full number: seconds for `away`, requests at once for `budgets`, kills for the others."""
+"""What can be asked for, with the full number: seconds for `away`, kills for the others."""

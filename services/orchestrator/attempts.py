@@ -175,7 +175,7 @@ async def _hold(run: Run, call: _Call, step: StepRecord) -> None:
 async def _reserve(run: Run, call: _Call, ttl_ms: int) -> Hold:
     """Ask the ledger; while it is out of reach, and only then, draw on what it has lent, with the intent on disk before the call begins.
 
-    A budget that is exhausted but for what this replica was lent out of it gets that back and is asked once more.
+    A budget that is exhausted but for our own lease gets it back and is asked once more.
     """
     credit, asked, began = run.kit.credit, run.question, time.monotonic()
     covered = credit.covers(asked.principal)
@@ -185,8 +185,8 @@ async def _reserve(run: Run, call: _Call, ttl_ms: int) -> Hold:
         try:
             # Nothing is shortened for want of money that we hold ourselves.
             hold = await run.kit.ledger.reserve(asked.answer_id, call.number, *bounds, 0 if covered else least, ttl_ms, patient=not covered)
-        except BudgetExhausted as error:
-            if not await credit.surrender(asked.principal, began, error.metadata.get("scope", "")) and not covered:
+        except BudgetExhausted:
+            if not await credit.surrender(asked.principal, began) and not covered:
                 raise
             hold = await run.kit.ledger.reserve(asked.answer_id, call.number, *bounds, least, ttl_ms)
     except DomainError as error:

@@ -37,19 +37,6 @@ DRAWS_MAX = 10_000
 """Calls on one lease; the ledger takes no more at once."""
 
 
-Pool = tuple[str, ...]
-"""A budget that several payers may share: of a tenant, of a user, of a key."""
-
-
-def _pools(payer: Payer) -> dict[str, Pool]:
-    """The budgets that `payer` is paid from, by scope."""
-    return {
-        "tenant": ("tenant", payer.tenant),
-        "user": ("user", payer.tenant, payer.user),
-        "key": ("key", payer.tenant, payer.user, payer.api_key_id),
-    }
-
-
 @dataclass(slots=True)
 class Lease:
     """What was lent to one payer, and what became of it."""
@@ -88,8 +75,8 @@ class Leases:
         self._current: dict[Payer, Lease] = {}
         self._leaving: dict[str, Lease] = {}
         """Not drawn on any more, and not known to have ended at the ledger."""
-        self._shy: dict[Pool, float] = {}
-        self._surrenders: dict[Pool, asyncio.Task[None]] = {}
+        self._shy: dict[Payer, float] = {}
+        self._surrenders: dict[Payer, asyncio.Task[None]] = {}
         self._wake = asyncio.Event()
         self._closed = False
 
@@ -102,7 +89,7 @@ class Leases:
         self._seen.move_to_end(payer)
         if len(self._seen) > self._leases_max:
             self._retire(self._seen.popitem(last=False)[0])
-        if payer not in self._current and not self._is_shy(payer):
+        if payer not in self._current and payer not in self._shy:
             self._wake.set()
 
     def covers(self, principal: Principal) -> bool:
@@ -145,31 +132,24 @@ class Leases:
         if drawn:
             booked.add_done_callback(forget)
 
-    async def surrender(self, principal: Principal, since: float, scope: str) -> bool:
-        """Give back all that is lent here out of the exhausted budget of `scope`; return whether any was, after `since`.
-
-        Then it is worth asking again: what a neighbour was lent and does not use is as good as what is left.
-        """
-        pools = _pools(Payer.of(principal))
-        pool = pools.get(scope, pools["key"])
-        task = self._surrenders.get(pool)
-        if any(pool in _pools(payer).values() for payer in self._current):
-            self._shy[pool] = self._clock() + SHY_S
-            task = self._surrenders[pool] = asyncio.create_task(self._given_back(pool), name="surrender")
-        if task is None or (self._shy.get(pool, 0.0) - SHY_S < since and task.done()):
+    async def surrender(self, principal: Principal, since: float) -> bool:
+        """Give the lease of an exhausted budget back; return whether any was, after `since`: then it is worth asking again."""
+        payer = Payer.of(principal)
+        task = self._surrenders.get(payer)
+        if payer in self._current:
+            self._shy[payer] = self._clock() + SHY_S
+            task = self._surrenders[payer] = asyncio.create_task(self._given_back(payer), name="surrender")
+        if task is None or (self._shy.get(payer, 0.0) - SHY_S < since and task.done()):
             return False
         await asyncio.shield(task)
         return True
 
-    async def _given_back(self, pool: Pool) -> None:
-        for payer in [payer for payer in self._current if pool in _pools(payer).values()]:
-            if (lease := self._retire(payer)) is not None:
-                with contextlib.suppress(DomainError):  # it stays with those that leave, and is tried again
-                    await self._end(lease)
-        self._shy[pool] = self._clock() + SHY_S
-
-    def _is_shy(self, payer: Payer) -> bool:
-        return any(pool in self._shy for pool in _pools(payer).values())
+    async def _given_back(self, payer: Payer) -> None:
+        lease = self._retire(payer)
+        if lease is not None:
+            with contextlib.suppress(DomainError):  # it stays with those that leave, and is tried again
+                await self._end(lease)
+        self._shy[payer] = self._clock() + SHY_S
 
     async def live_forever(self) -> None:
         """Lend, prolong and give back as needed. While the ledger is away it is asked again and again; what is lent lasts meanwhile."""
@@ -204,9 +184,9 @@ class Leases:
         for payer in [payer for payer, seen_at in self._seen.items() if now - seen_at > IDLE_S]:
             del self._seen[payer]
             self._retire(payer)
-        for pool in [pool for pool, until in self._shy.items() if until <= now]:
-            del self._shy[pool]
-            self._surrenders.pop(pool, None)
+        for payer in [payer for payer, until in self._shy.items() if until <= now]:
+            del self._shy[payer]
+            self._surrenders.pop(payer, None)
         for lease in list(self._leaving.values()):
             await self._end(lease)
         for payer in list(self._seen):
@@ -217,7 +197,7 @@ class Leases:
     async def _attend(self, payer: Payer) -> None:
         lease, now = self._current.get(payer), self._clock()
         if lease is None:
-            if not self._is_shy(payer):
+            if payer not in self._shy:
                 await self._lend(payer)
         elif lease.used or lease.ends_at <= now:
             # The new one first: a ledger that goes away in between finds nobody without.
@@ -236,10 +216,10 @@ class Leases:
         except BudgetExhausted:
             del self._leaving[lease_id]
             self._retire(payer)
-            self._shy[_pools(payer)["key"]] = self._clock() + SHY_S
+            self._shy[payer] = self._clock() + SHY_S
             return
         self._retire(payer)
-        if not self._is_shy(payer) and payer in self._seen and not self._closed:
+        if payer not in self._shy and payer in self._seen and not self._closed:
             del self._leaving[lease_id]
             self._current[payer] = Lease(lease_id, payer, lent.amount_nanousd, lent.prices, lent.life_s, began + lent.life_s)
 

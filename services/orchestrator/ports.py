@@ -157,11 +157,8 @@ class Credit(Protocol):
         """The record of calls is on its way to the ledger, which has it once `booked` is done."""
         ...
 
-    async def surrender(self, principal: Principal, since: float, scope: str) -> bool:
-        """Give back what is lent out of the budget of `principal` of this scope: `tenant`, `user` or `key`.
-
-        Returns whether the ledger has got any back since the monotonic time `since`.
-        """
+    async def surrender(self, principal: Principal, since: float) -> bool:
+        """Give back what is lent to `principal`; return whether the ledger has got any back since the monotonic time `since`."""
         ...
 
 

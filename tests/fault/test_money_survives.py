@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from bench.ground import PLAN, TENANTS, Ground, Outcome, ground, seed_of_run
-from bench.money import away, budgets, ledgers, orchestrators, postgres
+from bench.money import away, ledgers, orchestrators, postgres
 
 pytestmark = pytest.mark.slow
 
@@ -84,8 +84,3 @@ async def test_a_changed_plan_is_seen_at_every_gateway_within_five_seconds(made:
     assert cancelled.status_code == 204
     assert (pending["plan"], pending["next_plan"]) == ("odd", "free")
     assert pending["changes_at"]
-
-
-async def test_money_for_k_of_many_at_once_admits_exactly_k(made: Ground) -> None:
-    """Known users, users nobody has seen, and a tenant's forty at once, through two orchestrators."""
-    holds(await budgets(made, 40))

@@ -165,10 +165,10 @@ async def test_an_exhausted_budget_gets_its_lease_back_once_and_none_is_taken_fo
     """All who were refused at the same time wait for the one return and may ask again; who comes later is refused at once."""
     await world.lent()
     began = world.now
-    assert await asyncio.gather(*(world.leases.surrender(ANN, began, "user") for _ in range(3))) == [True, True, True]
+    assert await asyncio.gather(*(world.leases.surrender(ANN, began) for _ in range(3))) == [True, True, True]
     assert len(world.line.returned) == 1
     world.now += 1
-    assert not await world.leases.surrender(ANN, world.now, "user")
+    assert not await world.leases.surrender(ANN, world.now)
     world.leases.noted(ANN)
     await world.leases._round()
     assert world.line.lent == {}
@@ -176,32 +176,6 @@ async def test_an_exhausted_budget_gets_its_lease_back_once_and_none_is_taken_fo
     await world.leases._round()
 
     assert world.leases.covers(ANN)
-
-
-@pytest.mark.parametrize(
-    ("scope", "left"), [("tenant", ["other/ann/"]), ("user", ["other/ann/", "t/bob/"]), ("key", ["other/ann/", "t/ann/", "t/bob/"])]
-)
-async def test_an_exhausted_budget_gets_back_what_its_other_payers_were_lent(world: World, scope: str, left: list[str]) -> None:
-    """Money that a neighbour holds in advance and does not use must not turn away who could be paid with it."""
-    roles = frozenset({"user"})
-    payers = [
-        Principal("t", "ann", roles),
-        Principal("t", "ann", roles, "k"),
-        Principal("t", "bob", roles),
-        Principal("other", "ann", roles),
-    ]
-    for payer in payers:
-        await world.lent(payer)
-    with_key = payers[1]
-
-    assert await world.leases.surrender(with_key, world.now, scope)
-    for payer in payers:
-        world.leases.noted(payer)
-    await world.leases._round()
-    assert sorted(f"{payer.tenant}/{payer.user}/{payer.api_key_id}" for payer in world.line.lent.values()) == left
-    world.now += SHY_S
-    await world.leases._round()
-    assert len(world.line.lent) == len(payers)
 
 
 async def test_everything_is_given_back_at_the_end_and_nothing_taken_after_it(world: World) -> None:

@@ -15,7 +15,6 @@ DomainError
 └── RemoteError                                                a status that none of the above names
 """
 
-import copy
 from typing import ClassVar, Self
 
 
@@ -42,7 +41,9 @@ class DomainError(Exception):
 
     def bare(self) -> Self:
         """The same error without its traceback and cause. What is kept, or raised by many, must not keep every frame it came through."""
-        return copy.copy(self)
+        bare = type(self).__new__(type(self), *self.args)  # not by __init__: subclasses ask it for what they are made of
+        bare.__dict__.update(self.__dict__)
+        return bare
 
     @property
     def retry_after_ms(self) -> int | None:

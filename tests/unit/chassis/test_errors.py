@@ -44,3 +44,15 @@ def test_a_bare_error_is_the_same_and_holds_no_frame(kind: type[DomainError]) ->
 
 def test_a_bare_error_keeps_its_field() -> None:
     assert RequestInvalid("no", field="question", bound="1-10").bare().field == "question"
+
+
+class MadeOfOthers(DomainError):
+    """As a limit's refusal: what makes it is not what its base is made of."""
+
+    def __init__(self, limit: int, *, window_s: int) -> None:
+        super().__init__(f"at most {limit} in {window_s} s", limit=limit)
+
+
+def test_a_bare_error_is_not_made_anew() -> None:
+    kept = MadeOfOthers(3, window_s=60).bare()
+    assert (type(kept), str(kept), kept.metadata) == (MadeOfOthers, "at most 3 in 60 s", {"limit": "3"})

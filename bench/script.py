@@ -93,6 +93,8 @@ class Behaviour(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """Sent with the fault `status` as `location`."""
     end_after_ms: float = 0.0
     """How long after the end of the answer the end of the response comes."""
+    waits: bool = False
+    """Whether nothing is said, not even the head, until all that wait are released: no answer ends before a test has seen enough."""
     fail_first: int = 0
     """The fault strikes only the first so many requests of this behaviour. 0 = every one."""
 

@@ -7,13 +7,14 @@ made, and what the ledger says was used.
 import asyncio
 import collections
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from bench.ground import TENANTS, Bar, Ground, Outcome, side_by_side, untyped
 from bench.reader import Read, read_answer
 from bench.script import Behaviour, Record
+from services.ledger.verify import verify
 from tests.suite import until
 
 USERS_AT_ONCE = 16
@@ -122,6 +123,7 @@ async def away(ground: Ground, n: int) -> Outcome:
             Bar("booked after it was back", round(drained_s, 1), DRAINED_WITHIN_S, "s"),
             Bar("budgets overspent", over["n"], 0),
             Bar("holds left open", left, 0),
+            Bar("laws of the books broken", await broken_laws(ground), 0),
             *books.bars(),
         ],
         {
@@ -200,17 +202,23 @@ async def _killing(ground: Ground, n: int, name: str, kill: Callable[[int], Awai
             Bar("readers without a typed end", untyped(reads), 0),
             Bar("answers lost after done", unbooked, 0),
             Bar("holds left open", left, 0),
+            Bar("laws of the books broken", await broken_laws(ground), 0),
             *books.bars(),
         ],
         {"streams": len(reads), "ends": collections.Counter(read.end or read.reason for read in reads), **books.notes},
     )
 
 
-async def compare(ground: Ground) -> Books:
-    """What the provider made since the last reset beside what was booked for it."""
+async def broken_laws(ground: Ground) -> int:
+    """How many laws of the books do not hold: what `tailrace ledger verify` says."""
+    return sum(finding.broken for finding in await verify(ground.suite.postgres.url))
+
+
+async def compare(ground: Ground, tenants: Sequence[str] = TENANTS) -> Books:
+    """What the provider made since the last reset beside what was booked for these tenants."""
     records = [record for record in await ground.suite.provider.records() if record.state != "refused"]
     rows = await ground.suite.rows(
-        "SELECT a.* FROM attempts a JOIN operations o USING (tenant, operation_id) WHERE o.tenant = ANY($1) AND NOT a.not_sent", TENANTS
+        "SELECT a.* FROM attempts a JOIN operations o USING (tenant, operation_id) WHERE o.tenant = ANY($1) AND NOT a.not_sent", tenants
     )
     named = collections.defaultdict(list)
     for row in rows:

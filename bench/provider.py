@@ -38,6 +38,10 @@ class Simulator:
         """Forget rules, default and records."""
         (await self._http.delete("/control")).raise_for_status()
 
+    async def release(self) -> None:
+        """Let answers begin that wait for it, and those to come, until the next reset."""
+        (await self._http.post("/control/release")).raise_for_status()
+
     async def totals(self) -> dict[str, int]:
         """Requests, tokens, and requests by state."""
         return dict((await self._http.get("/control/report")).raise_for_status().json()["totals"])

@@ -95,6 +95,8 @@ class Behaviour(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """How long after the end of the answer the end of the response comes."""
     under_way: int = 0
     """Tokens it writes still when it hears that the client's side is closed, as one that is far away has. -1 = it goes on all the same."""
+    waits: bool = False
+    """Whether nothing is said, not even the head, until all that wait are released: no answer ends before a test has seen enough."""
     fail_first: int = 0
     """The fault strikes only the first so many requests of this behaviour. 0 = every one."""
 

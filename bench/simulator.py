@@ -11,7 +11,8 @@ knows Tailrace.
     POST   /v1/models/MODEL:streamGenerateContent?alt=sse, :generateContent     Gemini
     PUT    /control/default              Behaviour: how requests are answered that no rule names
     POST   /control/rules                Rule: for requests that contain a text; newest wins
-    DELETE /control                      forget rules, default and records
+    POST   /control/release              let answers begin that wait for it, those to come too
+    DELETE /control                      forget rules, default and records; release what waits
     GET    /control/report               {"totals": …, "requests": [Record …]}, oldest first
     GET    /control/prompts              bodies of the latest requests
 """
@@ -23,7 +24,7 @@ import contextlib
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import httptools
@@ -59,10 +60,13 @@ class Provider:
     def __init__(self, seed: str = "simulator") -> None:
         self._seed = seed
         self._numbers = 0
+        self._waiting: list[Callable[[], None]] = []
         self.clear()
 
     def clear(self) -> None:
         """Forget rules, default and records. Requests that still run keep their behaviour and are no longer reported."""
+        self.release()
+        self._released = False
         self.default = Behaviour()
         self.rules: list[tuple[bytes, Behaviour]] = []
         self.records: collections.deque[Record] = collections.deque(maxlen=RECORDS_MAX)
@@ -96,6 +100,19 @@ class Provider:
         self.prompts.append(body)
         return behaviour, record
 
+    def once_released(self, work: Callable[[], None]) -> None:
+        """Do `work` when the answers that wait are let go; at once if they were since the last `clear`."""
+        if self._released:
+            work()
+        else:
+            self._waiting.append(work)
+
+    def release(self) -> None:
+        """Let go what waits, and what will."""
+        self._released, waiting, self._waiting = True, self._waiting, []
+        for work in waiting:
+            work()
+
     def report(self) -> dict[str, Any]:
         """Totals and every record."""
         records = list(self.records)
@@ -122,8 +139,10 @@ class Answer:
         behaviour: Behaviour,
         record: Record,
         pieces: Sequence[Piece],
+        provider: Provider,
     ) -> None:
         self._transport = transport
+        self._provider = provider
         self._dialect = dialect
         self._request = request
         self._loop = asyncio.get_running_loop()
@@ -156,7 +175,15 @@ class Answer:
             self._reset()
         elif self._fault == "status":
             self._refuse()
-        elif self._record.stream:
+        elif self._behaviour.waits:
+            self._provider.once_released(self._go)
+        else:
+            self._go()
+
+    def _go(self) -> None:
+        if self.over:
+            return
+        if self._record.stream:
             self._head()
             self._at(self._first_at, self._stream)
         else:
@@ -166,7 +193,7 @@ class Answer:
     def pause(self, paused: bool) -> None:
         """The client reads too slowly, or reads again."""
         self._paused = paused
-        if not paused and not self.over and self._record.stream and self._timer is None and self._fault != "hang":
+        if not paused and not self.over and self._record.stream and self._timer is None and self._record.head_s is not None:
             self._at(self._loop.time(), self._stream)
 
     def client_closes(self) -> bool:
@@ -396,7 +423,7 @@ class Connection(asyncio.Protocol):
                 key, request = dialect.authorised(self._headers), self._read(body)
                 behaviour, record = self._provider.take(dialect, dialect.asked(request, path), request, body, key)
                 pieces = script.pieces_of(behaviour, body)
-                self._answer = Answer(self._transport, dialect, request, behaviour, record, pieces)
+                self._answer = Answer(self._transport, dialect, request, behaviour, record, pieces, self._provider)
                 self._answer.begin()
             elif (method, path) == (b"POST", b"/v1/messages/count_tokens"):
                 ANTHROPIC.authorised(self._headers)
@@ -427,6 +454,8 @@ class Connection(asyncio.Protocol):
             elif (method, path) == (b"POST", b"/control/rules"):
                 rule = msgspec.json.decode(body, type=Rule)
                 provider.rules.append((rule.contains.encode(), rule.behaviour))
+            elif (method, path) == (b"POST", b"/control/release"):
+                provider.release()
             elif (method, path) == (b"DELETE", b"/control"):
                 provider.clear()
             elif (method, path) == (b"GET", b"/control/report"):

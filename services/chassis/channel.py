@@ -13,7 +13,7 @@ import grpc
 
 from services.chassis import telemetry
 from services.chassis.deadline import budget_s
-from services.chassis.errors import DomainError, Unavailable
+from services.chassis.errors import DomainError, Overloaded, Unavailable
 from services.chassis.passport import Passport
 from services.chassis.principal import Principal, current_principal
 from services.chassis.server import MESSAGE_BYTES_MAX
@@ -79,6 +79,13 @@ class Patience:
         if not (lost or cut) or time.monotonic() + pause_s > self._ends_at:
             raise error
         self._tries += 1
+        await asyncio.sleep(pause_s)
+
+    async def let_pass(self, error: Overloaded) -> None:
+        """Pause as a service asks that has too much to do, before the next try. Raises `error` if the time is over."""
+        pause_s = random.uniform(0.5, 1) * (error.retry_after_ms or 0) / 1000 + BACKOFF_BASE_S  # noqa: S311 - jitter, not a secret
+        if time.monotonic() + pause_s > self._ends_at:
+            raise error
         await asyncio.sleep(pause_s)
 
 

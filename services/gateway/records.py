@@ -71,7 +71,8 @@ async def usage(exchange: Exchange, kit: Kit) -> None:
     as_csv = _wants_csv(exchange, query)
     groups = [name for name in query.get("group_by", "").split(",") if name]
     if len(groups) > 4 or len(set(groups)) != len(groups) or not set(groups) <= set(GROUPS):
-        raise RequestInvalid("cannot group by that", field="group_by", bound=f"at most 4 of {', '.join(GROUPS)}")
+        bound = f"at most 4 of {', '.join(GROUPS)}"
+        raise RequestInvalid(f"group by {bound}, each once", field="group_by", bound=bound)
     request = ledger.QueryUsageRequest(group_by=groups)
     begin, end = moment(query, "from"), moment(query, "to")
     if begin and end and begin >= end:

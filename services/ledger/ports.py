@@ -76,6 +76,10 @@ class CreditLines(Protocol):
         """
         ...
 
+    async def recalled(self, held: Sequence[UUID]) -> Sequence[UUID]:
+        """Those of these leases, of any tenant, that were recalled and have not ended."""
+        ...
+
     async def expire_one(self, grace_ms: int) -> str | None:
         """Give back one lease that expired more than `grace_ms` ago; return its id, or None if there is none left."""
         ...

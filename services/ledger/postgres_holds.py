@@ -1,6 +1,7 @@
 """Holds in PostgreSQL: setting money aside in one round trip, and writing down what `holds` decides under a row lock."""
 
 import contextlib
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -25,6 +26,7 @@ HOLD_COLUMNS = (
     "hold_id, attempt, price_id, amount_nanousd, state, cost_nanousd, estimated,"
     " input_tokens, output_tokens, cache_read_tokens, cache_write_tokens, cache_write_1h_tokens"
 )
+RESERVE = f"SELECT * FROM reserve_hold({', '.join(f'${number}' for number in range(1, 16))})"
 PRICE_TRIES_MAX = 3
 MOVE_TRIES_MAX = 3
 """A hold has at most two moves in its life."""
@@ -48,31 +50,37 @@ class PostgresHolds:
 
     async def reserve(self, principal: Principal, wanted: Reservation) -> Reserved:
         for _ in range(PRICE_TRIES_MAX):
-            book = self._prices.book
+            book, began = self._prices.book, time.monotonic()
             listed = await self._prices.in_force(principal.tenant, wanted.provider, wanted.model, self._now() or datetime.now(UTC))
-            row = await self._database.self_scoped().row(
-                "SELECT * FROM reserve_hold($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)",
+            arguments = (
                 *(principal.tenant, principal.user, principal.api_key_id, wanted.operation_id, wanted.attempt),
                 *(wanted.provider, wanted.model, listed.price_id, *listed.price.worst_case_parts(wanted.input_tokens_max)),
                 *(wanted.input_tokens_max, wanted.output_tokens_max, wanted.output_tokens_min),
                 *(timedelta(milliseconds=wanted.ttl_ms), self._now()),
             )
+
+            async def work(connection: Connection, arguments: tuple[Any, ...] = arguments, began: float = began) -> tuple[Any, int]:
+                row = await connection.fetchrow(RESERVE, *arguments)
+                return row, await self._recalled(connection, principal, row, began) if row["outcome"] == "exhausted" else 0
+
+            row, lent = await self._database.self_scoped().run(work)
+            if row["outcome"] == "exhausted":
+                raise _exhausted(row, wanted, listed, lent)
             if row["outcome"] != "price_changed":
-                return await self._reserved(principal, row, wanted, listed)
+                return await self._reserved(principal, row, wanted)
             await self._prices.reload(book)
         raise Overloaded("the price changes faster than it can be read", retry_after_ms=1000)
 
-    async def _reserved(self, principal: Principal, row: Any, wanted: Reservation, counted_with: ListedPrice) -> Reserved:
-        if row["outcome"] == "exhausted":
-            least = wanted.output_tokens_min or wanted.output_tokens_max
-            needed = counted_with.price.worst_case_nanousd(wanted.input_tokens_max, least)
-            raise BudgetExhausted(
-                f"the {row['scope']}'s budget has {row['left_nanousd']} nano-USD left and the call may cost {needed}",
-                needed_nanousd=needed,
-                left_nanousd=row["left_nanousd"],
-                scope=row["scope"],
-                resets_at=row["resets_at"].isoformat(),
-            )
+    async def _recalled(self, connection: Connection, principal: Principal, row: Any, began: float) -> int:
+        """Call back what is lent of the budget that refused; return how much that is, with what came back since `began`."""
+        recalled: int = await connection.fetchval(
+            "SELECT recall_credit($1, $2, $3, $4, $5, $6)",
+            *(principal.tenant, principal.user, principal.api_key_id, "user" if row["scope"] == "plan" else row["scope"]),
+            *(timedelta(seconds=time.monotonic() - began), self._now()),
+        )
+        return recalled
+
+    async def _reserved(self, principal: Principal, row: Any, wanted: Reservation) -> Reserved:
         if row["outcome"] == "conflict":
             key = f"{wanted.operation_id}/{wanted.attempt}"
             raise IdempotencyConflict("this attempt was reserved for another call", key=key)
@@ -150,6 +158,20 @@ class PostgresHolds:
             row["cost_nanousd"],
             row["estimated"],
         )
+
+
+def _exhausted(row: Any, wanted: Reservation, listed: ListedPrice, lent_nanousd: int) -> BudgetExhausted:
+    """The refusal. What is lent is on its way back: with it the same call may be admitted soon."""
+    least = wanted.output_tokens_min or wanted.output_tokens_max
+    needed = listed.price.worst_case_nanousd(wanted.input_tokens_max, least)
+    return BudgetExhausted(
+        f"the {row['scope']}'s budget has {row['left_nanousd']} nano-USD left and the call may cost {needed}",
+        needed_nanousd=needed,
+        left_nanousd=row["left_nanousd"],
+        lent_nanousd=lent_nanousd,
+        scope=row["scope"],
+        resets_at=row["resets_at"].isoformat(),
+    )
 
 
 async def resolve(connection: Connection, moves: Sequence[Move], at: datetime | None) -> None:

@@ -1,4 +1,7 @@
-"""Credit leases in PostgreSQL: lending and taking back are one SQL function each. Who draws on a lease is the recorder's to say."""
+"""Credit leases in PostgreSQL: lending and taking back are one SQL function each. Who draws on a lease is the recorder's to say.
+
+What is lent is recalled where a reservation is refused for want of it: see `postgres_holds`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,6 +64,14 @@ class PostgresLeases:
         if returned is None:
             raise NotFound("no such lease", kind="lease")
         return returned
+
+    async def recalled(self, held: Sequence[UUID]) -> Sequence[UUID]:
+
+        async def work(connection: Connection) -> Sequence[UUID]:
+            query = "SELECT lease_id FROM leases WHERE lease_id = ANY($1) AND recalled_at IS NOT NULL AND ended_at IS NULL"
+            return [row["lease_id"] for row in await connection.fetch(query, held)]
+
+        return await self._database.run(work)
 
     async def _call(self, draw: Draw, lease_id: UUID, tenant: str, user: str, connection: Connection) -> dict[str, Any]:
         """A draw as open_late_holds reads it."""

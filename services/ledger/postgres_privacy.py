@@ -1,5 +1,6 @@
 """Reads and erases what is kept of one user in PostgreSQL. What stays after that, the schema's `erase_user` says."""
 
+import asyncio
 from collections.abc import Sequence
 from datetime import datetime
 
@@ -9,6 +10,8 @@ from services.ledger.postgres_conversations import SUMMARY, TURN, summary_of, tu
 from services.ledger.postgres_database import Connection, Database
 from services.ledger.postgres_sums import LOCK_KEY
 
+RETURNED_POLLS_MAX, RETURNED_POLL_S = 50, 0.1
+"""Orchestrators ask every second what they are to return."""
 ERASE_TIMEOUT_S = 300.0
 """A user with a million operations takes a minute."""
 
@@ -27,10 +30,19 @@ class PostgresPrivacy:
                 await connection.execute("SELECT pg_advisory_xact_lock($1)", LOCK_KEY, timeout=ERASE_TIMEOUT_S)
                 return str(await connection.fetchval("SELECT erase_user($1, $2)", tenant, user, timeout=ERASE_TIMEOUT_S))
 
+        await self._until_returned(tenant, user)
         outcome = await self._database.run(work)
         if outcome == "busy":
             raise Overloaded("answers of the user are under way", retry_after_ms=10_000)
         return outcome == "erased"
+
+    async def _until_returned(self, tenant: str, user: str) -> None:
+        """Call back what is lent to the user, and wait a little until it is: it counts as money set aside, though no answer needs it."""
+        lent = "SELECT recall_credit($1, $2, '', 'user', '0', NULL)"
+        for _ in range(RETURNED_POLLS_MAX):
+            if not await self._database.self_scoped().value(lent, tenant, user):
+                return
+            await asyncio.sleep(RETURNED_POLL_S)
 
     async def subscriptions(self, tenant: str, user: str) -> Sequence[tuple[str, datetime, datetime | None]]:
         rows = await self._database.of(tenant).fetch(

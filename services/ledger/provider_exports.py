@@ -196,14 +196,14 @@ def _count(line: int, cells: Mapping[str, Any], name: str) -> int:
     if value is None or value == "":
         return 0
     if isinstance(value, bool) or not isinstance(value, int | str) or not _COUNT.fullmatch(str(value)):
-        raise _refused(line, f"has a {name} that is no count of tokens")
+        raise _refused(line, f"has no count of tokens in {name}")
     return int(value)
 
 
 def _name(line: int, cells: Mapping[str, Any], name: str) -> str:
     value = cells.get(name)
     if not isinstance(value, str) or not _NAME.fullmatch(value.strip()):
-        raise _refused(line, f"has a {name} that is no name; group the export by model")
+        raise _refused(line, f"has no name in {name}; group the export by model")
     return value.strip()
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import random
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,6 +40,8 @@ HEALABLE = frozenset({"empty", "repeated", "citation_unknown", "ungrounded", "sc
 """Verdicts that another model could escape. A refusal is an answer, and what was cut at the bound would be cut again."""
 MARK_DELTAS_MIN, MARK_DELTAS_MAX, MARK_S = 8, 64, 1.0
 """How much text, or time with text, may pass between two marks of what to book should we die: as much as there is, within these bounds."""
+RETURNED_WITHIN_S, RETURNED_PAUSE_S = 5.0, (0.1, 0.5)
+"""How long a call that only lent money could pay waits for it, asking again after such a pause. Who holds a lease is asked every second."""
 HOLD_MARGIN_S = 60.0
 """A hold outlives the deadline by this, so that the sweeper never books what is about to be recorded."""
 
@@ -175,7 +178,7 @@ async def _hold(run: Run, call: _Call, step: StepRecord) -> None:
 async def _reserve(run: Run, call: _Call, ttl_ms: int) -> Hold:
     """Ask the ledger; while it is out of reach, and only then, draw on what it has lent, with the intent on disk before the call begins.
 
-    A budget that is exhausted but for our own lease gets it back and is asked once more.
+    A budget that is exhausted but for what is lent gets that back: our own lease at once, those of others within seconds.
     """
     credit, asked, began = run.kit.credit, run.question, time.monotonic()
     covered = credit.covers(asked.principal)
@@ -185,10 +188,10 @@ async def _reserve(run: Run, call: _Call, ttl_ms: int) -> Hold:
         try:
             # Nothing is shortened for want of money that we hold ourselves.
             hold = await run.kit.ledger.reserve(asked.answer_id, call.number, *bounds, 0 if covered else least, ttl_ms, patient=not covered)
-        except BudgetExhausted:
-            if not await credit.surrender(asked.principal, began) and not covered:
+        except BudgetExhausted as error:
+            if not await credit.surrender(asked.principal, began) and not covered and not _only_lent(error):
                 raise
-            hold = await run.kit.ledger.reserve(asked.answer_id, call.number, *bounds, least, ttl_ms)
+            hold = await _once_returned(run, call, *bounds, least, ttl_ms)
     except DomainError as error:
         drawn = credit.draw(asked.principal, asked.answer_id, call.number, *bounds) if _out_of_reach(error) else None
         if drawn is None:
@@ -203,6 +206,25 @@ async def _reserve(run: Run, call: _Call, ttl_ms: int) -> Hold:
         return drawn
     credit.noted(asked.principal)
     return hold
+
+
+async def _once_returned(run: Run, call: _Call, *wanted: Any) -> Hold:
+    """Ask again, and again while what is missing is only lent to somebody who was told to return it. Raises BudgetExhausted."""
+    ends_at = time.monotonic() + RETURNED_WITHIN_S
+    while True:
+        try:
+            return await run.kit.ledger.reserve(run.question.answer_id, call.number, *wanted)
+        except BudgetExhausted as error:
+            pause_s = random.uniform(*RETURNED_PAUSE_S)  # noqa: S311 - jitter, not a secret
+            if not _only_lent(error) or time.monotonic() + pause_s > ends_at:
+                raise
+            await asyncio.sleep(pause_s)
+
+
+def _only_lent(error: BudgetExhausted) -> bool:
+    """Whether the budget could pay if all that is lent of it came back."""
+    needed, left, lent = (int(error.metadata.get(f"{name}_nanousd", 0)) for name in ("needed", "left", "lent"))
+    return lent > 0 and left + lent >= needed
 
 
 def _out_of_reach(error: DomainError) -> bool:

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 from typing import Any
@@ -11,7 +11,7 @@ import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.chassis.channel import Caller, Patience
-from services.chassis.errors import DomainError, NotFound, RequestInvalid, Unavailable
+from services.chassis.errors import DomainError, NotFound, Overloaded, RequestInvalid, Unavailable
 from services.chassis.money import Price
 from services.chassis.principal import Principal
 from services.chassis.wire import price_value, timestamp, usage_message, usage_value
@@ -372,13 +372,15 @@ class RemoteLedger:
             output_tokens_min=output_tokens_min,
             ttl_ms=ttl_ms,
         )
-        patience = Patience(self._patience_s if patient else 0)
+        patience, rush = Patience(self._patience_s if patient else 0), Patience(self._patience_s)
         timeout_s = RESERVE_TIMEOUT_S if patient else RESERVE_HURRIED_S
         while True:  # the same attempt of the same operation is one hold, however often it is asked for
             try:
                 with _named("ledger"):
                     reply = await self._caller.unary(self._stub.Reserve, request, timeout_s=timeout_s)
                 break
+            except Overloaded as error:  # it has not been asked yet, and a rush of questions is no reason to turn one away
+                await rush.let_pass(error)
             except DomainError as error:
                 await patience.wait(error, "ledger")
         granted = reply.output_tokens_max or output_tokens_max  # a ledger of the former version grants all, and does not say so
@@ -403,6 +405,17 @@ class RemoteLedger:
         )
         with _named("ledger"):
             await self._caller.unary(self._stub.ReturnCredit, request, timeout_s=10, principal=SERVICE)
+
+    async def recalled(self, held: Sequence[str]) -> Collection[str]:
+        request = ledger_pb.ListRecalledCreditRequest(lease_ids=held)
+        try:
+            with _named("ledger"):
+                reply = await self._caller.unary(self._stub.ListRecalledCredit, request, principal=SERVICE)
+        except DomainError as error:
+            if error.code == "UNIMPLEMENTED":  # a ledger of the former version recalls nothing
+                return ()
+            raise
+        return frozenset(reply.lease_ids)
 
     async def history(self, session_id: str, limit: int, until: str = "") -> History:
         request = ledger_pb.ListTurnsRequest(session_id=session_id, limit=limit, until_answer_id=until, with_summary=True)

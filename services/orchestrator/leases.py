@@ -23,8 +23,8 @@ from services.orchestrator.ports import CreditLine
 
 log = structlog.get_logger(__name__)
 
-ROUND_S = 5.0
-"""How often leases are looked at; a user who has none is served at once."""
+ROUND_S = 1.0
+"""How often leases are looked at, and the ledger is asked which are wanted back; a user who has none is served at once."""
 RETRY_S = 1.0
 """How soon a ledger that was away is asked again: what was drawn meanwhile should become known to it quickly."""
 PROLONGED_AT = 0.75
@@ -187,12 +187,22 @@ class Leases:
         for payer in [payer for payer, until in self._shy.items() if until <= now]:
             del self._shy[payer]
             self._surrenders.pop(payer, None)
+        await self._heed_recalls()
         for lease in list(self._leaving.values()):
             await self._end(lease)
         for payer in list(self._seen):
             if self._closed:
                 return
             await self._attend(payer)
+
+    async def _heed_recalls(self) -> None:
+        """Take out of service what somebody else was turned away for, and ask for nothing in its place for a while."""
+        held = {lease.lease_id: payer for payer, lease in self._current.items()}
+        if not held:
+            return
+        for lease_id in await self._line.recalled(list(held)):
+            self._retire(held[lease_id])
+            self._shy[held[lease_id]] = self._clock() + SHY_S
 
     async def _attend(self, payer: Payer) -> None:
         lease, now = self._current.get(payer), self._clock()

@@ -1,7 +1,7 @@
 """What an answer needs from the world, as protocols. Each has one adapter that speaks to something real; none is named here."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
@@ -129,6 +129,10 @@ class CreditLine(Protocol):
 
     async def take_back(self, lease_id: str, payer: Payer, draws: Sequence[Draw]) -> None:
         """End a lease. `draws` become holds unless they are booked already. Raises NotFound."""
+        ...
+
+    async def recalled(self, held: Sequence[str]) -> Collection[str]:
+        """Those of these leases that are wanted back."""
         ...
 
 

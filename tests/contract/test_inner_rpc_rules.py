@@ -56,6 +56,7 @@ RULES = {
         "RecordOperations": SERVICE,
         "LendCredit": SERVICE,
         "ReturnCredit": SERVICE,
+        "ListRecalledCredit": SERVICE,
         "GetOperation": MEMBER,
         "ListOperations": MEMBER,
         "WatchOperations": MEMBER,

@@ -272,3 +272,22 @@ async def test_a_line_that_drips_changes_nothing(suite: Suite, client: httpx.Asy
     answer = await ask(client, "What drips from the wheel?", cache="off")
 
     assert answer.done["usage"]["output_tokens"] == "20"
+
+
+async def test_a_user_who_has_just_asked_can_be_erased_at_once(suite: Suite) -> None:
+    """Credit is held ready for them at the orchestrator; it is called back. What they cost stays, under another name."""
+    async with suite.client("leaver") as leaver, suite.client("admin", roles=("user", "admin")) as admin:
+        answer_id = (await ask(leaver, "What is kept of me?", cache="off")).answer_id
+        await operation_of(suite, answer_id)
+        await until(
+            lambda: suite.rows(
+                "SELECT 1 FROM leases l JOIN holds h ON h.hold_id = l.lease_id WHERE h.user_id = 'leaver' AND l.ended_at IS NULL"
+            )
+        )
+        erased = await admin.delete("/v1/admin/users/leaver")
+        export = await admin.get("/v1/admin/users/leaver/export")
+
+    assert (erased.status_code, export.status_code) == (204, 404), erased.text
+    assert (await operation_of(suite, answer_id))["user_id"].startswith("erased-")
+    assert (await operation_of(suite, answer_id))["cost_nanousd"] > 0
+    await books_balance(suite)

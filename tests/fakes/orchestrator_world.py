@@ -20,7 +20,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from bench.script import Behaviour, Record
 from bench.simulator import Connection, Provider
 from services.chassis.channel import Caller, open_channel
-from services.chassis.errors import BudgetExhausted, NotAllowed, NotFound, PriceUnknown, Unavailable
+from services.chassis.errors import BudgetExhausted, NotAllowed, NotFound, Overloaded, PriceUnknown, Unavailable
 from services.chassis.lifecycle import started
 from services.chassis.money import Price
 from services.chassis.passport import Passport
@@ -160,6 +160,12 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
     leases: dict[str, ledger_pb.LendCreditRequest] = field(default_factory=dict)
     """Open leases."""
     returned: list[ledger_pb.ReturnCreditRequest] = field(default_factory=list)
+    recalled: set[str] = field(default_factory=set)
+    """Leases that are wanted back."""
+    lent_elsewhere: int = 0
+    """How many reservations are refused for want of what is lent to others."""
+    busy: int = 0
+    """How many reservations meet a ledger that has too much to do."""
     keeping: asyncio.Event = field(default_factory=asyncio.Event)
     """While it is not set, turns arrive and are not kept yet."""
     away: bool = False
@@ -173,6 +179,12 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
     async def Reserve(self, request: ledger_pb.ReserveRequest, context: grpc.aio.ServicerContext) -> ledger_pb.ReserveResponse:
         if self.away:
             raise Unavailable("postgres is away", dependency="postgres")
+        if self.busy:
+            self.busy -= 1
+            raise Overloaded("every connection is in use", retry_after_ms=10)
+        if self.lent_elsewhere:
+            self.lent_elsewhere -= 1
+            raise BudgetExhausted("it is lent", needed_nanousd=5, left_nanousd=2, lent_nanousd=3, scope="tenant")
         granted = min(request.output_tokens_max, self.affordable)
         if self.broke or request.model in self.too_dear or granted < (request.output_tokens_min or request.output_tokens_max):
             raise BudgetExhausted("nothing is left", needed_nanousd=1, left_nanousd=0, scope="tenant")
@@ -218,6 +230,13 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
             raise NotFound("no such lease", kind="lease")
         self.returned.append(request)
         return ledger_pb.ReturnCreditResponse(returned_nanousd=self.credit_nanousd)
+
+    async def ListRecalledCredit(
+        self, request: ledger_pb.ListRecalledCreditRequest, context: grpc.aio.ServicerContext
+    ) -> ledger_pb.ListRecalledCreditResponse:
+        if self.away:
+            raise Unavailable("postgres is away", dependency="postgres")
+        return ledger_pb.ListRecalledCreditResponse(lease_ids=self.recalled.intersection(request.lease_ids))
 
     async def RecordOperations(self, requests: AsyncIterator[ledger_pb.RecordOperationsRequest], context: grpc.aio.ServicerContext) -> None:
         if "service" not in current_principal().roles:

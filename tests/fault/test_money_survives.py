@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
+from bench.budgets import budget
 from bench.ground import PLAN, TENANTS, Ground, Outcome, ground, seed_of_run
 from bench.money import away, ledgers, orchestrators, postgres
 
@@ -32,6 +33,11 @@ def holds(outcome: Outcome) -> None:
     """Every bar, but that of the mean of estimates: a few of them are no mean."""
     missed = [bar for bar in outcome.bars if not bar.ok and bar.unit != "%"]
     assert missed == [], f"seed {outcome.seed}: {outcome.notes}"
+
+
+async def test_a_budget_for_k_of_many_at_once_admits_exactly_k_at_two_orchestrators(made: Ground) -> None:
+    """Of a user who holds leases at both, of one never seen before, and of as many such as there are questions."""
+    holds(await budget(made, 60))
 
 
 async def test_known_users_are_answered_while_every_ledger_is_away_and_all_of_it_is_booked(made: Ground) -> None:

@@ -9,10 +9,12 @@ from services.ledger.rpc.callers import service
 from tailrace.ledger.v1 import ledger_service_pb2 as pb
 
 DRAWS_MAX = 10_000
+LEASES_MAX = 10_000
+"""More than a recorder can hold."""
 
 
 class CreditRpcs:
-    """Lend credit and take it back."""
+    """Lend credit, call it back and take it back."""
 
     _credit: CreditLines
     _prices: Prices
@@ -42,6 +44,12 @@ class CreditRpcs:
         draws = [_draw_value(draw) for draw in request.draws]
         with span("ledger.take_back"):
             return pb.ReturnCreditResponse(returned_nanousd=await self._credit.take_back(lease_id, tenant, user, draws))
+
+    async def ListRecalledCredit(self, request: pb.ListRecalledCreditRequest, _: object) -> pb.ListRecalledCreditResponse:
+        service()
+        checks.between(len(request.lease_ids), "lease_ids", 0, LEASES_MAX)
+        held = [checks.uuid(lease_id, "lease_ids") for lease_id in request.lease_ids]
+        return pb.ListRecalledCreditResponse(lease_ids=map(str, await self._credit.recalled(held)))
 
 
 def _draw_value(message: pb.LeaseDraw) -> Draw:

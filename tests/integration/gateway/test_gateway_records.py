@@ -109,6 +109,13 @@ async def test_a_bad_query_names_its_field(front: Front, client: httpx.AsyncClie
     assert problem_of(await client.get(f"/v1/usage?{query}"), 400, "REQUEST_INVALID")["field"] == field
 
 
+async def test_who_groups_by_what_there_is_not_is_told_what_there_is(front: Front, client: httpx.AsyncClient) -> None:
+    """By the names they are asked for with."""
+    problem = problem_of(await client.get("/v1/usage?group_by=cache_verdict"), 400, "REQUEST_INVALID")
+
+    assert "hour, tenant, user, key, session, model, tier, step, cache, purpose" in problem["detail"]
+
+
 async def test_budgets_are_decimal_dollars_outside_and_nano_inside(front: Front, admin: httpx.AsyncClient) -> None:
     """No float on the way."""
     shown = (await admin.get("/v1/admin/budgets/user/ada")).json()["budgets"][0]

@@ -28,8 +28,12 @@ async def books(postgres: Postgres) -> AsyncIterator[Any]:
     async with running(url) as ledger:
         failed = attempt(error_reason="MODEL_FAILED", estimated=True)
         unsent = attempt(2, 0, 0, not_sent=True, error_reason="MODEL_OVERLOADED")
+        steps = [
+            common_pb2.StepTiming(name="tool", status="done", started_ms=ordinal, duration_ms=5, facts={"tool": tool, "outcome": outcome})
+            for ordinal, (tool, outcome) in enumerate((("calculator", "done"), ("calculator", "done"), ("fetch_url", "failed")))
+        ]
         await ledger.record(
-            operation(ANN, attempts=[failed, unsent, attempt(3)]),
+            operation(ANN, attempts=[failed, unsent, attempt(3)], steps=steps),
             operation(ANN, status="failed", attempts=[attempt(error_reason="MODEL_FAILED")]),
             operation(ANN, cache=common_pb2.CacheReceipt(verdict="exact", saved_nanousd=9)),
             operation(ANN, cache=common_pb2.CacheReceipt(verdict="coalesced", saved_nanousd=4)),
@@ -55,6 +59,7 @@ async def books(postgres: Postgres) -> AsyncIterator[Any]:
             "SELECT error_reason, attempts, not_sent, cost_nanousd FROM failed_attempts ORDER BY error_reason",
             [("MODEL_FAILED", 2, 0, 2 * COST), ("MODEL_OVERLOADED", 1, 1, 0)],
         ),
+        ("SELECT tool, outcome, calls, duration_ms FROM tool_calls", [("calculator", "done", 2, 10), ("fetch_url", "failed", 1, 5)]),
         ("SELECT spent_nanousd FROM spenders WHERE scope = 'user' AND subject = 'ann'", [(3 * COST,)]),
         ("SELECT user_id, attempt, amount_nanousd, expired FROM open_holds", [("bob", 1, 7_000_000, False)]),
     ],

@@ -4,6 +4,7 @@ import asyncio
 import secrets
 import uuid
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -129,6 +130,66 @@ async def test_what_is_lent_cannot_be_reserved_by_anybody_else(ledger: Ledger, a
     assert lent == 7_000_000
     assert admitted == 9
     assert refused.value.metadata["left_nanousd"] == "0"
+
+
+async def shared_budget(ledger: Ledger, boss: Principal, limit: int) -> None:
+    await ledger.ask("PutBudget", pb.PutBudgetRequest(scope="tenant", subject="", period="month", limit_nanousd=limit), boss)
+
+
+async def recalled(ledger: Ledger, *lease_ids: str) -> set[str]:
+    return set((await ledger.ask("ListRecalledCredit", pb.ListRecalledCreditRequest(lease_ids=lease_ids), RECORDER)).lease_ids)
+
+
+async def test_however_many_share_a_budget_half_of_it_is_never_lent(ledger: Ledger, ann: Principal, boss: Principal) -> None:
+    """A lease is a tenth of what is left beyond all that is lent. It used to be a tenth of what is left, until nearly nothing was."""
+    await shared_budget(ledger, boss, 1_000_000)
+    amounts = [int((await lend(ledger, replace(ann, user=f"u{number}"))).amount_nanousd) for number in range(20)]
+
+    assert amounts[:3] == [100_000, 80_000, 64_000]
+    assert 480_000 < sum(amounts) < 500_000
+
+
+async def test_what_is_lent_is_called_back_for_who_was_turned_away(ledger: Ledger, ann: Principal, bob: Principal, boss: Principal) -> None:
+    """All leases of the budget that refused, of whichever user, and no others; they can be neither prolonged nor replaced for a while."""
+    await shared_budget(ledger, boss, 70_000_000)
+    lease_id, own = new_id(), new_id()
+    lent = (await lend(ledger, bob, lease_id)).amount_nanousd + (await lend(ledger, ann, own)).amount_nanousd
+    assert await recalled(ledger, lease_id, own, new_id()) == set()
+    for _ in range(8):
+        await ledger.reserve(ann)
+    with pytest.raises(BudgetExhausted) as refused:
+        await ledger.reserve(ann)
+    assert refused.value.metadata["lent_nanousd"] == str(lent)
+    assert await recalled(ledger, lease_id, own, new_id()) == {lease_id, own}
+    with pytest.raises(HoldAlreadyExpired):
+        await lend(ledger, bob, lease_id)
+    await give_back(ledger, bob, lease_id)
+    await give_back(ledger, ann, own)
+    with pytest.raises(BudgetExhausted):
+        await lend(ledger, bob)
+    await ledger.reserve(ann)
+
+    assert await recalled(ledger, lease_id, own) == set()
+    assert await audit(ledger.url) == {}
+
+
+async def test_a_users_exhausted_budget_calls_back_that_users_leases_only(
+    ledger: Ledger, ann: Principal, bob: Principal, boss: Principal
+) -> None:
+    """And those of another tenant least of all."""
+    stranger = Principal("elsewhere", "ann")
+    await ledger.ask("PutBudget", pb.PutBudgetRequest(scope="user", subject="ann", period="month", limit_nanousd=7_000_000), boss)
+    leases = {owner: new_id() for owner in (ann, bob, stranger)}
+    for owner, lease_id in leases.items():
+        await lend(ledger, owner, lease_id)
+    with pytest.raises(BudgetExhausted) as refused:
+        await ledger.reserve(ann)
+    await give_back(ledger, ann, leases[ann])
+
+    assert refused.value.metadata["lent_nanousd"] == "700000"
+    assert await recalled(ledger, *leases.values()) == set()
+    assert (await lend(ledger, bob, leases[bob])).amount_nanousd > 0
+    assert (await ledger.reserve(ann)).amount_nanousd == 7_000_000
 
 
 @pytest.mark.parametrize("declared", [False, True], ids=["recorded first", "declared first"])

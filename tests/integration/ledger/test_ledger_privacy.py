@@ -1,5 +1,6 @@
 """Erasing a user: nothing leads back to them, the money stays, and who comes afterwards is somebody else."""
 
+import asyncio
 import secrets
 import uuid
 from collections import Counter
@@ -15,7 +16,7 @@ from services.ledger.postgres_sums import PostgresSums
 from services.ledger.roller import roll_all
 from services.ledger.rpc.privacy import PAGE
 from tailrace.ledger.v1 import ledger_service_pb2 as pb
-from tests.integration.ledger.ledger_kit import Ledger, attempt, operation
+from tests.integration.ledger.ledger_kit import RECORDER, Ledger, attempt, operation
 
 COST = 100 * 1000 + 10 * 5000
 
@@ -121,6 +122,24 @@ async def test_nobody_is_erased_while_money_is_set_aside(ledger: Ledger, ann: Pr
     await ledger.ask("Void", pb.VoidRequest(hold_id=held.hold_id), ann)
 
     assert (await ledger.ask("EraseUser", pb.EraseUserRequest(user="ann"), boss)).erased
+
+
+async def test_what_is_only_lent_to_a_user_is_called_back_and_is_no_reason_not_to_erase(
+    ledger: Ledger, ann: Principal, boss: Principal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Orchestrators hold credit for whoever asked within the last minutes; one that has gone with it is waited for no longer than that."""
+    lease = str(uuid.uuid4())
+    await ledger.ask("LendCredit", pb.LendCreditRequest(lease_id=lease, tenant=ann.tenant, user="ann"), RECORDER)
+    monkeypatch.setattr("services.ledger.postgres_privacy.RETURNED_POLLS_MAX", 2)
+    with pytest.raises(Overloaded):
+        await ledger.ask("EraseUser", pb.EraseUserRequest(user="ann"), boss)
+    monkeypatch.undo()
+    erasing = asyncio.create_task(ledger.ask("EraseUser", pb.EraseUserRequest(user="ann"), boss))
+    wanted = await ledger.ask("ListRecalledCredit", pb.ListRecalledCreditRequest(lease_ids=[lease]), RECORDER)
+    await ledger.ask("ReturnCredit", pb.ReturnCreditRequest(lease_id=lease, tenant=ann.tenant, user="ann"), RECORDER)
+
+    assert list(wanted.lease_ids) == [lease]
+    assert (await erasing).erased
 
 
 async def test_only_an_admin_of_the_tenant_erases(ledger: Ledger, ann: Principal, stranger: Principal) -> None:

@@ -61,6 +61,6 @@ async def test_an_export_is_compared_with_the_books(postgres: Postgres, tmp_path
     assert "2026-10-08  claude-haiku-4-5" in equal.output
     assert "drift: tokens 2.941 %" in drifted.output
     assert "1 requests of the provider are not in the books" in unknown.output
-    assert "line 2 has a usage_output_tokens that is no count of tokens" in bad.output
+    assert "line 2 has no count of tokens in usage_output_tokens" in bad.output
     assert "line 2: the model nobody of anthropic has no price" in unpriced.output
     assert await written(url) == before

@@ -152,3 +152,51 @@ async def test_without_leases_nothing_is_lent_and_nothing_drawn(tmp_path: Path, 
         running.ledger.away = False
 
     assert running.ledger.returned == []
+
+
+async def test_what_is_lent_to_others_is_waited_for(claude: World) -> None:
+    """A budget that could pay if leases came back is asked again; one that could not is not."""
+    claude.ledger.lent_elsewhere = 3
+    reply = await ask(claude)
+    claude.ledger.broke = True
+    with pytest.raises(BudgetExhausted):
+        await ask(claude)
+
+    assert reply.done.verdict == "passed"
+    assert claude.ledger.lent_elsewhere == 0
+
+
+async def test_what_does_not_come_back_in_time_is_refused(claude: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever holds the lease may be gone: then it is the budget's word that counts, with what is lent."""
+    monkeypatch.setattr("services.orchestrator.attempts.RETURNED_WITHIN_S", 0.3)
+    claude.ledger.lent_elsewhere = 1_000
+    with pytest.raises(BudgetExhausted) as refused:
+        await ask(claude)
+    claude.ledger.lent_elsewhere = 0
+
+    assert refused.value.metadata["lent_nanousd"] == "3"
+    assert await claude.records() == []
+
+
+async def test_a_recalled_lease_is_given_back_and_not_taken_again(claude: World) -> None:
+    """Within a second, though its user asks on."""
+    await ask(claude)
+    await until(lambda: claude.ledger.leases)
+    (lease_id,) = claude.ledger.recalled = set(claude.ledger.leases)
+    await until(lambda: claude.ledger.returned)
+    await ask(claude)
+
+    assert [returned.lease_id for returned in claude.ledger.returned] == [lease_id]
+    assert claude.ledger.leases == {}
+
+
+async def test_a_ledger_in_a_rush_is_asked_again(claude: World) -> None:
+    """It has not begun what it refused, whether a lease could have paid or not."""
+    claude.ledger.busy = 2
+    await ask(claude)
+    await until(lambda: claude.ledger.leases)
+    claude.ledger.busy = 2
+    reply = await ask(claude)
+
+    assert reply.done.verdict == "passed"
+    assert claude.ledger.busy == 0

@@ -12,6 +12,7 @@ from anthropic import AsyncAnthropic
 
 from bench.provider import Simulator
 from bench.script import Behaviour, Record, answer_text, count_input_tokens
+from tests.suite import until
 
 PASSAGES = '<passage number="1">[1] A tailrace carries water away.</passage>\n\nWhat is a tailrace?'
 
@@ -213,3 +214,26 @@ async def test_what_the_provider_would_refuse_is_refused(provider: Simulator) ->
     assert [answer.status_code for answer in answers] == [401, 400, 400, 400, 404, 400]
     assert {answer.json()["type"] for answer in answers} == {"error"}
     assert await provider.records() == []
+
+
+async def test_answers_that_wait_are_let_go_together(provider: Simulator, client: AsyncAnthropic) -> None:
+    """Streamed and whole ones, and those that come later; after a reset others wait again."""
+    waiting = Behaviour(waits=True, tokens=3)
+    await provider.behave(waiting)
+    asking = asyncio.gather(streamed(client), client.messages.create(**asked()))
+
+    async def both_wait() -> bool:
+        return len(await provider.records()) == 2
+
+    await until(both_wait, 5)
+    silent = [record.head_s for record in await provider.records()]
+    await provider.release()
+    (text, _), whole = await asking
+    later, _ = await streamed(client)
+    await provider.reset()
+    await provider.behave(waiting)
+    with pytest.raises((anthropic.APIConnectionError, httpx2.ReadTimeout)):
+        await streamed(client.with_options(timeout=0.2))
+
+    assert silent == [None, None]
+    assert text == whole.content[0].text == later == answer_text(waiting, cites=True)

@@ -24,6 +24,7 @@ class Line:
 
     lent: dict[str, Payer] = field(default_factory=dict)
     returned: list[tuple[str, tuple[Draw, ...]]] = field(default_factory=list)
+    wanted: set[str] = field(default_factory=set)
     away: bool = False
     empty: bool = False
     ended: bool = False
@@ -44,6 +45,11 @@ class Line:
         if self.lent.pop(lease_id, None) is None:
             raise NotFound("")
         self.returned.append((lease_id, tuple(draws)))
+
+    async def recalled(self, held: Sequence[str]) -> set[str]:
+        if self.away:
+            raise Unavailable("", dependency="ledger")
+        return self.wanted.intersection(held)
 
 
 class World:
@@ -192,3 +198,17 @@ async def test_what_cannot_be_given_back_is_counted(world: World) -> None:
     world.line.away = True
 
     assert await world.leases.give_back(1) == 1
+
+
+async def test_what_is_wanted_back_is_returned_at_once_and_not_asked_for_again_for_a_while(world: World) -> None:
+    """Others keep theirs."""
+    bob = replace(ANN, user="bob")
+    lease_id, kept = await world.lent(), await world.lent(bob)
+    world.line.wanted = {lease_id}
+    await world.leases._round()
+    await world.leases._round()
+    assert (list(world.line.lent), world.leases.covers(ANN), world.leases.covers(bob)) == ([kept], False, True)
+    world.now += SHY_S
+    await world.leases._round()
+
+    assert world.leases.covers(ANN)

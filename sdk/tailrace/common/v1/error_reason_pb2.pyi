@@ -55,7 +55,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_RATE_LIMITED: _ErrorReason.ValueType  # 40
     """Too many requests in the window. Comes with RetryInfo. {"metadata": {"limit": "60", "window_ms": "60000", "retry_after_ms": "1200"}}"""
     ERROR_REASON_BUDGET_EXHAUSTED: _ErrorReason.ValueType  # 41
-    """The budget has not enough left for the worst case. {"metadata": {"needed_nanousd": "…", "left_nanousd": "…", "scope": "tenant", "resets_at": "…"}}"""
+    """The budget has not enough left for the worst case. What is lent of it, as a precaution, is being called back.
+    {"metadata": {"needed_nanousd": "…", "left_nanousd": "…", "lent_nanousd": "…", "scope": "tenant", "resets_at": "…"}}
+    """
     ERROR_REASON_PRICE_UNKNOWN: _ErrorReason.ValueType  # 42
     """The model has no price; nothing is given away. {"metadata": {"model": "x"}}"""
     ERROR_REASON_OVERLOADED: _ErrorReason.ValueType  # 43
@@ -118,7 +120,9 @@ ERROR_REASON_IDEMPOTENCY_CONFLICT: ErrorReason.ValueType  # 33
 ERROR_REASON_RATE_LIMITED: ErrorReason.ValueType  # 40
 """Too many requests in the window. Comes with RetryInfo. {"metadata": {"limit": "60", "window_ms": "60000", "retry_after_ms": "1200"}}"""
 ERROR_REASON_BUDGET_EXHAUSTED: ErrorReason.ValueType  # 41
-"""The budget has not enough left for the worst case. {"metadata": {"needed_nanousd": "…", "left_nanousd": "…", "scope": "tenant", "resets_at": "…"}}"""
+"""The budget has not enough left for the worst case. What is lent of it, as a precaution, is being called back.
+{"metadata": {"needed_nanousd": "…", "left_nanousd": "…", "lent_nanousd": "…", "scope": "tenant", "resets_at": "…"}}
+"""
 ERROR_REASON_PRICE_UNKNOWN: ErrorReason.ValueType  # 42
 """The model has no price; nothing is given away. {"metadata": {"model": "x"}}"""
 ERROR_REASON_OVERLOADED: ErrorReason.ValueType  # 43

@@ -66,6 +66,11 @@ class LedgerServiceStub:
                 request_serializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.ReturnCreditRequest.SerializeToString,
                 response_deserializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.ReturnCreditResponse.FromString,
                 _registered_method=True)
+        self.ListRecalledCredit = channel.unary_unary(
+                '/tailrace.ledger.v1.LedgerService/ListRecalledCredit',
+                request_serializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.ListRecalledCreditRequest.SerializeToString,
+                response_deserializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.ListRecalledCreditResponse.FromString,
+                _registered_method=True)
         self.GetOperation = channel.unary_unary(
                 '/tailrace.ledger.v1.LedgerService/GetOperation',
                 request_serializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.GetOperationRequest.SerializeToString,
@@ -267,6 +272,13 @@ class LedgerServiceServicer:
     def ReturnCredit(self, request, context):
         """Service. Ends a lease: what was drawn on it and is not recorded yet becomes holds, the rest is given back. The same again
         changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListRecalledCredit(self, request, context):
+        """Service. Which leases are wanted back, because somebody was turned away for want of what is lent: end them at once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -522,6 +534,11 @@ def add_LedgerServiceServicer_to_server(servicer, server):
                     servicer.ReturnCredit,
                     request_deserializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.ReturnCreditRequest.FromString,
                     response_serializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.ReturnCreditResponse.SerializeToString,
+            ),
+            'ListRecalledCredit': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRecalledCredit,
+                    request_deserializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.ListRecalledCreditRequest.FromString,
+                    response_serializer=tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.ListRecalledCreditResponse.SerializeToString,
             ),
             'GetOperation': grpc.unary_unary_rpc_method_handler(
                     servicer.GetOperation,
@@ -843,6 +860,33 @@ class LedgerService:
             '/tailrace.ledger.v1.LedgerService/ReturnCredit',
             tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.ReturnCreditRequest.SerializeToString,
             tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.ReturnCreditResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRecalledCredit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tailrace.ledger.v1.LedgerService/ListRecalledCredit',
+            tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.ListRecalledCreditRequest.SerializeToString,
+            tailrace_dot_ledger_dot_v1_dot_ledger__service__pb2.ListRecalledCreditResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -51,6 +51,8 @@ class LedgerServiceStub:
     """Service. Ends a lease: what was drawn on it and is not recorded yet becomes holds, the rest is given back. The same again
     changes nothing.
     """
+    ListRecalledCredit: _grpc.UnaryUnaryMultiCallable[_ledger_service_pb2.ListRecalledCreditRequest, _ledger_service_pb2.ListRecalledCreditResponse]
+    """Service. Which leases are wanted back, because somebody was turned away for want of what is lent: end them at once."""
     GetOperation: _grpc.UnaryUnaryMultiCallable[_ledger_service_pb2.GetOperationRequest, _ledger_service_pb2.GetOperationResponse]
     """One operation; of the asking user, or of the tenant for an admin."""
     ListOperations: _grpc.UnaryStreamMultiCallable[_ledger_service_pb2.ListOperationsRequest, _ledger_service_pb2.ListOperationsResponse]
@@ -139,6 +141,8 @@ class LedgerServiceAsyncStub(LedgerServiceStub):
     """Service. Ends a lease: what was drawn on it and is not recorded yet becomes holds, the rest is given back. The same again
     changes nothing.
     """
+    ListRecalledCredit: _aio.UnaryUnaryMultiCallable[_ledger_service_pb2.ListRecalledCreditRequest, _ledger_service_pb2.ListRecalledCreditResponse]  # type: ignore[assignment]
+    """Service. Which leases are wanted back, because somebody was turned away for want of what is lent: end them at once."""
     GetOperation: _aio.UnaryUnaryMultiCallable[_ledger_service_pb2.GetOperationRequest, _ledger_service_pb2.GetOperationResponse]  # type: ignore[assignment]
     """One operation; of the asking user, or of the tenant for an admin."""
     ListOperations: _aio.UnaryStreamMultiCallable[_ledger_service_pb2.ListOperationsRequest, _ledger_service_pb2.ListOperationsResponse]  # type: ignore[assignment]
@@ -260,6 +264,14 @@ class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
         """Service. Ends a lease: what was drawn on it and is not recorded yet becomes holds, the rest is given back. The same again
         changes nothing.
         """
+
+    @_abc_1.abstractmethod
+    def ListRecalledCredit(
+        self,
+        request: _ledger_service_pb2.ListRecalledCreditRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ledger_service_pb2.ListRecalledCreditResponse, _abc.Awaitable[_ledger_service_pb2.ListRecalledCreditResponse]]:
+        """Service. Which leases are wanted back, because somebody was turned away for want of what is lent: end them at once."""
 
     @_abc_1.abstractmethod
     def GetOperation(

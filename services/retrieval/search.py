@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import structlog
 
 from services.chassis.clock import Clock
+from services.chassis.ending import ended
 from services.chassis.errors import DomainError, RequestInvalid
 from services.chassis.telemetry import span
 from services.retrieval.access import Reach
@@ -21,6 +22,9 @@ from services.retrieval.registry import Registry
 
 log = structlog.get_logger(__name__)
 
+HEAD_START_S = 0.001
+"""What a question's way into the embedder has before words are looked up. An embedded store searches on the event loop and holds the
+interpreter meanwhile, which the embedder's thread needs until it is inside its model."""
 REFILL_FACTOR = 4
 SPARE = 4
 """Candidates that are looked at beyond those that are wanted, to take the place of near duplicates."""
@@ -124,17 +128,56 @@ class Searcher:
     ) -> list[Passage]:
         """The best `limit` passages, best first, numbered from 1. `dense` is in `encoding`; without it, words alone are searched by.
 
-        `by_words` is what the method of that name found for the same question, reach, limit and encoding.
+        `by_words` is what the method of that name found for the same question and bounds.
         """
         hits = await self.hits(reach, text, dense, limit=limit, mode=mode, encoding=encoding, by_words=by_words)
         return [hit.passage for hit in hits]
 
-    async def by_words(self, reach: Reach, text: str, *, limit: int, encoding: Encoding) -> ByWords:
-        """The half of a hybrid search that needs no vector."""
+    async def by_words(
+        self,
+        reach: Reach,
+        text: str,
+        *,
+        limit: int,
+        encoding: Encoding,
+        document_ids: tuple[str, ...] = (),
+        facts: tuple[Condition, ...] = (),
+    ) -> ByWords:
+        """The half of a hybrid search that needs no vector: for the time in which the question is embedded, just begun."""
+        await asyncio.sleep(HEAD_START_S)
         sparse = self._sparse(text, encoding)
         brought = max(self._fusion.prefetch, self._looked_at(limit))
-        query = Query(reach.where(), brought, sparse=sparse, payload=False)
+        query = Query(reach.where(document_ids=document_ids, facts=facts), brought, sparse=sparse, payload=False)
         return ByWords(sparse, await self._leg(encoding.chunks, query), brought)
+
+    async def asked(
+        self,
+        reach: Reach,
+        text: str,
+        *,
+        limit: int,
+        mode: SearchMode,
+        encoding: Encoding,
+        document_ids: tuple[str, ...] = (),
+        facts: tuple[Condition, ...] = (),
+    ) -> list[Hit]:
+        """As `hits`, the question embedded here; words are looked up meanwhile."""
+        embedding: asyncio.Task[Sequence[float] | None] | None = None
+        by_words = None
+        if mode is not SearchMode.SPARSE:
+            question = self._encodings.question(encoding, text, needed=mode is SearchMode.DENSE)
+            embedding = asyncio.create_task(question, name="embed the question")
+        try:
+            if mode is SearchMode.HYBRID:
+                by_words = await self.by_words(reach, text, limit=limit, encoding=encoding, document_ids=document_ids, facts=facts)
+            dense = await embedding if embedding else None
+        except BaseException:
+            if embedding:
+                await ended(embedding)
+            raise
+        return await self.hits(
+            reach, text, dense, limit=limit, mode=mode, encoding=encoding, document_ids=document_ids, facts=facts, by_words=by_words
+        )
 
     async def neighbours(self, hit: Hit, count: int) -> tuple[list[StoredChunk], list[StoredChunk]]:
         """Up to `count` chunks before and after a hit, in reading order, of the version the hit is from."""
@@ -170,7 +213,7 @@ class Searcher:
         if len(kept) < limit and not stale and query.limit < len(ranking.candidates):
             # Much says the same: look further down.
             further, stale = await self._found(reach, encoding.chunks, ranking.candidates[query.limit : deep], weight)
-            hits += further
+            hits = [hits[place] for place in kept] + further
             kept = distinct([hit.passage.text for hit in hits], limit)
         if len(kept) < limit and (stale or (ranking.is_cut and len(ranking.candidates) < deep)):
             # A document is being replaced this very moment, so that chunks of two versions compete, or more has to be brought: rank once

@@ -1,6 +1,7 @@
-"""Where a shard lies, and how a rebuilt one takes its place: by a link that is moved in one step. Files alone; no engine.
+"""Where a space's shard lies, and how another one takes its place: the space's name is a link, which is moved in one step. Files alone.
 
-The first shard of a space is a folder of its name. Once it has been rebuilt, the name is a link to the folder that holds it now.
+The engine is never told the link: an open shard writes by the path it was opened with, and once the link leads elsewhere, that would be
+into the other shard.
 """
 
 import shutil
@@ -11,39 +12,43 @@ _APART = "~"
 """Between a space's name and what tells its folders from each other. No space has it in its name."""
 
 
-def another(folder: Path) -> Path:
-    """The name of a folder beside `folder` that a rebuilt shard is made in."""
-    return folder.with_name(f"{folder.name}{_APART}{uuid.uuid4().hex[:12]}")
+def another(link: Path) -> Path:
+    """The name of a folder beside the link that a shard can be made in."""
+    return link.with_name(f"{link.name}{_APART}{uuid.uuid4().hex[:12]}")
 
 
-def switch(folder: Path, to: Path) -> Path:
-    """Let `folder` be what `to` is from now on, whenever this process dies; return where that lies which it was before."""
-    before = folder.resolve()
-    link = _next(folder)
-    link.unlink(missing_ok=True)
-    link.symlink_to(to.name)
-    if not folder.is_symlink():
-        # A folder cannot be replaced in one step. Between these two the link says which one counts: see `settle`.
-        before = another(folder)
-        folder.rename(before)
+def switch(link: Path, to: Path) -> None:
+    """Let the shard in `to` be the space's from now on, whenever this process dies."""
+    coming = _coming(link)
+    coming.unlink(missing_ok=True)
+    coming.symlink_to(to.name)
+    coming.rename(link)
+
+
+def put_behind(link: Path) -> None:
+    """Move a shard that bears the name itself, as older releases made them, behind a link. Nobody may have it open."""
+    folder, coming = another(link), _coming(link)
+    coming.unlink(missing_ok=True)
+    coming.symlink_to(folder.name)
+    # Between these two the coming link says what is meant: see `settle`.
     link.rename(folder)
-    return before
+    coming.rename(link)
 
 
-def settle(folder: Path) -> None:
-    """Finish a switch that a process died in."""
-    if not folder.exists() and _next(folder).is_symlink():
-        _next(folder).rename(folder)
+def settle(link: Path) -> None:
+    """Finish what a process died in."""
+    if not link.exists() and _coming(link).is_symlink():
+        _coming(link).rename(link)
 
 
-def clear(folder: Path) -> None:
-    """Remove what belongs to no shard any more, or not yet. Only for who has the shard open: nobody else is rebuilding it then."""
-    _next(folder).unlink(missing_ok=True)
-    current = folder.resolve()
-    for other in folder.parent.glob(f"{folder.name}{_APART}*"):
-        if other != current:
+def clear(link: Path) -> None:
+    """Remove what is no shard any more, or not yet. Only for who has the shard open: nobody else makes one then."""
+    _coming(link).unlink(missing_ok=True)
+    current = link.resolve()
+    for other in link.parent.glob(f"{link.name}{_APART}*"):
+        if other.resolve() != current:
             shutil.rmtree(other, ignore_errors=True)
 
 
-def _next(folder: Path) -> Path:
-    return folder.with_name(f".next-{folder.name}")
+def _coming(link: Path) -> Path:
+    return link.with_name(f".next-{link.name}")

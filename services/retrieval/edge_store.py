@@ -18,7 +18,7 @@ import qdrant_edge as edge
 import structlog
 
 from services.chassis.errors import Unavailable
-from services.retrieval.edge_folders import another, clear, settle, switch
+from services.retrieval.edge_folders import another, clear, put_behind, settle, switch
 from services.retrieval.facts import FACTS, NAME, VALUE, Condition
 from services.retrieval.ports import SPACES, TENANTS_MAX, Filter, Point, Query, Record, Space
 
@@ -201,22 +201,23 @@ class EdgeStore:
 
         Cancellation: the copy is given up.
         """
-        folder = self._folder / name
-        copy = another(folder)
+        link = self._folder / name
+        before, copy = link.resolve(), another(link)
         try:
             points = await self._copied(name, copy)
             await build(copy)
             fresh = _loaded(copy)
             try:
                 await self._carry_over(name, fresh)
+                # Nothing suspends from the last look at what was missed to the end of the switch.
                 (copy / BUILT_FILE).write_text(str(points))
-                # Nothing suspends from the last look at what was missed to the end of these.
-                old, before = self._shards[name], switch(folder, copy)
+                unbuilt = _unbuilt(copy, fresh)
+                switch(link, copy)
             except BaseException:
                 fresh.close()
                 raise
-            self._shards[name] = fresh
-            self._unbuilt[name] = _unbuilt(folder, fresh)
+            old, self._shards[name] = self._shards[name], fresh
+            self._unbuilt[name] = unbuilt
         except BaseException:
             shutil.rmtree(copy, ignore_errors=True)
             raise
@@ -354,33 +355,37 @@ def _unbuilt(folder: Path, shard: Any) -> int:
     return max(0, int(shard.info().points_count) - (int(said) if said.isdecimal() else 0))
 
 
-def _loaded(folder: Path) -> Any:
-    return edge.EdgeShard.load(str(folder))
-
-
-def _open_shard(folder: Path, space: Space, dimension: int) -> Any:
-    """A shard counts as made only once it has its final name: a start that dies half-way leaves nothing that looks like one."""
-    settle(folder)
-    if not folder.exists():
-        unfinished = folder.with_name(f".making-{folder.name}")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        shard = edge.EdgeShard.create(str(unfinished), _config(space, dimension))
+def _open_shard(link: Path, space: Space, dimension: int) -> Any:
+    """A shard counts as made only once the link leads to it: a start that dies half-way leaves nothing that looks like one."""
+    settle(link)
+    if not link.exists():
+        folder = another(link)
+        folder.mkdir(parents=True)
+        shard = edge.EdgeShard.create(str(folder), _config(space, dimension))
         _index(shard, space)
         shard.flush()
         shard.close()
-        unfinished.rename(folder)
-    try:
-        shard = _loaded(folder)
-    except Exception as error:
-        # The binding raises bare Exception; its text is all there is to tell a lock from damage.
-        if "WouldBlock" in str(error):
-            raise StoreBusy(f"{folder.parent} is in use by another retrieval process; give each its own TAILRACE_STATE_DIR") from error
-        raise OSError(f"{folder} cannot be opened: {error}") from error
-    clear(folder)
+        switch(link, folder)
+    shard = _loaded(link)
+    if not link.is_symlink():
+        shard.close()
+        put_behind(link)
+        shard = _loaded(link)
+    clear(link)
     # What an older release made lacks the younger fields' indexes.
     _index(shard, space)
     return shard
+
+
+def _loaded(link: Path) -> Any:
+    """The shard that the link leads to, opened by its own path: see edge_folders. Raises StoreBusy if another process has it."""
+    try:
+        return edge.EdgeShard.load(str(link.resolve()))
+    except Exception as error:
+        # The binding raises bare Exception; its text is all there is to tell a lock from damage.
+        if "WouldBlock" in str(error):
+            raise StoreBusy(f"{link.parent} is in use by another retrieval process; give each its own TAILRACE_STATE_DIR") from error
+        raise OSError(f"{link} cannot be opened: {error}") from error
 
 
 def _index(shard: Any, space: Space) -> None:

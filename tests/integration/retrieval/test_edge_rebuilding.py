@@ -100,6 +100,39 @@ async def test_what_is_written_meanwhile_is_there_afterwards(store: EdgeStore) -
     assert len(expected) == len(await store.search(CHUNKS, Query(ACME, 9, dense=vector())))
 
 
+@pytest.mark.parametrize("rounds", [1, 2])
+async def test_a_process_that_is_killed_after_a_rebuild_loses_nothing(store: EdgeStore, tmp_path: Path, rounds: int) -> None:
+    """What the copy held, what was carried over and what came after; nothing of it has been flushed, and the old shard is closed.
+
+    The files as they are now are what kill -9 leaves.
+    """
+    for number in range(rounds):
+        await store.upsert(CHUNKS, [point(f"{number} before {place}") for place in range(200)])
+
+        async def writing(_: Path, number: int = number) -> None:
+            await store.upsert(CHUNKS, [point(f"{number} meanwhile {place}") for place in range(200)])
+
+        await store.rebuild("chunks", writing)
+        await store.upsert(CHUNKS, [point(f"{number} after {place}") for place in range(200)])
+
+    shutil.copytree(tmp_path / "qdrant", tmp_path / "killed", symlinks=True)
+    again = EdgeStore.open(tmp_path / "killed", DIMENSION)
+    try:
+        ids = [
+            stable_id(f"{number} {when} {place}")
+            for number in range(rounds)
+            for when in ("before", "meanwhile", "after")
+            for place in range(200)
+        ]
+        assert dict.fromkeys(ids, "otter") == {
+            id_: record.payload["text"] for id_, record in (await again.get(CHUNKS, "acme", ids)).items()
+        }
+        found = await again.search(CHUNKS, Query(ACME, len(ids), dense=vector()))
+        assert set(ids) == {hit.id for hit in found}
+    finally:
+        again.close()
+
+
 async def test_writes_wait_for_the_copy_and_questions_do_not(store: EdgeStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that changes while it is being copied would be of no moment at all."""
     await store.upsert(CHUNKS, [point("old")])
@@ -115,7 +148,6 @@ async def test_writes_wait_for_the_copy_and_questions_do_not(store: EdgeStore, m
     assert await asyncio.to_thread(begun.wait, 10)
     writing = asyncio.create_task(store.upsert(CHUNKS, [point("new")]))
     await asyncio.sleep(0)  # it has had its turn
-    store.flush()
     assert 1 == len(await store.search(CHUNKS, Query(ACME, 9, dense=vector())))
     assert not writing.done()
 
@@ -159,16 +191,8 @@ async def test_a_full_disk_is_left_alone(store: EdgeStore, monkeypatch: pytest.M
         await store.rebuild("chunks", nothing)
 
 
-@pytest.mark.parametrize("rounds", [1, 2])
-@pytest.mark.parametrize("step", range(3))
-async def test_a_switch_that_dies_half_way_is_finished_or_undone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: int, step: int
-) -> None:
-    """At every step that changes a name; the first switch, of a folder, and a later one, of a link. What is of no use is removed."""
-    store = EdgeStore.open(tmp_path / "qdrant", DIMENSION)
-    await store.upsert(CHUNKS, [point("old")])
-    for _ in range(rounds - 1):
-        await store.rebuild("chunks", nothing)
+def dying_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the process die when it has given so many names to files; a process that dies removes nothing afterwards."""
     left = step
 
     def dying(work: Any) -> Any:
@@ -181,31 +205,63 @@ async def test_a_switch_that_dies_half_way_is_finished_or_undone(
 
         return call
 
-    async def writing(_: Path) -> None:
-        await store.upsert(CHUNKS, [point("new")])
-
-    # A process that dies removes nothing afterwards.
     monkeypatch.setattr(edge_store.shutil, "rmtree", lambda *_, **__: None)
     for name in ("rename", "symlink_to"):
         monkeypatch.setattr(edge_folders.Path, name, dying(getattr(Path, name)))
-    dies = step < 3 - (rounds - 1)
+
+
+async def whole(folder: Path, names: set[str]) -> None:
+    """A start finds these points, takes more, and leaves nothing that is of no use."""
+    store = EdgeStore.open(folder, DIMENSION)
     try:
-        await store.rebuild("chunks", writing)
-    except KeyboardInterrupt:
-        assert dies
-    else:
-        assert not dies
-    monkeypatch.undo()
+        assert {stable_id(name) for name in names} == (await texts(store)).keys()
+        await store.upsert(CHUNKS, [point("later")])
+        links = {folder / name for name in ("chunks", "answers", "documents")}
+        assert links | {link.resolve() for link in links} == {*folder.iterdir()}
+        assert 6 == len([*folder.iterdir()])
+    finally:
+        store.close()
+
+
+@pytest.mark.parametrize("step", range(2))
+async def test_a_switch_that_dies_half_way_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """At every step that changes a name."""
+    store = EdgeStore.open(tmp_path / "qdrant", DIMENSION)
+    await store.upsert(CHUNKS, [point("old")])
+
+    async def writing(_: Path) -> None:
+        await store.upsert(CHUNKS, [point("new")])
+
+    with monkeypatch.context() as patched:
+        dying_at(step, patched)
+        with pytest.raises(KeyboardInterrupt):
+            await store.rebuild("chunks", writing)
     store.close()
 
-    again = EdgeStore.open(tmp_path / "qdrant", DIMENSION)
-    try:
-        assert {stable_id("old"), stable_id("new")} == (await texts(again)).keys()
-        await again.upsert(CHUNKS, [point("later")])
-        kept = {"chunks", "answers", "documents", (tmp_path / "qdrant" / "chunks").resolve().name}
-        assert kept == {path.name for path in (tmp_path / "qdrant").iterdir()}
-    finally:
-        again.close()
+    await whole(tmp_path / "qdrant", {"old", "new"})
+
+
+@pytest.mark.parametrize("step", range(4))
+async def test_a_folder_of_an_older_release_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """It bears the name itself; also when the first start dies at one of the steps that change that. The last one lets it live."""
+    store = EdgeStore.open(tmp_path / "qdrant", DIMENSION)
+    await store.upsert(CHUNKS, [point("old")])
+    store.close()
+    link = tmp_path / "qdrant" / "chunks"
+    folder = link.resolve()
+    link.unlink()
+    folder.rename(link)
+
+    with monkeypatch.context() as patched:
+        dying_at(step, patched)
+        try:
+            EdgeStore.open(tmp_path / "qdrant", DIMENSION).close()
+        except KeyboardInterrupt:
+            assert step < 3
+        else:
+            assert step == 3
+
+    await whole(tmp_path / "qdrant", {"old"})
 
 
 async def test_who_cannot_open_a_shard_removes_nothing_of_it(store: EdgeStore, tmp_path: Path) -> None:

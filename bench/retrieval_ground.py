@@ -25,6 +25,7 @@ from services.local.stores import Valkey, free_port
 from services.retrieval.config import Settings
 from services.retrieval.domain import Chunk, Document, document_id
 from services.retrieval.edge_bm25 import EdgeBm25
+from services.retrieval.edge_rebuilding import Rebuilding
 from services.retrieval.edge_store import EdgeStore
 from services.retrieval.ports import Vectors
 from services.retrieval.registry import Registry
@@ -161,9 +162,11 @@ async def scratch() -> AsyncIterator[Path]:
 
 @contextlib.asynccontextmanager
 async def filling(folder: Path) -> AsyncIterator[Filling]:
+    """What is added is stored as a service leaves it some time after the last document: with its graph, if it is enough for one."""
     store = EdgeStore.open(folder / "qdrant", DIMENSION)
     try:
         yield Filling(store)
+        await Rebuilding(store).once()
     finally:
         store.close()
 

@@ -18,7 +18,12 @@ def distinct(texts: Sequence[str], most: int) -> list[int]:
     """Places of the first `most` texts that repeat none before them, in order. Every text is looked at once; quick for some dozens."""
     kept = list[int]()
     words_of_kept = list[frozenset[str]]()
+    seen = set[str]()
     for place, text in enumerate(texts):
+        # Whole copies are the usual case, and need no look at their words.
+        if text in seen:
+            continue
+        seen.add(text)
         words = frozenset(_WORD.findall(text.casefold()))
         if any(_same(words, other) for other in words_of_kept):
             continue

@@ -15,10 +15,6 @@ from services.retrieval.ports import Embedder
 from services.retrieval.registry import Registry
 from services.retrieval.search import ByWords, Searcher
 
-HEAD_START_S = 0.001
-"""What a question's way into the embedder has before words are looked up. An embedded store searches on the event loop and holds the
-interpreter meanwhile, which the embedder's thread needs until it is inside its model."""
-
 
 @dataclass(frozen=True, slots=True)
 class Question:
@@ -150,5 +146,4 @@ async def _by_words(question: Question, memory: Memory, encoding: Encoding) -> B
     """None where no passages are wanted."""
     if not question.passages_max:
         return None
-    await asyncio.sleep(HEAD_START_S)
     return await memory.searcher.by_words(question.reach, question.text, limit=question.passages_max, encoding=encoding)

@@ -116,10 +116,9 @@ class RetrievalServicer(pb_grpc.RetrievalServiceServicer):
         around = _within(request.neighbours, "neighbours", 0, NEIGHBOURS_MAX)
         encodings, searcher = self._memory.encodings, self._memory.searcher
         encoding = await searcher.encoding(reach)
-        dense = None if mode is SearchMode.SPARSE else await encodings.question(encoding, query, needed=mode is SearchMode.DENSE)
         language = encodings.words(encoding).language(query) if request.explain else ""
-        for hit in await searcher.hits(
-            reach, query, dense, limit=limit, mode=mode, encoding=encoding, document_ids=tuple(request.document_ids), facts=facts
+        for hit in await searcher.asked(
+            reach, query, limit=limit, mode=mode, encoding=encoding, document_ids=tuple(request.document_ids), facts=facts
         ):
             before, after = await searcher.neighbours(hit, around) if around else ([], [])
             row = pb.SearchResponse(

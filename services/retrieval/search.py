@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import structlog
 
 from services.chassis.clock import Clock
+from services.chassis.ending import ended
 from services.chassis.errors import DomainError, RequestInvalid
 from services.chassis.telemetry import span
 from services.retrieval.access import Reach
@@ -21,6 +22,9 @@ from services.retrieval.registry import Registry
 
 log = structlog.get_logger(__name__)
 
+HEAD_START_S = 0.001
+"""What a question's way into the embedder has before words are looked up. An embedded store searches on the event loop and holds the
+interpreter meanwhile, which the embedder's thread needs until it is inside its model."""
 REFILL_FACTOR = 4
 SPARE = 4
 """Candidates that are looked at beyond those that are wanted, to take the place of near duplicates."""
@@ -57,6 +61,15 @@ class ByWords:
     """Without payload."""
     brought: int
     """How many the ranking was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """What a question found, best first."""
+
+    candidates: list[Fused]
+    is_cut: bool
+    """Whether the rankings it is from may have more than they brought."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,17 +128,56 @@ class Searcher:
     ) -> list[Passage]:
         """The best `limit` passages, best first, numbered from 1. `dense` is in `encoding`; without it, words alone are searched by.
 
-        `by_words` is what the method of that name found for the same question, reach, limit and encoding.
+        `by_words` is what the method of that name found for the same question and bounds.
         """
         hits = await self.hits(reach, text, dense, limit=limit, mode=mode, encoding=encoding, by_words=by_words)
         return [hit.passage for hit in hits]
 
-    async def by_words(self, reach: Reach, text: str, *, limit: int, encoding: Encoding) -> ByWords:
-        """The half of a hybrid search that needs no vector."""
+    async def by_words(
+        self,
+        reach: Reach,
+        text: str,
+        *,
+        limit: int,
+        encoding: Encoding,
+        document_ids: tuple[str, ...] = (),
+        facts: tuple[Condition, ...] = (),
+    ) -> ByWords:
+        """The half of a hybrid search that needs no vector: for the time in which the question is embedded, just begun."""
+        await asyncio.sleep(HEAD_START_S)
         sparse = self._sparse(text, encoding)
         brought = max(self._fusion.prefetch, self._looked_at(limit))
-        query = Query(reach.where(), brought, sparse=sparse, payload=False)
+        query = Query(reach.where(document_ids=document_ids, facts=facts), brought, sparse=sparse, payload=False)
         return ByWords(sparse, await self._leg(encoding.chunks, query), brought)
+
+    async def asked(
+        self,
+        reach: Reach,
+        text: str,
+        *,
+        limit: int,
+        mode: SearchMode,
+        encoding: Encoding,
+        document_ids: tuple[str, ...] = (),
+        facts: tuple[Condition, ...] = (),
+    ) -> list[Hit]:
+        """As `hits`, the question embedded here; words are looked up meanwhile."""
+        embedding: asyncio.Task[Sequence[float] | None] | None = None
+        by_words = None
+        if mode is not SearchMode.SPARSE:
+            question = self._encodings.question(encoding, text, needed=mode is SearchMode.DENSE)
+            embedding = asyncio.create_task(question, name="embed the question")
+        try:
+            if mode is SearchMode.HYBRID:
+                by_words = await self.by_words(reach, text, limit=limit, encoding=encoding, document_ids=document_ids, facts=facts)
+            dense = await embedding if embedding else None
+        except BaseException:
+            if embedding:
+                await ended(embedding)
+            raise
+        return await self.hits(
+            reach, text, dense, limit=limit, mode=mode, encoding=encoding, document_ids=document_ids, facts=facts, by_words=by_words
+        )
 
     async def neighbours(self, hit: Hit, count: int) -> tuple[list[StoredChunk], list[StoredChunk]]:
         """Up to `count` chunks before and after a hit, in reading order, of the version the hit is from."""
@@ -153,18 +205,24 @@ class Searcher:
         weight = (
             self._dense_weight(encoding, text) if query.dense is not None and query.sparse is not None else float(query.dense is not None)
         )
-        hits, more = await self._found(reach, text, encoding, query, weight, by_words)
+        ranking = await self._ranked(encoding.chunks, query, weight, by_words)
+        hits, stale = await self._found(reach, encoding.chunks, ranking.candidates[: query.limit], weight)
+        hits = await self._reranked(text, hits)
         kept = distinct([hit.passage.text for hit in hits], limit)
-        if len(kept) < limit and more:
-            # A document is being replaced this very moment, so that chunks of two versions compete, or much says the same: look further
-            # down once.
-            hits, _ = await self._found(reach, text, encoding, replace(query, limit=query.limit * REFILL_FACTOR), weight, by_words)
+        deep = query.limit * REFILL_FACTOR
+        if len(kept) < limit and not stale and query.limit < len(ranking.candidates):
+            # Much says the same: look further down.
+            further, stale = await self._found(reach, encoding.chunks, ranking.candidates[query.limit : deep], weight)
+            hits = [hits[place] for place in kept] + further
             kept = distinct([hit.passage.text for hit in hits], limit)
-        chosen = [hits[place] for place in kept]
-        return [
-            hit if hit.passage.number == number else replace(hit, passage=replace(hit.passage, number=number))
-            for number, hit in enumerate(chosen, 1)
-        ]
+        if len(kept) < limit and (stale or (ranking.is_cut and len(ranking.candidates) < deep)):
+            # A document is being replaced this very moment, so that chunks of two versions compete, or more has to be brought: rank once
+            # again.
+            ranking = await self._ranked(encoding.chunks, replace(query, limit=deep), weight, None)
+            hits, _ = await self._found(reach, encoding.chunks, ranking.candidates, weight)
+            hits = await self._reranked(text, hits)
+            kept = distinct([hit.passage.text for hit in hits], limit)
+        return [replace(hits[place], passage=replace(hits[place].passage, number=number)) for number, place in enumerate(kept, 1)]
 
     def _sparse(self, text: str, encoding: Encoding) -> Sparse | None:
         """Nothing but stop words leaves no word to search by: None."""
@@ -175,25 +233,25 @@ class Searcher:
         """Candidates that are looked at for `limit` hits."""
         return limit + SPARE if self._reranking is None else max(limit + SPARE, self._reranking.candidates)
 
-    async def _found(
-        self, reach: Reach, text: str, encoding: Encoding, query: Query, weight: float, by_words: ByWords | None
-    ) -> tuple[list[Hit], bool]:
-        """Hits, best first, and whether the rankings may hold more."""
-        records, seen = await self._ranked(encoding.chunks, query, weight, by_words)
-        current = await self._registry.current(reach.viewer, records)
+    async def _found(self, reach: Reach, space: Space, candidates: Sequence[Fused], weight: float) -> tuple[list[Hit], bool]:
+        """What the candidates are, in their order, and whether some of them are no longer there, or no longer current."""
+        # What was removed since the ranking is missing here, as if it had been replaced.
+        records = await self._store.get(space, reach.viewer.tenant, [candidate.id for candidate in candidates])
+        by_id = {candidate.id: candidate for candidate in candidates if candidate.id in records}
+        current = await self._registry.current(reach.viewer, [replace(records[id_], score=one.score) for id_, one in by_id.items()])
         meaning, words = self._fusion.weights
         is_known = weight >= KNOWN_SHARE * meaning / ((meaning + words) or 1.0)
         hits = [
             Hit(
-                _passage(number, stored, document, score, seen[stored.chunk_id].dense_score if is_known else None),
+                _passage(stored, document, score, by_id[stored.chunk_id].dense_score if is_known else None),
                 stored,
                 document,
-                seen[stored.chunk_id],
+                by_id[stored.chunk_id],
                 weight,
             )
-            for number, (stored, document, score) in enumerate(current, 1)
+            for stored, document, score in current
         ]
-        return await self._reranked(text, hits), len(seen) >= query.limit or len(current) < len(seen)
+        return hits, len(hits) < len(candidates)
 
     async def _reranked(self, question: str, hits: list[Hit]) -> list[Hit]:
         """The first of `hits` as the reranker orders them, the others after them; all as they were where there is none or it fails."""
@@ -210,26 +268,23 @@ class Searcher:
         ranked = sorted(zip(judged, scores, strict=True), key=lambda pair: -pair[1])
         return [replace(hit, rerank_score=score) for hit, score in ranked] + others
 
-    async def _ranked(
-        self, space: Space, query: Query, dense_weight: float, by_words: ByWords | None
-    ) -> tuple[list[Record], dict[str, Fused]]:
-        """The best candidates, and how the rankings saw each. A ranking asked alone keeps its own scores."""
+    async def _ranked(self, space: Space, query: Query, dense_weight: float, by_words: ByWords | None) -> Ranking:
+        """The best candidates, several times as many as are wanted. Of a ranking asked alone they keep their own scores."""
+        most = query.limit * REFILL_FACTOR
         alone = query.dense is None or query.sparse is None
-        brought = query.limit if alone else max(self._fusion.prefetch, query.limit)
-        by_meaning = replace(query, sparse=None, limit=brought, payload=alone)
+        brought = most if alone else max(self._fusion.prefetch, query.limit)
+        by_meaning = replace(query, sparse=None, limit=brought, payload=False)
         if by_words is not None and not alone and by_words.brought == brought:
             dense, sparse = await self._leg(space, by_meaning), by_words.ranking
         else:
             dense, sparse = await asyncio.gather(
-                self._leg(space, by_meaning), self._leg(space, replace(query, dense=None, limit=brought, payload=alone))
+                self._leg(space, by_meaning), self._leg(space, replace(query, dense=None, limit=brought, payload=False))
             )
-        best = fused(dense, sparse, dense_weight, self._fusion.mode, self._fusion.rrf_k, most=query.limit)
-        seen = {candidate.id: candidate for candidate in best}
+        best = fused(dense, sparse, dense_weight, self._fusion.mode, self._fusion.rrf_k, most=most)
         if alone:
-            return [*dense, *sparse], seen
-        # What was removed since the ranking is missing here, as if it had been replaced.
-        records = await self._store.get(space, query.where.tenant, list(seen))
-        return [replace(records[candidate.id], score=candidate.score) for candidate in best if candidate.id in records], seen
+            own = {record.id: record.score for record in (*dense, *sparse)}
+            best = [replace(candidate, score=own[candidate.id]) for candidate in best]
+        return Ranking(best, max(len(dense), len(sparse)) >= brought)
 
     async def _leg(self, space: Space, query: Query) -> list[Record]:
         return [] if query.dense is None and query.sparse is None else await self._store.search(space, query)
@@ -244,10 +299,11 @@ class Searcher:
         return meaning * known / (meaning * known + words) if meaning * known + words else 0.0
 
 
-def _passage(number: int, stored: StoredChunk, document: Document, score: float, similarity: float | None) -> Passage:
+def _passage(stored: StoredChunk, document: Document, score: float, similarity: float | None) -> Passage:
+    """Without its number, which those that are chosen get."""
     chunk = stored.chunk
     return Passage(
-        number=number,
+        number=0,
         document_id=document.document_id,
         chunk_id=stored.chunk_id,
         title=document.title,

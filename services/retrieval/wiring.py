@@ -16,6 +16,7 @@ from services.chassis.server import Server, passport_identity
 from services.retrieval.answer_cache import AnswerCache
 from services.retrieval.config import Settings
 from services.retrieval.edge_bm25 import EdgeBm25
+from services.retrieval.edge_rebuilding import Rebuilding
 from services.retrieval.edge_store import EdgeStore
 from services.retrieval.embedders import opened
 from services.retrieval.encoding_spaces import Encodings
@@ -151,7 +152,8 @@ async def _store(settings: Settings, dimension: int, fingerprint: str) -> AsyncI
     if not settings.qdrant_url:
         edge_store = EdgeStore.open(settings.qdrant_folder, dimension)
         try:
-            yield edge_store, _nothing, edge_store.flush
+            async with Rebuilding(edge_store).running():
+                yield edge_store, _nothing, edge_store.flush
         finally:
             edge_store.close()
         return

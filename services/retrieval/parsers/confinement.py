@@ -39,7 +39,7 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 def confine(parent: int, memory_mib: int) -> None:
     """Give up, for good, all that reading a file does not need. Call it before the first byte of the file is there."""
-    _die_with(parent)
+    die_with(parent)
     give_way_whole()
     _limit(resource.RLIMIT_AS, memory_mib * 1024 * 1024)
     _limit(resource.RLIMIT_CORE, 0)
@@ -82,7 +82,7 @@ def _limit(which: int, value: int) -> None:
             raise
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Be killed when the service dies, however it dies."""
     if sys.platform == "linux":
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

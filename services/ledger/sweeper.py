@@ -1,4 +1,4 @@
-"""Books holds that nobody resolved in time, takes leases back, forgets what was deleted. What that books, and where, is decided elsewhere."""
+"""Books holds that nobody resolved in time, takes leases back, forgets deletions. What is booked, and where, is decided elsewhere."""
 
 import asyncio
 import time

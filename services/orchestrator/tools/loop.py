@@ -4,7 +4,7 @@ What a tool does is not known here, nor how a provider writes a call. What tools
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from services.chassis.telemetry import StepRecord, span
 from services.orchestrator.attempts import first_draft
 from services.orchestrator.compose import MESSAGE_OVERHEAD_TOKENS, fenced_question, fenced_result, tokens_max
 from services.orchestrator.domain import Draft, Message, Prompt, Suspended, ToolCall, ToolConfirmation, ToolResult, ToolSpec
-from services.orchestrator.json_schema import Schema, SchemaRefused, ValueRefused, parse_object
+from services.orchestrator.json_schema import Schema, SchemaRefused, ValueRefused, parse_object, require_bounded
 from services.orchestrator.run import Run
 from services.orchestrator.tools.intake import results_for
 from services.orchestrator.tools.toolbox import CALL_ID_CHARACTERS_MAX, Allowed, Bench, Handed, Judged, Output, Refused, ToolFailed
@@ -32,6 +32,8 @@ CALLS_MAX = 64
 IMAGE_TOKENS_MAX = 8_192
 """More than any provider makes of one picture, however large it is."""
 TOOL_OVERHEAD_TOKENS = 128
+RESULT_NODES_MAX = 50_000
+"""Values in what a tool returns as JSON, where it promises a shape: a server may send megabytes of them."""
 TIME_SHARE = 0.5
 """Of the time that is left, how much a call may take: the model needs the rest to answer."""
 CALLING = frozenset({"tool_use", "end_turn", "stop_sequence", ""})
@@ -238,7 +240,7 @@ async def _outcome(run: Run, verdict: Allowed) -> tuple[str, Output]:
             output = await verdict.tool.call(verdict.arguments, run.question)
         if (promised := verdict.tool.output_schema) is not None:
             try:
-                Schema(promised).check(output.structured)
+                await asyncio.to_thread(_check_result, promised, output.structured)  # as with arguments: it may take its time
             except (ValueRefused, SchemaRefused) as error:
                 return "wrong_result", Output(f"the tool returned something else than it promises: {error}")
         return "done", output
@@ -251,6 +253,12 @@ async def _outcome(run: Run, verdict: Allowed) -> tuple[str, Output]:
     except Exception as error:  # a tool is anybody's code; its text may hold anybody's words
         log.error("tool_failed_unexpectedly", tool=verdict.call.name, error=type(error).__name__)
         return "failed", Output("the tool failed")
+
+
+def _check_result(promised: Mapping[str, Any], structured: object) -> None:
+    """Raises ValueRefused, SchemaRefused."""
+    require_bounded(structured, RESULT_NODES_MAX)
+    Schema(promised).check(structured)
 
 
 def _time_for(wanted_s: float) -> float:

@@ -1,6 +1,8 @@
 """The rounds between a model and its tools: what is called, what the model is told, and where it ends."""
 
 import asyncio
+import json
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +22,7 @@ from services.orchestrator.domain import (
     ToolSpec,
 )
 from services.orchestrator.log import EventLog
+from services.orchestrator.tools import loop
 from services.orchestrator.tools.confirmations import Confirmations
 from services.orchestrator.tools.toolbox import Output, ToolFailed, ToolLimits
 from tests.fakes.orchestrator_world import until
@@ -45,6 +48,31 @@ async def test_calls_of_one_round_run_side_by_side_and_the_model_answers_with_th
     assert [1, 2] == told.world.reserved == [attempt.attempt for attempt in told.world.records[0].attempts]
     assert ["done", "done"] == [step.facts["outcome"] for step in told.steps("tool")]
     assert told.events[-1].finish_reason == "end_turn" and isinstance(told.events[-1], Done)
+
+
+@pytest.mark.parametrize(
+    ("structured", "reason"),
+    [
+        ({"values": [0] * 60_000}, "more than 50000 values"),
+        ({"values": json.loads("[" * 30 + "]" * 30)}, "nested deeper than 24 levels"),
+    ],
+)
+async def test_a_large_result_is_checked_beside_the_event_loop_and_within_bounds(
+    structured: Any, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server may send megabytes, and its own schema asks for the work: other streams go on."""
+    threads: list[bool] = []
+    check = loop.require_bounded
+    monkeypatch.setattr(
+        loop,
+        "require_bounded",
+        lambda *arguments: (threads.append(threading.current_thread() is threading.main_thread()), check(*arguments)),
+    )
+    tool = FakeTool("look", Output("ok", structured), output_schema={"type": "object", "properties": {"values": {"type": "array"}}})
+    told = await answered(ScriptedModel([call("look"), "no luck"]), [tool])
+
+    assert told.text == "no luck" and told.results[0].failed and reason in told.results[0].text
+    assert threads == [False]
 
 
 async def test_no_text_of_calls_or_results_is_in_a_step() -> None:

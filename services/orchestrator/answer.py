@@ -35,7 +35,7 @@ from services.orchestrator.packing import pack
 from services.orchestrator.ports import Recalling
 from services.orchestrator.run import Run, Toolkit
 from services.orchestrator.standalone import depends_on_history, depends_on_time
-from services.orchestrator.tools.loop import draft_with_tools, take_up
+from services.orchestrator.tools.loop import draft_with_tools, require_no_calls, take_up, without_tools
 from services.orchestrator.unfencing import Unfencing
 from services.orchestrator.validate import WHOLE
 
@@ -267,14 +267,15 @@ async def fitting_draft(run: Run, prompt: Prompt) -> Draft:
     """
     schema = run.question.output_schema
     if schema is None:
-        return await draft_with_tools(run, prompt)
-    run.holding = run.question.whole
+        return (await draft_with_tools(run, prompt))[0]
+    run.holding = run.question.whole or run.route.holds_back
     if not run.holding:
         run.watch, run.unfencing = JsonWatch(schema), Unfencing()
-    draft = await draft_with_tools(run, prompt)
+    draft, answered = await draft_with_tools(run, prompt)
     problems = await _problems(run, draft, schema)
     if problems and run.holding:
-        draft = await first_draft(run, asked_again(prompt, draft.text, problems))
+        draft = await first_draft(run, asked_again(without_tools(answered), draft.text, problems))
+        require_no_calls(draft)
         problems = await _problems(run, draft, schema)
     if problems:
         keyword = problems[0][0]

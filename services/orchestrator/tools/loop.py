@@ -57,8 +57,9 @@ class _Made:
     fenced: ToolResult
 
 
-async def draft_with_tools(run: Run, prompt: Prompt) -> Draft:
-    """The draft that ends the answer: the model's text, or calls of the client's tools, which end it with `tool_use`.
+async def draft_with_tools(run: Run, prompt: Prompt) -> tuple[Draft, Prompt]:
+    """The draft that ends the answer: the model's text, or calls of the client's tools, which end it with `tool_use`. With it the prompt
+    that it is the answer to: with pictures, and all that tools returned.
 
     Raises what `first_draft` raises, ModelFailed if the model calls on when it may no more, Unavailable or Overloaded if an answer that
     must wait for its client cannot be kept.
@@ -73,7 +74,7 @@ async def draft_with_tools(run: Run, prompt: Prompt) -> Draft:
     while True:
         draft = await first_draft(run, prompt)
         if not draft.calls or draft.finish_reason not in CALLING:
-            return draft
+            return draft, prompt
         calls = _numbered(draft.calls[: min(CALLS_PER_ROUND_MAX, CALLS_MAX - len(used.call_ids))], used)
         used.rounds += 1
         judged = await asyncio.to_thread(_judge, bench, calls)  # a stranger's schema may take its time, and other streams go on
@@ -84,11 +85,11 @@ async def draft_with_tools(run: Run, prompt: Prompt) -> Draft:
         if any(isinstance(verdict, Handed) for verdict in judged):
             await _suspend(run, prompt, [each.fenced for each in made if each is not None])
             draft.finish_reason = "tool_use"
-            return draft
+            return draft, prompt
         run.begin_paragraph()
         prompt = _answered(prompt, [each.fenced for each in made if each is not None])
         if not bench.specs:  # no provider takes calls of tools it was not told of
-            prompt = _plain(prompt)
+            prompt = without_tools(prompt)
         if reason := _spent(run, prompt, used):
             return await _last(run, prompt, reason)
 
@@ -290,7 +291,7 @@ def _answered(prompt: Prompt, results: Sequence[ToolResult]) -> Prompt:
     return _with(prompt, Message("tool", results=tuple(results)))
 
 
-def _plain(prompt: Prompt) -> Prompt:
+def without_tools(prompt: Prompt) -> Prompt:
     """The prompt with calls and results told in words, for a model that shall not call: every provider takes that, from any other."""
     messages: list[Message] = []
     for message in prompt.messages:
@@ -318,14 +319,22 @@ def _spent(run: Run, prompt: Prompt, used: _Used) -> str:
     return ""
 
 
-async def _last(run: Run, prompt: Prompt, reason: str) -> Draft:
+async def _last(run: Run, prompt: Prompt, reason: str) -> tuple[Draft, Prompt]:
     """Tell the model once that no call may follow, and let it answer. Raises ModelFailed if it calls all the same."""
-    told = _with(_plain(prompt), Message("user", f"<tool_limit>\nNo tool may be called any more: {reason}. Answer now.\n</tool_limit>"))
+    told = _with(
+        without_tools(prompt), Message("user", f"<tool_limit>\nNo tool may be called any more: {reason}. Answer now.\n</tool_limit>")
+    )
     merged = (*told.messages[:-2], Message("user", f"{told.messages[-2].text}\n{told.messages[-1].text}"))
-    draft = await first_draft(run, replace(told, messages=merged))
+    told = replace(told, messages=merged)
+    draft = await first_draft(run, told)
+    require_no_calls(draft)
+    return draft, told
+
+
+def require_no_calls(draft: Draft) -> None:
+    """Raise ModelFailed if a model calls that was given no tools."""
     if draft.calls and draft.finish_reason in CALLING:
         raise ModelFailed("the model called a tool after it was told not to", cause="tool_calls")
-    return draft
 
 
 async def _suspend(run: Run, prompt: Prompt, results: Sequence[ToolResult]) -> None:

@@ -410,3 +410,38 @@ async def test_cancelling_stops_the_calls() -> None:
         await answering
 
     assert tool.running == 0
+
+
+async def test_what_is_repaired_still_has_pictures_and_what_tools_returned() -> None:
+    """The model that wrote the wrong JSON is asked again about all it was shown, in words, and may call nothing more."""
+    image = Image("image/png", b"\x89PNG\r\n\x1a\n")
+    schema = {"type": "object", "properties": {"degrees": {"type": "integer"}}, "required": ["degrees"]}
+    tool = FakeTool("look", "it is 21 degrees")
+    model = ScriptedModel([call("look"), '{"degrees": "mild"}', '{"degrees": 21}'])
+    asked = question(server_tools=("look",), images=(image,), output_schema=schema, whole=True)
+    told = await answered(model, [tool], asked=asked)
+
+    again = model.prompts[2]
+    assert told.failure is None and told.text == '{"degrees": 21}'
+    assert (again.tools, again.output_schema) == ((), schema)
+    assert [message.images for message in again.messages if message.images] == [(image,)]
+    assert "it is 21 degrees" in "".join(message.text for message in again.messages)
+    assert "That does not satisfy" in again.messages[-1].text and "not of type 'integer'" in again.messages[-1].text
+    assert not any(message.calls or message.results for message in again.messages)
+
+
+async def test_a_model_that_calls_instead_of_repairing_ends_the_answer() -> None:
+    """An empty text would be no JSON either."""
+    asked = question(server_tools=("look",), output_schema={"type": "object"}, whole=True)
+    told = await answered(ScriptedModel(["[]", call("look")]), [FakeTool("look")], asked=asked)
+
+    assert isinstance(told.failure, ModelFailed) and told.text == ""
+
+
+async def test_a_route_that_holds_back_is_repaired_like_an_answer_in_one_piece() -> None:
+    """Nobody has read anything, so nothing has to be unsaid."""
+    schema = {"type": "object", "properties": {"degrees": {"type": "integer"}}, "required": ["degrees"]}
+    route = Route("fast", (CANDIDATE,), holds_back=True)
+    told = await answered(ScriptedModel(['{"degrees": "mild"}', '{"degrees": 21}']), asked=question(output_schema=schema, route=route))
+
+    assert told.failure is None and told.text == '{"degrees": 21}'

@@ -338,8 +338,8 @@ async def record(run: Run, failure: DomainError | None, step: StepRecord) -> Non
     run.kit.credit.recorded(run.question.answer_id, run.attempts, booked)
     kept_whole = failure is None and run.verdict == "passed" and run.finish_reason != "tool_use"
     works = [_keep_turn(run, complete=kept_whole)] if run.pieces else []
-    if run.prompts:
-        works.append(_keep_prompts(run))
+    if run.kit.shelf is not None:
+        works.append(run.keep_prompts())
     # Whose time is up waits for nothing more.
     await _briefly(run.kit, 0.0 if isinstance(failure, DeadlineTooShort) else BOOKED_WAIT_S, *works, also=booked)
     step.note(booked=booked.done(), cost_nanousd=run.cost_nanousd)
@@ -365,14 +365,6 @@ async def _keep_turn(run: Run, *, complete: bool) -> None:
             log.error("turn_rejected", answer_id=asked.answer_id, reason=error.reason)
             return
     log.error("turn_lost", answer_id=asked.answer_id, tries=TURN_TRIES_MAX)
-
-
-async def _keep_prompts(run: Run) -> None:
-    assert run.kit.shelf is not None
-    try:
-        await run.kit.shelf.keep(run.question.principal, run.question.answer_id, run.prompts)
-    except DomainError as error:
-        log.warning("prompts_not_kept", answer_id=run.question.answer_id, reason=error.reason)
 
 
 async def _briefly(kit: Toolkit, wait_s: float, *works: Coroutine[Any, Any, None], also: "asyncio.Future[None] | None" = None) -> None:

@@ -312,6 +312,8 @@ def _spent(run: Run, prompt: Prompt, used: _Used) -> str:
         return f"{limits.rounds_max} rounds are the most there are"
     if len(used.call_ids) >= CALLS_MAX:
         return f"{CALLS_MAX} calls are the most there are"
+    if limits.cost_nanousd_max and run.cost_nanousd >= limits.cost_nanousd_max:
+        return "the answer has cost as much as it may"
     if used.bytes >= limits.results_bytes_max:
         return "the results have reached their bound"
     if prompt.input_tokens_max + limits.result_bytes_max > _room(run):

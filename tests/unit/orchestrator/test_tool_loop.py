@@ -278,6 +278,18 @@ async def test_results_are_cut_and_have_a_bound_together() -> None:
     assert told.text == "enough" and "the results have reached their bound" in model.prompts[-1].messages[-1].text
 
 
+@pytest.mark.parametrize(("cost_nanousd_max", "rounds"), [(31, 3), (30, 2), (1, 1), (0, 8)])
+async def test_what_an_answer_costs_is_bounded_whoever_pays(cost_nanousd_max: int, rounds: int) -> None:
+    """Each call costs 15 nano-USD. Once that much is spent the model is told, and answers in one call more; no budget is needed for it."""
+    model = ScriptedModel([*[call("look")] * rounds, "That is all I found."])
+    told = await answered(model, [FakeTool("look")], limits=ToolLimits(cost_nanousd_max=cost_nanousd_max))
+
+    assert told.failure is None and told.text == "That is all I found."
+    assert sum(attempt.cost_nanousd for attempt in told.world.records[0].attempts) == 15 * (rounds + 1)
+    reason = "the answer has cost as much as it may" if cost_nanousd_max else "8 rounds are the most there are"
+    assert reason in model.prompts[-1].messages[-1].text and model.prompts[-1].tools == ()
+
+
 async def test_money_ends_the_loop_with_a_typed_error() -> None:
     """Each round is a provider call with a hold; what was used before is booked."""
     world = _Yes()

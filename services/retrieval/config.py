@@ -92,8 +92,8 @@ class Settings(ServiceSettings):
     """Its key. Or GEMINI_API_KEY_FILE."""
     language: str = Field("english", pattern="^[a-z]{2,20}$", validation_alias="TAILRACE_RETRIEVAL_LANGUAGE")
     """Language whose endings and stop words the word search takes where the language of a text cannot be told."""
-    fusion: Literal["dbsf", "rrf"] = Field("dbsf", validation_alias="TAILRACE_RETRIEVAL_FUSION")
-    """How meaning and words are fused: by scores, each normalised by its own spread (measured best), or by ranks."""
+    fusion: Literal["linear", "dbsf", "rrf"] = Field("linear", validation_alias="TAILRACE_RETRIEVAL_FUSION")
+    """How meaning and words are fused: by scores as they are (measured best), each normalised by its own spread, or by ranks."""
     fusion_prefetch: int = Field(100, ge=10, le=1000, validation_alias="TAILRACE_RETRIEVAL_FUSION_PREFETCH")
     """Candidates each of the two rankings brings."""
     fusion_weight_dense: float = Field(1.0, ge=0, le=100, validation_alias="TAILRACE_RETRIEVAL_FUSION_WEIGHT_DENSE")

@@ -99,7 +99,7 @@ class Fusion:
     """How the dense and the sparse ranking become one."""
 
     mode: str = "dbsf"
-    """`dbsf` (scores, each normalised by its own spread) or `rrf` (ranks)."""
+    """`dbsf` (scores, each normalised by its own spread) or `rrf` (ranks); `linear` (scores as they are) is no store's to do."""
     prefetch: int = 100
     """How many candidates each ranking brings."""
     rrf_k: int = 60

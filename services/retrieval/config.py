@@ -80,6 +80,11 @@ class Settings(ServiceSettings):
     """What it wants in front of a document, such as `passage: `."""
     embedder_folder: Path | None = Field(None, validation_alias="TAILRACE_RETRIEVAL_EMBEDDER_FOLDER")
     """Folder with the ONNX model and tokenizer of a fastembed embedder. Unset = fastembed's own list and cache."""
+    embedder_billed: Literal["auto", "yes", "no"] = Field("auto", validation_alias="TAILRACE_RETRIEVAL_EMBEDDER_BILLED")
+    """Whether calls of a remote embedder are set aside and booked in the ledger, by its price book; `auto` = where a vendor's own address
+    is asked."""
+    ledger_target: str = Field("127.0.0.1:50053", validation_alias="TAILRACE_LEDGER_TARGET")
+    """Ledger service: `host:port`, or `dns:///name:port` for several replicas. Only asked for embedders that are billed."""
     openai_base_url: str = Field("", validation_alias="OPENAI_BASE_URL")
     """Address of OpenAI's interface, for `openai:`."""
     openai_api_key: SecretStr = Field(SecretStr(""), validation_alias="OPENAI_API_KEY")

@@ -18,6 +18,7 @@ from services.chassis.afterwork import AfterWork
 from services.chassis.ending import ended
 from services.chassis.errors import DomainError, Internal, NotAllowed, NotFound, Overloaded, Unavailable
 from services.chassis.injection import flags_of
+from services.chassis.principal import Principal, set_current
 from services.chassis.telemetry import span
 from services.retrieval import facts
 from services.retrieval.access import everything_of, readers_of
@@ -339,6 +340,7 @@ class Ingestion:
 
     async def _ingest(self, claim: Claim) -> None:
         """Take in one document; its failure is told and stops nobody else."""
+        set_current(Principal(claim.owner.tenant, claim.owner.user))  # who pays for what it costs
         last = claim.latest
 
         def tell(progress: Progress) -> asyncio.Future[bool]:

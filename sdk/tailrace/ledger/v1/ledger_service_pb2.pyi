@@ -563,7 +563,7 @@ class Operation(_message.Message):
     """API key it came with. Empty for a token."""
     purpose: _builtins.str
     """What it was for, if not for an answer: `rewrite`, `summary` or `title` of a conversation, whose tier is empty then,
-    or `shadow` for a second answer that measures the choice of tier.
+    `shadow` for a second answer that measures the choice of tier, or `embed` for a call of an embedder that costs money.
     """
     @_builtins.property
     def usage(self) -> _common_pb2.Usage:
@@ -851,7 +851,7 @@ class QueryUsageRequest(_message.Message):
     @_builtins.property
     def group_by(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Any of `day`, `hour`, `tenant`, `user`, `key`, `session`, `model`, `tier`, `step`, `cache`, `purpose`. At most 4. Empty = one total
-        row. A purpose is `answer`, `title`, `summary`, `rewrite` or `shadow`.
+        row. A purpose is `answer`, `title`, `summary`, `rewrite`, `shadow` or `embed`.
         Days and hours are in UTC. More than 10000 groups are refused.
         """
 

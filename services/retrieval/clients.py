@@ -10,7 +10,7 @@ from services.chassis.errors import AnswerCancelled, DomainError, Unavailable
 from services.chassis.principal import Principal
 from services.chassis.telemetry import current_trace_id
 from services.chassis.wire import timestamp
-from services.retrieval.ports import PaidCall, Spent
+from services.retrieval.ports import PaidCall, Spent, Unpayable
 from tailrace.common.v1 import common_pb2
 from tailrace.ledger.v1 import ledger_service_pb2 as pb
 from tailrace.ledger.v1 import ledger_service_pb2_grpc as rpc
@@ -43,7 +43,10 @@ class LedgerBooks:
             output_tokens_max=1,  # it generates nothing, and a hold is of something
             ttl_ms=HOLD_S * 1000,
         )
-        reply = await self._caller.unary(self._stub.Reserve, request, timeout_s=RESERVE_S, principal=payer)
+        try:
+            reply = await self._caller.unary(self._stub.Reserve, request, timeout_s=RESERVE_S, principal=payer)
+        except Unavailable as error:
+            raise Unpayable(error.detail, dependency="ledger", retry_after_ms=error.retry_after_ms or 1000) from error
         return str(reply.hold_id)
 
     async def record(self, payer: Principal, call: PaidCall, hold_id: str, spent: Spent) -> None:

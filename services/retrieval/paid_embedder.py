@@ -23,7 +23,7 @@ TOKENS_MAX_BESIDE = 16
 class PaidEmbedder:
     """The Embedder port around another one, whose calls are paid by the current principal: it is asked for nothing that cannot be paid.
 
-    Raises BudgetExhausted, PriceUnknown, and Unavailable if the ledger cannot be asked, before anything is sent.
+    Raises BudgetExhausted, PriceUnknown, and Unpayable if the ledger cannot be asked, before anything is sent.
     """
 
     def __init__(

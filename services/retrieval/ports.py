@@ -213,6 +213,10 @@ class Unanswered(Unavailable):
     """It was sent and nothing came back: whoever bills for it may have done the work."""
 
 
+class Unpayable(Unavailable):
+    """Nobody can say now whether it can be paid, so it was not sent."""
+
+
 @dataclass(frozen=True, slots=True)
 class PaidCall:
     """A call of an embedder that costs money."""
@@ -239,7 +243,7 @@ class EmbeddingBooks(Protocol):
     """Where money for embeddings is set aside, and what was used of it written down."""
 
     async def reserve(self, payer: Principal, call: PaidCall) -> str:
-        """The id of what was set aside. Raises BudgetExhausted, PriceUnknown, Overloaded, Unavailable."""
+        """The id of what was set aside. Raises BudgetExhausted, PriceUnknown, Overloaded, Unpayable."""
         ...
 
     async def record(self, payer: Principal, call: PaidCall, hold_id: str, spent: Spent) -> None:

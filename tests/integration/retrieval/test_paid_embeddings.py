@@ -23,7 +23,7 @@ from services.local.stores import Postgres
 from services.retrieval.clients import LedgerBooks
 from services.retrieval.config import Settings
 from services.retrieval.embedders import payable
-from services.retrieval.ports import Embedder
+from services.retrieval.ports import Embedder, Unpayable
 from services.retrieval.question_lane import QuestionLane
 from services.retrieval.wiring import _opened
 from tailrace.common.v1 import common_pb2
@@ -224,7 +224,7 @@ async def test_while_the_ledger_is_away_nothing_is_sent(state_dir: Path, postgre
             await world.embedder.embed_question("Where?")
             await world.booked()
             await until_away.aclose()
-            with pytest.raises(Unavailable):
+            with pytest.raises(Unpayable):
                 await world.embedder.embed_question("Where else?")
 
             assert len(world.service.asked) == 1

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from uuid import UUID
 
@@ -123,7 +123,7 @@ class Registry:
         self._running: dict[str, Kept] = {}
         self._ended: OrderedDict[str, Kept] = OrderedDict()
         self._by_user: Counter[Owner] = Counter()
-        self._beginning = 0
+        self._beginnings: set[asyncio.Task[Found]] = set()
         """Answers that are about to begin: they count too while their key is claimed."""
         self._draining = False
         self._ended_events = 0
@@ -140,35 +140,62 @@ class Registry:
 
         Raises IdempotencyConflict if that had another body, Overloaded if too many answers run or the process is about to stop,
         Unavailable if there is a key and nobody can say what it stands for.
+
+        Cancellation: what the key stands for by then is begun all the same, and has the grace time to find its reader.
         """
-        if not question.idempotency_key:
-            self._admit(question)
-            return self._start(question, fingerprint, registered=False)
-        owner, key, claim = owner_of(question.principal), question.idempotency_key, Claim(question.answer_id, fingerprint)
         self._admit(question)
-        self._beginning += 1
-        try:
-            # Known to all before the key stands for it: whoever finds the key finds the answer.
-            await self._logs.register(question.answer_id, owner, self._replica)
+        if not question.idempotency_key:
+            return self._start(question, fingerprint, registered=False)
+        beginning = asyncio.create_task(self._begin_by_key(question, fingerprint), name=f"begin {question.answer_id}")
+        self._beginnings.add(beginning)
+        beginning.add_done_callback(self._beginnings.discard)
+        return await asyncio.shield(beginning)
+
+    async def _begin_by_key(self, question: Question, fingerprint: bytes) -> Found:
+        # Known to all before the key stands for it: whoever finds the key finds the answer.
+        await self._logs.register(question.answer_id, owner_of(question.principal), self._replica)
+        if (found := await self._claim(question, fingerprint)) is not None:
+            return found
+        kept = self._start(question, fingerprint, registered=True)
+        self._look_later(kept, self._bounds.detach_grace_s)  # who asked may have left by now
+        return kept
+
+    async def _claim(self, question: Question, fingerprint: bytes) -> Found | None:
+        """What the key stands for; None if that is this question's own answer now."""
+        owner, key, claim = owner_of(question.principal), question.idempotency_key, Claim(question.answer_id, fingerprint)
+        with self._given_up_unless_told(question, fingerprint):
             earlier = await self._logs.claim(owner, key, claim)
-            if earlier is not None:
-                if earlier.fingerprint != fingerprint:
-                    raise IdempotencyConflict("this idempotency key came with another body", key=key)
-                try:
-                    found = await self.find(question.principal, earlier.answer_id)
-                    if not await self._may_run_again(found):
-                        return found
-                except NotFound:  # its replica died between the claim and the first step: it never was, and nothing was booked
-                    log.warning("key_without_answer", answer_id=earlier.answer_id)
-                if not await self._logs.claim_again(owner, key, earlier, claim):
-                    raise Overloaded("the same request is just beginning again", retry_after_ms=500)
-        finally:
-            self._beginning -= 1
-        return self._start(question, fingerprint, registered=True)
+        if earlier is None:
+            return None
+        if earlier.fingerprint != fingerprint:
+            raise IdempotencyConflict("this idempotency key came with another body", key=key)
+        try:
+            found = await self.find(question.principal, earlier.answer_id)
+            if not await self._may_run_again(found):
+                return found
+        except NotFound:  # its replica died between the claim and the first step: it never was, and nothing was booked
+            log.warning("key_without_answer", answer_id=earlier.answer_id)
+        with self._given_up_unless_told(question, fingerprint):
+            if await self._logs.claim_again(owner, key, earlier, claim):
+                return None
+        raise Overloaded("the same request is just beginning again", retry_after_ms=500)
+
+    @contextlib.contextmanager
+    def _given_up_unless_told(self, question: Question, fingerprint: bytes) -> Iterator[None]:
+        """A store that fails here does not say whether the key stands for the answer now. So that ends before its first step, for every
+        replica, as one that may be begun again.
+        """
+        try:
+            yield
+        except Unavailable:
+            kept = self._start(question, fingerprint, registered=False)
+            kept.events.stopping = AnswerInterrupted("the answer could not be begun; ask again", answer_id=question.answer_id)
+            kept.task.cancel()
+            raise
 
     def _admit(self, question: Question) -> None:
         pictures = sum(len(image.data) for image in question.images)
-        answers, mine = len(self._running) + self._beginning, self._by_user[owner_of(question.principal)]
+        answers, mine = len(self._running) + len(self._beginnings), self._by_user[owner_of(question.principal)]
         most = self._bounds.answers_max if question.priority == "interactive" else int(self._bounds.answers_max * BATCH_SHARE)
         if self._draining:
             raise Overloaded("this replica is stopping", retry_after_ms=1000, draining="true")
@@ -280,10 +307,13 @@ class Registry:
         What was interrupted is told so and booked: nothing of it is lost but the rest of its text.
         """
         self.refuse_new()
+        ends_at = time.monotonic() + timeout_s
+        if self._beginnings:
+            await asyncio.wait(set(self._beginnings), timeout=timeout_s)
         tasks = {kept.task for kept in self._running.values()}
         if not tasks:
             return 0
-        _, late = await asyncio.wait(tasks, timeout=timeout_s)
+        _, late = await asyncio.wait(tasks, timeout=max(0.0, ends_at - time.monotonic()))
         self.interrupt_all()
         await asyncio.gather(*late, return_exceptions=True)
         return len(late)

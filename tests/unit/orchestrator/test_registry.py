@@ -2,9 +2,10 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any, TypeVar
 
 import pytest
 
@@ -21,7 +22,7 @@ from services.chassis.errors import (
     Unavailable,
 )
 from services.chassis.principal import Principal
-from services.orchestrator.domain import Candidate, Claim, Image, Priority, Question, TextDelta
+from services.orchestrator.domain import Candidate, Claim, Image, Priority, Question, SharedAnswer, TextDelta
 from services.orchestrator.log import Entry, EventLog
 from services.orchestrator.mirrors import Mirrors
 from services.orchestrator.publisher import Publisher
@@ -29,6 +30,7 @@ from services.orchestrator.registry import Bounds, Elsewhere, Kept, Produce, Reg
 from services.orchestrator.rpc import new_answer_id
 from tests.fakes.shared_logs import MemoryLogs
 
+T = TypeVar("T")
 Make = Callable[..., "Replica"]
 ALICE, BOB = Principal("acme", "alice"), Principal("acme", "bob")
 
@@ -274,6 +276,144 @@ async def test_key_whose_answer_never_came_to_be_begins_anew(replica: Make) -> N
     await one.logs.claim(("acme", "alice"), "k", Claim("never", b"1"))
 
     assert isinstance(await one.answers.begin(question("a", key="k"), b"1"), Kept)
+
+
+class SlowLogs(MemoryLogs):
+    """Waits in the first call of one name until it is let go: before the call is done, or when it is done and not told yet."""
+
+    def __init__(self, call: str, *, done: bool) -> None:
+        super().__init__()
+        self.call, self.done = call, done
+        self.arrived, self.go = asyncio.Event(), asyncio.Event()
+
+    async def _slowly(self, call: str, work: Awaitable[T]) -> T:
+        if call != self.call or self.arrived.is_set():
+            return await work
+        result = await work if self.done else None
+        self.arrived.set()
+        await self.go.wait()
+        return result if self.done else await work  # type: ignore[return-value]
+
+    async def register(self, *args: Any) -> None:
+        await self._slowly("register", super().register(*args))
+
+    async def claim(self, *args: Any) -> Claim | None:
+        return await self._slowly("claim", super().claim(*args))
+
+    async def claim_again(self, *args: Any) -> bool:
+        return await self._slowly("claim_again", super().claim_again(*args))
+
+    async def look_up(self, answer_id: str) -> SharedAnswer | None:
+        return await self._slowly("look_up", super().look_up(answer_id))
+
+    async def is_alive(self, replica: str) -> bool:
+        return await self._slowly("is_alive", super().is_alive(replica))
+
+    async def interrupt(self, *args: Any) -> bool:
+        return await self._slowly("interrupt", super().interrupt(*args))
+
+
+@pytest.mark.parametrize("call", ["register", "claim", "look_up", "is_alive", "interrupt", "claim_again"])
+@pytest.mark.parametrize("done", [False, True])
+async def test_key_whose_asker_leaves_in_the_middle_of_beginning_has_an_answer(producer: Producer, call: str, done: bool) -> None:
+    """At whatever step: whoever asks again with the key, at whatever replica, has something to read, and only one answer is made."""
+    owner = ("acme", "alice")
+    logs = SlowLogs(call, done=done)
+    await MemoryLogs.register(logs, "old", owner, "gone")
+    await MemoryLogs.claim(logs, owner, "k", Claim("old", b"1"))
+    here, there = Replica(producer, logs, "r1"), Replica(producer, logs, "r2")
+    try:
+        asking = asyncio.create_task(here.answers.begin(question("a", key="k"), b"1"))
+        await logs.arrived.wait()
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        logs.go.set()
+        await until(lambda: producer.asked == ["a"])
+        for one in (there, here):
+            found = await one.answers.begin(question(f"b-{one.name}", key="k"), b"1")
+            async with one.answers.reading(found, 0) as (_, reader):
+                assert await reader.next(2)
+
+        assert producer.asked == ["a"]
+    finally:
+        here.close()
+        there.close()
+
+
+async def test_answer_whose_asker_left_before_it_began_is_stopped_after_the_grace(producer: Producer) -> None:
+    """Nobody has ever read it, so nobody could leave it."""
+    logs = SlowLogs("claim", done=True)
+    here = Replica(producer, logs, "r1", detach_grace_s=0.02)
+    try:
+        asking = asyncio.create_task(here.answers.begin(question("a", key="k"), b"1"))
+        await logs.arrived.wait()
+        asking.cancel()
+        logs.go.set()
+        await until(lambda: producer.asked == ["a"])
+        await until(lambda: here.answers.running == 0)
+    finally:
+        here.close()
+
+
+class UnsureLogs(MemoryLogs):
+    """Lets a key stand for an answer, and does not live to say so."""
+
+    unsure = True
+
+    async def claim(self, *args: Any) -> Claim | None:
+        return await self._unsurely(super().claim(*args))
+
+    async def claim_again(self, *args: Any) -> bool:
+        return await self._unsurely(super().claim_again(*args))
+
+    async def _unsurely(self, work: Awaitable[T]) -> T:
+        done = await work
+        if self.unsure and done in (None, True):
+            self.away = True
+            self._ask()
+        return done
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize("again_at", [0, 1])
+async def test_key_begins_anew_after_nobody_could_say_what_it_stands_for(producer: Producer, earlier: bool, again_at: int) -> None:
+    """The asker was told that it failed: what the key may stand for was never begun, and never will be."""
+    owner, logs = ("acme", "alice"), UnsureLogs()
+    if earlier:
+        await MemoryLogs.register(logs, "old", owner, "gone")
+        await MemoryLogs.claim(logs, owner, "k", Claim("old", b"1"))
+    replicas = [Replica(producer, logs, name) for name in ("r1", "r2")]
+    try:
+        with pytest.raises(Unavailable):
+            await replicas[0].answers.begin(question("a", key="k"), b"1")
+        logs.away = logs.unsure = False
+        assert logs.claims[owner, "k"].answer_id == "a"
+        assert await replicas[0].publisher.flushed(5) == 0
+
+        assert isinstance(await replicas[again_at].answers.begin(question("b", key="k"), b"1"), Kept)
+        await until(lambda: producer.asked == ["b"])
+    finally:
+        for one in replicas:
+            one.close()
+
+
+async def test_drain_waits_for_what_is_only_just_beginning(producer: Producer) -> None:
+    """It ends as interrupted, and is not left without an end."""
+    logs = SlowLogs("claim", done=True)
+    here = Replica(producer, logs, "r1")
+    try:
+        asking = asyncio.create_task(here.answers.begin(question("a", key="k"), b"1"))
+        await logs.arrived.wait()
+        draining = asyncio.create_task(here.answers.drain(0.2))
+        await asyncio.sleep(0)
+        logs.go.set()
+        found = await asking
+        assert isinstance(found, Kept)
+
+        assert await draining == 1
+        assert isinstance(found.events.failure, AnswerInterrupted)
+    finally:
+        here.close()
 
 
 async def test_without_the_shared_logs_a_key_is_refused_and_all_else_goes_on(replica: Make) -> None:

@@ -122,13 +122,16 @@ class Registry:
         self._replica, self._bounds = replica, bounds
         self._running: dict[str, Kept] = {}
         self._ended: OrderedDict[str, Kept] = OrderedDict()
+        self._admitted = 0
+        """Answers that run, and those that are about to begin."""
         self._by_user: Counter[Owner] = Counter()
+        """The same by their users."""
         self._beginnings: set[asyncio.Task[Found]] = set()
-        """Answers that are about to begin: they count too while their key is claimed."""
+        """Answers whose key is being claimed."""
         self._draining = False
         self._ended_events = 0
         self._picture_bytes = 0
-        """Of all running answers' questions."""
+        """Of their questions."""
         self._asides: set[asyncio.Task[None]] = set()
 
     @property
@@ -152,13 +155,17 @@ class Registry:
         return await asyncio.shield(beginning)
 
     async def _begin_by_key(self, question: Question, fingerprint: bytes) -> Found:
-        # Known to all before the key stands for it: whoever finds the key finds the answer.
-        await self._logs.register(question.answer_id, owner_of(question.principal), self._replica)
-        if (found := await self._claim(question, fingerprint)) is not None:
-            return found
-        kept = self._start(question, fingerprint, registered=True)
-        self._look_later(kept, self._bounds.detach_grace_s)  # who asked may have left by now
-        return kept
+        try:
+            # Known to all before the key stands for it: whoever finds the key finds the answer.
+            await self._logs.register(question.answer_id, owner_of(question.principal), self._replica)
+            if (found := await self._claim(question, fingerprint)) is not None:
+                return found
+            kept = self._start(question, fingerprint, registered=True)
+            self._look_later(kept, self._bounds.detach_grace_s)  # who asked may have left by now
+            return kept
+        finally:
+            if question.answer_id not in self._running:
+                self._give_place_back(question)
 
     async def _claim(self, question: Question, fingerprint: bytes) -> Found | None:
         """What the key stands for; None if that is this question's own answer now."""
@@ -194,24 +201,33 @@ class Registry:
             raise
 
     def _admit(self, question: Question) -> None:
-        pictures = sum(len(image.data) for image in question.images)
-        answers, mine = len(self._running) + len(self._beginnings), self._by_user[owner_of(question.principal)]
+        """Give an answer its place, which it has until it ends, or does not begin. Raises Overloaded if there is none."""
+        pictures, owner = _picture_bytes(question), owner_of(question.principal)
         most = self._bounds.answers_max if question.priority == "interactive" else int(self._bounds.answers_max * BATCH_SHARE)
         if self._draining:
             raise Overloaded("this replica is stopping", retry_after_ms=1000, draining="true")
-        if answers >= most:
+        if self._admitted >= most:
             raise Overloaded("too many answers are being made", retry_after_ms=1000)
-        if mine >= self._bounds.answers_per_user_max:
+        if self._by_user[owner] >= self._bounds.answers_per_user_max:
             raise Overloaded("too many answers are being made for this user", retry_after_ms=1000)
         if pictures and self._picture_bytes + pictures > PICTURE_BYTES_MAX:
             raise Overloaded("too many pictures are being looked at", retry_after_ms=1000)
+        self._admitted += 1
+        self._by_user[owner] += 1
+        self._picture_bytes += pictures
+
+    def _give_place_back(self, question: Question) -> None:
+        owner = owner_of(question.principal)
+        self._admitted -= 1
+        self._by_user[owner] -= 1
+        if self._by_user[owner] <= 0:
+            del self._by_user[owner]
+        self._picture_bytes -= _picture_bytes(question)
 
     def _start(self, question: Question, fingerprint: bytes, *, registered: bool) -> Kept:
         events = EventLog(question.answer_id)
         task = asyncio.create_task(self._run(question, events), name=f"answer {question.answer_id}")
         kept = self._running[question.answer_id] = Kept(question, fingerprint, events, task)
-        self._by_user[kept.owner] += 1
-        self._picture_bytes += sum(len(image.data) for image in question.images)
 
         def stop(fenced: bool) -> None:
             _stop(kept, interrupted(question.answer_id) if fenced else None)
@@ -375,14 +391,11 @@ class Registry:
             kept.task.exception()  # asked for, it leaves the task: it holds all frames of the answer, and they hold the task
         answer_id = kept.question.answer_id
         del self._running[answer_id]
-        self._by_user[kept.owner] -= 1
-        if self._by_user[kept.owner] <= 0:
-            del self._by_user[kept.owner]
+        self._give_place_back(kept.question)
         if len(kept.events) == 0 and not kept.events.ended:  # stopped before its first step: nothing was used, nothing is booked
             kept.events.end(kept.events.stopping or AnswerCancelled("the answer was stopped", answer_id=answer_id))
         if kept.alarm is not None:
             kept.alarm.cancel()
-        self._picture_bytes -= sum(len(image.data) for image in kept.question.images)
         # Whoever reads it again needs its events; what it was made from may be a thousand times as large.
         kept.question = replace(kept.question, images=(), tools=(), tool_results=(), resumed=None)
         self._ended[answer_id] = kept
@@ -399,6 +412,10 @@ class Registry:
         if kept.alarm is not None:
             kept.alarm.cancel()
         self._ended_events -= kept.counted
+
+
+def _picture_bytes(question: Question) -> int:
+    return sum(len(image.data) for image in question.images)
 
 
 def _begun_at(answer_id: str) -> float:

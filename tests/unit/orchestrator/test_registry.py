@@ -450,6 +450,35 @@ async def test_what_nobody_waits_for_makes_room(replica: Make) -> None:
     assert await began(one.answers, question("f"))
 
 
+@pytest.mark.parametrize(("bounds", "admitted"), [({"answers_per_user_max": 3}, 3), ({"answers_max": 4}, 4), ({}, 2)])
+async def test_bounds_hold_while_many_begin_at_once_with_keys(
+    producer: Producer, replica: Make, monkeypatch: pytest.MonkeyPatch, bounds: dict[str, int], admitted: int
+) -> None:
+    """Of one user, of all, and of pictures: what is about to begin has its place already."""
+    monkeypatch.setattr("services.orchestrator.registry.PICTURE_BYTES_MAX", 250)
+    one, images = replica("r1", **bounds), (Image("image/png", bytes(100)),) if not bounds else ()
+    asked = [replace(question(f"a{n}", key=f"k{n}"), images=images) for n in range(8)]
+    found = await asyncio.gather(*(one.answers.begin(this, b"1") for this in asked), return_exceptions=True)
+
+    assert [type(this) for this in found] == [Kept] * admitted + [Overloaded] * (8 - admitted)
+
+
+async def test_what_does_not_begin_gives_its_place_back(producer: Producer, replica: Make) -> None:
+    """A key that stands for another answer or another body, and a store that is away, take nobody's place."""
+    one = replica("r1", answers_max=2, answers_per_user_max=2)
+    first = await began(one.answers, question("a", key="k"))
+    for n in range(3):
+        assert await one.answers.begin(question(f"b{n}", key="k"), b"1") is first
+        with pytest.raises(IdempotencyConflict):
+            await one.answers.begin(question(f"c{n}", key="k"), b"2")
+        one.logs.away = True
+        with pytest.raises(Unavailable):
+            await one.answers.begin(question(f"d{n}", key="k"), b"1")
+        one.logs.away = False
+
+    assert await began(one.answers, question("e"))
+
+
 async def test_answer_stopped_before_its_first_step_still_has_an_end(replica: Make) -> None:
     """A reader of it is told, and does not wait for ever."""
     answers = replica().answers

@@ -26,7 +26,7 @@ from services.chassis.errors import (
     Unavailable,
 )
 from services.chassis.principal import Principal
-from services.orchestrator.domain import Claim, Question, SharedAnswer
+from services.orchestrator.domain import AnswerLeft, Claim, Question, SharedAnswer
 from services.orchestrator.log import EventLog, Reader
 from services.orchestrator.mirrors import Mirrors, interrupted
 from services.orchestrator.ports import SharedLogs
@@ -304,8 +304,8 @@ class Registry:
         finally:
             kept.events.leave(reader)
             if kept.events.readers == 0 and not kept.task.done() and not kept.events.ended:
-                if kept.question.cancel_on_disconnect:
-                    _stop(kept, None)
+                if kept.question.cancel_on_disconnect and not kept.question.idempotency_key:  # with a key one can come back
+                    self._look(kept)
                 else:
                     self._look_later(kept, self._bounds.detach_grace_s)
 
@@ -373,6 +373,8 @@ class Registry:
             return
         if followed:
             self._look_later(kept, FOLLOWED_ELSEWHERE_S)
+        elif kept.question.idempotency_key:
+            _stop(kept, AnswerLeft("nobody was reading the answer any more; ask again", answer_id=kept.question.answer_id))
         else:
             _stop(kept, None)
 

@@ -236,6 +236,26 @@ async def test_usage_lost_on_disconnect(claude: World) -> None:
     assert abs(operation.usage.output_tokens - record.output_tokens) <= 2
 
 
+@pytest.mark.parametrize("whole", [False, True])
+async def test_key_is_asked_again_after_its_line_was_lost(claude: World, whole: bool) -> None:
+    """Within the grace it is the same answer, also for who waits for one whole document; after it the key runs again. Nobody cancelled."""
+    claude.behave(tokens=30, tokens_per_s=100)
+    fields = {"idempotency_key": f"lost-{whole}", "cancel_on_disconnect": whole, "cache": pb.CACHE_MODE_OFF}
+    left = await _ask_and_leave(claude, **fields)
+    assert (await claude.ask(QUESTION, **fields)).answer_id == left.answer_id
+
+    claude.behave(tokens=1000, tokens_per_s=100)
+    fields["idempotency_key"] = f"left-{whole}"
+    left = await _ask_and_leave(claude, **fields)
+    operation = await claude.booked(left.answer_id)
+    claude.behave(tokens=30)
+    again = await claude.ask(QUESTION, **fields)
+
+    assert (operation.status, operation.error_reason) == ("cancelled", "ANSWER_INTERRUPTED")
+    assert again.answer_id != left.answer_id
+    assert again.done.verdict == "passed"
+
+
 async def test_silence_is_filled_with_heartbeats_that_take_no_number(claude: World) -> None:
     """A heartbeat repeats the last number."""
     claude.behave(ttft_ms=400)

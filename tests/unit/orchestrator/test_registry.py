@@ -549,10 +549,42 @@ async def test_last_reader_that_leaves_ends_what_nobody_can_come_back_to(replica
         assert kept.task.cancelled()
 
 
-async def test_answer_that_is_read_elsewhere_goes_on(replica: Make) -> None:
-    """The grace is over only when nobody reads it anywhere."""
+@pytest.mark.parametrize("on_disconnect", [True, False])
+async def test_key_finds_its_answer_again_after_its_line_was_lost(replica: Make, producer: Producer, on_disconnect: bool) -> None:
+    """Also the answer of a caller who waits for one whole document: that retry is what a key is for."""
+    answers = replica().answers
+    kept = await began(answers, question("a", key="k", on_disconnect=on_disconnect))
+    async with answers.reading(kept, 0):
+        pass
+    await asyncio.sleep(0.02)
+
+    assert await answers.begin(question("b", key="k", on_disconnect=on_disconnect), b"1") is kept
+    assert not kept.task.done()
+
+
+@pytest.mark.parametrize("on_disconnect", [True, False])
+async def test_key_of_an_answer_that_nobody_came_back_to_begins_anew(replica: Make, producer: Producer, on_disconnect: bool) -> None:
+    """It was stopped because nobody read it, not because its owner said so; what its owner stopped stays stopped."""
+    here, there = replica("r1", detach_grace_s=0.01), replica("r2")
+    kept = await began(here.answers, question("a", key="k", on_disconnect=on_disconnect))
+    async with here.answers.reading(kept, 0):
+        pass
+    await until(kept.task.done)
+    assert isinstance(kept.events.failure, AnswerInterrupted)
+    assert await here.publisher.flushed(5) == 0
+    again = await there.answers.begin(question("b", key="k", on_disconnect=on_disconnect), b"1")
+    assert isinstance(again, Kept)
+    assert await there.answers.cancel(ALICE, "b")
+
+    assert await there.answers.begin(question("c", key="k", on_disconnect=on_disconnect), b"1") is again
+    assert producer.asked == ["a", "b"]
+
+
+@pytest.mark.parametrize("on_disconnect", [True, False])
+async def test_answer_that_is_read_elsewhere_goes_on(replica: Make, on_disconnect: bool) -> None:
+    """The grace is over only when nobody reads it anywhere; where there is none, a reader elsewhere is not cut either."""
     here, there = replica("r1", detach_grace_s=0.02), replica("r2")
-    kept = await began(here.answers, question("a"))
+    kept = await began(here.answers, question("a", on_disconnect=on_disconnect))
     await until(lambda: "a" in here.logs.answers)
     async with there.answers.reading(await there.answers.find(ALICE, "a"), 0):
         async with here.answers.reading(kept, 0):

@@ -609,6 +609,21 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
+class BookedAnswer:
+    """What the books say of an answer whose events may be gone."""
+
+    status: Literal["done", "failed", "cancelled"]
+    error_reason: str
+    """Why, unless it was done."""
+    session_id: str
+    created_at: datetime
+    receipt: Done
+    """Without what must be read off the text, and without the choices that led to the model."""
+    turn: Turn | None
+    """None = its words are not kept, or no longer."""
+
+
+@dataclass(frozen=True, slots=True)
 class Recorded:
     """An event that another replica made, as it went out there."""
 

@@ -26,11 +26,12 @@ from services.chassis.errors import (
     Unavailable,
 )
 from services.chassis.principal import Principal
-from services.orchestrator.domain import AnswerLeft, Claim, Question, SharedAnswer
+from services.orchestrator.domain import AnswerLeft, BookedAnswer, Claim, Question, SharedAnswer
 from services.orchestrator.log import EventLog, Reader
 from services.orchestrator.mirrors import Mirrors, interrupted
 from services.orchestrator.ports import SharedLogs
 from services.orchestrator.publisher import Publisher
+from services.orchestrator.retelling import retold
 
 log = structlog.get_logger(__name__)
 
@@ -56,6 +57,7 @@ that lags has tens of milliseconds of it in its sockets."""
 Owner = tuple[str, str]
 Produce = Callable[[Question, EventLog], Awaitable[None]]
 Knows = Callable[[Principal, str], Awaitable[bool]]
+Booked = Callable[[Principal, str], Awaitable[BookedAnswer | None]]
 
 
 def owner_of(principal: Principal) -> Owner:
@@ -88,7 +90,14 @@ class Elsewhere:
     known: SharedAnswer
 
 
-Found = Kept | Elsewhere
+@dataclass(frozen=True, slots=True)
+class Retold:
+    """An answer whose events are gone, told again from the books."""
+
+    events: EventLog
+
+
+Found = Kept | Elsewhere | Retold
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +122,14 @@ class Registry:
         publisher: Publisher,
         mirrors: Mirrors,
         knows: Knows,
+        booked: Booked,
         replica: str,
         bounds: Bounds,
         now: Callable[[], float] = time.time,
     ) -> None:
         self._now = now
-        self._produce, self._logs, self._publisher, self._mirrors, self._knows = produce, logs, publisher, mirrors, knows
+        self._produce, self._logs, self._publisher, self._mirrors = produce, logs, publisher, mirrors
+        self._knows, self._booked = knows, booked
         self._replica, self._bounds = replica, bounds
         self._running: dict[str, Kept] = {}
         self._ended: OrderedDict[str, Kept] = OrderedDict()
@@ -177,7 +188,7 @@ class Registry:
         if earlier.fingerprint != fingerprint:
             raise IdempotencyConflict("this idempotency key came with another body", key=key)
         try:
-            found = await self.find(question.principal, earlier.answer_id)
+            found = await self._find_or_retell(question, earlier.answer_id)
             if not await self._may_run_again(found):
                 return found
         except NotFound:  # its replica died between the claim and the first step: it never was, and nothing was booked
@@ -186,6 +197,16 @@ class Registry:
             if await self._logs.claim_again(owner, key, earlier, claim):
                 return None
         raise Overloaded("the same request is just beginning again", retry_after_ms=500)
+
+    async def _find_or_retell(self, question: Question, answer_id: str) -> Found:
+        """As `find`; an answer whose log is gone is told again, as far as the books have it."""
+        try:
+            return await self.find(question.principal, answer_id)
+        except AnswerLogGone:
+            booked = await self._booked(question.principal, answer_id)
+            if booked is None:
+                raise
+            return Retold(retold(question, booked))
 
     @contextlib.contextmanager
     def _given_up_unless_told(self, question: Question, fingerprint: bytes) -> Iterator[None]:
@@ -238,7 +259,7 @@ class Registry:
 
     async def _may_run_again(self, found: Found) -> bool:
         """Whether an answer failed in a way that another try may heal, or its replica is gone. What was cancelled or refused stays so."""
-        if isinstance(found, Kept):
+        if isinstance(found, Kept | Retold):
             failure = found.events.failure
         elif found.known.ended:
             failure = found.known.failure
@@ -249,7 +270,7 @@ class Registry:
             await self._logs.interrupt(found.answer_id, found.known.replica, failure)
         return failure is not None and failure.retryable
 
-    async def find(self, principal: Principal, answer_id: str) -> Found:
+    async def find(self, principal: Principal, answer_id: str) -> Kept | Elsewhere:
         """The principal's own answer, of whatever replica. Raises NotFound for a foreign or unknown one, AnswerLogGone if its log is gone.
 
         Foreign and unknown take the same way, so that they also take the same time.
@@ -294,6 +315,9 @@ class Registry:
         if isinstance(found, Elsewhere):
             async with self._mirrors.reading(found.answer_id, found.known, after) as mirrored:
                 yield mirrored
+            return
+        if isinstance(found, Retold):
+            yield found.events, found.events.reader(after)
             return
         kept, reader = found, found.events.reader(after)
         if kept.question.answer_id in self._running and kept.alarm is not None:

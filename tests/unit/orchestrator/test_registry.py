@@ -5,7 +5,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pytest
 
@@ -21,8 +21,21 @@ from services.chassis.errors import (
     Overloaded,
     Unavailable,
 )
+from services.chassis.money import Usage
 from services.chassis.principal import Principal
-from services.orchestrator.domain import Candidate, Claim, Image, Priority, Question, SharedAnswer, TextDelta
+from services.orchestrator.domain import (
+    BookedAnswer,
+    CacheReceipt,
+    Candidate,
+    Claim,
+    Done,
+    Image,
+    Priority,
+    Question,
+    SharedAnswer,
+    TextDelta,
+    Turn,
+)
 from services.orchestrator.log import Entry, EventLog
 from services.orchestrator.mirrors import Mirrors
 from services.orchestrator.publisher import Publisher
@@ -70,10 +83,14 @@ class Replica:
         async def knows(principal: Principal, answer_id: str) -> bool:
             return (principal.user, answer_id) in booked
 
+        async def look_up(principal: Principal, answer_id: str) -> BookedAnswer | None:
+            return self.books.get(answer_id) if await knows(principal, answer_id) else None
+
+        self.books: dict[str, BookedAnswer] = {}
         self.name, self.logs = name, logs
         self.publisher = Publisher(logs, name, lambda _, entry: _payload(entry), kept_s=60, bytes_max=2**20, intervals_s=(0.001, 0.001))
         mirrors = Mirrors(logs, 5, wait_s=0.01)
-        self.answers = Registry(producer, logs, self.publisher, mirrors, knows, name, Bounds(**values))  # type: ignore[arg-type]
+        self.answers = Registry(producer, logs, self.publisher, mirrors, knows, look_up, name, Bounds(**values))  # type: ignore[arg-type]
         self.tasks = [asyncio.create_task(work) for work in (self.publisher.run_forever(), self.answers.listen_forever())]
         logs.alive.add(name)
 
@@ -257,6 +274,45 @@ async def test_key_begins_anew_only_what_another_try_may_heal(producer: Producer
             assert await one.publisher.flushed(5) == 0
 
     assert producer.asked == (["a", "b0", "b1"] if again else ["a"])
+
+
+def booked(status: Literal["done", "failed", "cancelled"], reason: str = "", text: str = "") -> BookedAnswer:
+    created = datetime(2026, 1, 1, tzinfo=UTC)
+    receipt = Done("a", "", Usage(), 5, "m", "p", "fast", "end_turn", CacheReceipt("miss"), "t", False, "passed", 1.0, 2.0)
+    return BookedAnswer(status, reason, "s", created, receipt, Turn("a", "q", text, (), created, True) if text else None)
+
+
+@pytest.mark.parametrize(
+    ("kept", "again", "failure"),
+    [
+        (booked("failed", "MODEL_STALLED"), True, None),
+        (booked("cancelled", "ANSWER_INTERRUPTED"), True, None),
+        (booked("done", text="forty two"), False, None),
+        (booked("done"), False, AnswerLogGone),
+        (booked("failed", "MODEL_REFUSED"), False, ModelRefused),
+        (booked("cancelled", "ANSWER_CANCELLED"), False, AnswerCancelled),
+    ],
+)
+async def test_key_stands_for_its_answer_when_the_log_is_gone(
+    producer: Producer, replica: Make, kept: BookedAnswer, again: bool, failure: type[DomainError] | None
+) -> None:
+    """By what is booked: it begins anew what another try may heal, and is told again what there was, whatever that was."""
+    one = replica("r1", {("alice", "a")})
+    one.books["a"] = kept
+    await one.logs.claim(("acme", "alice"), "k", Claim("a", b"1"))
+    found = await one.answers.begin(question("b", key="k"), b"1")
+    await asyncio.sleep(0)
+    assert producer.asked == (["b"] if again else [])
+    assert isinstance(found, Kept) is again
+    if again:
+        return
+    async with one.answers.reading(found, 0) as (events, reader):
+        told = [entry.event for entry in await reader.next(1)]
+
+    assert events.ended
+    assert failure is type(events.failure) if failure else events.failure is None
+    assert [event.text for event in told if isinstance(event, TextDelta)] == (["forty two"] if failure is None else [])
+    assert all(error.metadata["answer_id"] == "a" for error in (events.failure,) if error)
 
 
 async def test_key_of_a_replica_that_is_gone_begins_anew(producer: Producer, replica: Make) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, Self
 
-from services.chassis.errors import DomainError
+from services.chassis.errors import AnswerInterrupted, DomainError
 from services.chassis.money import Price, Usage
 from services.chassis.principal import Principal
 
@@ -609,6 +609,21 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
+class BookedAnswer:
+    """What the books say of an answer whose events may be gone."""
+
+    status: Literal["done", "failed", "cancelled"]
+    error_reason: str
+    """Why, unless it was done."""
+    session_id: str
+    created_at: datetime
+    receipt: Done
+    """Without what must be read off the text, and without the choices that led to the model."""
+    turn: Turn | None
+    """None = its words are not kept, or no longer."""
+
+
+@dataclass(frozen=True, slots=True)
 class Recorded:
     """An event that another replica made, as it went out there."""
 
@@ -616,6 +631,12 @@ class Recorded:
 
 
 Event = Accepted | StepChange | PassagesFound | TextDelta | Reasoned | ToolCall | ToolConfirmation | ToolResult | Citation | Done | Recorded
+
+
+class AnswerLeft(AnswerInterrupted):
+    """Nobody was reading the answer any more. Its key may begin it again, which a cancel by its owner forbids; it is booked as cancelled
+    all the same, because nothing failed. Beyond this process it is an AnswerInterrupted.
+    """
 
 
 @dataclass(frozen=True, slots=True)

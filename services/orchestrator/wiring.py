@@ -169,6 +169,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             publisher,
             Mirrors(logs, settings.mirrors_max),
             ledger.knows,
+            ledger.booked,
             replica,
             Bounds(
                 answers_max=settings.answers_max,

@@ -268,7 +268,9 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
         operation, asker = self.operations.get(request.operation_id), current_principal()
         if operation is None or (operation.tenant, operation.user) != (asker.tenant, asker.user):
             raise NotFound("no such operation", kind="operation")
-        return ledger_pb.GetOperationResponse(operation=operation)
+        turns = self.turns.get(operation.session_id, ()) if request.with_turn else ()
+        turn = next((turn for turn in turns if turn.answer_id == request.operation_id), None)
+        return ledger_pb.GetOperationResponse(operation=operation, turn=turn)
 
     async def ListTurns(self, request: ledger_pb.ListTurnsRequest, context: grpc.aio.ServicerContext) -> None:
         turns = self.branch(request.session_id, request.until_answer_id)

@@ -43,7 +43,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_MODEL_UNKNOWN: _ErrorReason.ValueType  # 21
     """The model is not configured or has no capability for this request. {"metadata": {"model": "x"}}"""
     ERROR_REASON_ANSWER_LOG_GONE: _ErrorReason.ValueType  # 22
-    """The events of this answer are no longer kept. {"metadata": {"answer_id": "…"}}"""
+    """The events of this answer are no longer kept. `status` is how it ended, where that was looked up: `done`.
+    {"metadata": {"answer_id": "…", "status": "done"}}
+    """
     ERROR_REASON_HOLD_ALREADY_SETTLED: _ErrorReason.ValueType  # 30
     """A hold that was settled before. {"metadata": {"hold_id": "…"}}"""
     ERROR_REASON_HOLD_ALREADY_VOIDED: _ErrorReason.ValueType  # 31
@@ -108,7 +110,9 @@ ERROR_REASON_NOT_FOUND: ErrorReason.ValueType  # 20
 ERROR_REASON_MODEL_UNKNOWN: ErrorReason.ValueType  # 21
 """The model is not configured or has no capability for this request. {"metadata": {"model": "x"}}"""
 ERROR_REASON_ANSWER_LOG_GONE: ErrorReason.ValueType  # 22
-"""The events of this answer are no longer kept. {"metadata": {"answer_id": "…"}}"""
+"""The events of this answer are no longer kept. `status` is how it ended, where that was looked up: `done`.
+{"metadata": {"answer_id": "…", "status": "done"}}
+"""
 ERROR_REASON_HOLD_ALREADY_SETTLED: ErrorReason.ValueType  # 30
 """A hold that was settled before. {"metadata": {"hold_id": "…"}}"""
 ERROR_REASON_HOLD_ALREADY_VOIDED: ErrorReason.ValueType  # 31

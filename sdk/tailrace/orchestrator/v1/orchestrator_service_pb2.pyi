@@ -195,7 +195,9 @@ class AnswerRequest(_message.Message):
     idempotency_key: _builtins.str
     """The same key with the same body is the same answer. At most 256 characters; empty = none."""
     cancel_on_disconnect: _builtins.bool
-    """Nobody can resume this answer, so a disconnect is a cancel. For callers that wait for one whole document."""
+    """Nobody can resume this answer, so a disconnect is a cancel. For callers that wait for one whole document. Not looked at where there is
+    an `idempotency_key`: with that one can ask again.
+    """
     priority: Global___Priority.ValueType
     """What is turned away first when there is too much to do."""
     deadline_ms: _builtins.int

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from services.chassis.principal import current_principal, set_current
 from services.gateway import deadlines
+from services.gateway.answer_stream import AnswerStream
 from services.gateway.bridge import Bridge, Timing
 from services.gateway.browser import Browser
 from services.gateway.clients import Backends
@@ -71,8 +72,28 @@ class Kit:
         if deadline_ms is not None:
             request.deadline_ms = deadline_ms
         output_max = request.max_output_tokens if request.HasField("max_output_tokens") else None
-        async with self.limits.answering(principal, self.reserved_tokens.of(request.question, output_max)) as admission:
-            yield admission, deadlines.call_timeout_s(deadline_ms, self.answer_timeout_s)
+        timeout_s = deadlines.call_timeout_s(deadline_ms, self.answer_timeout_s)
+        tokens = self.reserved_tokens.of(request.question, output_max)
+        goes_on = not request.cancel_on_disconnect
+        async with self.limits.answering(principal, tokens, lasts_s=timeout_s, goes_on=goes_on) as admission:
+            yield admission, timeout_s
+
+    @contextlib.asynccontextmanager
+    async def resuming(self, request: orchestrator.ResumeAnswerRequest) -> AsyncIterator[AnswerStream]:
+        """The events of an answer of the current principal that was begun before."""
+        timeout_s = deadlines.call_timeout_s(None, self.answer_timeout_s)
+        with self.shedding.carried():
+            try:
+                async with AnswerStream(self.backends.orchestrator, request, timeout_s=timeout_s) as events:
+                    yield events
+            finally:
+                self.limits.look_at(request.answer_id)
+
+    async def cancel(self, request: orchestrator.CancelAnswerRequest) -> orchestrator.CancelAnswerResponse:
+        """Stop an answer of the current principal."""
+        reply = await self.backends.orchestrator.unary(self.backends.orchestrator.stub.CancelAnswer, request)
+        self.limits.look_at(request.answer_id)
+        return reply  # type: ignore[no-any-return]
 
     async def unless_client_leaves(self, exchange: Exchange, work: Coroutine[Any, Any, T]) -> T:
         """Do `work`; give it up with ClientLeft when the client goes."""

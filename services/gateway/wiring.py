@@ -169,7 +169,14 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
 async def _limits(settings: Settings, limiter: RedisLimiter, backends: Backends, metrics: Metrics) -> AsyncIterator[Limits]:
     """The limits, whose leases are renewed meanwhile and whose corrections are sent before the end."""
     fallback = Fallback(settings.replicas, metrics.limits_local.inc, metrics.limits_away.set)
-    limits = Limits(limiter, backends.ledger.entitlements, settings.requests_per_minute_default, fallback)
+    limits = Limits(
+        limiter,
+        backends.ledger.entitlements,
+        settings.requests_per_minute_default,
+        fallback,
+        booked=backends.ledger.tokens_booked,
+        detached_s=settings.detach_grace_s,
+    )
     async with _running(limits.renew_forever(), "renew-leases"):
         yield limits
     await limits.drain(SETTLE_S)

@@ -17,10 +17,11 @@ from services.chassis.principal import Principal
 from services.chassis.status import from_rpc_error
 from services.gateway.wiring import EdgeServer, build
 from services.local.stores import Valkey
+from tailrace.common.v1 import common_pb2 as common
 from tailrace.gateway.v1.gateway_service_pb2_grpc import GatewayServiceStub
 from tailrace.ledger.v1 import ledger_service_pb2 as ledger
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
-from tests.integration.gateway.backends import accepted, done, forever
+from tests.integration.gateway.backends import ANSWER, accepted, done, forever
 from tests.integration.gateway.conftest import Front, problem_of, settings_for, unique_user, until
 
 
@@ -67,7 +68,10 @@ async def test_tokens_are_reserved_then_corrected_by_the_receipt(front: Front) -
 
 
 async def test_answers_at_the_same_time_are_limited_over_both_fronts(front: Front) -> None:
-    """One that is read holds its place, over HTTP as over gRPC; one that is resumed holds none; one that ends frees it."""
+    """One holds its place while it runs, whether or not who asked still reads, over HTTP as over gRPC; its end frees it.
+
+    A resumed stream holds none of its own.
+    """
     front.behind.ledger.plan.concurrent_answers = 1
     front.behind.orchestrator.script = [accepted(), forever]
     front.behind.orchestrator.resumed = [accepted(), forever]
@@ -88,6 +92,15 @@ async def test_answers_at_the_same_time_are_limited_over_both_fronts(front: Fron
             refused = problem_of(await client.post("/v1/answers", json={"question": "?"}), 429, "RATE_LIMITED")
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await ask_by_grpc()
+        looked = front.behind.seen.count("GetOperation")
+
+        async def looked_again() -> bool:
+            return front.behind.seen.count("GetOperation") > looked
+
+        await until(looked_again)
+        left = problem_of(await client.post("/v1/answers", json={"question": "?"}), 429, "RATE_LIMITED")
+        front.behind.ledger.booked.status = "cancelled"
+        await client.post(f"/v1/answers/{ANSWER}/cancel")
 
         async def free() -> bool:
             with contextlib.suppress(grpc.aio.AioRpcError):
@@ -97,8 +110,28 @@ async def test_answers_at_the_same_time_are_limited_over_both_fronts(front: Fron
         assert await until(free)
 
     assert (refused["limit_kind"], refused["limit_scope"]) == ("concurrency", "user")
+    assert left["limit_kind"] == "concurrency"
     error = from_rpc_error(caught.value, "gateway")
     assert (error.reason, error.metadata["limit_kind"], error.retry_after_ms) == ("RATE_LIMITED", "concurrency", 1000)
+
+
+async def test_tokens_of_an_answer_that_was_left_are_what_the_books_say(front: Front) -> None:
+    """Leaving just before the receipt does not make it cheap: the difference is charged as soon as it is booked."""
+    front.behind.ledger.plan.tokens_per_minute = 100_000
+    front.behind.orchestrator.script = [accepted(), forever]
+    receipt = done(1)
+    receipt.done.usage.Clear()
+    async with front.client(unique_user()) as client:
+        async with client.stream("POST", "/v1/answers", json={"question": "Why?"}) as left:
+            await anext(left.aiter_bytes())
+        front.behind.ledger.booked.MergeFrom(ledger.Operation(status="done", usage=common.Usage(input_tokens=80_000, output_tokens=900)))
+        front.behind.orchestrator.script = [receipt]
+
+        async def charged() -> bool:
+            response = await client.post("/v1/answers", json={"question": "Why?"})
+            return int(response.headers["x-ratelimit-remaining-tokens"]) < 20_000
+
+        assert await until(charged)
 
 
 async def test_an_api_key_has_its_own_limit_and_the_tenant_its_own(front: Front) -> None:

@@ -16,11 +16,15 @@ from services.gateway.exchange import ClientLeft, Exchange
 from services.gateway.identity import Identity
 from services.gateway.limits import Admission, Limits, ReservedTokens
 from services.gateway.metrics import Metrics
+from services.gateway.places import Places
 from services.gateway.revocations import Revocations
 from services.gateway.shedding import Shedding
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
 
 T = TypeVar("T")
+
+RESUMES_LEAST = 16
+"""So many streams a user may resume whatever the plan says: a page may be open in several windows."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Kit:
     revocations: Revocations
     limits: Limits
     shedding: Shedding
+    resumes: Places
+    watches: Places
     metrics: Metrics
     timing: Timing
     answer_timeout_s: float
@@ -71,23 +77,33 @@ class Kit:
         deadline_ms = deadlines.answer_ms(given_ms, asked_ms, given.answer_deadline_ms)
         if deadline_ms is not None:
             request.deadline_ms = deadline_ms
-        output_max = request.max_output_tokens if request.HasField("max_output_tokens") else None
         timeout_s = deadlines.call_timeout_s(deadline_ms, self.answer_timeout_s)
-        tokens = self.reserved_tokens.of(request.question, output_max)
+        tokens = self.reserved_tokens.of(request)
         goes_on = not request.cancel_on_disconnect
         async with self.limits.answering(principal, tokens, lasts_s=timeout_s, goes_on=goes_on) as admission:
             yield admission, timeout_s
 
     @contextlib.asynccontextmanager
     async def resuming(self, request: orchestrator.ResumeAnswerRequest) -> AsyncIterator[AnswerStream]:
-        """The events of an answer of the current principal that was begun before."""
+        """The events of an answer of the current principal that was begun before. Raises RateLimited.
+
+        As many may be read at the same time as may be made.
+        """
         timeout_s = deadlines.call_timeout_s(None, self.answer_timeout_s)
-        with self.shedding.carried():
+        principal = current_principal()
+        may_run = (await self.limits.entitlements(principal)).user.answers
+        with self.resumes.held(principal, max(may_run, RESUMES_LEAST) if may_run else None), self.shedding.carried():
             try:
                 async with AnswerStream(self.backends.orchestrator, request, timeout_s=timeout_s) as events:
                     yield events
             finally:
                 self.limits.look_at(request.answer_id)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Hold a place of the current principal for a stream that has no end of its own, or none soon. Raises RateLimited."""
+        with self.watches.held(current_principal()):
+            yield
 
     async def cancel(self, request: orchestrator.CancelAnswerRequest) -> orchestrator.CancelAnswerResponse:
         """Stop an answer of the current principal."""

@@ -28,7 +28,9 @@ log = structlog.get_logger(__name__)
 PLAN_AGE_MAX_S = 5.0
 """How long a changed plan may go unnoticed."""
 SUBJECTS_MAX = 10_000
-QUESTION_BYTES_PER_TOKEN = 3
+BYTES_PER_TOKEN = 3
+IMAGE_TOKENS = 1600
+"""What a picture costs at most with providers that scale it down first, whatever it has in bytes."""
 HARMLESS_TOOLS = ("calculator", "current_time", "search_documents")
 """Those that reach nothing but the user's own documents: of plans that do not say, and while nobody can be asked for the plan."""
 PROBE_PAUSE_S = 1.0
@@ -77,17 +79,20 @@ class Entitlements:
 
 @dataclass(frozen=True, slots=True)
 class ReservedTokens:
-    """What is reserved for an answer besides its question: what it will use is known only afterwards."""
+    """What is reserved for an answer besides what it brings: what it will use is known only afterwards."""
 
     prompt: int
     """Instructions, passages and conversation."""
     output: int
     """Of a request that sets no bound."""
 
-    def of(self, question: str, output_tokens_max: int | None) -> int:
-        """Tokens to reserve. Three bytes a token is more tokens than any text has that people write in words."""
-        output = self.output if output_tokens_max is None else max(0, output_tokens_max)
-        return self.prompt + output + -(-len(question.encode()) // QUESTION_BYTES_PER_TOKEN)
+    def of(self, request: Any) -> int:
+        """Tokens to reserve for an AnswerRequest. Three bytes a token is more tokens than any text has that people write in words."""
+        output: int = max(0, request.max_output_tokens) if request.HasField("max_output_tokens") else self.output
+        read: int = len(request.question.encode()) + request.output_schema.ByteSize()
+        read += sum(part.ByteSize() for part in (*request.tools, *request.tool_results))
+        pictures: int = IMAGE_TOKENS * len(request.images)
+        return self.prompt + output + pictures + -(-read // BYTES_PER_TOKEN)
 
 
 class Limiter(Protocol):

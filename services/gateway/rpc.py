@@ -1,11 +1,13 @@
 """The same calls over gRPC, for internal services that hold a token. It admits and passes on; messages go through as they are."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 
 from services.chassis.deadline import current_deadline
+from services.chassis.errors import AnswerInterrupted
 from services.chassis.principal import Principal, current_principal
 from services.chassis.server import Identify
 from services.gateway.answer_stream import AnswerStream
@@ -83,7 +85,9 @@ class GatewayService(gateway_service_pb2_grpc.GatewayServiceServicer):
 
     async def WatchIngestionJob(self, request: Any, context: Any) -> None:  # type: ignore[override]
         await self._admit("WatchIngestionJob")
-        await self._relay(self._backends.retrieval, self._backends.retrieval.stub.WatchIngestionJob, request, context, INGEST_TIMEOUT_S)
+        retrieval = self._backends.retrieval
+        with self._kit.watching():
+            await self._relay(retrieval, retrieval.stub.WatchIngestionJob, request, context, INGEST_TIMEOUT_S)
 
     async def ListIngestionJobs(self, request: Any, context: Any) -> None:  # type: ignore[override]
         await self._admit("ListIngestionJobs")
@@ -134,5 +138,13 @@ class GatewayService(gateway_service_pb2_grpc.GatewayServiceServicer):
             await self._write_on(messages, context)
 
     async def _write_on(self, messages: AsyncIterator[Any], context: Any) -> None:
+        """Write messages as the caller takes them. Raises AnswerInterrupted if it takes none for the stall time."""
+        stall_s = self._kit.timing.write_stall_s
         async for message in messages:
-            await context.write(message)
+            try:
+                async with asyncio.timeout(stall_s):
+                    await context.write(message)
+            except TimeoutError:
+                raise AnswerInterrupted(
+                    "the stream was not read; an answer goes on and can be resumed", stall_ms=int(stall_s * 1000)
+                ) from None

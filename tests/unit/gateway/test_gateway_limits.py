@@ -357,13 +357,20 @@ def test_no_two_subjects_share_a_key_and_a_tenants_keys_share_a_slot() -> None:
     assert len({key.partition("}")[0] for key in keys}) == len(tenants)
 
 
-def test_what_is_reserved_grows_with_the_question_and_the_bound() -> None:
-    """The default output only where the request sets none."""
+def test_what_is_reserved_grows_with_all_that_is_read_and_with_the_bound_of_what_is_written() -> None:
+    """The default output only where the request sets none. A picture counts as one, not by its bytes."""
     reserved = ReservedTokens(1000, 200)
+    asked = orchestrator.AnswerRequest
+    schema = {"type": "object", "description": "x" * 3000}
+    tool = orchestrator.ToolDefinition(name="t", description="x" * 3000)
+    result = orchestrator.ToolResult(call_id="c", text="x" * 3000)
 
-    assert reserved.of("a" * 30, None) == 1210
-    assert reserved.of("", 7) == 1007
-    assert reserved.of("", -5) == 1000
+    assert reserved.of(asked(question="a" * 30)) == 1210
+    assert reserved.of(asked(max_output_tokens=7)) == 1007
+    assert reserved.of(asked(max_output_tokens=-5)) == 1000
+    assert reserved.of(asked(images=[orchestrator.Image(data=b"x" * 9_000_000)])) == 1200 + limits.IMAGE_TOKENS
+    for part in ({"tools": [tool]}, {"tool_results": [result]}, {"output_schema": schema}):
+        assert 2200 < reserved.of(asked(**part)) < 2300  # type: ignore[arg-type]
 
 
 class Events:

@@ -1,16 +1,18 @@
 """The same calls over gRPC, for internal services that hold a token. It admits and passes on; messages go through as they are."""
 
-from collections.abc import AsyncIterator, Callable
+import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 
 from services.chassis.deadline import current_deadline
+from services.chassis.errors import AnswerInterrupted
 from services.chassis.principal import Principal, current_principal
 from services.chassis.server import Identify
 from services.gateway.answer_stream import AnswerStream
 from services.gateway.clients import Peer
-from services.gateway.deadlines import call_timeout_s, left_ms
+from services.gateway.deadlines import left_ms
 from services.gateway.documents import INGEST_TIMEOUT_S
 from services.gateway.identity import Identity, credential_in
 from services.gateway.kit import Kit
@@ -44,16 +46,17 @@ class GatewayService(gateway_service_pb2_grpc.GatewayServiceServicer):
         await self._admit("Answer")
         with self._kit.shedding.entered() as prepared:
             async with self._kit.answering(request, left_ms(current_deadline.get())) as (admission, timeout_s):
-                await self._relay_answer(request, context, timeout_s, lambda events: Metered(events, admission, prepared))
+                async with AnswerStream(self._backends.orchestrator, request, timeout_s=timeout_s) as events:
+                    await self._write_on(Metered(events, admission, prepared), context)
 
     async def ResumeAnswer(self, request: Any, context: Any) -> None:  # type: ignore[override]
         await self._admit("ResumeAnswer")
-        with self._kit.shedding.carried():
-            await self._relay_answer(request, context, call_timeout_s(None, self._kit.answer_timeout_s))
+        async with self._kit.resuming(request) as events:
+            await self._write_on(events, context)
 
     async def CancelAnswer(self, request: Any, context: Any) -> Any:
         await self._admit("CancelAnswer")
-        return await self._backends.orchestrator.unary(self._backends.orchestrator.stub.CancelAnswer, request)
+        return await self._kit.cancel(request)
 
     async def ConfirmToolCall(self, request: Any, context: Any) -> Any:
         await self._admit("ConfirmToolCall")
@@ -82,7 +85,9 @@ class GatewayService(gateway_service_pb2_grpc.GatewayServiceServicer):
 
     async def WatchIngestionJob(self, request: Any, context: Any) -> None:  # type: ignore[override]
         await self._admit("WatchIngestionJob")
-        await self._relay(self._backends.retrieval, self._backends.retrieval.stub.WatchIngestionJob, request, context, INGEST_TIMEOUT_S)
+        retrieval = self._backends.retrieval
+        with self._kit.watching():
+            await self._relay(retrieval, retrieval.stub.WatchIngestionJob, request, context, INGEST_TIMEOUT_S)
 
     async def ListIngestionJobs(self, request: Any, context: Any) -> None:  # type: ignore[override]
         await self._admit("ListIngestionJobs")
@@ -127,15 +132,19 @@ class GatewayService(gateway_service_pb2_grpc.GatewayServiceServicer):
         if rule.limited:
             await self._kit.limits.admit(principal)
 
-    async def _relay_answer(
-        self, request: Any, context: Any, timeout_s: float, through: Callable[[AnswerStream], AsyncIterator[Any]] = aiter
-    ) -> None:
-        async with AnswerStream(self._backends.orchestrator, request, timeout_s=timeout_s) as events:
-            async for event in through(events):
-                await context.write(event)
-
     async def _relay(self, peer: Peer, method: Any, request: Any, context: Any, timeout_s: float) -> None:
         """Write on what comes. When the caller leaves, this is cancelled, and leaving the block cancels the call behind it."""
         async with peer.stream(method, request, timeout_s=timeout_s) as messages:
-            async for message in messages:
-                await context.write(message)
+            await self._write_on(messages, context)
+
+    async def _write_on(self, messages: AsyncIterator[Any], context: Any) -> None:
+        """Write messages as the caller takes them. Raises AnswerInterrupted if it takes none for the stall time."""
+        stall_s = self._kit.timing.write_stall_s
+        async for message in messages:
+            try:
+                async with asyncio.timeout(stall_s):
+                    await context.write(message)
+            except TimeoutError:
+                raise AnswerInterrupted(
+                    "the stream was not read; an answer goes on and can be resumed", stall_ms=int(stall_s * 1000)
+                ) from None

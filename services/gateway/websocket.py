@@ -21,7 +21,7 @@ from opentelemetry.trace import SpanKind
 from services.chassis import telemetry
 from services.chassis.errors import AnswerInterrupted, DomainError, NotAllowed, Overloaded, RequestInvalid, Unavailable
 from services.chassis.status import unexpected
-from services.gateway import bodies, deadlines, problems, render
+from services.gateway import bodies, problems, render
 from services.gateway.answer_stream import AnswerStream
 from services.gateway.bodies import AskFrame, CancelFrame, ConfirmFrame, PingFrame, ResumeFrame
 from services.gateway.exchange import ClientLeft, Exchange, Receive, Send
@@ -191,14 +191,12 @@ class _Conversation:
             case ResumeFrame():
                 await admit("GET", b"/v1/answers/-/events")
                 resume = orchestrator.ResumeAnswerRequest(answer_id=frame.answer_id, after_sequence=frame.after)
-                timeout_s = deadlines.call_timeout_s(None, kit.answer_timeout_s)
-                with kit.shedding.carried():
-                    async with AnswerStream(peer, resume, timeout_s=timeout_s) as events:
-                        if not await self._relay(events, frame.request_id, tags):
-                            await self._say("end", tags[0])
+                async with kit.resuming(resume) as events:
+                    if not await self._relay(events, frame.request_id, tags):
+                        await self._say("end", tags[0])
             case CancelFrame():
                 await admit("POST", b"/v1/answers/-/cancel")
-                reply = await peer.unary(peer.stub.CancelAnswer, orchestrator.CancelAnswerRequest(answer_id=frame.answer_id))
+                reply = await kit.cancel(orchestrator.CancelAnswerRequest(answer_id=frame.answer_id))
                 await self._say("cancel", tags[0], {"was_running": reply.was_running})
             case ConfirmFrame():
                 await admit("POST", b"/v1/answers/-/tool-calls/-")

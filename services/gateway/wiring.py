@@ -26,6 +26,7 @@ from services.gateway.kit import Kit
 from services.gateway.limits import Fallback, Limits, ReservedTokens
 from services.gateway.metrics import Metrics
 from services.gateway.page import Page
+from services.gateway.places import Places
 from services.gateway.redis_limiter import RedisLimiter
 from services.gateway.redis_line import RedisLine
 from services.gateway.revocations import Revocations
@@ -37,7 +38,10 @@ from tailrace.gateway.v1.gateway_service_pb2_grpc import add_GatewayServiceServi
 # Its messages are those of other packages, so nothing else imports its own file; without that, reflection has nothing to show.
 SERVICE_NAME = gateway_service_pb2.DESCRIPTOR.services_by_name["GatewayService"].full_name
 
-
+RESUMES_PER_USER_MAX = 200
+"""Streams that a user may resume at the same time whose plan does not bound answers."""
+WATCHES_PER_USER_MAX = 16
+"""The page has two a window. The ledger has room for 500 of all users, and retrieval for 128."""
 SETTLE_S = 3.0
 """How long the end waits for what streams leave to be settled."""
 
@@ -129,6 +133,8 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
                 settings.preparing_max,
                 settings.preparing_standing_max,
             ),
+            resumes=Places("resumes", RESUMES_PER_USER_MAX),
+            watches=Places("watches", WATCHES_PER_USER_MAX),
             metrics=metrics,
             timing=Timing(settings.heartbeat_s, settings.write_stall_s),
             answer_timeout_s=settings.answer_deadline_s,
@@ -169,7 +175,14 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
 async def _limits(settings: Settings, limiter: RedisLimiter, backends: Backends, metrics: Metrics) -> AsyncIterator[Limits]:
     """The limits, whose leases are renewed meanwhile and whose corrections are sent before the end."""
     fallback = Fallback(settings.replicas, metrics.limits_local.inc, metrics.limits_away.set)
-    limits = Limits(limiter, backends.ledger.entitlements, settings.requests_per_minute_default, fallback)
+    limits = Limits(
+        limiter,
+        backends.ledger.entitlements,
+        settings.requests_per_minute_default,
+        fallback,
+        booked=backends.ledger.tokens_booked,
+        detached_s=settings.detach_grace_s,
+    )
     async with _running(limits.renew_forever(), "renew-leases"):
         yield limits
     await limits.drain(SETTLE_S)

@@ -55,7 +55,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_IDEMPOTENCY_CONFLICT: _ErrorReason.ValueType  # 33
     """The same idempotency key with another body. {"metadata": {"key": "…"}}"""
     ERROR_REASON_RATE_LIMITED: _ErrorReason.ValueType  # 40
-    """Too many requests in the window. Comes with RetryInfo. {"metadata": {"limit": "60", "window_ms": "60000", "retry_after_ms": "1200"}}"""
+    """Too much in the window, or too much open at the same time, for a user, a tenant or an API key. Comes with RetryInfo. `window_ms` only of
+    what has a window. {"metadata": {"limit_kind": "requests", "limit_scope": "user", "limit": "60", "window_ms": "60000", "retry_after_ms": "1200"}}
+    """
     ERROR_REASON_BUDGET_EXHAUSTED: _ErrorReason.ValueType  # 41
     """The budget has not enough left for the worst case. What is lent of it, as a precaution, is being called back.
     {"metadata": {"needed_nanousd": "…", "left_nanousd": "…", "lent_nanousd": "…", "scope": "tenant", "resets_at": "…"}}
@@ -122,7 +124,9 @@ ERROR_REASON_HOLD_ALREADY_EXPIRED: ErrorReason.ValueType  # 32
 ERROR_REASON_IDEMPOTENCY_CONFLICT: ErrorReason.ValueType  # 33
 """The same idempotency key with another body. {"metadata": {"key": "…"}}"""
 ERROR_REASON_RATE_LIMITED: ErrorReason.ValueType  # 40
-"""Too many requests in the window. Comes with RetryInfo. {"metadata": {"limit": "60", "window_ms": "60000", "retry_after_ms": "1200"}}"""
+"""Too much in the window, or too much open at the same time, for a user, a tenant or an API key. Comes with RetryInfo. `window_ms` only of
+what has a window. {"metadata": {"limit_kind": "requests", "limit_scope": "user", "limit": "60", "window_ms": "60000", "retry_after_ms": "1200"}}
+"""
 ERROR_REASON_BUDGET_EXHAUSTED: ErrorReason.ValueType  # 41
 """The budget has not enough left for the worst case. What is lent of it, as a precaution, is being called back.
 {"metadata": {"needed_nanousd": "…", "left_nanousd": "…", "lent_nanousd": "…", "scope": "tenant", "resets_at": "…"}}

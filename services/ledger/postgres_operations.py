@@ -257,10 +257,15 @@ class PostgresOperations:
         return Page([operation_of(row) for row in rows[:size]], (last["created_at"], str(last["operation_id"])) if last else None)
 
 
-async def recorded_since(connection: Connection, moment: datetime, limit: int) -> list[tuple[Operation, datetime]]:
-    """Operations of all tenants recorded after `moment`, in that order, with when. For the feed, which filters by tenant itself."""
+async def recorded_since(connection: Connection, moment: datetime, operation_id: UUID, limit: int) -> list[tuple[Operation, datetime]]:
+    """Operations of all tenants recorded after `moment`, or then with a greater id, in that order, with when.
+
+    For the feed, which filters by tenant itself.
+    """
     rows = await connection.fetch(
-        f"SELECT {_OPERATION} FROM operations o WHERE o.recorded_at > $1 ORDER BY o.recorded_at LIMIT $2", *(moment, limit)
+        f"SELECT {_OPERATION} FROM operations o WHERE o.recorded_at >= $1 AND (o.recorded_at, o.operation_id) > ($1, $2)"
+        " ORDER BY o.recorded_at, o.operation_id LIMIT $3",
+        *(moment, operation_id, limit),
     )
     return [(operation_of(row), row["recorded_at"]) for row in rows]
 

@@ -270,6 +270,7 @@ async def answered(
     limits: ToolLimits | None = None,
     events: EventLog | None = None,
     world: _Yes | None = None,
+    health: Health | None = None,
     deadline_s: float = 60.0,
 ) -> Told:
     """Answer `asked`, or a question that may use all of `tools`, to its end."""
@@ -283,7 +284,7 @@ async def answered(
         {"scripted": model},
         *(AfterWork(), _Clock(), read_templates("answer.v1"), bounds, anything),
         *(Errands(anything, anything, {}, (), Tariff(anything), _Clock(), lambda: ""), None),
-        *(Health(lambda: 0.0, lambda: 0.0), read_template(CONTINUE_FILE), Shadows("", lambda: "", lambda: 1.0), toolset),
+        *(health or Health(lambda: 0.0, lambda: 0.0), read_template(CONTINUE_FILE), Shadows("", lambda: "", lambda: 1.0), toolset),
     )
     log = EventLog(asked.answer_id) if events is None else events  # an empty log is falsy
     await produce(asked, kit, log)

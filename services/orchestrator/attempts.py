@@ -17,11 +17,6 @@ from services.chassis.errors import (
     BudgetExhausted,
     DeadlineTooShort,
     DomainError,
-    ModelFailed,
-    ModelMisconfigured,
-    ModelOverloaded,
-    ModelRefused,
-    ModelStalled,
     PriceUnknown,
     Unavailable,
 )
@@ -29,7 +24,8 @@ from services.chassis.money import Usage
 from services.chassis.telemetry import StepRecord, span
 from services.orchestrator.compose import going_on
 from services.orchestrator.domain import Attempt, Candidate, Draft, Hold, OperationRecord, Prompt, Route
-from services.orchestrator.router import EXTRACTIVE, OTHER_KEY, first_choice, next_try
+from services.orchestrator.outcomes import is_the_models, tell
+from services.orchestrator.router import EXTRACTIVE, first_choice, next_try
 from services.orchestrator.run import Run
 
 log = structlog.get_logger(__name__)
@@ -142,7 +138,7 @@ async def _draft_of(run: Run, prompt: Prompt, route: Route) -> Draft:
 
 def _going_on(run: Run, route: Route, asked: list[Candidate], call: _Call, failure: DomainError) -> Candidate | None:
     """Who goes on with a text that broke off, if the tier wants that and there is anything left to say."""
-    if not route.continues or call.draft.calls or not call.draft.pieces or not _is_the_models(failure):
+    if not route.continues or call.draft.calls or not call.draft.pieces or not is_the_models(failure):
         return None
     following = route.candidates[route.candidates.index(asked[-1]) + 1 :]
     able = (candidate for candidate in following if candidate.provider != EXTRACTIVE and run.kit.health.lets_through(candidate))
@@ -289,26 +285,13 @@ def _unheard(text: str) -> None:
     """What is held back is in the draft, and there alone."""
 
 
-def _is_the_models(failure: BaseException) -> bool:
-    """Whether a call failed at its provider, and not at a bound of ours on what it wrote."""
-    if not isinstance(failure, ModelOverloaded | ModelFailed | ModelStalled | ModelMisconfigured):
-        return False
-    return "provider" in failure.metadata
-
-
 def _fared(run: Run, call: _Call, failure: BaseException | None) -> None:
-    """Tell what the call says about its model. What belongs to a key, to the question or to whoever stopped it says nothing."""
-    health, candidate = run.kit.health, call.candidate
-    if failure is None or isinstance(failure, ModelRefused):
-        health.succeeded(candidate)
-    elif isinstance(failure, DomainError) and OTHER_KEY in failure.metadata:
+    """Tell what the call says about its model."""
+    tell(run.kit.health, call.candidate, failure)
+    if failure is None or isinstance(failure, DomainError) or call.first_output_at:
         return
-    elif isinstance(failure, ModelOverloaded) and failure.retry_after_ms is not None:
-        health.pause(candidate, failure.retry_after_ms / 1000)
-    elif _is_the_models(failure):
-        health.failed(candidate)
-    elif not call.first_output_at and (deadline := current_deadline.get()) is not None and deadline.remaining_s <= 0:
-        health.failed(candidate)  # it had all the time there was and said nothing
+    if (deadline := current_deadline.get()) is not None and deadline.remaining_s <= 0:
+        run.kit.health.failed(call.candidate)  # it had all the time there was and said nothing
 
 
 def _unfinished(run: Run, call: _Call) -> OperationRecord:

@@ -107,6 +107,25 @@ def bearer(headers: Mapping[bytes, bytes]) -> str:
     return key.decode()
 
 
+def bound_to(schema: Any, keywords: frozenset[str], where: str = "schema") -> None:
+    """Refuse a schema that has other keywords, or an object that is open."""
+    if not isinstance(schema, dict):
+        raise Refused(400, f"{where}: not an object")
+    for keyword, value in schema.items():
+        if keyword not in keywords:
+            raise Refused(400, f"{where}: {keyword} is not supported")
+        if keyword in ("properties", "$defs"):
+            for name, part in value.items():
+                bound_to(part, keywords, f"{where}.{name}")
+        elif keyword in ("anyOf", "allOf"):
+            for part in value:
+                bound_to(part, keywords, where)
+        elif keyword == "items":
+            bound_to(value, keywords, f"{where}[]")
+    if schema.get("type") == "object" and schema.get("additionalProperties") is not False:
+        raise Refused(400, f"{where}: additionalProperties must be false")
+
+
 def required(request: dict[str, Any], **fields: type) -> None:
     """Refuse a request without one of these fields."""
     for field, kind in fields.items():

@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from bench.dialect import Asked, Counts, Reason, Refused, calls_in, chunk, required, said
+from bench.dialect import Asked, Counts, Reason, Refused, bound_to, calls_in, chunk, required, said
 from bench.script import Piece, Record
 
 ERROR_TYPES = {
@@ -27,6 +27,13 @@ STOP_REASONS: dict[Reason, str] = {
     "refusal": "refusal",
     "context_window": "model_context_window_exceeded",
 }
+SCHEMA_KEYWORDS = frozenset(
+    {
+        *("type", "properties", "required", "additionalProperties", "items", "anyOf", "allOf", "enum", "const", "$ref", "$defs"),
+        *("title", "description", "default", "format", "minItems"),
+    }
+)
+"""What an answer can be bound to."""
 _CALL_ID = "toolu_{}_{}"
 _SIGNATURE = "c2lnbmVk"
 
@@ -49,6 +56,8 @@ class Anthropic:
 
     def asked(self, request: dict[str, Any], path: bytes) -> Asked:
         required(request, model=str, messages=list, max_tokens=int)
+        if bound := (request.get("output_config") or {}).get("format"):
+            bound_to(bound["schema"], SCHEMA_KEYWORDS)
         return Asked(request["model"], bool(request.get("stream")), request["max_tokens"])
 
     def opening(self, record: Record, counts: Counts | None, request: dict[str, Any]) -> bytes:

@@ -4,7 +4,7 @@ Typed objects per token would cost three times as much as all the rest of the to
 """
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import aiohttp
@@ -24,7 +24,6 @@ from services.orchestrator.model_stream import (
     bounded_silence,
     broken_off,
     follow,
-    is_closed,
     refused,
     retry_after_ms,
     sealed,
@@ -32,6 +31,7 @@ from services.orchestrator.model_stream import (
     unsealed,
 )
 from services.orchestrator.provider_keys import ProviderKeys
+from services.orchestrator.schema_subsets import is_closed, one_type_each, references_end
 
 PROVIDER = "anthropic"
 
@@ -251,8 +251,8 @@ def _request(provider: str, prompt: Prompt, candidate: Candidate, output_tokens_
             {"name": tool.name, "description": tool.description, "input_schema": dict(tool.input_schema)} for tool in prompt.tools
         ]
     output: dict[str, Any] = {}
-    if prompt.output_schema is not None and "schema" in candidate.capabilities and is_closed(prompt.output_schema, all_required=False):
-        output["format"] = {"type": "json_schema", "schema": dict(prompt.output_schema)}
+    if "schema" in candidate.capabilities and (schema := _bindable(prompt.output_schema)) is not None:
+        output["format"] = {"type": "json_schema", "schema": schema}
     if draft.on_reasoning is not None and "reasoning" in candidate.capabilities:
         request["thinking"] = {"type": "adaptive", "display": "summarized"}
         if output_tokens_max < BRIEF_BELOW_TOKENS:
@@ -260,6 +260,17 @@ def _request(provider: str, prompt: Prompt, candidate: Candidate, output_tokens_
     if output:
         request["output_config"] = output
     return request
+
+
+def _bindable(schema: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The schema as Claude can be bound to it: what the API does not know of it stands in descriptions. None if it has no such form."""
+    if schema is None or not is_closed(schema, all_required=False):
+        return None
+    try:
+        made = anthropic.transform_schema(one_type_each(schema))
+    except (ValueError, TypeError, AttributeError, AssertionError):  # what the package raises of schemas that it cannot transform
+        return None
+    return made if references_end(made) else None
 
 
 def _message(provider: str, message: Message) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import email.utils
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Mapping
 from typing import Any
 
 import aiohttp
@@ -370,20 +370,3 @@ def unsealed(provider: str, signature: bytes) -> bytes:
     """What `sealed` was given, if it was by the same provider, else nothing."""
     mark = provider.encode() + b":"
     return signature.removeprefix(mark) if signature.startswith(mark) else b""
-
-
-def is_closed(schema: Any, *, all_required: bool) -> bool:
-    """Whether every object of a JSON Schema forbids other properties and, if `all_required`, requires its own.
-
-    Providers bind an answer to such schemas alone, and refuse the request otherwise.
-    """
-    if isinstance(schema, Mapping):
-        if schema.get("type") == "object" or "properties" in schema:
-            if schema.get("additionalProperties") is not False:
-                return False
-            if all_required and set(schema.get("properties", ())) != set(schema.get("required", ())):
-                return False
-        return all(is_closed(part, all_required=all_required) for part in schema.values())
-    if isinstance(schema, Sequence) and not isinstance(schema, str):
-        return all(is_closed(part, all_required=all_required) for part in schema)
-    return True

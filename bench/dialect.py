@@ -54,6 +54,10 @@ class Dialect(Protocol):
         """Read a request. Raises Refused if the vendor would."""
         ...
 
+    def beginnings(self, request: dict[str, Any]) -> Sequence[tuple[dict[str, Any], bool]]:
+        """The request up to the end of each block of its prompt, and whether that end is marked as one to keep. Shortest first."""
+        ...
+
     def opening(self, record: Record, counts: Counts | None, request: dict[str, Any]) -> bytes:
         """What comes before the first token."""
         ...

@@ -60,6 +60,23 @@ class Anthropic:
             bound_to(bound["schema"], SCHEMA_KEYWORDS)
         return Asked(request["model"], bool(request.get("stream")), request["max_tokens"])
 
+    def beginnings(self, request: dict[str, Any]) -> Sequence[tuple[dict[str, Any], bool]]:
+        so_far: dict[str, Any] = {"tools": request.get("tools", []), "system": [], "messages": []}
+        found = []
+        for block in _blocks(request.get("system", [])):
+            bare, marked = _bare(block)
+            so_far = {**so_far, "system": [*so_far["system"], bare]}
+            found.append((so_far, marked))
+        for message in request["messages"]:
+            content: list[dict[str, Any]] = []
+            before = so_far["messages"]
+            for block in _blocks(message["content"]):
+                bare, marked = _bare(block)
+                content = [*content, bare]
+                so_far = {**so_far, "messages": [*before, {"role": message["role"], "content": content}]}
+                found.append((so_far, marked))
+        return found
+
     def opening(self, record: Record, counts: Counts | None, request: dict[str, Any]) -> bytes:
         spent = _usage(counts._replace(output=min(1, counts.output))) if counts else None
         start = _event("message_start", {"message": _message(record, [], None, spent)})
@@ -99,6 +116,16 @@ class Anthropic:
     def refusal(self, status: int, text: str, request: str) -> bytes:
         kind = ERROR_TYPES.get(status, "api_error")
         return orjson.dumps({"type": "error", "error": {"type": kind, "message": text}, "request_id": request})
+
+
+def _blocks(content: Any) -> list[dict[str, Any]]:
+    """A text alone is a block of it."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _bare(block: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The block without its mark, and whether it had one."""
+    return {name: value for name, value in block.items() if name != "cache_control"}, "cache_control" in block
 
 
 def _usage(counts: Counts) -> dict[str, Any]:

@@ -68,6 +68,9 @@ class ChatCompletions:
         bound = request.get("max_completion_tokens") or request.get("max_tokens") or UNBOUNDED
         return Asked(request["model"], bool(request.get("stream")), bound)
 
+    def beginnings(self, request: dict[str, Any]) -> Sequence[tuple[dict[str, Any], bool]]:
+        return ()
+
     def opening(self, record: Record, counts: Counts | None, request: dict[str, Any]) -> bytes:
         return _completion(record, {"role": "assistant", "content": "", "refusal": None})
 
@@ -177,6 +180,9 @@ class Responses:
         required(request, model=str, input=list)
         _bound((request.get("text") or {}).get("format"))
         return Asked(request["model"], bool(request.get("stream")), request.get("max_output_tokens") or UNBOUNDED)
+
+    def beginnings(self, request: dict[str, Any]) -> Sequence[tuple[dict[str, Any], bool]]:
+        return ()
 
     def opening(self, record: Record, counts: Counts | None, request: dict[str, Any]) -> bytes:
         early = counts if record.fault == "doubled_usage" else None

@@ -236,13 +236,30 @@ class ClaudeModel:
             raise broken_off(self._provider) from error
 
 
+_KEPT = {"cache_control": {"type": "ephemeral"}}
+"""Marks a block up to which the provider may keep the prompt. There may be four; a beginning that is too short is not kept, nor billed."""
+
+
+def _ends_kept(prompt: Prompt) -> set[int]:
+    """Messages that end a beginning which is asked again: the history, by the next question; all of it, by the next round of tools.
+
+    A round is found by where the one before it ended, since the provider looks back 20 blocks only and a round may have more. Without
+    tools nothing follows that would read the question again, and writing costs 1.25 times.
+    """
+    ends = {prompt.history_messages - 1} if prompt.history_messages else set()
+    if prompt.tools:
+        asked = [n for n in range(prompt.history_messages, len(prompt.messages)) if prompt.messages[n].role != "assistant"]
+        ends.update(asked[-2:])
+    return ends
+
+
 def _request(provider: str, prompt: Prompt, candidate: Candidate, output_tokens_max: int, draft: Draft) -> dict[str, Any]:
     request: dict[str, Any] = {
         "model": candidate.model,
         "max_tokens": output_tokens_max,
-        # The stable prefix, the same for every question, tools before it: the provider may keep it.
-        "system": [{"type": "text", "text": prompt.system, "cache_control": {"type": "ephemeral"}}],
-        "messages": [made for message in prompt.messages if (made := _message(provider, message))["content"]],
+        # The same for every question, tools before it.
+        "system": [{"type": "text", "text": prompt.system, **_KEPT}],
+        "messages": _messages(provider, prompt),
         "stream": True,
         "extra_headers": {"accept-encoding": "identity"},  # the bytes are read as they come
     }
@@ -271,6 +288,20 @@ def _bindable(schema: Mapping[str, Any] | None) -> dict[str, Any] | None:
     except (ValueError, TypeError, AttributeError, AssertionError):  # what the package raises of schemas that it cannot transform
         return None
     return made if references_end(made) else None
+
+
+def _messages(provider: str, prompt: Prompt) -> list[dict[str, Any]]:
+    ends, made = _ends_kept(prompt), []
+    for number, message in enumerate(prompt.messages):
+        one = _message(provider, message)
+        if not one["content"]:
+            continue
+        if number in ends:
+            blocks = [{"type": "text", "text": one["content"]}] if isinstance(one["content"], str) else one["content"]
+            blocks[-1] |= _KEPT
+            one["content"] = blocks
+        made.append(one)
+    return made
 
 
 def _message(provider: str, message: Message) -> dict[str, Any]:

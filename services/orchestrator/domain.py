@@ -303,6 +303,8 @@ class Prompt:
     tools: tuple[ToolSpec, ...] = ()
     output_schema: Mapping[str, Any] | None = None
     """JSON Schema the answer must satisfy, for providers that can be bound to one."""
+    history_messages: int = 0
+    """How many of the first messages are earlier turns. The conversation's next prompt begins with the same ones, as a rule."""
 
     @property
     def input_tokens_estimate(self) -> int:

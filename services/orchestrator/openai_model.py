@@ -144,7 +144,7 @@ class OpenAiModel:
         await self._transport.aclose()
 
     def marks_prefix(self, model: str) -> bool:
-        """Whether this model keeps the marked part of a prompt alone. Otherwise the provider keeps all of it, at a price since GPT-5.6."""
+        """Whether this model knows marks of what is to be kept of a prompt. Others keep what they like, free before GPT-5.6."""
         generation = _GENERATION.match(model)
         return self.is_openai and generation is not None and (int(generation[1]), int(generation[2] or 0)) >= (5, 6)
 

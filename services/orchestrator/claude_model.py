@@ -4,7 +4,7 @@ Typed objects per token would cost three times as much as all the rest of the to
 """
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import aiohttp
@@ -24,7 +24,6 @@ from services.orchestrator.model_stream import (
     bounded_silence,
     broken_off,
     follow,
-    is_closed,
     refused,
     retry_after_ms,
     sealed,
@@ -32,6 +31,7 @@ from services.orchestrator.model_stream import (
     unsealed,
 )
 from services.orchestrator.provider_keys import ProviderKeys
+from services.orchestrator.schema_subsets import is_closed, one_type_each, references_end
 
 PROVIDER = "anthropic"
 
@@ -236,13 +236,30 @@ class ClaudeModel:
             raise broken_off(self._provider) from error
 
 
+_KEPT = {"cache_control": {"type": "ephemeral"}}
+"""Marks a block up to which the provider may keep the prompt. There may be four; a beginning that is too short is not kept, nor billed."""
+
+
+def _ends_kept(prompt: Prompt) -> set[int]:
+    """Messages that end a beginning which is asked again: the history, by the next question; all of it, by the next round of tools.
+
+    A round is found by where the one before it ended, since the provider looks back 20 blocks only and a round may have more. Without
+    tools nothing follows that would read the question again, and writing costs 1.25 times.
+    """
+    ends = {prompt.history_messages - 1} if prompt.history_messages else set()
+    if prompt.tools:
+        asked = [n for n in range(prompt.history_messages, len(prompt.messages)) if prompt.messages[n].role != "assistant"]
+        ends.update(asked[-2:])
+    return ends
+
+
 def _request(provider: str, prompt: Prompt, candidate: Candidate, output_tokens_max: int, draft: Draft) -> dict[str, Any]:
     request: dict[str, Any] = {
         "model": candidate.model,
         "max_tokens": output_tokens_max,
-        # The stable prefix, the same for every question, tools before it: the provider may keep it.
-        "system": [{"type": "text", "text": prompt.system, "cache_control": {"type": "ephemeral"}}],
-        "messages": [made for message in prompt.messages if (made := _message(provider, message))["content"]],
+        # The same for every question, tools before it.
+        "system": [{"type": "text", "text": prompt.system, **_KEPT}],
+        "messages": _messages(provider, prompt),
         "stream": True,
         "extra_headers": {"accept-encoding": "identity"},  # the bytes are read as they come
     }
@@ -251,8 +268,8 @@ def _request(provider: str, prompt: Prompt, candidate: Candidate, output_tokens_
             {"name": tool.name, "description": tool.description, "input_schema": dict(tool.input_schema)} for tool in prompt.tools
         ]
     output: dict[str, Any] = {}
-    if prompt.output_schema is not None and "schema" in candidate.capabilities and is_closed(prompt.output_schema, all_required=False):
-        output["format"] = {"type": "json_schema", "schema": dict(prompt.output_schema)}
+    if "schema" in candidate.capabilities and (schema := _bindable(prompt.output_schema)) is not None:
+        output["format"] = {"type": "json_schema", "schema": schema}
     if draft.on_reasoning is not None and "reasoning" in candidate.capabilities:
         request["thinking"] = {"type": "adaptive", "display": "summarized"}
         if output_tokens_max < BRIEF_BELOW_TOKENS:
@@ -260,6 +277,31 @@ def _request(provider: str, prompt: Prompt, candidate: Candidate, output_tokens_
     if output:
         request["output_config"] = output
     return request
+
+
+def _bindable(schema: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The schema as Claude can be bound to it: what the API does not know of it stands in descriptions. None if it has no such form."""
+    if schema is None or not is_closed(schema, all_required=False):
+        return None
+    try:
+        made = anthropic.transform_schema(one_type_each(schema))
+    except (ValueError, TypeError, AttributeError, AssertionError):  # what the package raises of schemas that it cannot transform
+        return None
+    return made if references_end(made) else None
+
+
+def _messages(provider: str, prompt: Prompt) -> list[dict[str, Any]]:
+    ends, made = _ends_kept(prompt), []
+    for number, message in enumerate(prompt.messages):
+        one = _message(provider, message)
+        if not one["content"]:
+            continue
+        if number in ends:
+            blocks = [{"type": "text", "text": one["content"]}] if isinstance(one["content"], str) else one["content"]
+            blocks[-1] |= _KEPT
+            one["content"] = blocks
+        made.append(one)
+    return made
 
 
 def _message(provider: str, message: Message) -> dict[str, Any]:

@@ -303,6 +303,8 @@ class Prompt:
     tools: tuple[ToolSpec, ...] = ()
     output_schema: Mapping[str, Any] | None = None
     """JSON Schema the answer must satisfy, for providers that can be bound to one."""
+    history_messages: int = 0
+    """How many of the first messages are earlier turns. The conversation's next prompt begins with the same ones, as a rule."""
 
     @property
     def input_tokens_estimate(self) -> int:
@@ -391,11 +393,15 @@ class Draft:
     """Hears of every piece of text, at once."""
     on_reasoning: Callable[[str], None] | None = None
     """Hears of every piece of the model's visible reasoning, at once."""
+    on_progress: Callable[[], None] = lambda: None
+    """Called after anything has come, be it shown to somebody or not: text, reasoning, a call or more of its arguments."""
     pieces: list[str] = field(default_factory=list)
     calls: list[ToolCall] = field(default_factory=list)
     """Whole calls, in the order the model began them."""
     reasoned: int = 0
     """Bytes of reasoning received: output that is billed and no text."""
+    called: int = 0
+    """Bytes of calls received, also of those that are not whole."""
     deltas: int = 0
     """Pieces as the provider cut them: at least one token each."""
     model: str = ""
@@ -419,14 +425,24 @@ class Draft:
         self.pieces.append(text)
         self.deltas += deltas
         self.on_text(text)
+        self.on_progress()
 
     def reason(self, text: str) -> None:
         self.reasoned += len(text.encode())
         if self.on_reasoning is not None:
             self.on_reasoning(text)
+        self.on_progress()
 
-    def call(self, call: ToolCall) -> None:
+    def call(self, call: ToolCall, counted: int = 0) -> None:
+        """A call is whole. `counted` is what `called` has of it already."""
         self.calls.append(call)
+        self.called += len(call.name.encode()) + len(call.arguments.encode()) - counted
+        self.on_progress()
+
+    @property
+    def tokens_heard(self) -> int:
+        """About how many tokens came, known at any moment at no cost. For pacing alone; what is booked is `usage`."""
+        return self.deltas + (self.reasoned + self.called) // ESTIMATE_BYTES_PER_TOKEN
 
     @property
     def text(self) -> str:
@@ -441,8 +457,7 @@ class Draft:
         """Estimate of the tokens that came. A provider that cuts text token by token has counted for us; longer pieces say less."""
         size = sum(len(piece.encode()) for piece in self.pieces)
         of_text = self.deltas if size <= TOKEN_BYTES_MAX * self.deltas else -(-size // ESTIMATE_BYTES_PER_TOKEN)
-        unseen = self.reasoned + sum(len(call.name) + len(call.arguments.encode()) for call in self.calls)
-        return of_text + -(-unseen // ESTIMATE_BYTES_PER_TOKEN)
+        return of_text + -(-(self.reasoned + self.called) // ESTIMATE_BYTES_PER_TOKEN)
 
     def usage(self, prompt: Prompt) -> tuple[Usage, bool]:
         """What was used, and whether any count is an estimate. A reported 0 is a count; an absent one is estimated."""

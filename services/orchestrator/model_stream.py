@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import email.utils
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Mapping
 from typing import Any
 
 import aiohttp
@@ -98,6 +98,7 @@ class Reading:
         self.open_calls: dict[str | int, _OpenCall] = {}
         self._text: list[str] = []
         self._thoughts: list[str] = []
+        self._argued = False
         self._characters = 0
 
     def read(self, data: bytes) -> None:
@@ -135,21 +136,25 @@ class Reading:
     def begin_call(self, key: str | int, call_id: str, name: str) -> None:
         if len(self.open_calls) + len(self.draft.calls) >= CALLS_MAX:
             raise self._too_much()
-        self.open_calls[key] = _OpenCall(call_id, name)
-        self.progressed = True
+        self.open_calls[key] = call = _OpenCall(call_id, name)
+        self.draft.called += call.size
+        self.progressed = self._argued = True
 
     def argue(self, key: str | int, piece: str) -> None:
         """More of a call's arguments."""
         if (call := self.open_calls.get(key)) is not None:
+            size = len(piece.encode())
             call.pieces.append(piece)
-            self.progressed = True
+            call.size += size
+            self.draft.called += size
+            self.progressed = self._argued = True
             self._bound(len(piece))
 
     def end_call(self, key: str | int, arguments: str | None = None, signature: bytes = b"") -> None:
         """A call is whole. `arguments` goes before what came in pieces."""
         if (call := self.open_calls.pop(key, None)) is not None:
             said = "".join(call.pieces) if arguments is None else arguments
-            self.draft.call(ToolCall(call.call_id, call.name, said or "{}", signature))
+            self.draft.call(ToolCall(call.call_id, call.name, said or "{}", signature), call.size)
             self.progressed = True
 
     def flush(self) -> None:
@@ -162,12 +167,9 @@ class Reading:
             said, deltas, self._text = "".join(self._text), len(self._text), []
             self._bound(len(said))
             self.draft.write(said, deltas)
-
-    def give_up(self) -> None:
-        """The stream is over. Calls that it cut are no calls, but what came of them was generated, and is billed."""
-        for call in self.open_calls.values():
-            self.draft.reasoned += len(call.name) + sum(len(piece.encode()) for piece in call.pieces)
-        self.open_calls.clear()
+        if self._argued:
+            self._argued = False
+            self.draft.on_progress()
 
     def _bound(self, characters: int) -> None:
         self._characters += characters
@@ -182,13 +184,15 @@ class Reading:
 
 
 class _OpenCall:
-    """A call whose arguments are still coming."""
+    """A call whose arguments are still coming. One that the stream cuts is no call, but what came of it was generated, and is billed."""
 
-    __slots__ = ("call_id", "name", "pieces")
+    __slots__ = ("call_id", "name", "pieces", "size")
 
     def __init__(self, call_id: str, name: str) -> None:
         self.call_id, self.name = call_id, name
         self.pieces: list[str] = []
+        self.size = len(name.encode())
+        """Bytes that came of it."""
 
 
 CLOSING_S = 0.5
@@ -253,8 +257,6 @@ async def follow(incoming: Incoming, reading: Reading, silence: Silence) -> None
     except (aiohttp.ClientError, httpx2.HTTPError, OSError):
         if not reading.finished:  # else there is an answer, whatever becomes of the connection
             raise
-    finally:
-        reading.give_up()
 
 
 async def _listen(chunks: AsyncIterable[bytes], events: EventBytes, reading: Reading, silence: Silence | None) -> None:
@@ -368,20 +370,3 @@ def unsealed(provider: str, signature: bytes) -> bytes:
     """What `sealed` was given, if it was by the same provider, else nothing."""
     mark = provider.encode() + b":"
     return signature.removeprefix(mark) if signature.startswith(mark) else b""
-
-
-def is_closed(schema: Any, *, all_required: bool) -> bool:
-    """Whether every object of a JSON Schema forbids other properties and, if `all_required`, requires its own.
-
-    Providers bind an answer to such schemas alone, and refuse the request otherwise.
-    """
-    if isinstance(schema, Mapping):
-        if schema.get("type") == "object" or "properties" in schema:
-            if schema.get("additionalProperties") is not False:
-                return False
-            if all_required and set(schema.get("properties", ())) != set(schema.get("required", ())):
-                return False
-        return all(is_closed(part, all_required=all_required) for part in schema.values())
-    if isinstance(schema, Sequence) and not isinstance(schema, str):
-        return all(is_closed(part, all_required=all_required) for part in schema)
-    return True

@@ -23,12 +23,12 @@ from services.orchestrator.model_stream import (
     bounded_silence,
     broken_off,
     follow,
-    is_closed,
     refused,
     retry_after_ms,
     unreachable,
 )
 from services.orchestrator.provider_keys import ProviderKeys
+from services.orchestrator.schema_subsets import is_closed, only
 
 PROVIDER = "openai"
 NO_KEY = "none"
@@ -40,6 +40,21 @@ _KEY = frozenset({"insufficient_quota", "billing_hard_limit_reached", "invalid_a
 _OVERFLOW = frozenset({"context_length_exceeded", "exceed_context_size_error"})
 _REQUEST = re.compile(r"invalid|image_|_image|unsupported|_policy|data_residency")
 """Codes of a request that another try would not heal."""
+
+_STRICT: dict[str, Any] = {
+    **dict.fromkeys(("type", "properties", "required", "additionalProperties", "items", "anyOf", "enum", "const")),
+    **dict.fromkeys(("$ref", "$defs", "definitions", "title", "description", "pattern", "minItems", "maxItems")),
+    **dict.fromkeys(("multipleOf", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")),
+    "format": ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid"),
+}
+"""Keywords that an answer can be bound to strictly. A request with another one is refused."""
+_NARROWING = frozenset(
+    {
+        *("minLength", "maxLength", "uniqueItems", "minProperties", "maxProperties"),
+        *("default", "examples", "$schema", "$comment", "deprecated", "readOnly", "writeOnly"),
+    }
+)
+"""Keywords without which a schema binds a little less, or says a little less."""
 
 
 class Details(msgspec.Struct):
@@ -92,8 +107,10 @@ def bound_schema(prompt: Prompt, candidate: Candidate) -> dict[str, Any] | None:
     """The schema an answer is to be bound to, as both interfaces name it; None if there is none or the model cannot be bound."""
     if prompt.output_schema is None or "schema" not in candidate.capabilities:
         return None
-    strict = is_closed(prompt.output_schema, all_required=True)
-    return {"name": "answer", "schema": dict(prompt.output_schema), "strict": strict}
+    strict = only(prompt.output_schema, _STRICT, _NARROWING) if is_closed(prompt.output_schema, all_required=True) else None
+    if strict is not None and strict.get("type") == "object":  # no other root is taken strictly
+        return {"name": "answer", "schema": strict, "strict": True}
+    return {"name": "answer", "schema": dict(prompt.output_schema), "strict": False}
 
 
 class OpenAiModel:
@@ -127,7 +144,7 @@ class OpenAiModel:
         await self._transport.aclose()
 
     def marks_prefix(self, model: str) -> bool:
-        """Whether this model keeps the marked part of a prompt alone. Otherwise the provider keeps all of it, at a price since GPT-5.6."""
+        """Whether this model knows marks of what is to be kept of a prompt. Others keep what they like, free before GPT-5.6."""
         generation = _GENERATION.match(model)
         return self.is_openai and generation is not None and (int(generation[1]), int(generation[2] or 0)) >= (5, 6)
 

@@ -144,6 +144,10 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
         folder = settings.prompts_dir or FOLDER
         shadows = Shadows(settings.shadow_tenant, new_answer_id, random.random)
         tariff = Tariff(ledger)
+        health = Health(time.monotonic, random.random)
+        errands = Errands(
+            ledger, books, models, lambda: errand_candidates(router, settings.errands_tier), tariff, health, clock, new_answer_id
+        )
         kit = Toolkit(
             memory,
             ledger,
@@ -155,9 +159,9 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             read_templates(settings.answer_prompts, folder),
             limits,
             leases,
-            Errands(ledger, books, models, errand_candidates(router, settings.errands_tier), tariff, clock, new_answer_id),
+            errands,
             shelf if settings.prompts_kept_s else None,
-            Health(time.monotonic, random.random),
+            health,
             read_template(CONTINUE_FILE),
             shadows,
             tools,

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from services.chassis.config import SettingsError
 from services.chassis.errors import DomainError, ModelFailed, ModelMisconfigured, ModelOverloaded
 from services.orchestrator.config import OrchestratorSettings
-from services.orchestrator.domain import Candidate, Draft, Message, Prompt
+from services.orchestrator.domain import Candidate, Draft, Message, Prompt, ToolSpec
 from services.orchestrator.models_file import MODELS_FILE
 from services.orchestrator.openai_chat_model import OpenAiChatModel
 from services.orchestrator.openai_responses_model import OpenAiResponsesModel
@@ -243,9 +244,11 @@ async def test_openais_own_words_are_kept_from_servers_that_may_not_know_them(ur
     responses = OpenAiResponsesModel(("k",), url, connect_s=1, first_token_s=1, stall_s=1)
     told = chat.request(asked, Candidate("openai", "m", 10, 10), 7, draft)
     new, old = (responses.request(asked, Candidate("openai", model, 10, 10), 7, draft) for model in ("gpt-6-luna", "gpt-5.5"))
+    calling = responses.request(replace(asked, tools=(ToolSpec("t", "", {}),)), Candidate("openai", "gpt-6-luna", 10, 10), 7, draft)
     await chat.aclose()
     await responses.aclose()
 
     assert told[bound] == 7 and len(told.keys() & {"max_tokens", "max_completion_tokens"}) == 1
     assert ("stream_options" in new, "prompt_cache_options" in new, "prompt_cache_options" in old) == (is_openai, is_openai, False)
     assert ("prompt_cache_breakpoint" in new["input"][0]["content"][0]) == is_openai
+    assert "prompt_cache_options" not in calling  # the next round reads all of this one, which OpenAI keeps by itself

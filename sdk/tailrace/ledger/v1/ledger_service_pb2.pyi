@@ -453,7 +453,7 @@ class Attempt(_message.Message):
     error_reason: _builtins.str
     """Name of an ErrorReason if it failed."""
     first_token_ms: _builtins.float
-    """Call to first text, milliseconds. 0 if none came."""
+    """Call to first output, be it text, reasoning or a tool call, milliseconds. 0 if none came."""
     duration_ms: _builtins.float
     """How long it took, milliseconds."""
     estimated: _builtins.bool

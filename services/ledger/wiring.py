@@ -53,6 +53,7 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         baseline = (provider, model) if model else None
         operations = PostgresOperations(database, holds, prices, clock, baseline=baseline, retention_days=settings.retention_days)
         feed = PostgresFeed(url, database)
+        conversations = PostgresConversations(database)
         servicer = LedgerServicer(
             holds=holds,
             credit=credit,
@@ -64,7 +65,7 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
             privacy=PostgresPrivacy(database),
             budgets=PostgresBudgets(database, clock),
             keys=PostgresKeys(database, clock),
-            conversations=PostgresConversations(database),
+            conversations=conversations,
             prices=prices,
             clock=clock,
         )
@@ -73,7 +74,7 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         server = Server(passport_identity(Passport(key)), reflect=settings.environment == "development", tls=settings.mutual_tls())
         server.add(register, servicer, SERVICE_NAME)
 
-        sweeping = sweep_forever(holds, credit, interval_ms=settings.sweep_interval_ms, grace_ms=settings.sweep_grace_ms)
+        sweeping = sweep_forever(holds, credit, conversations, interval_ms=settings.sweep_interval_ms, grace_ms=settings.sweep_grace_ms)
         rolling = roll_forever(
             PostgresSums(database),
             PostgresMonths(database),

@@ -84,7 +84,7 @@ async def write(run: Run, prompt: Prompt) -> None:
     """The second half of `answer`, which is all that an answer has that goes on with the results of its client's tools."""
     draft = await fitting_draft(run, prompt)  # the steps `hold` and `generate`, once for each attempt, and `tool` for each call
     with run.step("validate") as step:
-        check(run, draft, step)
+        await check(run, draft, step)
     run.kit.shadows.offer(run, prompt)
     with run.step("remember") as step:
         await remember(run, step)
@@ -293,13 +293,13 @@ async def _problems(run: Run, draft: Draft, schema: Mapping[str, Any]) -> list[t
         return problems
 
 
-def check(run: Run, draft: Draft, step: StepRecord) -> None:
+async def check(run: Run, draft: Draft, step: StepRecord) -> None:
     """Judge the whole text. What fails is told in the receipt and not remembered; it has been read already."""
     run.finish_reason = draft.finish_reason
     if draft.finish_reason == "tool_use":  # it goes on when its client has called: there is nothing whole to judge yet
         run.verdict = "passed"
         return
-    run.verdict = run.verdict_of(draft)
+    run.verdict = await asyncio.to_thread(run.verdict_of, draft)  # a hostile text takes its time, and other streams go on
     step.note(verdict=run.verdict, cited=len(run.citations.cited), sentences_judged=run.citations.judged)
     if run.citations.groundedness is not None:
         step.note(groundedness=round(run.citations.groundedness, 3))

@@ -70,7 +70,7 @@ async def first_draft(run: Run, prompt: Prompt) -> Draft:
     run.holding = is_held_already or route.holds_back or (run.question.whole and route.escalation is not None)
     draft = await _draft_of(run, prompt, route)
     unseen = run.holding or not draft.has_content
-    if unseen and route.escalation is not None and (verdict := run.verdict_of(draft)) in HEALABLE:
+    if unseen and route.escalation is not None and (verdict := await asyncio.to_thread(run.verdict_of, draft)) in HEALABLE:
         log.info("answer_escalated", answer_id=run.question.answer_id, verdict=verdict)
         try:
             better = await _draft_of(run, prompt, route.escalation)

@@ -73,7 +73,7 @@ class Shadows:
             async with asyncio.timeout(deadline_s):
                 draft = await first_draft(shadow, prompt)
             shadow.finish_reason = draft.finish_reason
-            shadow.verdict = shadow.verdict_of(draft)
+            shadow.verdict = await asyncio.to_thread(shadow.verdict_of, draft)
             with shadow.step(COMPARED) as step:
                 chosen = run.choices[-1]
                 step.note(of=run.question.answer_id, tier=chosen.tier, model=run.model, cost_nanousd=run.cost_nanousd, verdict=run.verdict)

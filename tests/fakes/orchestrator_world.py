@@ -8,6 +8,7 @@ import contextlib
 import itertools
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,8 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
     """How many reservations meet a ledger that has too much to do."""
     keeping: asyncio.Event = field(default_factory=asyncio.Event)
     """While it is not set, turns arrive and are not kept yet."""
+    deleted: dict[str, datetime] = field(default_factory=dict)
+    """When a conversation was deleted; at "", when the user was erased."""
     away: bool = False
     reject: str = ""
     recording: bool = True
@@ -289,6 +292,10 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
         await self.keeping.wait()
         turns = self.turns.get(request.session_id, [])
         parents = {turn.answer_id: turn.parent_answer_id for turn in turns}
+        deleted_at = max((self.deleted[name] for name in (request.session_id, "") if name in self.deleted), default=None)
+        if deleted_at is not None and deleted_at >= request.turn.created_at.ToDatetime(UTC):
+            self.turned_away += 1
+            raise NotFound("the conversation was deleted", kind="turn")
         if not {request.replaces, request.asked_after} - {""} <= parents.keys():
             self.turned_away += 1
             raise NotFound("the conversation has no such turn", kind="turn")
@@ -303,6 +310,12 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
                 break
             unsummarised += 1
         return ledger_pb.AppendTurnResponse(ordinal=len(turns), unsummarised=unsummarised)
+
+    def delete(self, session_id: str = "") -> None:
+        """Forget a conversation; without one all that the user has."""
+        self.deleted[session_id] = datetime.now(UTC)
+        for forgotten in [session_id] if session_id else list(self.turns):
+            self.turns.pop(forgotten, None)
 
     def branch(self, session_id: str, until: str = "") -> list[ledger_pb.Turn]:
         """The turns that lead to an answer, or to the one kept last."""

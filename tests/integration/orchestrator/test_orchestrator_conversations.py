@@ -406,18 +406,35 @@ async def test_a_tier_of_its_own_template_has_a_cache_of_its_own(tmp_path: Path,
     assert step(plain, "compose")["template"].startswith("answer.v1-")
 
 
-async def test_a_conversation_that_is_deleted_while_an_answer_of_it_runs_does_not_begin_anew(claude: World) -> None:
-    """The answer reaches its reader and is booked; nothing of it is kept."""
+@pytest.mark.parametrize("erased", [False, True], ids=["deleted", "erased"])
+@pytest.mark.parametrize(
+    "question", ["And which one does the ledger have?", "Which port does the ledger listen on?"], ids=["leaning", "alone"]
+)
+async def test_a_conversation_that_is_deleted_while_an_answer_of_it_runs_does_not_begin_anew(
+    claude: World, question: str, erased: bool
+) -> None:
+    """The answer reaches its reader and is booked; nothing of it is kept. What is asked afterwards is."""
     await claude.ask(PORT, session_id="s1")
     await until(lambda: claude.ledger.turns.get("s1"))
     claude.ledger.keeping.clear()
-    reply = await claude.ask("And which one does the ledger have?", session_id="s1")
-    del claude.ledger.turns["s1"]
+    reply = await claude.ask(question, session_id="s1")
+    claude.ledger.delete("" if erased else "s1")
     claude.ledger.keeping.set()
-    await claude.booked(reply.answer_id)
-    later = await claude.ask(PORT, session_id="s2")
-    await until(lambda: claude.ledger.turns.get("s2"))
     await until(lambda: claude.ledger.turned_away)
+    await claude.booked(reply.answer_id)
+    assert (reply.kinds[-1], claude.ledger.turns) == ("done", {})
 
-    assert reply.kinds[-1] == later.kinds[-1] == "done"
+    await claude.ask(PORT, session_id="s1")
+    await until(lambda: len(claude.ledger.turns.get("s1", [])) == 1)
+
+
+async def test_of_two_first_answers_the_later_one_does_not_bring_back_what_was_deleted(claude: World) -> None:
+    """Neither knew of any turn when it was asked."""
+    claude.ledger.keeping.clear()
+    replies = await asyncio.gather(claude.ask(PORT, session_id="s1"), claude.ask("Who wrote the ledger?", session_id="s1"))
+    claude.ledger.delete("s1")
+    claude.ledger.keeping.set()
+    await until(lambda: claude.ledger.turned_away == 2)
+
+    assert [reply.kinds[-1] for reply in replies] == ["done", "done"]
     assert "s1" not in claude.ledger.turns

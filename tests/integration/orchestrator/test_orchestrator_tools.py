@@ -84,6 +84,22 @@ async def test_a_clients_tool_is_called_by_the_client_and_goes_on_at_another_rep
     assert schema == {"type": "integer", "maximum": 5} and isinstance(schema["maximum"], int)
 
 
+async def test_what_went_on_with_a_clients_tool_does_not_bring_back_a_deleted_conversation(
+    pair: tuple[World, World], model: ScriptedModel
+) -> None:
+    """An answer that goes on reads no history, and so names no turn that was there."""
+    one, two = pair
+    model.script = [call("weather", "w", town="Oslo"), "Cold."]
+    first = await one.ask(QUESTION, tools=[weather()], session_id="talk")
+    one.ledger.keeping.clear()
+    second = await two.ask("", continues=first.answer_id, tool_results=[pb.ToolResult(call_id="w", text="minus 3")])
+    one.ledger.delete("talk")
+    one.ledger.keeping.set()
+    await until(lambda: one.ledger.turned_away)
+
+    assert second.text == "Cold." and one.ledger.turns == {}
+
+
 async def test_nobody_else_goes_on_with_an_answer(pair: tuple[World, World], model: ScriptedModel) -> None:
     """Foreign, unknown and finished look the same; wrong results are told before anything is asked or paid."""
     one, two = pair

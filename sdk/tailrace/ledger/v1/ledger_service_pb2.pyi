@@ -2216,12 +2216,14 @@ class AppendTurnRequest(_message.Message):
     replaces: _builtins.str
     """The answer whose place it takes: it follows what that one followed. NOT_FOUND if the conversation does not have it."""
     asked_after: _builtins.str
-    """An answer that the conversation had when this one was asked. NOT_FOUND if it has it no more: one that was deleted while an answer of it
-    ran does not begin anew. Empty = it was new then.
+    """An answer that the conversation had when this one was asked, if one is known. NOT_FOUND if it has it no more, however long ago that was
+    deleted.
     """
     @_builtins.property
     def turn(self) -> Global___Turn:
-        """The turn."""
+        """The turn. NOT_FOUND if its conversation or its user was deleted at its `created_at` or later: what was deleted while an answer ran does not
+        begin anew. That is known for a day.
+        """
 
     def __init__(
         self,

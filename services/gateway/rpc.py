@@ -1,11 +1,14 @@
 """The same calls over gRPC, for internal services that hold a token. It admits and passes on; messages go through as they are."""
 
-from collections.abc import AsyncIterator, Callable
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import grpc
 
 from services.chassis.deadline import current_deadline
+from services.chassis.errors import AnswerInterrupted, DomainError, Unavailable
 from services.chassis.principal import Principal, current_principal
 from services.chassis.server import Identify
 from services.gateway.answer_stream import AnswerStream
@@ -39,6 +42,14 @@ class GatewayService(gateway_service_pb2_grpc.GatewayServiceServicer):
     def __init__(self, kit: Kit) -> None:
         self._kit = kit
         self._backends = kit.backends
+        self._streams: set[asyncio.Task[Any]] = set()
+        self._interrupted = False
+
+    def interrupt_all(self) -> None:
+        """End every stream that still runs by a word of ours. For a process that must go: gRPC itself would only cut them."""
+        self._interrupted = True
+        for task in self._streams:
+            task.cancel()
 
     async def Answer(self, request: Any, context: Any) -> None:  # type: ignore[override]
         await self._admit("Answer")
@@ -130,12 +141,30 @@ class GatewayService(gateway_service_pb2_grpc.GatewayServiceServicer):
     async def _relay_answer(
         self, request: Any, context: Any, timeout_s: float, through: Callable[[AnswerStream], AsyncIterator[Any]] = aiter
     ) -> None:
-        async with AnswerStream(self._backends.orchestrator, request, timeout_s=timeout_s) as events:
-            async for event in through(events):
-                await context.write(event)
+        with self._interrupted_by(AnswerInterrupted("the server is stopping; resume the answer, or ask again if it has not begun")):
+            async with AnswerStream(self._backends.orchestrator, request, timeout_s=timeout_s) as events:
+                async for event in through(events):
+                    await context.write(event)
 
     async def _relay(self, peer: Peer, method: Any, request: Any, context: Any, timeout_s: float) -> None:
         """Write on what comes. When the caller leaves, this is cancelled, and leaving the block cancels the call behind it."""
-        async with peer.stream(method, request, timeout_s=timeout_s) as messages:
-            async for message in messages:
-                await context.write(message)
+        with self._interrupted_by(Unavailable("the server is stopping; ask again", dependency="gateway")):
+            async with peer.stream(method, request, timeout_s=timeout_s) as messages:
+                async for message in messages:
+                    await context.write(message)
+
+    @contextlib.contextmanager
+    def _interrupted_by(self, error: DomainError) -> Iterator[None]:
+        """Let the block, which is all that is left of its call, end in `error` when it is interrupted."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._streams.add(task)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not self._interrupted:
+                raise  # the caller left
+            task.uncancel()
+            raise error from None
+        finally:
+            self._streams.discard(task)

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import httpx
@@ -38,6 +38,8 @@ from tailrace.gateway.v1.gateway_service_pb2_grpc import add_GatewayServiceServi
 SERVICE_NAME = gateway_service_pb2.DESCRIPTOR.services_by_name["GatewayService"].full_name
 
 
+STREAMS_SHARE = 0.9
+"""Of the drain's grace, how much belongs to gRPC streams that go on; the rest is for telling them that they do not."""
 SETTLE_S = 3.0
 """How long the end waits for what streams leave to be settled."""
 
@@ -53,6 +55,7 @@ class EdgeServer(Server):
         operations: HttpListener | None,
         operations_port: int,
         draining: asyncio.Event,
+        interrupt: Callable[[], None],
         *,
         reflect: bool,
         tls: MutualTls | None,
@@ -64,6 +67,8 @@ class EdgeServer(Server):
         self.operations = operations
         self._operations_port = operations_port
         self.draining = draining
+        self._interrupt = interrupt
+        """Ends the gRPC streams that still run."""
 
     async def start(self, host: str, port: int) -> int:
         await self.http.start(host, self._http_port)
@@ -73,7 +78,9 @@ class EdgeServer(Server):
 
     async def stop(self, notice_s: float, grace_s: float) -> None:
         self.draining.set()
+        late = asyncio.get_running_loop().call_later(notice_s + STREAMS_SHARE * grace_s, self._interrupt)
         await asyncio.gather(self._stop_http(notice_s, grace_s), super().stop(notice_s, grace_s))
+        late.cancel()
 
     async def _stop_http(self, notice_s: float, grace_s: float) -> None:
         await asyncio.sleep(notice_s)
@@ -145,6 +152,7 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         if settings.operations_port:
             operations = HttpListener(Edge(kit, page, OPERATIONS), port_setting="TAILRACE_GATEWAY_OPERATIONS_PORT")
         reflect = settings.environment == "development"
+        calls = GatewayService(kit)
         server = EdgeServer(
             token_identity(identity),
             http,
@@ -152,10 +160,11 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
             operations,
             settings.operations_port,
             kit.draining,
+            calls.interrupt_all,
             reflect=reflect,
             tls=settings.mutual_tls(),
         )
-        server.add(add_GatewayServiceServicer_to_server, GatewayService(kit), SERVICE_NAME)
+        server.add(add_GatewayServiceServicer_to_server, calls, SERVICE_NAME)
         probes = {peer.name: peer.probe for peer in backends.all}
         yield Service(
             server=server,

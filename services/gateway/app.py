@@ -3,6 +3,7 @@
 One request: id and span, route, credential, rule, limit, endpoint; every error becomes one problem document.
 """
 
+import asyncio
 import contextlib
 import functools
 import re
@@ -17,7 +18,7 @@ import structlog
 from opentelemetry.trace import SpanKind
 
 from services.chassis import telemetry
-from services.chassis.errors import DomainError, NotFound, Overloaded
+from services.chassis.errors import DomainError, NotFound, Overloaded, Unavailable
 from services.chassis.principal import set_current
 from services.chassis.status import unexpected
 from services.gateway import admin, answers, conversations, documents, infrastructure, records, sessions, websocket
@@ -119,6 +120,8 @@ SOCKETS = (Route("GET", "/v1/answers/ws", websocket.converse),)
 """Handshakes of WebSockets, with the rule of the handshake; each message follows the rule of its own route above."""
 
 PARAM_BYTES_MAX = 256
+GOODBYE_S = 0.5
+"""How long the end of the process waits for a client to take the word that it is."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
 
 
@@ -247,6 +250,12 @@ class Edge:
                 await route.endpoint(exchange, self._kit)
         except ClientLeft:
             return
+        except asyncio.CancelledError:  # only the process's own end cancels a request: who has heard nothing yet is told to come back
+            if not exchange.status:
+                with contextlib.suppress(Exception):
+                    async with asyncio.timeout(GOODBYE_S):
+                        await self._refuse(exchange, Unavailable("the server is stopping; ask again", dependency="gateway"))
+            raise
         except DomainError as error:
             await self._refuse(exchange, error)
         except Exception as error:

@@ -37,6 +37,8 @@ log = structlog.get_logger(__name__)
 
 ENDED_EVENTS_MAX = 250_000
 """Events of all ended answers together, about 60 MB: a busy hour of long answers must not fill the memory."""
+ENDED_BYTES_MAX = 64 * 1024 * 1024
+"""Of their words and passages: twice what the answers that are kept usually have, or sixteen of the longest there can be."""
 PICTURE_BYTES_MAX = 256 * 1024 * 1024
 """Of the questions of all running answers."""
 BATCH_SHARE = 0.8
@@ -74,8 +76,8 @@ class Kept:
     task: "asyncio.Task[None]"
     alarm: asyncio.TimerHandle | None = None
     """While it runs: looks whether anybody reads it. Afterwards: forgets it."""
-    counted: int = 0
-    """Events it was counted with when it ended."""
+    counted: tuple[int, int] = (0, 0)
+    """Events and bytes it was counted with when it ended: its last words may still come."""
 
     @property
     def owner(self) -> Owner:
@@ -110,6 +112,7 @@ class Bounds:
     kept_s: float
     detach_grace_s: float
     ended_events_max: int = ENDED_EVENTS_MAX
+    ended_bytes_max: int = ENDED_BYTES_MAX
 
 
 class Registry:
@@ -140,7 +143,7 @@ class Registry:
         self._beginnings: set[asyncio.Task[Found]] = set()
         """Answers whose key is being claimed."""
         self._draining = False
-        self._ended_events = 0
+        self._ended_events = self._ended_bytes = 0
         self._picture_bytes = 0
         """Of their questions."""
         self._asides: set[asyncio.Task[None]] = set()
@@ -426,10 +429,15 @@ class Registry:
         kept.question = replace(kept.question, images=(), tools=(), tool_results=(), resumed=None)
         self._ended[answer_id] = kept
         kept.alarm = asyncio.get_running_loop().call_later(self._bounds.kept_s, self._forget, answer_id)
-        kept.counted = len(kept.events)
-        self._ended_events += kept.counted
-        while len(self._ended) > self._bounds.kept_max or (self._ended_events > self._bounds.ended_events_max and len(self._ended) > 1):
+        kept.counted = len(kept.events), kept.events.bytes
+        self._ended_events += kept.counted[0]
+        self._ended_bytes += kept.counted[1]
+        while len(self._ended) > self._bounds.kept_max or (self._is_full and len(self._ended) > 1):
             self._forget(next(iter(self._ended)))
+
+    @property
+    def _is_full(self) -> bool:
+        return self._ended_events > self._bounds.ended_events_max or self._ended_bytes > self._bounds.ended_bytes_max
 
     def _forget(self, answer_id: str) -> None:
         kept = self._ended.pop(answer_id, None)
@@ -437,7 +445,8 @@ class Registry:
             return
         if kept.alarm is not None:
             kept.alarm.cancel()
-        self._ended_events -= kept.counted
+        self._ended_events -= kept.counted[0]
+        self._ended_bytes -= kept.counted[1]
 
 
 def _picture_bytes(question: Question) -> int:

@@ -223,9 +223,9 @@ async def test_stop_that_the_maker_did_not_hear_reaches_it_with_its_next_words(r
 
 
 async def test_oldest_ended_answers_go_first_when_there_are_too_many(producer: Producer, replica: Make) -> None:
-    """By number and by events; what only the books know is told to its owner as gone, and to nobody else at all."""
+    """By number, by events and by bytes; what only the books know is told to its owner as gone, and to nobody else at all."""
     producer.go.set()
-    for bounds in ({"kept_max": 2}, {"ended_events_max": 2}):
+    for bounds in ({"kept_max": 2}, {"ended_events_max": 2}, {"ended_bytes_max": 2}):
         one = replica("r1", {("alice", "a")}, **bounds)
         for answer_id in ("a", "b", "c"):
             await asyncio.gather((await began(one.answers, question(answer_id))).task)

@@ -5,8 +5,6 @@ One request: id and span, route, credential, rule, limit, endpoint; every error 
 
 import contextlib
 import functools
-import re
-import secrets
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ from services.gateway.kit import Kit
 from services.gateway.limits import LimitReached
 from services.gateway.page import Page
 from services.gateway.problems import MethodNotAllowed, status_of
+from services.gateway.request_ids import id_headers, request_id_of
 from services.gateway.rules import ROUTE_RULES, Rule
 
 log = structlog.get_logger(__name__)
@@ -119,7 +118,6 @@ SOCKETS = (Route("GET", "/v1/answers/ws", websocket.converse),)
 """Handshakes of WebSockets, with the rule of the handshake; each message follows the rule of its own route above."""
 
 PARAM_BYTES_MAX = 256
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
 
 
 class Router:
@@ -184,8 +182,7 @@ class Edge:
         began = time.perf_counter()
         set_current(None)  # a request on a kept connection may start in the context of the one before
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        asked_id = headers.get("x-request-id", "")
-        request_id = asked_id if _REQUEST_ID.fullmatch(asked_id) else secrets.token_hex(16)
+        request_id = request_id_of(headers.get("x-request-id", ""))
         method, path = scope["method"], scope["path"]
         route: Route | None = None
         failure: DomainError | None = None
@@ -210,9 +207,7 @@ class Edge:
                 exchange.extra_headers += [
                     *self._kit.browser.security_headers,
                     *self._kit.browser.cross_origin_headers(exchange.headers),
-                    (b"x-request-id", request_id.encode()),
-                    (b"request-id", request_id.encode()),
-                    (b"x-trace-id", exchange.trace_id.encode()),
+                    *id_headers(request_id, exchange.trace_id),
                 ]
                 if route is not None or failure is not None:
                     exchange.extra_headers.append(API_POLICY)

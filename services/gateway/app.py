@@ -201,7 +201,14 @@ class Edge:
         exchange: Exchange | None = None
         try:
             with telemetry.span(f"{method_name} {name}", kind=SpanKind.SERVER, parent=parent, **attributes) as span:
-                exchange = Exchange(scope, receive, send, request_id=request_id, body_stall_s=self._kit.body_stall_s)
+                exchange = Exchange(
+                    scope,
+                    receive,
+                    send,
+                    request_id=request_id,
+                    body_stall_s=self._kit.body_stall_s,
+                    write_stall_s=self._kit.timing.write_stall_s,
+                )
                 exchange.params = params
                 exchange.admit = functools.partial(self._admit_as, exchange)
                 exchange.extra_headers += [
@@ -281,7 +288,8 @@ class Edge:
         # What is shed is counted: a line for each would be the very work that there is no time for.
         if status_of(error) >= 500 and not isinstance(error, Overloaded):
             log.warning("request_failed", reason=error.reason, request_id=exchange.request_id, **_dependency(error))
-        await exchange.respond_problem(error, error.headers if isinstance(error, LimitReached) else ())
+        with contextlib.suppress(ClientLeft):
+            await exchange.respond_problem(error, error.headers if isinstance(error, LimitReached) else ())
 
 
 def _dependency(error: DomainError) -> dict[str, str]:

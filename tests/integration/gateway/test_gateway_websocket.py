@@ -189,7 +189,7 @@ async def test_a_page_of_others_cannot_use_the_cookie(origin: str) -> None:
 
     def handshake(**headers: str) -> Exchange:
         pairs = [(name.encode(), value.encode()) for name, value in {"host": "127.0.0.1:8080", **headers}.items()]
-        return Exchange({"method": "GET", "headers": pairs}, nothing, nothing, request_id="r", body_stall_s=1)
+        return Exchange({"method": "GET", "headers": pairs}, nothing, nothing, request_id="r", body_stall_s=1, write_stall_s=1)
 
     with pytest.raises(NotAllowed):
         refuse_foreign_page(handshake(cookie="session=x", origin=origin))

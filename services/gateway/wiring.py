@@ -60,9 +60,10 @@ class EdgeServer(Server):
         *,
         reflect: bool,
         tls: MutualTls | None,
+        tells_dependencies: bool,
     ) -> None:
         # Callers from outside have no certificate of ours: their token says who they are.
-        super().__init__(identify, reflect=reflect, tls=tls, verify_clients=False)
+        super().__init__(identify, reflect=reflect, tls=tls, verify_clients=False, tells_dependencies=tells_dependencies)
         self.http = http
         self._http_port = http_port
         self.operations = operations
@@ -160,6 +161,7 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
             kit.draining,
             reflect=reflect,
             tls=settings.mutual_tls(),
+            tells_dependencies=not apart,
         )
         server.add(add_GatewayServiceServicer_to_server, GatewayService(kit), SERVICE_NAME)
         probes = {peer.name: peer.probe for peer in backends.all}

@@ -11,13 +11,14 @@ from pathlib import Path
 import grpc
 import httpx
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.chassis.config import SettingsError
 from services.chassis.lifecycle import started
 from services.chassis.passport import Passport
 from services.chassis.principal import Principal
 from services.gateway.http_listener import HttpListener
-from services.gateway.wiring import EdgeServer, build
+from services.gateway.wiring import SERVICE_NAME, EdgeServer, build
 from services.local.processes import grpc_health
 from services.local.stores import Valkey, free_port
 from tailrace.gateway.v1.gateway_service_pb2_grpc import GatewayServiceStub
@@ -216,7 +217,9 @@ async def test_in_production_metrics_are_not_served_to_strangers(front: Front, v
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await channel.unary_unary("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")(b"")
+            health = await health_pb2_grpc.HealthStub(channel).List(health_pb2.HealthListRequest())
 
+    assert set(health.statuses) == {"", SERVICE_NAME}
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 

@@ -63,9 +63,10 @@ class EdgeServer(Server):
         *,
         reflect: bool,
         tls: MutualTls | None,
+        tells_dependencies: bool,
     ) -> None:
         # Callers from outside have no certificate of ours: their token says who they are.
-        super().__init__(identify, reflect=reflect, tls=tls, verify_clients=False)
+        super().__init__(identify, reflect=reflect, tls=tls, verify_clients=False, tells_dependencies=tells_dependencies)
         self.http = http
         self._http_port = http_port
         self.operations = operations
@@ -169,6 +170,7 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
             calls.interrupt_all,
             reflect=reflect,
             tls=settings.mutual_tls(),
+            tells_dependencies=not apart,
         )
         server.add(add_GatewayServiceServicer_to_server, calls, SERVICE_NAME)
         probes = {peer.name: peer.probe for peer in backends.all}

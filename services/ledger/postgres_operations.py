@@ -22,7 +22,7 @@ from services.ledger.paging import Page
 from services.ledger.postgres_database import Connection, Database
 from services.ledger.postgres_holds import HOLD_COLUMNS, PostgresHolds, encoded, usage_columns, usage_of
 from services.ledger.postgres_prices import PostgresPrices
-from services.ledger.roller import kept_since
+from services.ledger.roller import months_kept_since
 
 RECORDING_MAX = 4
 """Batches that are booked side by side. The others wait here, where they leave connections to those whose first token waits."""
@@ -147,8 +147,8 @@ class PostgresOperations:
             return [await self._duplicate(connection, booked[0])]
 
     def _purged(self, operation: Operation) -> bool:
-        """Whether the operation is so old that its row is removed. Then only its holds still know that it was recorded before."""
-        return bool(self._retention_days) and operation.created_at < kept_since(self._clock.now(), self._retention_days)
+        """Whether the operation is of a month that is dropped. Then only its holds still know that it was recorded before."""
+        return bool(self._retention_days) and operation.created_at < months_kept_since(self._clock.now(), self._retention_days)
 
     async def _baseline_price(self, operation: Operation, connection: Connection) -> Price | None:
         """What the operation's tier is compared with; None without a tier, or a price at that time."""

@@ -313,7 +313,7 @@ def reconcile(
         typer.echo(f"tailrace: {file}: {error}", err=True)
         raise typer.Exit(2) from None
     typer.echo(table(report))
-    raise typer.Exit(1 if report.worst > bound or report.unknown_requests else 0)
+    raise typer.Exit(1 if report.worst > bound or report.unknown_requests or report.unpriced else 0)
 
 
 @app.command()

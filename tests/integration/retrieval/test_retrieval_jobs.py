@@ -15,9 +15,10 @@ from qdrant_client import AsyncQdrantClient
 
 from services.chassis.afterwork import AfterWork
 from services.chassis.clock import SystemClock
-from services.chassis.errors import DocumentRejected, NotFound, Unavailable
+from services.chassis.errors import DocumentRejected, NotFound, Overloaded, Unavailable
 from services.chassis.principal import Principal
 from services.local.stores import Valkey
+from services.retrieval import ingest
 from services.retrieval.access import everything_of
 from services.retrieval.domain import Extracted, Progress, Stage, Upload
 from services.retrieval.edge_bm25 import EdgeBm25
@@ -53,8 +54,15 @@ async def store_of(valkey: Valkey, **settings: Any) -> AsyncIterator[RedisJobs]:
 
 
 async def hand_in(store: RedisJobs, job_id: str, index: int, content: bytes = b"text", *, staged: bool = False) -> Taken:
+    room = await store.reserve(job_id, index, len(content))
+    return await put(store, job_id, index, content, staged=staged) if room.taken is Taken.TAKEN else room.taken
+
+
+async def put(store: RedisJobs, job_id: str, index: int, content: bytes = b"text", *, staged: bool = False) -> Taken:
+    """A document that room was asked for."""
     upload = Upload(b"", source_uri=f"{index}.txt")
-    return await store.add(job_id, upload, Progress(index, upload.name, Stage.RECEIVED, bytes=len(content)), [content], staged=staged)
+    received = Progress(index, upload.name, Stage.RECEIVED, bytes=len(content))
+    return Taken.TAKEN if await store.add(job_id, upload, received, [content], staged=staged) else Taken.CLOSED
 
 
 async def begun(store: RedisJobs, owner: Owner, documents: int) -> str:
@@ -172,6 +180,96 @@ async def test_a_full_store_says_so_and_one_job_cannot_fill_it(own: Valkey) -> N
 
         assert Taken.TAKEN == await hand_in(store, three, 0, b"x" * 50)
         assert 0 == await store.retry(one, None)
+
+
+async def test_room_that_one_replica_has_reserved_is_not_given_by_another(own: Valkey) -> None:
+    """Nor twice to one job: whoever asks again has only the last."""
+    async with store_of(own, bytes_max=100) as here, store_of(own, bytes_max=100) as there:
+        one, two = str(uuid.uuid4()), str(uuid.uuid4())
+        await here.begin(one, ANN)
+        await there.begin(two, BOB)
+        asked = [(await store.reserve(job, 0, 60)).taken for store, job in ((here, one), (here, one), (there, two))]
+
+        assert [Taken.TAKEN, Taken.TAKEN, Taken.FULL] == asked
+        assert Taken.TAKEN == await put(here, one, 0, b"x" * 60)
+        assert Taken.FULL == (await there.reserve(two, 0, 60)).taken
+        assert Taken.TAKEN == (await there.reserve(two, 0, 40)).taken
+
+
+@pytest.mark.parametrize("end", ["close", "cancel", "death"])
+async def test_room_that_was_reserved_for_nothing_is_given_back(own: Valkey, end: str) -> None:
+    """However its job ends; and what comes after that is not kept, and leaves nothing."""
+    async with store_of(own, bytes_max=100, lease_s=0.2) as dying, store_of(own, bytes_max=100) as living:
+        one, two = str(uuid.uuid4()), str(uuid.uuid4())
+        await dying.begin(one, ANN)
+        await living.begin(two, BOB)
+        await dying.reserve(one, 0, 100)
+        before = (await living.reserve(two, 0, 100)).taken
+        if end == "close":
+            await living.close(one, commit=True)
+        elif end == "cancel":
+            await living.cancel(one, None)
+        async with asyncio.timeout(10):
+            while (after := (await living.reserve(two, 0, 100)).taken) is not Taken.TAKEN:
+                await living.beat()
+                await asyncio.sleep(0.02)
+
+        assert (Taken.FULL, Taken.TAKEN) == (before, after)
+        assert Taken.CLOSED == await put(dying, one, 0, b"x" * 100)
+        async with redis.Redis.from_url(own.url) as client:
+            assert [] == await client.keys("*content*")
+
+
+def receiving(store: RedisJobs) -> Ingestion:
+    """An ingestion whose workers stand still."""
+    new_id = lambda: str(uuid.uuid4())  # noqa: E731
+    return Ingestion(cast(Pipeline, None), store, AfterWork(), new_id, workers=0, lease_s=30.0, buffer=Buffer(10**9))
+
+
+async def test_a_document_that_waits_for_room_is_sent_once(own: Valkey) -> None:
+    """However long its job has its share; the store hears short questions only, and fewer and fewer of them."""
+    content = b"x" * 400_000
+    async with store_of(own, bytes_max=10**6) as store, redis.Redis.from_url(own.url) as client:
+        job = await receiving(store).begin(ANN, detach=False)
+        assert Taken.TAKEN == await hand_in(store, job.job_id, 0, content)
+        await client.config_resetstat()
+        waiting = asyncio.create_task(
+            job.add(Upload(b"", source_uri="1.txt"), Progress(1, "1.txt", Stage.RECEIVED, bytes=400_000), [content], staged=False)
+        )
+        asked = 0
+        async with asyncio.timeout(30):
+            while asked < 6:
+                asked = (await client.info("commandstats")).get("cmdstat_evalsha", {}).get("calls", 0)
+                await asyncio.sleep(0.02)
+        while_waiting = (await client.info("stats"))["total_net_input_bytes"]
+        await store.record([at(await claimed(store), Stage.INDEXED)])
+        async with asyncio.timeout(10):
+            assert await waiting
+        at_the_end = (await client.info("stats"))["total_net_input_bytes"]
+
+    assert while_waiting < 100_000
+    assert 400_000 < at_the_end < 500_000
+
+
+async def test_who_waits_for_room_while_nothing_moves_is_refused_at_last(own: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as any ingestion tells progress it waits on."""
+    monkeypatch.setattr(ingest, "STILL_WAIT_S", 0.5)
+    async with store_of(own, bytes_max=100) as store:
+        job = await receiving(store).begin(ANN, detach=False)
+        assert Taken.TAKEN == await hand_in(store, job.job_id, 0, b"x" * 50)
+        other = await begun(store, BOB, 1)
+        theirs = next(claim for claim in (await claimed(store), await claimed(store)) if claim.job_id == other)
+        upload, received = Upload(b"", source_uri="1.txt"), Progress(1, "1.txt", Stage.RECEIVED, bytes=50)
+        waiting = asyncio.create_task(job.add(upload, received, [b"x" * 50], staged=False))
+        for done in range(10):
+            await store.record([at(theirs, Stage.CHUNKED, chunks_done=done)])
+            await asyncio.sleep(0.2)
+        patient = not waiting.done()
+        with pytest.raises(Overloaded):
+            async with asyncio.timeout(30):
+                await waiting
+
+    assert patient
 
 
 async def test_too_many_jobs_are_refused_and_old_ones_forgotten(own: Valkey) -> None:

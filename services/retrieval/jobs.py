@@ -3,7 +3,7 @@
 No store's client and no step of an ingestion is here.
 """
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -169,6 +169,6 @@ class JobStore(Protocol):
 
     async def check(self) -> None: ...
 
-    def turn(self, document_id: str) -> AbstractAsyncContextManager[None]:
-        """Be the only one, of all replicas, who changes this document."""
+    def turn(self, document_id: str) -> AbstractAsyncContextManager[Callable[[], Awaitable[None]]]:
+        """Be the only one, of all replicas, who changes this document. What it yields raises Unavailable once that is so no more."""
         ...

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -346,7 +346,7 @@ end
 """
 
 _YIELD_TURN = "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end"
-_KEEP_TURN = "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('PEXPIRE', KEYS[1], ARGV[2]) end"
+_KEEP_TURN = "return redis.call('GET', KEYS[1]) == ARGV[1] and redis.call('PEXPIRE', KEYS[1], ARGV[2]) or 0"
 
 
 class RedisJobs:
@@ -502,10 +502,11 @@ class RedisJobs:
             await self._client.ping()
 
     @contextlib.asynccontextmanager
-    async def turn(self, document_id: str) -> AsyncIterator[None]:
+    async def turn(self, document_id: str) -> AsyncIterator[Callable[[], Awaitable[None]]]:
         """Wait until nobody else changes the document. Raises Overloaded if that takes too long.
 
-        The turn is kept by a lease, so that a replica that dies in it stops nobody for long.
+        The turn is kept by a lease, so that a replica that dies in it stops nobody for long. One that only stood still learns from what
+        this yields that it has lost it.
         """
         place, mine = f"{PREFIX}turn:{document_id}", secrets.token_hex(8)
         give_up = time.monotonic() + TURN_WAIT_S
@@ -516,9 +517,15 @@ class RedisJobs:
             if time.monotonic() > give_up:
                 raise Overloaded("the document is being changed by another", retry_after_ms=5000)
             await asyncio.sleep(TURN_RETRY_S)
+
+        async def renew() -> None:
+            async with self._asking():
+                if not await self._client.eval(_KEEP_TURN, 1, place, mine, TURN_LEASE_MS):
+                    raise Unavailable("the document was taken over by another while this replica stood still", dependency="redis")
+
         keeping = asyncio.create_task(self._keep_turn(place, mine), name="keep the turn")
         try:
-            yield
+            yield renew
         finally:
             await ended(keeping)
             with contextlib.suppress(Unavailable):  # then the lease ends it

@@ -26,7 +26,7 @@ from services.retrieval.edge_store import EdgeStore
 from services.retrieval.ingest import Buffer, Ingestion, Pipeline
 from services.retrieval.jobs import Claim, JobStore, Owner, Taken, Told
 from services.retrieval.parsers import read
-from services.retrieval.ports import CHUNKS, DOCUMENTS, SYSTEM_TENANT, Filter
+from services.retrieval.ports import CHUNKS, DOCUMENTS, SYSTEM_TENANT, Filter, Space
 from services.retrieval.qdrant_store import QdrantStore
 from services.retrieval.redis_jobs import RedisJobs
 from services.retrieval.registry import Registry
@@ -330,6 +330,58 @@ async def test_two_replicas_that_change_one_document_leave_one_version_and_no_or
         assert "v7" == latest.content_sha256
         assert (3, 0) == (await vectors.count(CHUNKS, Filter(TENANT)), await vectors.count(DOCUMENTS, intents))
         assert [f"v7 {ordinal}" for ordinal in range(3)] == [row.chunk.text for row in await registries[1].chunks(latest, 0, 9)]
+    await vectors.close()
+
+
+class StandingStill:
+    """A store as a process sees it that stands still before one of its writes, as under SIGSTOP, until it is let go."""
+
+    def __init__(self, store: QdrantStore, space: Space) -> None:
+        self._store, self._space = store, space
+        self.stands, self.goes_on = asyncio.Event(), asyncio.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        work = getattr(self._store, name)
+
+        async def call(space: Space, *args: Any, **kwargs: Any) -> Any:
+            if (name, space) == ("upsert", self._space) and not self.stands.is_set():
+                self.stands.set()
+                await self.goes_on.wait()
+            return await work(space, *args, **kwargs)
+
+        return call
+
+
+@pytest.mark.filterwarnings("ignore:Payload indexes have no effect")
+@pytest.mark.parametrize("change", ["replace", "delete"])
+async def test_a_replica_that_stood_still_undoes_nothing_that_came_after_it(own: Valkey, change: str) -> None:
+    """Its turn ran out in the middle of a change and another wrote a later version: that stays, whole, and alone."""
+    vectors = QdrantStore(AsyncQdrantClient(":memory:"), 2, "any")
+    await vectors.prepare()
+    async with store_of(own) as one, store_of(own) as other, redis.Redis.from_url(own.url) as client:
+        still = StandingStill(vectors, CHUNKS if change == "replace" else DOCUMENTS)
+        sleeper, awake = Registry(cast(Any, still), SystemClock(), turn=one.turn), Registry(vectors, SystemClock(), turn=other.turn)
+        if change == "delete":
+            first, *rest = draft("v0")
+            await awake.replace(first, *rest)
+        document, *rest = draft("v1")
+        id_ = document.document_id
+        work = sleeper.replace(replace(document, received=1), *rest) if change == "replace" else sleeper.delete(TENANT, id_)
+        stopped = asyncio.create_task(work)
+        await still.stands.wait()
+        (turn,) = await client.keys("*turn:*")
+        await client.delete(turn)  # what the lease does after its time
+        later, *rest = draft("v2")
+        await awake.replace(replace(later, received=2), *rest)
+        still.goes_on.set()
+        with pytest.raises(Unavailable):
+            await stopped
+        latest = await awake.document(everything_of(TENANT), id_)
+
+        assert "v2" == latest.content_sha256
+        assert [f"v2 {ordinal}" for ordinal in range(3)] == [row.chunk.text for row in await awake.chunks(latest, 0, 9)]
+        intents = Filter(SYSTEM_TENANT, equal={"kind": "intent"})
+        assert (3, 0) == (await vectors.count(CHUNKS, Filter(TENANT)), await vectors.count(DOCUMENTS, intents))
     await vectors.close()
 
 

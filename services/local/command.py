@@ -581,6 +581,9 @@ def _shown(total: int, as_json: bool) -> Iterator[Callable[[tailrace.Progress], 
                 bars.advance(everything)
                 if progress.stage == "failed":
                     bars.console.print(f"{progress.name}: {progress.error_detail or progress.error_reason}", markup=False, highlight=False)
+                elif progress.unread_pages:
+                    text = f"{progress.name}: pages {progress.unread_pages} are pictures, nothing on them will be found"
+                    bars.console.print(text, markup=False, highlight=False)
                 return
             if key not in under_way:
                 under_way[key] = bars.add_task(progress.name, total=None, stage=progress.stage)

@@ -22,7 +22,7 @@ from services.chassis.telemetry import span
 from services.retrieval import facts
 from services.retrieval.access import everything_of, readers_of
 from services.retrieval.chunking import CUT, chunked, in_context
-from services.retrieval.domain import Chunk, Document, Extracted, Progress, Stage, Upload, Viewer, document_id
+from services.retrieval.domain import Chunk, Document, Extracted, Progress, Stage, Upload, Viewer, document_id, page_list
 from services.retrieval.jobs import Claim, JobState, JobStore, Owner, Taken, Told
 from services.retrieval.ports import Embedder, SparseEncoder, Vectors
 from services.retrieval.registry import Registry
@@ -395,7 +395,8 @@ class Ingestion:
         source_uri = upload.source_uri or upload.title or extracted.title or sha256
         title = (upload.title or extracted.title or PurePosixPath(source_uri).name)[:TITLE_CHARACTERS_MAX]
         id_ = document_id(tenant, upload.collection, source_uri)
-        state = replace(state, stage=Stage.PARSED, document_id=id_, name=upload.name or source_uri)
+        unread_pages = page_list(extracted.unread_pages)
+        state = replace(state, stage=Stage.PARSED, document_id=id_, name=upload.name or source_uri, unread_pages=unread_pages)
         tell(state)
         old = await pipeline.registry.prior(tenant, id_)
         readers = _readers(upload, old)
@@ -439,6 +440,7 @@ class Ingestion:
             received=claim.received,
             language=language,
             cut=CUT,
+            unread_pages=unread_pages,
         )
 
         async def write() -> None:

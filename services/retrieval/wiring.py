@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import sys
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -10,6 +11,7 @@ import redis.asyncio as redis
 
 from services.chassis.afterwork import AfterWork
 from services.chassis.clock import SystemClock
+from services.chassis.config import SettingsError
 from services.chassis.lifecycle import Probe, Service
 from services.chassis.passport import Passport
 from services.chassis.server import Server, passport_identity
@@ -22,7 +24,7 @@ from services.retrieval.embedders import opened
 from services.retrieval.encoding_spaces import Encodings
 from services.retrieval.ingest import Buffer, Ingestion, Pipeline
 from services.retrieval.parsing import Limits, ParserPool
-from services.retrieval.ports import Embedder, Fusion, VectorStore
+from services.retrieval.ports import Embedder, Fusion, Ocr, VectorStore
 from services.retrieval.recall import Memory
 from services.retrieval.redis_jobs import RedisJobs
 from services.retrieval.reencoding import Reencoding
@@ -74,7 +76,7 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         reranking = await stack.enter_async_context(_reranking(settings))
         fusion = Fusion(settings.fusion, settings.fusion_prefetch, weights=weights)
         searcher = Searcher(store, registry, encodings, fusion, clock, reranking)
-        parsers = await stack.enter_async_context(ParserPool(_parser_limits(settings)).running())
+        parsers = await stack.enter_async_context(ParserPool(_parser_limits(settings), ocr_named(settings.ocr)).running())
         ingestion = Ingestion(
             Pipeline(embedder, sparse, registry, parsers.parse),
             jobs,
@@ -90,6 +92,18 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         offer(server, Memory(embedder, encodings, registry, answers, searcher), ingestion)
         probes: dict[str, Probe] = {"qdrant": upkeep.check, "redis": jobs.check}
         yield Service(server, settings.port, probes=probes, drain=ingestion.drain, stopping=ingestion.stop)
+
+
+def ocr_named(name: str) -> Ocr | None:
+    """The adapter that the settings name. Raises SettingsError if there is none of that name."""
+    if not name:
+        return None
+    module, _, attribute = name.partition(":")
+    try:
+        made: Ocr = getattr(importlib.import_module(module), attribute)()
+    except (ImportError, AttributeError) as error:
+        raise SettingsError(f"TAILRACE_RETRIEVAL_OCR: {name} cannot be had: {error}") from None
+    return made
 
 
 @contextlib.asynccontextmanager

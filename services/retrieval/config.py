@@ -143,6 +143,9 @@ class Settings(ServiceSettings):
     """Processes that read files side by side. They start when files come and end half a minute after the last one."""
     parse_timeout_s: float = Field(25, gt=0, le=600, validation_alias="TAILRACE_RETRIEVAL_PARSE_TIMEOUT_S")
     """Longest time for reading one file; it is refused after that and its process ended."""
+    ocr: str = Field("", max_length=200, pattern=r"^$|^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", validation_alias="TAILRACE_RETRIEVAL_OCR")
+    """What reads PDFs whose pages are all pictures, as `package.module:name`: called without arguments, it gives an `Ocr` of
+    services/retrieval/ports.py. Empty = none, and such files are refused with the cause `no_text`. It runs in the service itself."""
     parse_memory_mib: int = Field(448, ge=128, le=16_384, validation_alias="TAILRACE_RETRIEVAL_PARSE_MEMORY_MIB")
     """Most memory of one reading process, address space included: what is resident stays below it."""
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import sys
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -11,6 +12,7 @@ import redis.asyncio as redis
 from services.chassis.afterwork import AfterWork
 from services.chassis.channel import Caller, open_channel
 from services.chassis.clock import Clock, SystemClock
+from services.chassis.config import SettingsError
 from services.chassis.lifecycle import Probe, Service
 from services.chassis.passport import Passport
 from services.chassis.server import Server, passport_identity
@@ -25,7 +27,7 @@ from services.retrieval.encoding_spaces import Encodings
 from services.retrieval.ingest import Buffer, Ingestion, Pipeline
 from services.retrieval.paid_embedder import PaidEmbedder
 from services.retrieval.parsing import Limits, ParserPool
-from services.retrieval.ports import Embedder, EmbeddingBooks, Fusion, VectorStore
+from services.retrieval.ports import Embedder, EmbeddingBooks, Fusion, Ocr, VectorStore
 from services.retrieval.recall import Memory
 from services.retrieval.redis_jobs import RedisJobs
 from services.retrieval.reencoding import Reencoding
@@ -81,7 +83,7 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         reranking = await stack.enter_async_context(_reranking(settings))
         fusion = Fusion(settings.fusion, settings.fusion_prefetch, weights=weights)
         searcher = Searcher(store, registry, encodings, fusion, clock, reranking)
-        parsers = await stack.enter_async_context(ParserPool(_parser_limits(settings)).running())
+        parsers = await stack.enter_async_context(ParserPool(_parser_limits(settings), ocr_named(settings.ocr)).running())
         ingestion = Ingestion(
             Pipeline(embedder, sparse, registry, parsers.parse),
             jobs,
@@ -96,6 +98,18 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         offer(server, Memory(embedder, encodings, registry, answers, searcher), ingestion)
         probes: dict[str, Probe] = {"qdrant": upkeep.check, "redis": jobs.check}
         yield Service(server, settings.port, probes=probes, drain=ingestion.drain, stopping=ingestion.stop)
+
+
+def ocr_named(name: str) -> Ocr | None:
+    """The adapter that the settings name. Raises SettingsError if there is none of that name."""
+    if not name:
+        return None
+    module, _, attribute = name.partition(":")
+    try:
+        made: Ocr = getattr(importlib.import_module(module), attribute)()
+    except (ImportError, AttributeError) as error:
+        raise SettingsError(f"TAILRACE_RETRIEVAL_OCR: {name} cannot be had: {error}") from None
+    return made
 
 
 @contextlib.asynccontextmanager

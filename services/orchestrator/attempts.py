@@ -52,6 +52,8 @@ class _Call:
     prompt: Prompt
     output_tokens_max: int
     draft: Draft
+    shortens: bool = True
+    """Whether a shorter answer will do where the budget cannot pay the whole one."""
     hold: Hold | None = None
     began_at: float = 0.0
     first_output_at: float = 0.0
@@ -103,7 +105,10 @@ async def _draft_of(run: Run, prompt: Prompt, route: Route) -> Draft:
         tokens_max = min(
             run.question.output_tokens_max, candidate.output_tokens_max, route.output_tokens_max or candidate.output_tokens_max
         )
-        call = _Call(run.next_attempt(), candidate, given, max(1, tokens_max - tokens_so_far), Draft(run.write))
+        has_cheaper = route.cheaper is not None and not so_far
+        output_tokens_max = max(1, tokens_max - tokens_so_far)
+        # A whole answer of a cheaper model is better than the beginning of a dear one.
+        call = _Call(run.next_attempt(), candidate, given, output_tokens_max, Draft(run.write), shortens=not has_cheaper)
         try:
             with run.step("hold") as step:
                 await _hold(run, call, step)
@@ -111,7 +116,7 @@ async def _draft_of(run: Run, prompt: Prompt, route: Route) -> Draft:
                 step.note(tier=route.tier, choice=run.choices[-1].reason)
                 await _generate(run, call, step)
         except BudgetExhausted:
-            if route.cheaper is None or so_far:
+            if route.cheaper is None or not has_cheaper:
                 raise
             return await _draft_of(run, prompt, route.cheaper)
         except DomainError as failure:
@@ -180,7 +185,7 @@ async def _reserve(run: Run, call: _Call, ttl_ms: int) -> Hold:
     credit, asked, began = run.kit.credit, run.question, time.monotonic()
     covered = credit.covers(asked.principal)
     bounds = (call.candidate, call.prompt.input_tokens_max, call.output_tokens_max)
-    least = min(run.kit.limits.output_tokens_min, call.output_tokens_max)
+    least = min(run.kit.limits.output_tokens_min, call.output_tokens_max) if call.shortens else 0
     try:
         try:
             # Nothing is shortened for want of money that we hold ourselves.

@@ -476,6 +476,20 @@ async def test_budget_that_cannot_pay_the_tier_may_pay_a_cheaper_one(claude: Wor
     assert [(choice.tier, choice.reason) for choice in reply.done.choices] == [("thrifty", "first"), ("alone", "budget")]
 
 
+@pytest.mark.parametrize(
+    ("dear", "cheap", "model", "written"), [(300, 4_000, "claude-haiku-5-5", 1_000), (300, 400, "claude-haiku-5-5", 400)]
+)
+async def test_a_whole_answer_of_the_cheaper_tier_is_better_than_a_short_one_of_the_dear(
+    claude: World, dear: int, cheap: int, model: str, written: int
+) -> None:
+    """Nothing is shortened while there is a cheaper way; the last way is, if it must be."""
+    claude.ledger.affordable_of = {"claude-sonnet-5-5": dear, "claude-haiku-5-5": cheap}
+    claude.behave(tokens=2_000)
+    reply = await claude.ask(QUESTION, tier="thrifty", max_output_tokens=1_000)
+
+    assert (reply.done.model, reply.done.usage.output_tokens) == (model, written)
+
+
 async def test_models_file_is_read_again_when_it_changes_and_a_broken_one_changes_nothing(claude: World, tmp_path: Path) -> None:
     """Nothing is restarted for a change, and nothing stops for a mistake."""
     path = Path(claude.settings.models_file)

@@ -13,7 +13,7 @@ import httpx2
 import msgspec
 import orjson
 
-from services.chassis.errors import DomainError, ModelFailed, ModelMisconfigured, ModelOverloaded, ModelRefused
+from services.chassis.errors import DomainError, ModelFailed, ModelMisconfigured, ModelRefused
 from services.orchestrator.domain import Candidate, Draft, Message, Prompt
 from services.orchestrator.model_stream import (
     BRIEF_BELOW_TOKENS,
@@ -24,6 +24,7 @@ from services.orchestrator.model_stream import (
     bounded_silence,
     broken_off,
     follow,
+    overloaded,
     refused,
     retry_after_ms,
     sealed,
@@ -333,7 +334,7 @@ def _failed_midway(provider: str, event: _Event) -> DomainError:
     """The error inside a stream that began well: its HTTP status was 200, so only the body tells."""
     kind = event.error.type if event.error is not None else ""
     if kind in ("overloaded_error", "rate_limit_error"):
-        return ModelOverloaded("the provider is overloaded", provider=provider)
+        return overloaded(provider, limited=kind == "rate_limit_error")
     if kind in ("authentication_error", "permission_error", "billing_error"):
         return ModelMisconfigured("the provider does not accept our key", provider=provider)
     if kind == "invalid_request_error":

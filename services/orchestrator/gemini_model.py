@@ -13,7 +13,7 @@ import msgspec
 from google import genai
 from google.genai import errors, types
 
-from services.chassis.errors import DomainError, ModelFailed, ModelMisconfigured, ModelOverloaded, ModelRefused
+from services.chassis.errors import DomainError, ModelFailed, ModelMisconfigured, ModelRefused
 from services.orchestrator.domain import Candidate, Draft, Message, Prompt, ToolCall
 from services.orchestrator.model_stream import (
     BRIEF_BELOW_TOKENS,
@@ -24,6 +24,7 @@ from services.orchestrator.model_stream import (
     bounded_silence,
     broken_off,
     follow,
+    overloaded,
     refused,
     retry_after_ms,
     sealed,
@@ -298,7 +299,7 @@ def _failed_midway(provider: str, error: _Error) -> DomainError:
     if error.code in (401, 403) or error.status in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
         return ModelMisconfigured("the provider does not accept our key", provider=provider)
     if error.code in (429, 503) or error.status in ("RESOURCE_EXHAUSTED", "UNAVAILABLE"):
-        return ModelOverloaded("the provider is overloaded", provider=provider)
+        return overloaded(provider, limited=error.code == 429 or error.status == "RESOURCE_EXHAUSTED")
     if error.code == 400 or error.status == "INVALID_ARGUMENT":
         return ModelRefused("the provider refused the request", provider=provider)
     return ModelFailed("the provider failed", provider=provider, cause=(error.status or "error")[:64])

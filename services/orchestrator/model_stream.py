@@ -309,6 +309,13 @@ def refused(provider: str, status: int, *, busy: bool = False, retry_after_ms: i
     return ModelRefused("the provider refused the request", provider=provider, status=status)
 
 
+def overloaded(provider: str, *, limited: bool) -> ModelOverloaded:
+    """An overload, or a limit of ours, that is told in a stream that began well. A limit has the status it would have had at the begin."""
+    if limited:
+        return ModelOverloaded("the provider limits us", provider=provider, status=429)
+    return ModelOverloaded("the provider is overloaded", provider=provider)
+
+
 def retry_after_ms(headers: Mapping[str, str]) -> int | None:
     """What the provider asks us to wait; see RFC 9110, section 10.2.3."""
     try:

@@ -14,7 +14,7 @@ import httpx2
 import msgspec
 import openai
 
-from services.chassis.errors import DomainError, ModelFailed, ModelMisconfigured, ModelOverloaded, ModelRefused
+from services.chassis.errors import DomainError, ModelFailed, ModelMisconfigured, ModelRefused
 from services.orchestrator.domain import Candidate, Draft, Image, Prompt
 from services.orchestrator.model_stream import (
     CONNECTIONS_MAX,
@@ -23,6 +23,7 @@ from services.orchestrator.model_stream import (
     bounded_silence,
     broken_off,
     follow,
+    overloaded,
     refused,
     retry_after_ms,
     unreachable,
@@ -35,7 +36,8 @@ NO_KEY = "none"
 """Sent to servers of one's own that want no key; the package insists on one."""
 _OWN_HOSTS = (".openai.com", ".openai.azure.com", ".cognitiveservices.azure.com", ".services.ai.azure.com")
 _GENERATION = re.compile(r"gpt-(\d+)(?:\.(\d+))?")
-_BUSY = frozenset({"rate_limit_exceeded", "rate_limit_error", "server_is_overloaded", "overloaded_error", "slow_down", "too_many_requests"})
+_LIMITED = frozenset({"rate_limit_exceeded", "rate_limit_error", "too_many_requests"})
+_BUSY = _LIMITED | {"server_is_overloaded", "overloaded_error", "slow_down"}
 _KEY = frozenset({"insufficient_quota", "billing_hard_limit_reached", "invalid_api_key", "authentication_error", "permission_denied"})
 _OVERFLOW = frozenset({"context_length_exceeded", "exceed_context_size_error"})
 _REQUEST = re.compile(r"invalid|image_|_image|unsupported|_policy|data_residency")
@@ -91,7 +93,7 @@ def failed_midway(reading: Reading, error: ErrorBody) -> DomainError:
     if kinds & _KEY or code in ("401", "403"):
         return ModelMisconfigured("the provider does not accept our key", provider=provider)
     if kinds & _BUSY or code in ("429", "503", "529"):
-        return ModelOverloaded("the provider is overloaded", provider=provider)
+        return overloaded(provider, limited=bool(kinds & _LIMITED) or code == "429")
     if kinds & _OVERFLOW:
         return ModelRefused("the prompt does not fit into the model's context", provider=provider, cause="context_window")
     if any(_REQUEST.search(kind) for kind in kinds) or code == "400":

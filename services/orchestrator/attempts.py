@@ -32,7 +32,7 @@ log = structlog.get_logger(__name__)
 
 GENERATE_LEAST_S = 0.1
 """With less time than this left no provider answers, so none is asked."""
-HEALABLE = frozenset({"empty", "repeated", "citation_unknown", "ungrounded", "schema", "prompt_leaked", "unsafe_markdown"})
+HEALABLE = frozenset({"empty", "repeated", "citation_unknown", "ungrounded", "prompt_leaked", "unsafe_markdown"})
 """Verdicts that another model could escape. A refusal is an answer, and what was cut at the bound would be cut again."""
 MARK_TOKENS_MIN, MARK_TOKENS_MAX, MARK_S = 8, 64, 1.0
 """How much output of any kind, or time with it, may pass between two marks of what to book should we die: as much as there is, within these
@@ -91,6 +91,7 @@ async def first_draft(run: Run, prompt: Prompt) -> Draft:
 async def _draft_of(run: Run, prompt: Prompt, route: Route) -> Draft:
     """Ask the candidates of one route, one call at a time. Raises the last failure."""
     health, asked, reason = run.kit.health, list[Candidate](), ""
+    failed: DomainError | None = None
     so_far, tokens_so_far = list[str](), 0
     candidate, given = first_choice(route.candidates, health), prompt
     if candidate is not route.candidates[0]:
@@ -119,7 +120,14 @@ async def _draft_of(run: Run, prompt: Prompt, route: Route) -> Draft:
             if route.cheaper is None or not has_cheaper:
                 raise
             return await _draft_of(run, prompt, route.cheaper)
+        except PriceUnknown as unpriced:
+            log.error("model_without_price", provider=candidate.provider, model=candidate.model)
+            if not (left := [other for other in route.candidates if other not in asked]):
+                raise failed or unpriced from None
+            candidate, reason = first_choice(left, health), "no_price"
+            continue
         except DomainError as failure:
+            failed = failure
             if call.hold is None:
                 raise
             if call.draft.has_content and not run.holding:

@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from bench.script import Behaviour, Record, ScriptedCall
-from services.chassis.errors import DomainError
+from services.chassis.errors import DomainError, PriceUnknown
 from services.local.stores import Valkey
 from tailrace.ledger.v1 import ledger_service_pb2 as ledger_pb
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as pb
@@ -476,6 +476,21 @@ async def test_budget_that_cannot_pay_the_tier_may_pay_a_cheaper_one(claude: Wor
 
     assert (reply.done.model, reply.done.tier) == ("claude-haiku-5-5", "thrifty")
     assert [(choice.tier, choice.reason) for choice in reply.done.choices] == [("thrifty", "first"), ("alone", "budget")]
+
+
+async def test_a_model_without_a_price_is_passed_over(claude: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is given away, and the tier's other models are asked; only if none has a price is that the answer's end."""
+    monkeypatch.delitem(PRICES, "claude-haiku-5-5")
+    reply = await claude.ask(QUESTION, cache=pb.CACHE_MODE_OFF)
+    monkeypatch.delitem(PRICES, "claude-sonnet-5-5")
+    with pytest.raises(PriceUnknown):
+        await claude.ask(QUESTION, cache=pb.CACHE_MODE_OFF)
+
+    assert [(choice.model, choice.reason) for choice in reply.done.choices] == [
+        ("claude-haiku-5-5", "first"),
+        ("claude-sonnet-5-5", "no_price"),
+    ]
+    assert [record.model for record in claude.provider.records] == ["claude-sonnet-5-5"]
 
 
 @pytest.mark.parametrize(

@@ -788,7 +788,7 @@ class Done(_message.Message):
     """True if any count is our estimate, because the provider did not report it."""
     verdict: _builtins.str
     """`passed`, or what the checks found: `cut`, `refused`, `empty`, `repeated`, `context_overflow`, `citation_unknown`, `ungrounded`,
-    `schema`, `prompt_leaked` or `unsafe_markdown`.
+    `prompt_leaked` or `unsafe_markdown`.
     """
     first_token_ms: _builtins.float
     """Accepted to the first text, in milliseconds."""
@@ -861,7 +861,9 @@ class Choice(_message.Message):
     tier: _builtins.str
     """Tier it was chosen from."""
     reason: _builtins.str
-    """`asked`, `first`, `weighted`, `easy`, `hard`, `budget`, `context`, `capability`, `plan`, `fell_over`, `escalated` or `continued`."""
+    """`asked`, `first`, `weighted`, `easy`, `hard`, `budget`, `context`, `capability`, `plan`, `fell_over`, `escalated`, `continued` or
+    `no_price`: the one before it has no price, and was not asked.
+    """
     difficulty: _builtins.float
     """How hard the question looked, 0-1. Unset = not measured."""
     def __init__(

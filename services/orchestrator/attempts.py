@@ -284,6 +284,8 @@ async def _generate(run: Run, call: _Call, step: StepRecord) -> None:
             run.model = attempt.model
             step.note(attempt=call.number, provider=candidate.provider, model=attempt.model)
             step.note(input_tokens=attempt.usage.prompt_tokens, output_tokens=attempt.usage.output_tokens)
+            if attempt.reasoning_tokens:
+                step.note(reasoning_tokens=attempt.reasoning_tokens)
             running.set_attribute(telemetry.GEN_AI_RESPONSE_MODEL, attempt.model)
             running.set_attribute(telemetry.GEN_AI_INPUT_TOKENS, attempt.usage.prompt_tokens)
             running.set_attribute(telemetry.GEN_AI_OUTPUT_TOKENS, attempt.usage.output_tokens)
@@ -362,4 +364,5 @@ def _account(call: _Call, failure: BaseException | None) -> Attempt:
         not_sent=not call.draft.sent,
         lease_id=call.hold.lease_id if call.hold is not None else "",
         drawn_nanousd=call.hold.amount_nanousd if call.hold is not None and call.hold.lease_id else 0,
+        reasoning_tokens=min(call.draft.reasoning_tokens, usage.output_tokens),
     )

@@ -51,12 +51,17 @@ class _CacheCreation(msgspec.Struct):
     ephemeral_1h_input_tokens: int | None = None
 
 
+class _OutputDetails(msgspec.Struct):
+    thinking_tokens: int | None = None
+
+
 class _Usage(msgspec.Struct):
     input_tokens: int | None = None
     output_tokens: int | None = None
     cache_read_input_tokens: int | None = None
     cache_creation_input_tokens: int | None = None
     cache_creation: _CacheCreation | None = None
+    output_tokens_details: _OutputDetails | None = None
 
 
 class _Message(msgspec.Struct):
@@ -178,6 +183,8 @@ class ClaudeReading(Reading):
             draft.input_tokens = max(0, usage.input_tokens)
         if usage.output_tokens is not None:
             draft.output_tokens = max(0, usage.output_tokens)
+        if usage.output_tokens_details is not None and usage.output_tokens_details.thinking_tokens is not None:
+            draft.reasoning_tokens = max(0, usage.output_tokens_details.thinking_tokens)
         if usage.cache_read_input_tokens is not None:
             draft.cache_read_tokens = max(0, usage.cache_read_input_tokens)
         if usage.cache_creation_input_tokens is not None:

@@ -415,6 +415,8 @@ class Draft:
     finish_reason: str = ""
     input_tokens: int | None = None
     output_tokens: int | None = None
+    reasoning_tokens: int = 0
+    """How many of the output tokens were reasoning, if the provider says so."""
     cache_read_tokens: int = 0
     cache_write_tokens: int = 0
     cache_write_1h_tokens: int = 0
@@ -499,6 +501,8 @@ class Attempt:
     not_sent: bool
     lease_id: str = ""
     drawn_nanousd: int = 0
+    reasoning_tokens: int = 0
+    """How many of the output tokens were reasoning. Told, never booked or priced besides them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -621,6 +625,7 @@ class Done:
     choices: tuple[Choice, ...] = ()
     groundedness: float | None = None
     sentences_judged: int = 0
+    reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -174,6 +174,7 @@ class GeminiReading(Reading):
                 return  # left out, although it can hardly be zero
             spoken = usage.total_token_count - prompt
         draft.output_tokens = max(0, (spoken or 0) + (thought or 0))
+        draft.reasoning_tokens = max(0, thought or 0)
         draft.usage_is_final = self.finished
 
 

@@ -66,6 +66,12 @@ class Details(msgspec.Struct):
     cache_write_tokens: int | None = None
 
 
+class OutputDetails(msgspec.Struct):
+    """The same for the output."""
+
+    reasoning_tokens: int | None = None
+
+
 class ErrorBody(msgspec.Struct):
     """An error as it stands in a stream."""
 
@@ -73,7 +79,7 @@ class ErrorBody(msgspec.Struct):
     code: str | int | None = None
 
 
-def count(draft: Draft, prompt: int | None, output: int | None, details: Details | None) -> None:
+def count(draft: Draft, prompt: int | None, output: int | None, details: Details | None, of_output: OutputDetails | None) -> None:
     """Take over what is reported. Cached tokens are counted inside the prompt's there, and reasoning inside the output."""
     if prompt is not None:
         cached = max(0, (details.cached_tokens if details else None) or 0)
@@ -82,6 +88,7 @@ def count(draft: Draft, prompt: int | None, output: int | None, details: Details
         draft.cache_read_tokens, draft.cache_write_tokens = cached, written
     if output is not None:
         draft.output_tokens = max(0, output)
+        draft.reasoning_tokens = max(0, (of_output.reasoning_tokens if of_output else None) or 0)
         draft.usage_is_final = True
 
 

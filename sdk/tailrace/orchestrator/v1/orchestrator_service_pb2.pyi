@@ -770,6 +770,7 @@ class Done(_message.Message):
     CHOICES_FIELD_NUMBER: _builtins.int
     GROUNDEDNESS_FIELD_NUMBER: _builtins.int
     SENTENCES_JUDGED_FIELD_NUMBER: _builtins.int
+    REASONING_TOKENS_FIELD_NUMBER: _builtins.int
     answer_id: _builtins.str
     """The answer's id."""
     text_sha256: _builtins.str
@@ -800,6 +801,8 @@ class Done(_message.Message):
     """Share of the judged sentences that their passages bear out, 0-1. Unset = none was judged."""
     sentences_judged: _builtins.int
     """Number of sentences that were judged."""
+    reasoning_tokens: _builtins.int
+    """How many of `usage.output_tokens` were reasoning, as the provider counts them; 0 where it does not. They are paid as output."""
     @_builtins.property
     def usage(self) -> _common_pb2.Usage:
         """Tokens used by all attempts together; all 0 on a cache hit."""
@@ -832,10 +835,11 @@ class Done(_message.Message):
         choices: _abc.Iterable[Global___Choice] | None = ...,
         groundedness: _builtins.float | None = ...,
         sentences_judged: _builtins.int = ...,
+        reasoning_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_groundedness", b"_groundedness", "cache", b"cache", "groundedness", b"groundedness", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_groundedness", b"_groundedness", "answer_id", b"answer_id", "cache", b"cache", "choices", b"choices", "cost_nanousd", b"cost_nanousd", "duration_ms", b"duration_ms", "estimated", b"estimated", "finish_reason", b"finish_reason", "first_token_ms", b"first_token_ms", "groundedness", b"groundedness", "model", b"model", "provider", b"provider", "sentences_judged", b"sentences_judged", "text_sha256", b"text_sha256", "tier", b"tier", "trace_id", b"trace_id", "usage", b"usage", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_groundedness", b"_groundedness", "answer_id", b"answer_id", "cache", b"cache", "choices", b"choices", "cost_nanousd", b"cost_nanousd", "duration_ms", b"duration_ms", "estimated", b"estimated", "finish_reason", b"finish_reason", "first_token_ms", b"first_token_ms", "groundedness", b"groundedness", "model", b"model", "provider", b"provider", "reasoning_tokens", b"reasoning_tokens", "sentences_judged", b"sentences_judged", "text_sha256", b"text_sha256", "tier", b"tier", "trace_id", b"trace_id", "usage", b"usage", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__groundedness: _TypeAlias = _typing.Literal["groundedness"]  # noqa: Y015
     _WhichOneofArgType__groundedness: _TypeAlias = _typing.Literal["_groundedness", b"_groundedness"]  # noqa: Y015

@@ -10,7 +10,6 @@ from typing import Any
 import structlog
 from opentelemetry.trace import SpanKind
 
-from services.chassis import telemetry
 from services.chassis.deadline import current_deadline
 from services.chassis.errors import (
     AnswerInterrupted,
@@ -22,6 +21,7 @@ from services.chassis.errors import (
 )
 from services.chassis.money import Usage
 from services.chassis.telemetry import StepRecord, span
+from services.orchestrator import call_telemetry
 from services.orchestrator.compose import going_on
 from services.orchestrator.domain import Attempt, Candidate, Draft, Hold, OperationRecord, Prompt, Route
 from services.orchestrator.outcomes import is_the_models, tell
@@ -264,13 +264,7 @@ async def _generate(run: Run, call: _Call, step: StepRecord) -> None:
     draft.provider = run.provider = candidate.provider
     run.model = candidate.model
     run.sent(call.number, candidate.model, call.prompt)
-    attributes: dict[str, Any] = {
-        telemetry.GEN_AI_OPERATION: "chat",
-        telemetry.GEN_AI_PROVIDER: candidate.provider,
-        telemetry.GEN_AI_REQUEST_MODEL: candidate.model,
-        telemetry.GEN_AI_REQUEST_MAX_TOKENS: call.output_tokens_max,
-        telemetry.GEN_AI_CONVERSATION: run.question.session_id,
-    }
+    attributes = call_telemetry.begun(candidate, call.output_tokens_max, run.question.session_id)
     failure: BaseException | None = None
     with span(f"chat {candidate.model}", kind=SpanKind.CLIENT, **attributes) as running:
         try:
@@ -286,14 +280,8 @@ async def _generate(run: Run, call: _Call, step: StepRecord) -> None:
             step.note(input_tokens=attempt.usage.prompt_tokens, output_tokens=attempt.usage.output_tokens)
             if attempt.reasoning_tokens:
                 step.note(reasoning_tokens=attempt.reasoning_tokens)
-            running.set_attribute(telemetry.GEN_AI_RESPONSE_MODEL, attempt.model)
-            running.set_attribute(telemetry.GEN_AI_INPUT_TOKENS, attempt.usage.prompt_tokens)
-            running.set_attribute(telemetry.GEN_AI_OUTPUT_TOKENS, attempt.usage.output_tokens)
-            running.set_attribute(telemetry.GEN_AI_CACHE_READ_TOKENS, attempt.usage.cache_read_tokens)
-            running.set_attribute(telemetry.GEN_AI_TIME_TO_FIRST_CHUNK, attempt.first_token_ms / 1000)
-            running.set_attribute(telemetry.COST_NANOUSD, attempt.cost_nanousd)
-            if attempt.finish_reason:
-                running.set_attribute(telemetry.GEN_AI_FINISH_REASONS, (attempt.finish_reason,))
+            call_telemetry.ended(running, attempt, draft)
+            call_telemetry.measured(candidate, attempt)
 
 
 def _unheard(text: str) -> None:

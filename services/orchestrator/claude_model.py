@@ -65,6 +65,7 @@ class _Usage(msgspec.Struct):
 
 
 class _Message(msgspec.Struct):
+    id: str = ""
     model: str = ""
     usage: _Usage | None = None
 
@@ -166,6 +167,7 @@ class ClaudeReading(Reading):
         if event.message is None:
             return
         self.named(event.message.model)
+        self.identified(event.message.id)
         if event.message.usage is not None:
             self._count(event.message.usage)
 
@@ -202,7 +204,7 @@ class ClaudeModel:
     def __init__(
         self, keys: Sequence[str], base_url: str, *, connect_s: float, first_token_s: float, stall_s: float, provider: str = PROVIDER
     ) -> None:
-        self._provider = provider
+        self._provider, self._address = provider, httpx2.URL(base_url).host
         self._first_token_s, self._stall_s = first_token_s, stall_s
         limits = httpx2.Limits(max_connections=CONNECTIONS_MAX, max_keepalive_connections=100, keepalive_expiry=30)
         # Silence is judged by output and not by bytes, so the transport's own read limit only has to be no shorter.
@@ -219,7 +221,7 @@ class ClaudeModel:
         await self._transport.aclose()
 
     async def generate(self, prompt: Prompt, candidate: Candidate, output_tokens_max: int, draft: Draft) -> None:
-        draft.sent, draft.model = True, candidate.model
+        draft.sent, draft.model, draft.address = True, candidate.model, self._address
         key = self._keys.take()
         try:
             async with bounded_silence(self._provider, self._first_token_s, self._stall_s) as silence:

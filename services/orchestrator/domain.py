@@ -408,6 +408,10 @@ class Draft:
     """Model as the provider calls it."""
     provider: str = ""
     request_id: str = ""
+    response_id: str = ""
+    """What the provider calls the answer itself."""
+    address: str = ""
+    """Host that is asked; empty if none is."""
     sent: bool = False
     """Whether a byte of the request may have reached the provider."""
     rejected: bool = False

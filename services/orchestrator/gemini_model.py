@@ -5,6 +5,7 @@ contract suite holds to the pinned version. Nothing is retried here.
 """
 
 import base64
+import urllib.parse
 from collections.abc import Sequence
 from typing import Any
 
@@ -127,6 +128,7 @@ class GeminiReading(Reading):
         if chunk.response_id and not draft.request_id:
             draft.request_id = chunk.response_id
         self.named(chunk.model_version)
+        self.identified(chunk.response_id)
         broken = False
         for answer in chunk.candidates or ():
             if answer.content is not None:
@@ -200,7 +202,7 @@ class GeminiModel:
     def __init__(
         self, keys: Sequence[str], base_url: str, *, connect_s: float, first_token_s: float, stall_s: float, provider: str = PROVIDER
     ) -> None:
-        self._provider = provider
+        self._provider, self._address = provider, urllib.parse.urlsplit(base_url).hostname or ""
         self._first_token_s, self._stall_s = first_token_s, stall_s
         self._session = aiohttp.ClientSession(connector=_Connector(connect_s), auto_decompress=False)
         self._keys = ProviderKeys(len(keys))
@@ -225,7 +227,7 @@ class GeminiModel:
         await self._session.close()
 
     async def generate(self, prompt: Prompt, candidate: Candidate, output_tokens_max: int, draft: Draft) -> None:
-        draft.sent, draft.model = True, candidate.model
+        draft.sent, draft.model, draft.address = True, candidate.model, self._address
         key, answered = self._keys.take(), False
         try:
             async with bounded_silence(self._provider, self._first_token_s, self._stall_s) as silence:

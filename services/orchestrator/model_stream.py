@@ -25,6 +25,7 @@ CONNECTIONS_MAX = 1000
 """One connection a running answer; above it calls would wait for each other without saying so."""
 OUTPUT_CHARACTERS_MAX = 8 * 1024 * 1024
 """Text, reasoning and arguments of one call together. Ten times what the largest model writes: only a broken provider sends more."""
+RESPONSE_ID_CHARACTERS_MAX = 256
 CALLS_MAX = 128
 """Tool calls of one answer. Providers stop far below it."""
 BRIEF_BELOW_TOKENS = 8192
@@ -120,6 +121,11 @@ class Reading:
         """
         if model and model.startswith(self.draft.model):
             self.draft.model = model
+
+    def identified(self, response_id: str | None) -> None:
+        """The provider has said what it calls the answer; the first word counts."""
+        if response_id and not self.draft.response_id:
+            self.draft.response_id = response_id[:RESPONSE_ID_CHARACTERS_MAX]
 
     def write(self, text: str) -> None:
         if self._thoughts:

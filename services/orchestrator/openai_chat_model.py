@@ -93,6 +93,7 @@ class ChatReading(Reading):
         if not self.draft.request_id and chunk.id:
             self.draft.request_id = chunk.id
         self.named(chunk.model)
+        self.identified(chunk.id)
 
     def _more(self, chunk: _Chunk, delta: _Delta) -> None:
         if thought := delta.reasoning_content or delta.reasoning:

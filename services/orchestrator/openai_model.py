@@ -131,9 +131,9 @@ class OpenAiModel:
     def __init__(
         self, keys: Sequence[str], base_url: str, *, connect_s: float, first_token_s: float, stall_s: float, provider: str = PROVIDER
     ) -> None:
-        self._provider = provider
+        self._provider, self._address = provider, httpx2.URL(base_url).host
         self._first_token_s, self._stall_s = first_token_s, stall_s
-        host = "." + (httpx2.URL(base_url).host or "")
+        host = f".{self._address}"
         self.is_vendor = host.endswith(_OWN_HOSTS)
         """Whether OpenAI itself, or Azure for it, is at the other end, and not a server that has taken over its format."""
         self.is_openai = host.endswith(".openai.com")
@@ -170,7 +170,7 @@ class OpenAiModel:
         raise NotImplementedError
 
     async def generate(self, prompt: Prompt, candidate: Candidate, output_tokens_max: int, draft: Draft) -> None:
-        draft.sent, draft.model = True, candidate.model
+        draft.sent, draft.model, draft.address = True, candidate.model, self._address
         key = self._keys.take()
         try:
             async with bounded_silence(self._provider, self._first_token_s, self._stall_s) as silence:

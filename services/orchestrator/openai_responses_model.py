@@ -32,6 +32,7 @@ class _Incomplete(msgspec.Struct):
 
 
 class _Response(msgspec.Struct):
+    id: str | None = None
     model: str | None = None
     usage: _Usage | None = None
     error: ErrorBody | None = None
@@ -95,6 +96,7 @@ class ResponsesReading(Reading):
         elif kind == "response.created":
             if event.response is not None:
                 self.named(event.response.model)
+                self.identified(event.response.id)
         elif kind in ("response.completed", "response.incomplete", "response.failed"):
             self._finish(kind, event.response or _Response())
         elif kind == "error":

@@ -121,6 +121,14 @@ async def test_thoughts_are_told_as_a_part_of_the_output(subject: Subject, provi
     assert (made.reasoning_tokens, usage.output_tokens) == (thoughts, thoughts + 3)
 
 
+async def test_who_was_asked_and_what_it_calls_its_answer_is_known(subject: Subject, provider: Provider) -> None:
+    """For the trace: each vendor says it elsewhere."""
+    made = await asked(subject)
+
+    assert made.address == "127.0.0.1"
+    assert made.response_id and provider.records[-1].request_id.removeprefix("req_") in made.response_id
+
+
 async def test_nobody_is_asked_to_show_thoughts_that_nobody_hears(subject: Subject, provider: Provider) -> None:
     """Showing costs time, and with Claude the thinking itself is only begun for it."""
     await asked(subject, Heard(reasons=False))

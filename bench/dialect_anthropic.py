@@ -134,6 +134,7 @@ def _usage(counts: Counts) -> dict[str, Any]:
         "cache_creation_input_tokens": counts.written,
         "cache_read_input_tokens": counts.cached,
         "output_tokens": counts.output,
+        "output_tokens_details": {"thinking_tokens": counts.thoughts},
         "service_tier": "standard",
     }
 

@@ -10,7 +10,6 @@ from typing import Any
 import structlog
 from opentelemetry.trace import SpanKind
 
-from services.chassis import telemetry
 from services.chassis.deadline import current_deadline
 from services.chassis.errors import (
     AnswerInterrupted,
@@ -22,6 +21,7 @@ from services.chassis.errors import (
 )
 from services.chassis.money import Usage
 from services.chassis.telemetry import StepRecord, span
+from services.orchestrator import call_telemetry
 from services.orchestrator.compose import going_on
 from services.orchestrator.domain import Attempt, Candidate, Draft, Hold, OperationRecord, Prompt, Route
 from services.orchestrator.outcomes import is_the_models, tell
@@ -32,7 +32,7 @@ log = structlog.get_logger(__name__)
 
 GENERATE_LEAST_S = 0.1
 """With less time than this left no provider answers, so none is asked."""
-HEALABLE = frozenset({"empty", "repeated", "citation_unknown", "ungrounded", "schema", "prompt_leaked", "unsafe_markdown"})
+HEALABLE = frozenset({"empty", "repeated", "citation_unknown", "ungrounded", "prompt_leaked", "unsafe_markdown"})
 """Verdicts that another model could escape. A refusal is an answer, and what was cut at the bound would be cut again."""
 MARK_TOKENS_MIN, MARK_TOKENS_MAX, MARK_S = 8, 64, 1.0
 """How much output of any kind, or time with it, may pass between two marks of what to book should we die: as much as there is, within these
@@ -52,6 +52,8 @@ class _Call:
     prompt: Prompt
     output_tokens_max: int
     draft: Draft
+    shortens: bool = True
+    """Whether a shorter answer will do where the budget cannot pay the whole one."""
     hold: Hold | None = None
     began_at: float = 0.0
     first_output_at: float = 0.0
@@ -89,6 +91,7 @@ async def first_draft(run: Run, prompt: Prompt) -> Draft:
 async def _draft_of(run: Run, prompt: Prompt, route: Route) -> Draft:
     """Ask the candidates of one route, one call at a time. Raises the last failure."""
     health, asked, reason = run.kit.health, list[Candidate](), ""
+    failed: DomainError | None = None
     so_far, tokens_so_far = list[str](), 0
     candidate, given = first_choice(route.candidates, health), prompt
     if candidate is not route.candidates[0]:
@@ -103,7 +106,10 @@ async def _draft_of(run: Run, prompt: Prompt, route: Route) -> Draft:
         tokens_max = min(
             run.question.output_tokens_max, candidate.output_tokens_max, route.output_tokens_max or candidate.output_tokens_max
         )
-        call = _Call(run.next_attempt(), candidate, given, max(1, tokens_max - tokens_so_far), Draft(run.write))
+        has_cheaper = route.cheaper is not None and not so_far
+        output_tokens_max = max(1, tokens_max - tokens_so_far)
+        # A whole answer of a cheaper model is better than the beginning of a dear one.
+        call = _Call(run.next_attempt(), candidate, given, output_tokens_max, Draft(run.write), shortens=not has_cheaper)
         try:
             with run.step("hold") as step:
                 await _hold(run, call, step)
@@ -111,10 +117,17 @@ async def _draft_of(run: Run, prompt: Prompt, route: Route) -> Draft:
                 step.note(tier=route.tier, choice=run.choices[-1].reason)
                 await _generate(run, call, step)
         except BudgetExhausted:
-            if route.cheaper is None or so_far:
+            if route.cheaper is None or not has_cheaper:
                 raise
             return await _draft_of(run, prompt, route.cheaper)
+        except PriceUnknown as unpriced:
+            log.error("model_without_price", provider=candidate.provider, model=candidate.model)
+            if not (left := [other for other in route.candidates if other not in asked]):
+                raise failed or unpriced from None
+            candidate, reason = first_choice(left, health), "no_price"
+            continue
         except DomainError as failure:
+            failed = failure
             if call.hold is None:
                 raise
             if call.draft.has_content and not run.holding:
@@ -180,7 +193,7 @@ async def _reserve(run: Run, call: _Call, ttl_ms: int) -> Hold:
     credit, asked, began = run.kit.credit, run.question, time.monotonic()
     covered = credit.covers(asked.principal)
     bounds = (call.candidate, call.prompt.input_tokens_max, call.output_tokens_max)
-    least = min(run.kit.limits.output_tokens_min, call.output_tokens_max)
+    least = min(run.kit.limits.output_tokens_min, call.output_tokens_max) if call.shortens else 0
     try:
         try:
             # Nothing is shortened for want of money that we hold ourselves.
@@ -251,13 +264,7 @@ async def _generate(run: Run, call: _Call, step: StepRecord) -> None:
     draft.provider = run.provider = candidate.provider
     run.model = candidate.model
     run.sent(call.number, candidate.model, call.prompt)
-    attributes: dict[str, Any] = {
-        telemetry.GEN_AI_OPERATION: "chat",
-        telemetry.GEN_AI_PROVIDER: candidate.provider,
-        telemetry.GEN_AI_REQUEST_MODEL: candidate.model,
-        telemetry.GEN_AI_REQUEST_MAX_TOKENS: call.output_tokens_max,
-        telemetry.GEN_AI_CONVERSATION: run.question.session_id,
-    }
+    attributes = call_telemetry.begun(candidate, call.output_tokens_max, run.question.session_id)
     failure: BaseException | None = None
     with span(f"chat {candidate.model}", kind=SpanKind.CLIENT, **attributes) as running:
         try:
@@ -271,14 +278,10 @@ async def _generate(run: Run, call: _Call, step: StepRecord) -> None:
             run.model = attempt.model
             step.note(attempt=call.number, provider=candidate.provider, model=attempt.model)
             step.note(input_tokens=attempt.usage.prompt_tokens, output_tokens=attempt.usage.output_tokens)
-            running.set_attribute(telemetry.GEN_AI_RESPONSE_MODEL, attempt.model)
-            running.set_attribute(telemetry.GEN_AI_INPUT_TOKENS, attempt.usage.prompt_tokens)
-            running.set_attribute(telemetry.GEN_AI_OUTPUT_TOKENS, attempt.usage.output_tokens)
-            running.set_attribute(telemetry.GEN_AI_CACHE_READ_TOKENS, attempt.usage.cache_read_tokens)
-            running.set_attribute(telemetry.GEN_AI_TIME_TO_FIRST_CHUNK, attempt.first_token_ms / 1000)
-            running.set_attribute(telemetry.COST_NANOUSD, attempt.cost_nanousd)
-            if attempt.finish_reason:
-                running.set_attribute(telemetry.GEN_AI_FINISH_REASONS, (attempt.finish_reason,))
+            if attempt.reasoning_tokens:
+                step.note(reasoning_tokens=attempt.reasoning_tokens)
+            call_telemetry.ended(running, attempt, draft)
+            call_telemetry.measured(candidate, attempt)
 
 
 def _unheard(text: str) -> None:
@@ -349,4 +352,5 @@ def _account(call: _Call, failure: BaseException | None) -> Attempt:
         not_sent=not call.draft.sent,
         lease_id=call.hold.lease_id if call.hold is not None else "",
         drawn_nanousd=call.hold.amount_nanousd if call.hold is not None and call.hold.lease_id else 0,
+        reasoning_tokens=min(call.draft.reasoning_tokens, usage.output_tokens),
     )

@@ -13,7 +13,7 @@ import httpx2
 import msgspec
 import orjson
 
-from services.chassis.errors import DomainError, ModelFailed, ModelMisconfigured, ModelOverloaded, ModelRefused
+from services.chassis.errors import DomainError, ModelFailed, ModelMisconfigured, ModelRefused
 from services.orchestrator.domain import Candidate, Draft, Message, Prompt
 from services.orchestrator.model_stream import (
     BRIEF_BELOW_TOKENS,
@@ -24,6 +24,7 @@ from services.orchestrator.model_stream import (
     bounded_silence,
     broken_off,
     follow,
+    overloaded,
     refused,
     retry_after_ms,
     sealed,
@@ -50,15 +51,21 @@ class _CacheCreation(msgspec.Struct):
     ephemeral_1h_input_tokens: int | None = None
 
 
+class _OutputDetails(msgspec.Struct):
+    thinking_tokens: int | None = None
+
+
 class _Usage(msgspec.Struct):
     input_tokens: int | None = None
     output_tokens: int | None = None
     cache_read_input_tokens: int | None = None
     cache_creation_input_tokens: int | None = None
     cache_creation: _CacheCreation | None = None
+    output_tokens_details: _OutputDetails | None = None
 
 
 class _Message(msgspec.Struct):
+    id: str = ""
     model: str = ""
     usage: _Usage | None = None
 
@@ -160,6 +167,7 @@ class ClaudeReading(Reading):
         if event.message is None:
             return
         self.named(event.message.model)
+        self.identified(event.message.id)
         if event.message.usage is not None:
             self._count(event.message.usage)
 
@@ -177,6 +185,8 @@ class ClaudeReading(Reading):
             draft.input_tokens = max(0, usage.input_tokens)
         if usage.output_tokens is not None:
             draft.output_tokens = max(0, usage.output_tokens)
+        if usage.output_tokens_details is not None and usage.output_tokens_details.thinking_tokens is not None:
+            draft.reasoning_tokens = max(0, usage.output_tokens_details.thinking_tokens)
         if usage.cache_read_input_tokens is not None:
             draft.cache_read_tokens = max(0, usage.cache_read_input_tokens)
         if usage.cache_creation_input_tokens is not None:
@@ -194,7 +204,7 @@ class ClaudeModel:
     def __init__(
         self, keys: Sequence[str], base_url: str, *, connect_s: float, first_token_s: float, stall_s: float, provider: str = PROVIDER
     ) -> None:
-        self._provider = provider
+        self._provider, self._address = provider, httpx2.URL(base_url).host
         self._first_token_s, self._stall_s = first_token_s, stall_s
         limits = httpx2.Limits(max_connections=CONNECTIONS_MAX, max_keepalive_connections=100, keepalive_expiry=30)
         # Silence is judged by output and not by bytes, so the transport's own read limit only has to be no shorter.
@@ -211,7 +221,7 @@ class ClaudeModel:
         await self._transport.aclose()
 
     async def generate(self, prompt: Prompt, candidate: Candidate, output_tokens_max: int, draft: Draft) -> None:
-        draft.sent, draft.model = True, candidate.model
+        draft.sent, draft.model, draft.address = True, candidate.model, self._address
         key = self._keys.take()
         try:
             async with bounded_silence(self._provider, self._first_token_s, self._stall_s) as silence:
@@ -333,7 +343,7 @@ def _failed_midway(provider: str, event: _Event) -> DomainError:
     """The error inside a stream that began well: its HTTP status was 200, so only the body tells."""
     kind = event.error.type if event.error is not None else ""
     if kind in ("overloaded_error", "rate_limit_error"):
-        return ModelOverloaded("the provider is overloaded", provider=provider)
+        return overloaded(provider, limited=kind == "rate_limit_error")
     if kind in ("authentication_error", "permission_error", "billing_error"):
         return ModelMisconfigured("the provider does not accept our key", provider=provider)
     if kind == "invalid_request_error":

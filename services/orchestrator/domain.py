@@ -408,6 +408,10 @@ class Draft:
     """Model as the provider calls it."""
     provider: str = ""
     request_id: str = ""
+    response_id: str = ""
+    """What the provider calls the answer itself."""
+    address: str = ""
+    """Host that is asked; empty if none is."""
     sent: bool = False
     """Whether a byte of the request may have reached the provider."""
     rejected: bool = False
@@ -415,6 +419,8 @@ class Draft:
     finish_reason: str = ""
     input_tokens: int | None = None
     output_tokens: int | None = None
+    reasoning_tokens: int = 0
+    """How many of the output tokens were reasoning, if the provider says so."""
     cache_read_tokens: int = 0
     cache_write_tokens: int = 0
     cache_write_1h_tokens: int = 0
@@ -499,6 +505,8 @@ class Attempt:
     not_sent: bool
     lease_id: str = ""
     drawn_nanousd: int = 0
+    reasoning_tokens: int = 0
+    """How many of the output tokens were reasoning. Told, never booked or priced besides them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -621,6 +629,7 @@ class Done:
     choices: tuple[Choice, ...] = ()
     groundedness: float | None = None
     sentences_judged: int = 0
+    reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

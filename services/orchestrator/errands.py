@@ -15,6 +15,7 @@ from services.chassis.deadline import current_deadline
 from services.chassis.errors import AnswerInterrupted, BudgetExhausted, DeadlineTooShort, DomainError, PriceUnknown, Unavailable
 from services.chassis.money import Usage
 from services.chassis.telemetry import Trail
+from services.orchestrator import call_telemetry
 from services.orchestrator.domain import Attempt, CacheReceipt, Candidate, Draft, Hold, OperationRecord, Prompt, Question, StepChange
 from services.orchestrator.health import Health
 from services.orchestrator.outcomes import tell
@@ -150,7 +151,10 @@ class _Errand:
             failure = error
             raise
         finally:
-            await self._books.record(self._record(failure, self._attempt(failure) if attempted else None))
+            attempt = self._attempt(failure) if attempted else None
+            if attempt is not None and self._began_at:
+                call_telemetry.measured(self._candidate, attempt)
+            await self._books.record(self._record(failure, attempt))
 
     async def _reserved(self) -> Hold:
         """The worst case of the call, set aside. A cancel waits for the reply: only that says which hold to give back."""

@@ -25,6 +25,7 @@ CONNECTIONS_MAX = 1000
 """One connection a running answer; above it calls would wait for each other without saying so."""
 OUTPUT_CHARACTERS_MAX = 8 * 1024 * 1024
 """Text, reasoning and arguments of one call together. Ten times what the largest model writes: only a broken provider sends more."""
+RESPONSE_ID_CHARACTERS_MAX = 256
 CALLS_MAX = 128
 """Tool calls of one answer. Providers stop far below it."""
 BRIEF_BELOW_TOKENS = 8192
@@ -120,6 +121,11 @@ class Reading:
         """
         if model and model.startswith(self.draft.model):
             self.draft.model = model
+
+    def identified(self, response_id: str | None) -> None:
+        """The provider has said what it calls the answer; the first word counts."""
+        if response_id and not self.draft.response_id:
+            self.draft.response_id = response_id[:RESPONSE_ID_CHARACTERS_MAX]
 
     def write(self, text: str) -> None:
         if self._thoughts:
@@ -307,6 +313,13 @@ def refused(provider: str, status: int, *, busy: bool = False, retry_after_ms: i
     if overflow:
         return ModelRefused("the prompt does not fit into the model's context", provider=provider, status=status, cause="context_window")
     return ModelRefused("the provider refused the request", provider=provider, status=status)
+
+
+def overloaded(provider: str, *, limited: bool) -> ModelOverloaded:
+    """An overload, or a limit of ours, that is told in a stream that began well. A limit has the status it would have had at the begin."""
+    if limited:
+        return ModelOverloaded("the provider limits us", provider=provider, status=429)
+    return ModelOverloaded("the provider is overloaded", provider=provider)
 
 
 def retry_after_ms(headers: Mapping[str, str]) -> int | None:

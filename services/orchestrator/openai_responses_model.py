@@ -11,7 +11,7 @@ import orjson
 
 from services.orchestrator.domain import Candidate, Draft, Message, Prompt
 from services.orchestrator.model_stream import BRIEF_BELOW_TOKENS, Reading, sealed, unsealed
-from services.orchestrator.openai_model import Details, ErrorBody, OpenAiModel, bound_schema, count, data_url, failed_midway
+from services.orchestrator.openai_model import Details, ErrorBody, OpenAiModel, OutputDetails, bound_schema, count, data_url, failed_midway
 
 INCOMPLETE_REASONS = {"max_output_tokens": "max_tokens", "content_filter": "refusal"}
 """Why a response is incomplete, as our finish reasons. Any other means that the answer is not whole."""
@@ -24,6 +24,7 @@ class _Usage(msgspec.Struct):
     input_tokens: int | None = None
     output_tokens: int | None = None
     input_tokens_details: Details | None = None
+    output_tokens_details: OutputDetails | None = None
 
 
 class _Incomplete(msgspec.Struct):
@@ -31,6 +32,7 @@ class _Incomplete(msgspec.Struct):
 
 
 class _Response(msgspec.Struct):
+    id: str | None = None
     model: str | None = None
     usage: _Usage | None = None
     error: ErrorBody | None = None
@@ -94,6 +96,7 @@ class ResponsesReading(Reading):
         elif kind == "response.created":
             if event.response is not None:
                 self.named(event.response.model)
+                self.identified(event.response.id)
         elif kind in ("response.completed", "response.incomplete", "response.failed"):
             self._finish(kind, event.response or _Response())
         elif kind == "error":
@@ -121,7 +124,7 @@ class ResponsesReading(Reading):
         draft = self.draft
         self.named(response.model)
         if (used := response.usage) is not None:
-            count(draft, used.input_tokens, used.output_tokens, used.input_tokens_details)
+            count(draft, used.input_tokens, used.output_tokens, used.input_tokens_details, used.output_tokens_details)
         if kind == "response.failed":
             raise failed_midway(self, response.error or ErrorBody())
         if kind == "response.incomplete":

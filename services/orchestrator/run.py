@@ -302,6 +302,7 @@ class Run:
             choices=tuple(self.choices),
             groundedness=self.citations.groundedness,
             sentences_judged=self.citations.judged,
+            reasoning_tokens=sum(attempt.reasoning_tokens for attempt in self.attempts),
         )
 
     def record(self, failure: DomainError | None, *running: Attempt) -> OperationRecord:

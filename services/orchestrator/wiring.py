@@ -31,7 +31,7 @@ from services.orchestrator.extractive_model import ExtractiveModel
 from services.orchestrator.health import Health
 from services.orchestrator.leases import Leases
 from services.orchestrator.mirrors import Mirrors, interrupted
-from services.orchestrator.models_file import MODELS_FILE, read_table, reload_forever
+from services.orchestrator.models_file import MODELS_FILE, read_table, reload_forever, tell_left_out
 from services.orchestrator.ports import DocumentSearch, Model, SharedLogs
 from services.orchestrator.publisher import Publisher
 from services.orchestrator.redis_cache import RedisCache
@@ -125,6 +125,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
         table = read_table(models_file)
         models |= await stack.enter_async_context(providers.opened(settings, models_file))
         router = Router(table, models, settings.default_tier, random.random)
+        tell_left_out(router)
 
         after = AfterWork(tasks_max=WORKS_PER_ANSWER_MAX * settings.answers_max)
         limits = Limits(
@@ -189,7 +190,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             "credit leases": leases.live_forever(),
             "prices": tariff.keep_forever(),
             "cancels": registry.listen_forever(),
-            "models file": reload_forever(router, models_file),
+            "models file": reload_forever(router, models_file, providers.names_in),
             "interrupted answers": tell_interrupted(logs, outbox.interrupted),
             "spool gauges": spool_gauges.tell_forever(outbox),
         }

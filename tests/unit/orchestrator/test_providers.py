@@ -195,9 +195,25 @@ def test_when_all_keys_are_bad_the_one_whose_time_ends_first_is_asked_and_no_oth
     assert (alone.take(), error.metadata.get("other_key")) == (0, None)
 
 
-@pytest.mark.parametrize("error", [ModelFailed(), ModelOverloaded(status=529), ModelOverloaded(status=503), ModelMisconfigured(status=404)])
+@pytest.mark.parametrize("status", [{"status": 401}, {"status": 402}, {"status": 403}, {"status": 400}, {"status": 429}, {}])
+def test_a_key_that_is_not_accepted_is_changed_however_that_is_said(status: dict[str, int]) -> None:
+    """Gemini answers 400, an account without credit 429; in a stream there is no status."""
+    keys, error = ProviderKeys(2, Time()), ModelMisconfigured(**status)
+    keys.note(0, error)
+
+    assert keys.take() == 1
+    assert error.metadata["other_key"] == "True"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(ModelFailed(), ModelOverloaded(), ModelOverloaded(status=529), ModelOverloaded(status=503)),
+        *(ModelMisconfigured(status=404), ModelMisconfigured(status=301), ModelMisconfigured(status=308)),
+    ],
+)
 def test_what_is_not_the_keys_fault_does_not_change_the_key(error: DomainError) -> None:
-    """An overload hits all keys alike, and a model that is not there is there for none."""
+    """An overload hits all keys alike, and a model that is not there, or an address that has changed, is so for all."""
     keys = ProviderKeys(2, Time())
     keys.note(0, error)
 

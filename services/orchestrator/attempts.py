@@ -263,7 +263,6 @@ async def _generate(run: Run, call: _Call, step: StepRecord) -> None:
         draft.on_reasoning = run.think
     draft.provider = run.provider = candidate.provider
     run.model = candidate.model
-    run.sent(call.number, candidate.model, call.prompt)
     attributes = call_telemetry.begun(candidate, call.output_tokens_max, run.question.session_id)
     failure: BaseException | None = None
     with span(f"chat {candidate.model}", kind=SpanKind.CLIENT, **attributes) as running:
@@ -273,6 +272,7 @@ async def _generate(run: Run, call: _Call, step: StepRecord) -> None:
             failure = error
             raise
         finally:
+            run.sent(call.prompt, attempt=call.number, model=candidate.model, output_tokens_max=call.output_tokens_max, effort=draft.effort)
             _fared(run, call, failure)
             attempt = _close(run, call, failure)
             run.model = attempt.model

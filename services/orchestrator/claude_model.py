@@ -283,7 +283,7 @@ def _request(provider: str, prompt: Prompt, candidate: Candidate, output_tokens_
     if draft.on_reasoning is not None and "reasoning" in candidate.capabilities:
         request["thinking"] = {"type": "adaptive", "display": "summarized"}
         if output_tokens_max < BRIEF_BELOW_TOKENS:
-            output["effort"] = "low"
+            output["effort"] = draft.effort = "low"
     if output:
         request["output_config"] = output
     return request

@@ -272,6 +272,15 @@ class SentPrompt:
     template: str
     system: str
     messages: tuple[tuple[str, str], ...]
+    tools: tuple[ToolSpec, ...] = ()
+    output_schema: Mapping[str, Any] | None = None
+    output_tokens_max: int = 0
+    """0 = kept by a former version."""
+    effort: str = ""
+    purpose: str = ""
+    """Of a small call for the conversation; empty = the answer's own."""
+    operation_id: str = ""
+    """What a small call is booked as; empty = the answer's own operation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -412,6 +421,8 @@ class Draft:
     """What the provider calls the answer itself."""
     address: str = ""
     """Host that is asked; empty if none is."""
+    effort: str = ""
+    """How much reasoning was asked for, if that is said; empty = as the model is used to."""
     sent: bool = False
     """Whether a byte of the request may have reached the provider."""
     rejected: bool = False

@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 from services.chassis import telemetry
 from services.chassis.clock import Clock
@@ -36,6 +36,12 @@ class Written:
     """Empty = nothing that can be used."""
     model: str = ""
     """Who wrote it."""
+
+
+class Note(Protocol):
+    """Hears what a call was made with, once it is over."""
+
+    def __call__(self, prompt: Prompt, *, attempt: int, model: str, output_tokens_max: int, effort: str, operation_id: str) -> None: ...
 
 
 class Errands:
@@ -80,7 +86,9 @@ class Errands:
             able.remove(cheapest)  # only now: whoever is out is probed by the calls that are let through
         return None
 
-    async def run(self, asked: Question, purpose: Purpose, prompt: Prompt, output_tokens_max: int, within_s: float) -> Written:
+    async def run(
+        self, asked: Question, purpose: Purpose, prompt: Prompt, output_tokens_max: int, within_s: float, note: Note | None = None
+    ) -> Written:
         """Make one call for the user and the conversation of `asked`; return its text, nothing if that was cut or refused.
 
         It is never tried again.
@@ -94,7 +102,7 @@ class Errands:
         if not self._books.has_room:
             raise Unavailable("too many records wait for the ledger", dependency="ledger")
         current_deadline.set(None)  # bounded by `within_s` alone: what it serves may be over before it is
-        text = await _Errand(self, asked, purpose, prompt, candidate, output_tokens_max, within_s).run()
+        text = await _Errand(self, asked, purpose, prompt, candidate, output_tokens_max, within_s, note).run()
         return Written(text, candidate.model)
 
 
@@ -110,7 +118,9 @@ class _Errand:
         candidate: Candidate,
         output_tokens_max: int,
         within_s: float,
+        note: Note | None,
     ) -> None:
+        self._note = note
         self._ledger, self._books, self._models = tools._ledger, tools._books, tools._models
         self._health, self._speed = tools._health, tools._speed
         self._purpose, self._prompt, self._candidate, self._within_s = purpose, prompt, candidate, within_s
@@ -184,6 +194,16 @@ class _Errand:
         except TimeoutError as error:
             self._speed.failed(self._candidate)
             raise DeadlineTooShort("the errand took too long", step=self._purpose, left_ms=0) from error
+        finally:
+            if self._note is not None:
+                self._note(
+                    self._prompt,
+                    attempt=1,
+                    model=self._candidate.model,
+                    output_tokens_max=self._output_tokens_max,
+                    effort=self._draft.effort,
+                    operation_id=self._question.answer_id,
+                )
 
     def _if_we_die(self) -> Attempt:
         """What to book if this process ends before the call does: nobody knows whether it was sent, so it was."""

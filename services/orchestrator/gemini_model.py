@@ -258,7 +258,7 @@ def _request(provider: str, prompt: Prompt, candidate: Candidate, output_tokens_
     if "reasoning" in candidate.capabilities:
         thinking: dict[str, Any] = {"includeThoughts": draft.on_reasoning is not None}
         if output_tokens_max < BRIEF_BELOW_TOKENS:
-            thinking["thinkingLevel"] = "low"
+            thinking["thinkingLevel"] = draft.effort = "low"
         settings["thinkingConfig"] = thinking
     request: dict[str, Any] = {
         # First and the same for every question: Gemini keeps such prefixes by itself.

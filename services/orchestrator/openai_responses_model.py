@@ -184,7 +184,7 @@ class OpenAiResponsesModel(OpenAiModel):
             request["include"] = ["reasoning.encrypted_content"]
             reasoning = {"summary": "auto"} if draft.on_reasoning is not None else {}
             if output_tokens_max < BRIEF_BELOW_TOKENS:
-                reasoning["effort"] = "low"
+                reasoning["effort"] = draft.effort = "low"
             if reasoning:
                 request["reasoning"] = reasoning
         return request

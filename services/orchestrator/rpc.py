@@ -355,8 +355,22 @@ def _require_user(user: str) -> None:
 
 
 def _prompt_message(sent: SentPrompt) -> pb.SentPrompt:
-    messages = [pb.SentMessage(role=role, text=text) for role, text in sent.messages]
-    return pb.SentPrompt(attempt=sent.attempt, model=sent.model, template=sent.template, system=sent.system, messages=messages)
+    message = pb.SentPrompt(
+        attempt=sent.attempt,
+        model=sent.model,
+        template=sent.template,
+        system=sent.system,
+        messages=[pb.SentMessage(role=role, text=text) for role, text in sent.messages],
+        output_tokens_max=sent.output_tokens_max,
+        effort=sent.effort,
+        purpose=sent.purpose,
+        operation_id=sent.operation_id,
+    )
+    for tool in sent.tools:
+        message.tools.add(name=tool.name, description=tool.description).input_schema.update(tool.input_schema)
+    if sent.output_schema is not None:
+        message.output_schema.update(sent.output_schema)
+    return message
 
 
 def _call_message(call: ToolCall) -> pb.ToolCall:

@@ -275,6 +275,7 @@ def open_tools(
     )
     limits = ToolLimits(
         rounds_max=settings.tools_rounds_max,
+        cost_nanousd_max=settings.tools_cost_nanousd_max,
         call_s=settings.tools_call_s,
         confirm_s=settings.tools_confirm_s,
         result_bytes_max=settings.tools_result_bytes_max,

@@ -1034,7 +1034,7 @@ class GetPromptsResponse(_message.Message):
     PROMPTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___SentPrompt]:
-        """One for each provider call, in order."""
+        """One for each provider call, in the order in which they ended: those of the answer, and the small ones made for it and its conversation."""
 
     def __init__(
         self,
@@ -1119,7 +1119,7 @@ class ExportPromptsResponse(_message.Message):
     """The answer they were sent for; empty for one that a former version kept."""
     @_builtins.property
     def prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___SentPrompt]:
-        """One for each provider call, in order."""
+        """One for each provider call, as in GetPromptsResponse."""
 
     def __init__(
         self,
@@ -1144,6 +1144,12 @@ class SentPrompt(_message.Message):
     TEMPLATE_FIELD_NUMBER: _builtins.int
     SYSTEM_FIELD_NUMBER: _builtins.int
     MESSAGES_FIELD_NUMBER: _builtins.int
+    TOOLS_FIELD_NUMBER: _builtins.int
+    OUTPUT_SCHEMA_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_MAX_FIELD_NUMBER: _builtins.int
+    EFFORT_FIELD_NUMBER: _builtins.int
+    PURPOSE_FIELD_NUMBER: _builtins.int
+    OPERATION_ID_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     """Attempt's number, from 1."""
     model: _builtins.str
@@ -1152,9 +1158,25 @@ class SentPrompt(_message.Message):
     """Name of the template, with its hash."""
     system: _builtins.str
     """Instructions."""
+    output_tokens_max: _builtins.int
+    """Most tokens that could be written. 0 = kept by a former version."""
+    effort: _builtins.str
+    """How much reasoning was asked for, as `low`. Empty = nothing was said of it."""
+    purpose: _builtins.str
+    """What a small call for the conversation was made for: `rewrite`, `title` or `summary`. Empty = the answer."""
+    operation_id: _builtins.str
+    """Operation that a small call is booked as. Empty = the answer's own."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___SentMessage]:
         """The messages, in order."""
+
+    @_builtins.property
+    def tools(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolDefinition]:
+        """The tools that could be called, in order."""
+
+    @_builtins.property
+    def output_schema(self) -> _struct_pb2.Struct:
+        """JSON Schema that the answer had to satisfy. Unset = none. It stands in the last message too, and goes to providers that can be bound to it."""
 
     def __init__(
         self,
@@ -1164,10 +1186,16 @@ class SentPrompt(_message.Message):
         template: _builtins.str = ...,
         system: _builtins.str = ...,
         messages: _abc.Iterable[Global___SentMessage] | None = ...,
+        tools: _abc.Iterable[Global___ToolDefinition] | None = ...,
+        output_schema: _struct_pb2.Struct | None = ...,
+        output_tokens_max: _builtins.int = ...,
+        effort: _builtins.str = ...,
+        purpose: _builtins.str = ...,
+        operation_id: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["output_schema", b"output_schema"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "messages", b"messages", "model", b"model", "system", b"system", "template", b"template"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "effort", b"effort", "messages", b"messages", "model", b"model", "operation_id", b"operation_id", "output_schema", b"output_schema", "output_tokens_max", b"output_tokens_max", "purpose", b"purpose", "system", b"system", "template", b"template", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -40,17 +40,14 @@ async def ask(exchange: Exchange, kit: Kit) -> None:
 async def resume(exchange: Exchange, kit: Kit) -> None:
     """GET /v1/answers/{id}/events"""
     request = orchestrator.ResumeAnswerRequest(answer_id=exchange.params["id"], after_sequence=_after(exchange))
-    timeout_s = deadlines.call_timeout_s(None, kit.answer_timeout_s)
-    async with AnswerStream(kit.backends.orchestrator, request, timeout_s=timeout_s) as events:
-        with kit.shedding.carried():
-            await _relay(exchange, kit, events)
+    async with kit.resuming(request) as events:
+        await _relay(exchange, kit, events)
 
 
 async def cancel(exchange: Exchange, kit: Kit) -> None:
     """POST /v1/answers/{id}/cancel"""
     exchange.query(())
-    request = orchestrator.CancelAnswerRequest(answer_id=exchange.params["id"])
-    reply = await kit.backends.orchestrator.unary(kit.backends.orchestrator.stub.CancelAnswer, request)
+    reply = await kit.cancel(orchestrator.CancelAnswerRequest(answer_id=exchange.params["id"]))
     await exchange.respond_json({"answer_id": exchange.params["id"], "was_running": reply.was_running}, 202)
 
 

@@ -85,8 +85,9 @@ async def job(exchange: Exchange, kit: Kit) -> None:
         await exchange.respond_json(render.plain(await kit.backends.retrieval.unary(stub.GetIngestionJob, request)))
         return
     watch = retrieval.WatchIngestionJobRequest(job_id=job_id)
-    async with kit.backends.retrieval.stream(stub.WatchIngestionJob, watch, timeout_s=INGEST_TIMEOUT_S) as messages:
-        await _relay(exchange, kit, _summed({}, messages))
+    with kit.watching():
+        async with kit.backends.retrieval.stream(stub.WatchIngestionJob, watch, timeout_s=INGEST_TIMEOUT_S) as messages:
+            await _relay(exchange, kit, _summed({}, messages))
 
 
 async def jobs(exchange: Exchange, kit: Kit) -> None:

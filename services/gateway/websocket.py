@@ -10,7 +10,7 @@ Leaving is not cancelling: an answer goes on and can be resumed on any connectio
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -21,12 +21,12 @@ from opentelemetry.trace import SpanKind
 from services.chassis import telemetry
 from services.chassis.errors import AnswerInterrupted, DomainError, NotAllowed, Overloaded, RequestInvalid, Unavailable
 from services.chassis.status import unexpected
-from services.gateway import bodies, deadlines, problems, render
+from services.gateway import bodies, problems, render
 from services.gateway.answer_stream import AnswerStream
 from services.gateway.bodies import AskFrame, CancelFrame, ConfirmFrame, PingFrame, ResumeFrame
 from services.gateway.exchange import ClientLeft, Exchange, Receive, Send
 from services.gateway.kit import Kit
-from services.gateway.limits import Metered
+from services.gateway.limits import LimitReached, Metered
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
 
 log = structlog.get_logger(__name__)
@@ -186,19 +186,17 @@ class _Conversation:
                     request = frame.message(frame.idempotency_key)
                     async with kit.answering(request, frame.deadline_ms) as (admission, timeout_s):
                         async with AnswerStream(peer, request, timeout_s=timeout_s) as events:
-                            if not await self._relay(Metered(events, admission, prepared), frame.request_id, tags):
+                            if not await self._relay(Metered(events, admission, prepared), frame.request_id, tags, admission.headers):
                                 raise AnswerInterrupted("the stream ended before it was done")
             case ResumeFrame():
                 await admit("GET", b"/v1/answers/-/events")
                 resume = orchestrator.ResumeAnswerRequest(answer_id=frame.answer_id, after_sequence=frame.after)
-                timeout_s = deadlines.call_timeout_s(None, kit.answer_timeout_s)
-                with kit.shedding.carried():
-                    async with AnswerStream(peer, resume, timeout_s=timeout_s) as events:
-                        if not await self._relay(events, frame.request_id, tags):
-                            await self._say("end", tags[0])
+                async with kit.resuming(resume) as events:
+                    if not await self._relay(events, frame.request_id, tags):
+                        await self._say("end", tags[0])
             case CancelFrame():
                 await admit("POST", b"/v1/answers/-/cancel")
-                reply = await peer.unary(peer.stub.CancelAnswer, orchestrator.CancelAnswerRequest(answer_id=frame.answer_id))
+                reply = await kit.cancel(orchestrator.CancelAnswerRequest(answer_id=frame.answer_id))
                 await self._say("cancel", tags[0], {"was_running": reply.was_running})
             case ConfirmFrame():
                 await admit("POST", b"/v1/answers/-/tool-calls/-")
@@ -206,13 +204,19 @@ class _Conversation:
                 said = await peer.unary(peer.stub.ConfirmToolCall, word, idempotent=False)
                 await self._say("confirm", tags[0], {"call_id": frame.call_id, "was_waiting": said.was_waiting})
 
-    async def _relay(self, events: AsyncIterator[Any], request_id: str, tags: list[bytes]) -> bool:
-        """Send events up to the receipt. False if there were none at all. Raises AnswerInterrupted if they stop before it."""
+    async def _relay(
+        self, events: AsyncIterator[Any], request_id: str, tags: list[bytes], limits: Sequence[tuple[bytes, bytes]] = ()
+    ) -> bool:
+        """Send events up to the receipt, the first with `limits`. False if there were none at all.
+
+        Raises AnswerInterrupted if they stop before the receipt.
+        """
         any_came = False
         async for event in events:
+            first = b""
             if not any_came:
-                any_came, tags[0] = True, _tags(request_id, event.answer_id)
-            await self._send(render.answer_frame(event, tags[0]))
+                any_came, tags[0], first = True, _tags(request_id, event.answer_id), _limits(limits)
+            await self._send(render.answer_frame(event, tags[0] + first))
             if render.is_done(event):
                 return True
         if any_came:
@@ -226,6 +230,8 @@ class _Conversation:
     async def _say_error(self, error: DomainError, tags: bytes) -> None:
         self._kit.metrics.refusals.labels(error.reason or error.code).inc()
         problem = problems.document(error, trace_id=telemetry.current_trace_id(), request_id=self._exchange.request_id)
+        if isinstance(error, LimitReached):
+            tags += _limits(error.headers)
         await self._say("cancelled" if error.code == "CANCELLED" else "error", tags, problem)
 
     async def _send(self, text: str) -> None:
@@ -249,3 +255,8 @@ def _tags(request_id: str, answer_id: str = "") -> bytes:
     """The members that say what a text belongs to."""
     answer = b'"answer_id":%s,' % orjson.dumps(answer_id) if answer_id else b""
     return answer + b'"request_id":%s' % orjson.dumps(request_id)
+
+
+def _limits(headers: Sequence[tuple[bytes, bytes]]) -> bytes:
+    """The member that says how the limits stand, by the names that headers have over HTTP; nothing if no limit was asked."""
+    return b',"limits":%s' % orjson.dumps({name.decode(): value.decode() for name, value in headers}) if headers else b""

@@ -28,7 +28,10 @@ class Settings(ServiceSettings):
     sweep_grace_ms: int = Field(60_000, ge=0, le=3_600_000, validation_alias="TAILRACE_LEDGER_SWEEP_GRACE_MS")
     """How long after its expiry a hold waits for the true figures, which may still be in a spool. The money stays set aside meanwhile.
 
-    A lease waits as long, and not less than that after the database was away: whoever drew on it must come first."""
+    A lease waits as long after the longest answer that may have been begun on it, and not less than this after the database was away:
+    whoever drew on it must come first."""
+    answer_deadline_s: float = Field(300.0, gt=0, le=3600, validation_alias="TAILRACE_ANSWER_DEADLINE_S")
+    """Longest answer, as the orchestrators are told: so long a call may run that was drawn on a lease just before it expired."""
     lease_life_ms: int = Field(120_000, ge=5_000, le=3_600_000, validation_alias="TAILRACE_LEDGER_LEASE_LIFE_MS")
     """How long an orchestrator may draw on a lent slice of a budget after it last heard from the ledger."""
     lease_percent: int = Field(1, ge=1, le=10, validation_alias="TAILRACE_LEDGER_LEASE_PERCENT")
@@ -47,3 +50,8 @@ class Settings(ServiceSettings):
         "anthropic/claude-opus-5-5", pattern=r"^(|[^/]{1,64}/[^/]{1,128})$", validation_alias="TAILRACE_LEDGER_BASELINE_MODEL"
     )
     """`provider/model` that the cost of tiers is compared with, to say what they saved. Empty = not counted."""
+
+    @property
+    def lease_grace_ms(self) -> int:
+        """How long after its expiry a lease waits for whoever drew on it."""
+        return int(self.answer_deadline_s * 1000) + self.sweep_grace_ms

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from services.ledger.postgres_usage import MEASURES
+
 
 @dataclass(frozen=True, slots=True)
 class Law:
@@ -12,6 +14,40 @@ class Law:
     """A query for how many rows the law is about."""
     broken: str
     """A query for the rows that break it, in a lasting order: `at`, the table and key, and `wrong`, what is wrong there."""
+
+
+TOKENS = ("input_tokens", "output_tokens", "cache_read_tokens", "cache_write_tokens", "cache_write_1h_tokens")
+
+
+def _columns(alias: str, names: tuple[str, ...] = TOKENS) -> str:
+    return ", ".join(f"{alias}.{name}" for name in names)
+
+
+def _undated(name: str) -> str:
+    """A model's name without the date of its snapshot, as `prices` looks for it."""
+    return rf"regexp_replace({name}, '-(\d{{8}}|\d{{4}}-\d{{2}}-\d{{2}}|latest)$', '')"
+
+
+def _other_sums(table: str, grain: str, owner: tuple[str, ...] = ()) -> str:
+    """Rows of a table of sums that are not the sums of the operations in them. Where single ones may be gone, nothing can be said."""
+    key = ("tenant", *owner, "starts_at", "model", "tier", "cache_verdict")
+    differences = ", ".join(
+        f"CASE WHEN s.{name} IS DISTINCT FROM r.{name} THEN format('{name} %s, not %s', coalesce(s.{name}, 0), coalesce(r.{name}, 0)) END"
+        for name in MEASURES
+    )
+    return f"""
+        SELECT format('{table} {" ".join(f"{name}=%s" for name in key)}', {", ".join(key)}) AS at,
+               'says of its operations: ' || concat_ws(', ', {differences}) AS wrong
+        FROM (SELECT * FROM {table} WHERE starts_at >= (SELECT purged_before FROM usage_retention)) s
+        FULL JOIN (
+            SELECT {", ".join(key)}, {", ".join(f"sum({name})::bigint AS {name}" for name in MEASURES)}
+            FROM (SELECT f.*, date_trunc('{grain}', f.created_at, 'UTC') AS starts_at FROM usage_facts f) f
+            WHERE f.starts_at >= (SELECT purged_before FROM usage_retention)
+              AND NOT EXISTS (SELECT FROM usage_unrolled u WHERE (u.tenant, u.operation_id) = (f.tenant, f.operation_id))
+            GROUP BY {", ".join(key)}
+        ) r USING ({", ".join(key)})
+        WHERE ({_columns("s", MEASURES)}) IS DISTINCT FROM ({_columns("r", MEASURES)})
+    """
 
 
 LAWS = (
@@ -131,28 +167,78 @@ LAWS = (
         """,
     ),
     Law(
-        "every attempt costs what its hold does, which is resolved",
+        "every hold has the price of its model, and costs what it used at that price",
+        "SELECT count(*) FROM holds WHERE provider <> ''",
+        f"""
+        SELECT 'holds hold_id=' || hold_id AS at,
+               CASE WHEN named THEN format('is %s and cost %s, and what it used costs %s at its price', state, cost_nanousd, due)
+                    ELSE format('is of %s of %s, and its price of %s of %s', model, provider, price_model, price_provider) END AS wrong
+        FROM (
+            SELECT h.hold_id, h.created_at, h.state, h.cost_nanousd, h.provider, h.model,
+                   p.provider AS price_provider, p.model AS price_model,
+                   coalesce(p.provider = h.provider AND p.model IN (h.model, {_undated("h.model")})
+                            AND p.tenant IN ('', h.tenant), false) AS named,
+                   ({_columns("h")}) = (0, 0, 0, 0, 0) AS unused,
+                   div(CASE WHEN l.dear AND p.input_nanousd_per_mtok > 0
+                            THEN div(u.prompt * p.long_input_nanousd_per_mtok + p.input_nanousd_per_mtok - 1, p.input_nanousd_per_mtok)
+                            WHEN l.dear THEN u.prompt_tokens * p.long_input_nanousd_per_mtok
+                            ELSE u.prompt END
+                       + h.output_tokens::numeric * CASE WHEN l.dear THEN p.long_output_nanousd_per_mtok ELSE p.output_nanousd_per_mtok END
+                       + 999999, 1000000) AS due
+            FROM holds h LEFT JOIN prices p USING (price_id)
+            CROSS JOIN LATERAL (
+                SELECT h.input_tokens::numeric * p.input_nanousd_per_mtok + h.cache_read_tokens::numeric * p.cache_read_nanousd_per_mtok
+                       + (h.cache_write_tokens - h.cache_write_1h_tokens)::numeric * p.cache_write_5m_nanousd_per_mtok
+                       + h.cache_write_1h_tokens::numeric * p.cache_write_1h_nanousd_per_mtok AS prompt,
+                       (h.input_tokens + h.cache_read_tokens + h.cache_write_tokens)::numeric AS prompt_tokens
+            ) u
+            CROSS JOIN LATERAL (
+                SELECT p.long_context_above_tokens > 0 AND u.prompt_tokens > p.long_context_above_tokens AS dear
+            ) l
+            WHERE h.provider <> ''
+        ) c
+        WHERE NOT named
+           OR CASE WHEN state IN ('settled', 'reconciled') THEN cost_nanousd <> due ELSE NOT unused END
+        ORDER BY created_at, hold_id
+        """,
+    ),
+    Law(
+        "every attempt used and cost what its hold did, which is resolved, of the same model at the same price",
         "SELECT count(*) FROM attempts",
-        """
+        # A provider may answer under a name of its own; one that has a price of its own is another model.
+        f"""
         SELECT format('attempts tenant=%s operation_id=%s attempt=%s', a.tenant, a.operation_id, a.attempt) AS at,
-               format('costs %s, and hold %s of operation %s (%s) cost %s',
-                      a.cost_nanousd, a.hold_id, h.operation_id, coalesce(h.state, 'gone'), h.cost_nanousd) AS wrong
-        FROM attempts a LEFT JOIN holds h USING (hold_id)
-        WHERE (a.tenant, a.operation_id, a.attempt, a.cost_nanousd) IS DISTINCT FROM (h.tenant, h.operation_id, h.attempt, h.cost_nanousd)
+               CASE WHEN a.cost_nanousd IS DISTINCT FROM h.cost_nanousd OR h.operation_id IS DISTINCT FROM a.operation_id
+                    THEN format('costs %s, and hold %s of operation %s (%s) cost %s',
+                                a.cost_nanousd, a.hold_id, h.operation_id, coalesce(h.state, 'gone'), h.cost_nanousd)
+                    ELSE format('used %s tokens of %s of %s at price version %s, and hold %s (%s) %s of %s of %s at %s',
+                                ({_columns("a")}), a.model, a.provider, a.price_version,
+                                a.hold_id, h.state, ({_columns("h")}), h.model, h.provider, p.version) END AS wrong
+        FROM attempts a LEFT JOIN holds h USING (hold_id) LEFT JOIN prices p USING (price_id)
+        WHERE (a.tenant, a.operation_id, a.attempt, a.cost_nanousd, a.provider, a.price_version, {_columns("a")})
+              IS DISTINCT FROM (h.tenant, h.operation_id, h.attempt, h.cost_nanousd, h.provider, p.version, {_columns("h")})
            OR h.state NOT IN ('settled', 'voided', 'reconciled')
+           OR NOT a.not_sent AND a.estimated <> h.estimated
+           OR a.model <> h.model AND {_undated("a.model")} <> {_undated("h.model")}
+              AND EXISTS (SELECT FROM prices other WHERE other.provider = a.provider AND other.model IN (a.model, {_undated("a.model")}))
         ORDER BY a.tenant, a.operation_id, a.attempt
         """,
     ),
     Law(
-        "every operation costs what its attempts do",
+        "every operation used and cost what its attempts did",
         "SELECT count(*) FROM operations",
-        """
+        f"""
         SELECT format('operations tenant=%s operation_id=%s', o.tenant, o.operation_id) AS at,
-               format('costs %s, and its attempts %s', o.cost_nanousd, coalesce(a.cost, 0)) AS wrong
+               CASE WHEN o.cost_nanousd <> coalesce(a.cost, 0)
+                    THEN format('costs %s, and its attempts %s', o.cost_nanousd, coalesce(a.cost, 0))
+                    ELSE format('used %s tokens, and its attempts %s', ({_columns("o")}), ({_columns("a")})) END AS wrong
         FROM operations o
-        LEFT JOIN (SELECT tenant, operation_id, sum(cost_nanousd) AS cost FROM attempts GROUP BY tenant, operation_id) a
-            USING (tenant, operation_id)
+        LEFT JOIN (
+            SELECT tenant, operation_id, sum(cost_nanousd) AS cost, {", ".join(f"sum({name}) AS {name}" for name in TOKENS)}
+            FROM attempts GROUP BY tenant, operation_id
+        ) a USING (tenant, operation_id)
         WHERE o.cost_nanousd <> coalesce(a.cost, 0)
+           OR ({_columns("o")}) IS DISTINCT FROM ({", ".join(f"coalesce(a.{name}, 0)" for name in TOKENS)})
         ORDER BY o.tenant, o.operation_id
         """,
     ),
@@ -179,6 +265,18 @@ LAWS = (
         WHERE (coalesce(s.spent_nanousd, 0), coalesce(s.held_nanousd, 0)) <> (coalesce(b.spent_nanousd, 0), coalesce(b.held_nanousd, 0))
            OR least(s.spent_nanousd, s.held_nanousd) < 0
         ORDER BY tenant, scope, subject, period, period_start
+        """,
+    ),
+    Law(
+        "the sums of usage are those of the operations in them, as far back as all of those are kept",
+        "SELECT (SELECT count(*) FROM usage_hours) + (SELECT count(*) FROM usage_days) + (SELECT count(*) FROM usage_user_days)",
+        f"""
+        SELECT at, wrong FROM (
+            {_other_sums("usage_hours", "hour")}
+            UNION ALL {_other_sums("usage_days", "day")}
+            UNION ALL {_other_sums("usage_user_days", "day", ("user_id", "api_key_id"))}
+        ) c
+        ORDER BY at
         """,
     ),
 )

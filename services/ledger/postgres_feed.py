@@ -2,9 +2,9 @@
 
 import asyncio
 import contextlib
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from uuid import UUID
 
 import asyncpg
@@ -24,10 +24,16 @@ WATCHERS_MAX = 500
 WAITING_MAX = 256
 """Operations that may wait for a slow watcher before it is let go."""
 NOTICES_MAX = 10_000
-CATCH_UP_MAX = 1_000
+CATCH_UP_PAGE = 100
+"""Fewer than may wait for a watcher: who keeps up is not let go for what was missed."""
+PATIENCE_S = 1.0
+"""How long a page that was missed waits for watchers to read the one before."""
 OVERLAP = timedelta(seconds=10)
 """Rows carry the time they were written, not the time they could be seen; a transaction takes less than this."""
+RECENT_MAX = 20_000
+"""What may be recorded within OVERLAP, so that nothing is handed out twice."""
 RECONNECT_S = 0.5
+NO_ID = UUID(int=0)
 
 
 class Watcher:
@@ -55,7 +61,14 @@ class Watcher:
     async def next(self) -> Operation | None:
         if self._behind and self._waiting.empty():
             raise Overloaded("the watcher reads more slowly than operations are recorded", retry_after_ms=1000)
-        return await self._waiting.get()
+        operation = await self._waiting.get()
+        self._waiting.task_done()
+        return operation
+
+    async def caught_up(self) -> None:
+        """Wait until all that was offered is taken; of one that is too slow nothing is expected any more."""
+        if not self._behind:
+            await self._waiting.join()
 
 
 class PostgresFeed:
@@ -64,8 +77,10 @@ class PostgresFeed:
     def __init__(self, url: str, database: Database) -> None:
         self._url, self._database = url, database
         self._watchers: set[Watcher] = set()
-        self._recent: deque[str] = deque(maxlen=CATCH_UP_MAX)
-        self._seen_until = datetime.now(UTC)
+        self._recent: OrderedDict[tuple[str, str], None] = OrderedDict()
+        """Tenant and id of what was heard of last, whether or not anybody watched."""
+        self._seen_until: datetime | None = None
+        """What was recorded before is seen, but for OVERLAP. By the database's clock; None until it was asked."""
         self._ended = False
 
     @contextlib.contextmanager
@@ -100,34 +115,56 @@ class PostgresFeed:
             await asyncio.sleep(RECONNECT_S)
 
     async def _listen(self, connection: Connection) -> None:
-        notices: asyncio.Queue[str | None] = asyncio.Queue(NOTICES_MAX)
+        notices: asyncio.Queue[tuple[str, datetime] | None] = asyncio.Queue()
+        clock = asyncio.get_running_loop().time
+        began, began_s = await connection.fetchval("SELECT clock_timestamp()"), clock()
 
         def heard(_: object, __: int, ___: str, payload: str) -> None:
-            try:
-                notices.put_nowait(payload)
-            except asyncio.QueueFull:
+            if notices.qsize() < NOTICES_MAX:
+                notices.put_nowait((payload, began + timedelta(seconds=clock() - began_s)))
+            else:
                 connection.terminate()  # what was missed is caught up with on the next connection
 
-        def lost(_: object) -> None:
-            with contextlib.suppress(asyncio.QueueFull):
-                notices.put_nowait(None)
-
-        connection.add_termination_listener(lost)
+        connection.add_termination_listener(lambda _: notices.put_nowait(None))
         await connection.add_listener(CHANNEL, heard)
-        for operation, moment in await recorded_since(connection, self._seen_until - OVERLAP, CATCH_UP_MAX):
-            self._hand_out(operation, moment)
-        while (payload := await notices.get()) is not None:
+        await self._catch_up(connection, (self._seen_until or began) - OVERLAP)
+        self._seen_until = max(self._seen_until or began, began)
+        while (notice := await notices.get()) is not None:
+            payload, moment = notice
             tenant, user, operation_id = orjson.loads(payload)
             if any(watcher.may_see(tenant, user) for watcher in self._watchers):
                 found = await self._database.of(tenant).run(lambda pooled, t=tenant, o=operation_id: recorded(pooled, t, UUID(o)))  # type: ignore[misc]
                 if found is not None:
-                    self._hand_out(*found)
+                    self._hand_out(found[0])
+            self._is_new(tenant, operation_id)
+            self._seen_until = max(self._seen_until, moment)
 
-    def _hand_out(self, operation: Operation, moment: datetime) -> None:
-        self._seen_until = max(self._seen_until, moment)
-        if operation.operation_id in self._recent:
-            return
-        self._recent.append(operation.operation_id)
-        for watcher in self._watchers:
-            if watcher.may_see(operation.tenant, operation.user):
-                watcher.offer(operation)
+    async def _catch_up(self, connection: Connection, since: datetime) -> None:
+        """Hand out what was recorded after `since` and not heard of, as long as anybody watches."""
+        after = (since, NO_ID)
+        while self._watchers:
+            page = await recorded_since(connection, *after, CATCH_UP_PAGE)
+            for operation, moment in page:
+                self._hand_out(operation)
+                self._seen_until = max(self._seen_until or moment, moment)
+            if len(page) < CATCH_UP_PAGE:
+                return
+            after = (page[-1][1], UUID(page[-1][0].operation_id))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PATIENCE_S):
+                    await asyncio.gather(*(watcher.caught_up() for watcher in self._watchers))
+
+    def _hand_out(self, operation: Operation) -> None:
+        if self._is_new(operation.tenant, operation.operation_id):
+            for watcher in self._watchers:
+                if watcher.may_see(operation.tenant, operation.user):
+                    watcher.offer(operation)
+
+    def _is_new(self, tenant: str, operation_id: str) -> bool:
+        """Whether it was not heard of before; from now on it was."""
+        if (tenant, operation_id) in self._recent:
+            return False
+        self._recent[tenant, operation_id] = None
+        if len(self._recent) > RECENT_MAX:
+            self._recent.popitem(last=False)
+        return True

@@ -22,7 +22,7 @@ from services.ledger.paging import Page
 from services.ledger.postgres_database import Connection, Database
 from services.ledger.postgres_holds import HOLD_COLUMNS, PostgresHolds, encoded, usage_columns, usage_of
 from services.ledger.postgres_prices import PostgresPrices
-from services.ledger.roller import kept_since
+from services.ledger.roller import months_kept_since
 
 RECORDING_MAX = 4
 """Batches that are booked side by side. The others wait here, where they leave connections to those whose first token waits."""
@@ -147,8 +147,8 @@ class PostgresOperations:
             return [await self._duplicate(connection, booked[0])]
 
     def _purged(self, operation: Operation) -> bool:
-        """Whether the operation is so old that its row is removed. Then only its holds still know that it was recorded before."""
-        return bool(self._retention_days) and operation.created_at < kept_since(self._clock.now(), self._retention_days)
+        """Whether the operation is of a month that is dropped. Then only its holds still know that it was recorded before."""
+        return bool(self._retention_days) and operation.created_at < months_kept_since(self._clock.now(), self._retention_days)
 
     async def _baseline_price(self, operation: Operation, connection: Connection) -> Price | None:
         """What the operation's tier is compared with; None without a tier, or a price at that time."""
@@ -258,10 +258,15 @@ class PostgresOperations:
         return Page([operation_of(row) for row in rows[:size]], (last["created_at"], str(last["operation_id"])) if last else None)
 
 
-async def recorded_since(connection: Connection, moment: datetime, limit: int) -> list[tuple[Operation, datetime]]:
-    """Operations of all tenants recorded after `moment`, in that order, with when. For the feed, which filters by tenant itself."""
+async def recorded_since(connection: Connection, moment: datetime, operation_id: UUID, limit: int) -> list[tuple[Operation, datetime]]:
+    """Operations of all tenants recorded after `moment`, or then with a greater id, in that order, with when.
+
+    For the feed, which filters by tenant itself.
+    """
     rows = await connection.fetch(
-        f"SELECT {_OPERATION} FROM operations o WHERE o.recorded_at > $1 ORDER BY o.recorded_at LIMIT $2", *(moment, limit)
+        f"SELECT {_OPERATION} FROM operations o WHERE o.recorded_at >= $1 AND (o.recorded_at, o.operation_id) > ($1, $2)"
+        " ORDER BY o.recorded_at, o.operation_id LIMIT $3",
+        *(moment, operation_id, limit),
     )
     return [(operation_of(row), row["recorded_at"]) for row in rows]
 

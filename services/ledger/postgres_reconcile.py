@@ -1,5 +1,6 @@
 """The books' side of a reconciliation, read from PostgreSQL over all tenants. It writes nothing; what is compared is in `reconcile`."""
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from itertools import islice
@@ -24,17 +25,16 @@ _SUMS = ", ".join(
 
 
 async def reconcile(database: Database, rows: Iterator[ExportRow]) -> Report:
-    """Compare an export with the books. Raises RequestInvalid for a bad line, PriceUnknown for a model that has no price."""
+    """Compare an export with the books. Raises RequestInvalid for a bad line."""
     book = await database.run(read_book)
     made = Reconciliation()
     provider = ""
     while batch := list(islice(rows, BATCH)):
         for row in batch:
             provider = row.provider
-            try:
+            price = None
+            with contextlib.suppress(PriceUnknown):
                 price = book.in_force(ALL_TENANTS, row.provider, row.model, row.start).price
-            except PriceUnknown as error:
-                raise PriceUnknown(f"line {row.line}: {error.detail}", provider=row.provider, model=row.model) from error
             made.told(row, price)
         named = [row for row in batch if row.request_id]
         booked = await _by_request(database, provider, named)

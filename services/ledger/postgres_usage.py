@@ -61,11 +61,6 @@ _STEPS = (
     " = 1 AS main FROM steps WHERE steps.tenant = f.tenant AND steps.operation_id = f.operation_id"
     " AND steps.created_at = f.created_at AND steps.status <> 'skipped') s ON true"
 )
-_PURPOSE = (
-    " JOIN LATERAL (SELECT coalesce(nullif(o.purpose, ''), 'answer') AS purpose FROM operations o"
-    " WHERE o.tenant = f.tenant AND o.operation_id = f.operation_id) p ON true"
-)
-"""Read from the operations themselves: few ask, and sums by purpose would be a further table."""
 # One look-up for each waiting operation, whatever the statistics of a table that is empty most of the time say.
 _WAITING = (
     "(SELECT operation_id, created_at FROM usage_unrolled WHERE tenant = $1 OFFSET 0) w JOIN LATERAL"
@@ -93,7 +88,7 @@ class PostgresUsage:
         """Raise RequestInvalid if single operations were needed that may be gone. Asked after the query: what is gone stays gone."""
         purged_before = await self._database.of(tenant).value("SELECT purged_before()")
         if purged_before and any(span.grain == "row" and span.start < purged_before for span in cut):
-            bound = f"whole days in UTC before {purged_before:%Y-%m-%d}, not by session, step or purpose"
+            bound = f"whole days in UTC before {purged_before:%Y-%m-%d}, not by session, step or purpose, nor by hour of a user or key"
             raise RequestInvalid("single operations of that time are not kept any more", field="from", bound=bound)
 
 
@@ -115,7 +110,7 @@ def _query(tenant: str, user: str, group_by: Sequence[str], cut: list[Span]) -> 
     own = bool(user) or bool({"user", "key"} & set(group_by))
     fact, joined = (_STEP, _STEPS) if "step" in group_by else (_FACT, "")
     if "purpose" in group_by:
-        fact, joined = f"{fact}, p.purpose", joined + _PURPOSE
+        fact = f"{fact}, f.purpose"
     groups = [GROUPINGS[name] for name in group_by] or ["''"]
     grouped = ", ".join(f"{expression} AS g{place}" for place, expression in enumerate(groups))
     measured = ", ".join((*(f"c.{name}" for name in MEASURES), "c.durations", "c.first_tokens"))

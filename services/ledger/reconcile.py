@@ -56,6 +56,8 @@ class Report:
     drifts: list[Drift]
     unknown_requests: int
     """Requests the provider names and the books do not have."""
+    unpriced: list[str]
+    """Models that the provider tells no cost of and we know no price of: their cost is missing on its side."""
 
     @property
     def tokens_drift(self) -> Fraction:
@@ -88,6 +90,7 @@ class Reconciliation:
         self._ledger: defaultdict[tuple[date, str], Side] = defaultdict(Side)
         self._periods: set[tuple[datetime, datetime]] = set()
         self._unknown_requests = 0
+        self._unpriced: set[str] = set()
 
     def periods(self) -> list[tuple[datetime, datetime]]:
         """[start, end) of what the provider told without request ids: the books are asked for the same.
@@ -100,10 +103,15 @@ class Reconciliation:
                 raise RequestInvalid(f"the periods that begin at {one[0]} and {other[0]} overlap", field="file")
         return ordered
 
-    def told(self, row: ExportRow, price: Price) -> None:
-        """A row of the export; without a cost of its own it is priced by `price`. Raises RequestInvalid for too many periods."""
-        model = family(row.model)
-        cost = row.cost_nanousd if row.cost_nanousd is not None else short_context(price).cost_nanousd(row.usage)
+    def told(self, row: ExportRow, price: Price | None) -> None:
+        """A row of the export; without a cost of its own it is priced by `price`, if there is one.
+
+        Raises RequestInvalid for too many periods.
+        """
+        model, cost = family(row.model), row.cost_nanousd
+        if cost is None:
+            cost = short_context(price).cost_nanousd(row.usage) if price else 0
+            self._unpriced.update([] if price else [model])
         self._provider[row.start.date(), model].add(row.usage, cost)
         if not row.request_id:
             self._periods.add((row.start, row.end))
@@ -124,7 +132,7 @@ class Reconciliation:
     def report(self) -> Report:
         keys = sorted(self._provider.keys() | self._ledger.keys())
         drifts = [Drift(day, model, self._provider[day, model], self._ledger[day, model]) for day, model in keys]
-        return Report(drifts, self._unknown_requests)
+        return Report(drifts, self._unknown_requests, sorted(self._unpriced))
 
 
 def short_context(price: Price) -> Price:

@@ -33,10 +33,13 @@ async def sweep_leases(credit: CreditLines, grace_ms: int) -> int:
     return ended
 
 
-async def sweep_forever(holds: HoldBook, credit: CreditLines, conversations: Conversations, *, interval_ms: int, grace_ms: int) -> None:
+async def sweep_forever(
+    holds: HoldBook, credit: CreditLines, conversations: Conversations, *, interval_ms: int, grace_ms: int, lease_grace_ms: int
+) -> None:
     """Sweep every `interval_ms`. A failure is logged and the next round tries again: money waits, it is not lost.
 
-    Leases are left alone for `grace_ms` after the store was away: those who drew on them meanwhile may tell of it first.
+    Leases are taken back `lease_grace_ms` after their expiry, which is longer: a call may have begun on one at its last moment. They are
+    left alone for `grace_ms` after the store was away: those who drew on them meanwhile may tell of it first.
     """
     well_since = time.monotonic()
     while True:
@@ -44,7 +47,7 @@ async def sweep_forever(holds: HoldBook, credit: CreditLines, conversations: Con
             with span("ledger.sweep"):
                 await sweep(holds, grace_ms)
                 if time.monotonic() - well_since >= grace_ms / 1000:
-                    await sweep_leases(credit, grace_ms)
+                    await sweep_leases(credit, lease_grace_ms)
                 await conversations.forget_deletions()
         except DomainError as error:
             well_since = time.monotonic()

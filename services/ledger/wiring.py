@@ -74,7 +74,8 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         server = Server(passport_identity(Passport(key)), reflect=settings.environment == "development", tls=settings.mutual_tls())
         server.add(register, servicer, SERVICE_NAME)
 
-        sweeping = sweep_forever(holds, credit, conversations, interval_ms=settings.sweep_interval_ms, grace_ms=settings.sweep_grace_ms)
+        graces = {"grace_ms": settings.sweep_grace_ms, "lease_grace_ms": settings.lease_grace_ms}
+        sweeping = sweep_forever(holds, credit, conversations, interval_ms=settings.sweep_interval_ms, **graces)
         rolling = roll_forever(
             PostgresSums(database),
             PostgresMonths(database),

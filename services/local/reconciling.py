@@ -38,6 +38,8 @@ def table(report: Report) -> str:
         )
     if report.unknown_requests:
         lines.append(f"{report.unknown_requests} requests of the provider are not in the books")
+    if report.unpriced:
+        lines.append(f"without a price, and without a cost in the export: {', '.join(report.unpriced)}")
     lines.append(f"drift: tokens {_percent(report.tokens_drift)}, cost {_percent(report.cost_drift)}")
     return "\n".join(lines)
 

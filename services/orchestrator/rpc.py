@@ -348,6 +348,7 @@ def _done_message(done: Done) -> pb.Done:
         ],
         groundedness=done.groundedness,
         sentences_judged=done.sentences_judged,
+        reasoning_tokens=done.reasoning_tokens,
     )
 
 

@@ -19,6 +19,7 @@ from services.orchestrator.citations import CitationReader
 from services.orchestrator.compose import Template, shown
 from services.orchestrator.domain import (
     Accepted,
+    AnswerLeft,
     Attempt,
     CachedAnswer,
     CacheReceipt,
@@ -340,12 +341,13 @@ class Run:
             choices=tuple(self.choices),
             groundedness=self.citations.groundedness,
             sentences_judged=self.citations.judged,
+            reasoning_tokens=sum(attempt.reasoning_tokens for attempt in self.attempts),
         )
 
     def record(self, failure: DomainError | None, *running: Attempt) -> OperationRecord:
         """What is booked, with the attempts that are `running`. The step that books it is in it too, with the time it had taken so far."""
         attempts = (*self.attempts, *running)
-        status = "done" if failure is None else "cancelled" if isinstance(failure, AnswerCancelled) else "failed"
+        status = "done" if failure is None else "cancelled" if isinstance(failure, AnswerCancelled | AnswerLeft) else "failed"
         steps = [_change(step) for step in self.trail.steps if step.status != "running"]
         steps += [
             StepChange(step.name, "done", step.started_ms, round(self.trail.elapsed_ms - step.started_ms, 3), {})

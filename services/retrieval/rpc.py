@@ -568,6 +568,7 @@ def _progress_message(job_id: str, progress: Progress) -> pb.IngestDocumentsResp
         error_reason=progress.error_reason,
         error_detail=progress.error_detail,
         attempt=progress.attempt,
+        unread_pages=progress.unread_pages,
     )
 
 
@@ -591,6 +592,7 @@ def _document_message(document: Document, viewer: Viewer, embedder_id: str) -> p
         embedder_id=embedder_id,
         access=pb.Access(users=shown.users, groups=shown.groups) if document.readers else None,
         language=document.language,
+        unread_pages=document.unread_pages,
     )
 
 

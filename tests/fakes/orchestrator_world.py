@@ -156,6 +156,8 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
     """Models that no budget can pay."""
     affordable: int = 1_000_000
     """Most output tokens that the budget can pay for."""
+    affordable_of: dict[str, int] = field(default_factory=dict)
+    """The same for single models, where it is another number."""
     credit_nanousd: int = 10_000_000_000
     """What each lease lends; 0 = none is lent."""
     leases: dict[str, ledger_pb.LendCreditRequest] = field(default_factory=dict)
@@ -188,7 +190,7 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
         if self.lent_elsewhere:
             self.lent_elsewhere -= 1
             raise BudgetExhausted("it is lent", needed_nanousd=5, left_nanousd=2, lent_nanousd=3, scope="tenant")
-        granted = min(request.output_tokens_max, self.affordable)
+        granted = min(request.output_tokens_max, self.affordable_of.get(request.model, self.affordable))
         if self.broke or request.model in self.too_dear or granted < (request.output_tokens_min or request.output_tokens_max):
             raise BudgetExhausted("nothing is left", needed_nanousd=1, left_nanousd=0, scope="tenant")
         price = PRICES.get(request.model)
@@ -271,7 +273,9 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
         operation, asker = self.operations.get(request.operation_id), current_principal()
         if operation is None or (operation.tenant, operation.user) != (asker.tenant, asker.user):
             raise NotFound("no such operation", kind="operation")
-        return ledger_pb.GetOperationResponse(operation=operation)
+        turns = self.turns.get(operation.session_id, ()) if request.with_turn else ()
+        turn = next((turn for turn in turns if turn.answer_id == request.operation_id), None)
+        return ledger_pb.GetOperationResponse(operation=operation, turn=turn)
 
     async def ListTurns(self, request: ledger_pb.ListTurnsRequest, context: grpc.aio.ServicerContext) -> None:
         turns = self.branch(request.session_id, request.until_answer_id)

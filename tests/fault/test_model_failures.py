@@ -17,7 +17,7 @@ import pytest
 from google.protobuf.struct_pb2 import Struct
 
 from bench.script import Behaviour, Record, ScriptedCall
-from services.chassis.errors import DomainError
+from services.chassis.errors import DomainError, PriceUnknown
 from services.local.stores import Valkey
 from tailrace.ledger.v1 import ledger_service_pb2 as ledger_pb
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as pb
@@ -293,8 +293,10 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def test_matrix_in_the_docs_is_current() -> None:
-    """What is promised to people is what is tested."""
+def test_matrix_in_the_docs_is_current(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is promised to people is what is tested. The table is printed, so that whoever runs the tests sees what they hold."""
+    with capsys.disabled():
+        print(f"\n{table()}")
     found = re.search(r"<!-- fault matrix -->\n(.*?)\n<!-- end -->", DOCS.read_text(encoding="utf-8"), re.DOTALL)
 
     assert found is not None
@@ -475,6 +477,35 @@ async def test_budget_that_cannot_pay_the_tier_may_pay_a_cheaper_one(claude: Wor
 
     assert (reply.done.model, reply.done.tier) == ("claude-haiku-5-5", "thrifty")
     assert [(choice.tier, choice.reason) for choice in reply.done.choices] == [("thrifty", "first"), ("alone", "budget")]
+
+
+async def test_a_model_without_a_price_is_passed_over(claude: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is given away, and the tier's other models are asked; only if none has a price is that the answer's end."""
+    monkeypatch.delitem(PRICES, "claude-haiku-5-5")
+    reply = await claude.ask(QUESTION, cache=pb.CACHE_MODE_OFF)
+    monkeypatch.delitem(PRICES, "claude-sonnet-5-5")
+    with pytest.raises(PriceUnknown):
+        await claude.ask(QUESTION, cache=pb.CACHE_MODE_OFF)
+
+    assert [(choice.model, choice.reason) for choice in reply.done.choices] == [
+        ("claude-haiku-5-5", "first"),
+        ("claude-sonnet-5-5", "no_price"),
+    ]
+    assert [record.model for record in claude.provider.records] == ["claude-sonnet-5-5"]
+
+
+@pytest.mark.parametrize(
+    ("dear", "cheap", "model", "written"), [(300, 4_000, "claude-haiku-5-5", 1_000), (300, 400, "claude-haiku-5-5", 400)]
+)
+async def test_a_whole_answer_of_the_cheaper_tier_is_better_than_a_short_one_of_the_dear(
+    claude: World, dear: int, cheap: int, model: str, written: int
+) -> None:
+    """Nothing is shortened while there is a cheaper way; the last way is, if it must be."""
+    claude.ledger.affordable_of = {"claude-sonnet-5-5": dear, "claude-haiku-5-5": cheap}
+    claude.behave(tokens=2_000)
+    reply = await claude.ask(QUESTION, tier="thrifty", max_output_tokens=1_000)
+
+    assert (reply.done.model, reply.done.usage.output_tokens) == (model, written)
 
 
 async def test_models_file_is_read_again_when_it_changes_and_a_broken_one_changes_nothing(claude: World, tmp_path: Path) -> None:

@@ -173,11 +173,14 @@ class RecordRpcs:
         end = checks.moment(request.to, "to") if request.HasField("to") else self._clock.now().astimezone(UTC)
         since: Timestamp = getattr(request, "from")
         start = checks.moment(since, "from") if request.HasField("from") else default_start(end)
-        longest = USAGE_OF_ROWS_MAX if needs_rows(group_by) else USAGE_MAX
+        principal = current_principal()
+        of_one = () if "admin" in principal.roles else ("user",)
+        longest = USAGE_OF_ROWS_MAX if needs_rows([*group_by, *of_one]) else USAGE_MAX
         if not start <= end <= start + longest:
-            raise RequestInvalid(f"from must be before to, by at most {longest.days} days", field="from", bound=f"{longest.days} days")
+            bound = f"{longest.days} days" + (" by session, step or purpose, or by hour of a user or key" if longest < USAGE_MAX else "")
+            raise RequestInvalid(f"from must be before to, by at most {longest.days} days", field="from", bound=bound)
         with span("ledger.usage"):
-            rows = await self._usage.query(current_principal(), group_by, start, end)
+            rows = await self._usage.query(principal, group_by, start, end)
         for row in rows:
             await context.write(messages.usage_row_message(row))
 

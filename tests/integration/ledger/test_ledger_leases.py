@@ -13,16 +13,20 @@ import asyncpg
 import pytest
 
 from services.chassis.errors import BudgetExhausted, HoldAlreadyExpired, NotAllowed, NotFound
+from services.chassis.money import Usage
 from services.chassis.principal import Principal
 from services.ledger import postgres_schema
-from services.ledger.domain import Draw, Lease
+from services.ledger.domain import Attempt, CacheFacts, Draw, Lease, Operation
 from services.ledger.postgres_budgets import PostgresBudgets
 from services.ledger.postgres_database import Database, opened
+from services.ledger.postgres_holds import PostgresHolds
 from services.ledger.postgres_leases import PostgresLeases, Terms
+from services.ledger.postgres_operations import PostgresOperations
 from services.ledger.postgres_prices import PostgresPrices
+from services.ledger.sweeper import sweep_leases
 from services.local.stores import Postgres
 from tailrace.ledger.v1 import ledger_service_pb2 as pb
-from tests.integration.ledger.ledger_kit import HAIKU, RECORDER, Ledger, attempt, audit, fresh_database, operation
+from tests.integration.ledger.ledger_kit import HAIKU, RECORDER, Ledger, SetClock, attempt, audit, fresh_database, operation, settings
 
 USD = 1_000_000_000
 
@@ -309,6 +313,32 @@ async def test_a_lease_that_nobody_prolongs_is_taken_back_after_its_grace(databa
 
     (budget,) = await budgets.of(tenant, "user", "ann")
     assert (budget.spent_nanousd, budget.held_nanousd) == (0, 0)
+
+
+async def test_a_call_of_an_orchestrator_that_was_cut_off_is_paid_by_its_lease(database: Database) -> None:
+    """It began at the lease's last moment, ran for the longest time an answer may take, and its record came within the grace after that."""
+    clock = SetClock(datetime(2026, 11, 3, 12, tzinfo=UTC))
+    prices = PostgresPrices(database, clock)
+    book, budgets = PostgresLeases(database, prices, Terms(1, USD, 10 * USD, 120_000), clock), PostgresBudgets(database, clock)
+    operations = PostgresOperations(database, PostgresHolds(database, prices, clock), prices, clock)
+    given, tenant = settings("postgresql://unused", TAILRACE_LEDGER_SWEEP_GRACE_MS="60000"), f"tenant-{secrets.token_hex(4)}"
+    lease = Lease(uuid.uuid4(), tenant, "ann", "")
+    await budgets.put(tenant, "user", "ann", "month", 100 * USD)
+    lent = await book.lend(lease)
+    began = clock.moment + timedelta(seconds=119)
+    clock.moment = began + timedelta(seconds=given.answer_deadline_s + 30)
+    await sweep_leases(book, given.lease_grace_ms)
+    call = Attempt(1, "", *HAIKU, Usage(1000, 1000), price_version=1, lease_id=str(lease.lease_id), drawn_nanousd=7_000_000)
+    facts = {"status": "done", "created_at": began, "cache": CacheFacts("miss"), "attempts": (call,)}
+    await operations.record(Operation(new_id(), tenant, "ann", **facts))  # type: ignore[arg-type]
+    (before,) = await budgets.of(tenant, "user", "ann")
+    clock.moment += timedelta(seconds=60)
+    await sweep_leases(book, given.lease_grace_ms)
+    (after,) = await budgets.of(tenant, "user", "ann")
+
+    assert await database.value("SELECT amount_nanousd FROM holds WHERE tenant = $1 AND provider <> ''", tenant) == 7_000_000
+    assert (before.spent_nanousd, before.held_nanousd) == (6_000_000, lent)
+    assert (after.spent_nanousd, after.held_nanousd) == (6_000_000, 0)
 
 
 async def test_a_lease_is_not_prolonged_into_another_day_and_pays_in_its_own(database: Database) -> None:

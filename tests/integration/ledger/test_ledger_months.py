@@ -5,6 +5,7 @@ import itertools
 import re
 import uuid
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -12,8 +13,8 @@ import asyncpg
 import orjson
 import pytest
 
-from services.chassis.clock import SystemClock
-from services.chassis.errors import NotFound, Overloaded
+from services.chassis.clock import Clock, SystemClock
+from services.chassis.errors import IdempotencyConflict, NotFound, Overloaded
 from services.chassis.money import Usage
 from services.chassis.principal import Principal
 from services.chassis.wire import timestamp
@@ -25,11 +26,12 @@ from services.ledger.postgres_months import PostgresMonths
 from services.ledger.postgres_operations import PostgresOperations
 from services.ledger.postgres_prices import PostgresPrices
 from services.ledger.postgres_sums import PostgresSums
+from services.ledger.postgres_usage import PostgresUsage
 from services.ledger.prices import listed_prices
 from services.ledger.roller import let_go, roll_all
 from services.local.stores import Postgres
 from tailrace.ledger.v1 import ledger_service_pb2 as pb
-from tests.integration.ledger.ledger_kit import HAIKU, attempt, audit, fresh_database, operation, running, value
+from tests.integration.ledger.ledger_kit import HAIKU, SetClock, attempt, audit, fresh_database, operation, running, value
 
 MONTHS = 21
 """The number of the migration that brings months."""
@@ -111,10 +113,11 @@ def told(created_at: datetime, *, calls: int = 1, operation_id: str = "") -> Ope
     )
 
 
-async def recorder(database: Any) -> PostgresOperations:
+async def recorder(database: Any, clock: Clock | None = None, retention_days: int = 0) -> PostgresOperations:
     """Who records, with the prices the project comes with."""
-    prices = PostgresPrices(database, SystemClock())
-    return PostgresOperations(database, PostgresHolds(database, prices), prices, SystemClock())
+    clock = clock or SystemClock()
+    prices = PostgresPrices(database, clock)
+    return PostgresOperations(database, PostgresHolds(database, prices), prices, clock, retention_days=retention_days)
 
 
 @pytest.fixture
@@ -249,6 +252,41 @@ async def test_one_operation_is_looked_for_in_its_month_alone(database: Database
     looked_in = set(re.findall(r" on ((?:operations|steps)_(?:\d{4}_\d\d|other)) \w", done))
 
     assert looked_in == {f"operations_{BEFORE_EDGE:%Y_%m}", f"steps_{BEFORE_EDGE:%Y_%m}"}
+
+
+async def test_usage_by_purpose_reads_the_months_it_asks_for_alone(database: Database) -> None:
+    """The purpose is read from the operations themselves, each in its own month."""
+    await (await recorder(database)).record(told(BEFORE_EDGE))
+    await database.value("SELECT make_months($1, $2)", EDGE - timedelta(days=900), EDGE)
+    plan: list[str] = []
+
+    class Explained(FormerReplica):
+        async def fetch(self, query: str, *arguments: Any) -> Any:
+            plan.extend(row[0] for row in await self._database.fetch(f"EXPLAIN ANALYZE {query}", *arguments))
+            return []
+
+        async def value(self, query: str, *arguments: Any) -> Any:
+            return await self._database.value(query, *arguments)
+
+    await PostgresUsage(Explained(database)).query(BOSS, ["purpose"], BEFORE_EDGE - timedelta(days=1), EDGE)  # type: ignore[arg-type]
+    done = "\n".join(line for line in plan if "never executed" not in line)
+
+    assert set(re.findall(r" on (operations_(?:\d{4}_\d\d|other))", done)) == {f"operations_{BEFORE_EDGE:%Y_%m}"}
+
+
+async def test_what_is_older_than_retention_and_still_stored_is_held_against_what_comes_again(database: Database) -> None:
+    """Rows go by the month: until it is over, another body is refused, and a record that comes late for the first time is kept."""
+    clock = SetClock(EDGE + timedelta(days=20))
+    books = await recorder(database, clock, retention_days=1)
+    record = told(EDGE + timedelta(days=4))
+    late = told(EDGE + timedelta(days=5), calls=0)
+    assert not (await books.record(record)).duplicate
+    assert (await books.record(record)).duplicate
+    with pytest.raises(IdempotencyConflict):
+        await books.record(replace(record, duration_ms=record.duration_ms + 1))
+
+    assert not (await books.record(late)).duplicate
+    assert (await books.get(ANN, uuid.UUID(late.operation_id))).operation_id == late.operation_id
 
 
 async def test_an_old_month_goes_whole_and_the_books_stay(postgres: Postgres) -> None:

@@ -1,6 +1,7 @@
 """`tailrace ledger reconcile` on real books: exit codes, both ways of matching, and nothing written."""
 
 import asyncio
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ async def written(url: str) -> list[Any]:
 
 
 async def test_an_export_is_compared_with_the_books(postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Equal: 0. Past the bound: 1. A request that nobody booked: 1. A bad line or a model without a price: 2, named."""
+    """Equal: 0. Past the bound: 1. A request that nobody booked: 1. A model without cost and price: 1. A bad line: 2, named."""
     url, file = await fresh_database(postgres), tmp_path / "usage.csv"
     async with running(url) as ledger:
         calls = [attempt(1, provider_request_id="req_1"), attempt(2, provider_request_id="req_2"), attempt(3, 0, 0, not_sent=True)]
@@ -57,10 +58,11 @@ async def test_an_export_is_compared_with_the_books(postgres: Postgres, tmp_path
     bad = await result(url, file, HEADER + row.format(300, "=1", ""), monkeypatch)
     unpriced = await result(url, file, HEADER + row.replace("claude-haiku-4-5-20251001", "nobody").format(1, 1, ""), monkeypatch)
 
-    assert [done.exit_code for done in (equal, by_hour, drifted, allowed, by_id, unknown, bad, unpriced)] == [0, 0, 1, 0, 0, 1, 2, 2]
+    assert [done.exit_code for done in (equal, by_hour, drifted, allowed, by_id, unknown, bad, unpriced)] == [0, 0, 1, 0, 0, 1, 2, 1]
     assert "2026-10-08  claude-haiku-4-5" in equal.output
     assert "drift: tokens 2.941 %" in drifted.output
     assert "1 requests of the provider are not in the books" in unknown.output
     assert "line 2 has no count of tokens in usage_output_tokens" in bad.output
-    assert "line 2: the model nobody of anthropic has no price" in unpriced.output
+    assert "without a price, and without a cost in the export: nobody" in unpriced.output
+    assert re.search(r"^2026-10-08  nobody .* 2 .* 0  .*\*$", unpriced.output, re.MULTILINE)
     assert await written(url) == before

@@ -256,6 +256,16 @@ async def test_a_watcher_sees_what_is_recorded_and_nothing_foreign(
     assert await asyncio.gather(*watching) == [[record.operation_id for record in records] for records in expected.values()]
 
 
+async def test_who_sees_only_themselves_asks_by_hour_as_of_one_user(ledger: Ledger, ann: Principal, boss: Principal) -> None:
+    """No sums are kept by hour of a user: the range is the shorter one, and the refusal says why. An administrator's is not."""
+    year = pb.QueryUsageRequest(group_by=["hour"], **{"from": timestamp(datetime.now(UTC) - timedelta(days=300))})
+    with pytest.raises(RequestInvalid) as refused:
+        await ledger.rows("QueryUsage", year, ann)
+
+    assert refused.value.metadata["bound"] == "31 days by session, step or purpose, or by hour of a user or key"
+    assert await ledger.rows("QueryUsage", year, boss) == []
+
+
 async def test_usage_adds_up_however_it_is_grouped(ledger: Ledger, ann: Principal, bob: Principal, boss: Principal) -> None:
     """Every grouping tells the same totals; times are percentiles; a hit counts as a hit and saves."""
     hit = common_pb2.CacheReceipt(verdict="semantic", similarity=0.97, source_answer_id=str(uuid.uuid4()), age_s=5, saved_nanousd=COST)

@@ -111,8 +111,15 @@ async def test_foreign_holds_are_not_resolved(database: Database, ledger: Ledger
 
 async def test_foreign_calls_are_not_booked_late(database: Database, ledger: Ledger, ann: Principal, stranger: Principal) -> None:
     """open_late_holds runs in the owner's name, and still makes a tenant's own holds only, on its own leases only."""
-    price_id = await database.value("SELECT price_id FROM prices WHERE tenant = '' LIMIT 1")
-    call = {"user_id": stranger.user, "api_key_id": "", "operation_id": str(uuid.uuid4()), "attempt": 1, "provider": "p", "model": "m"}
+    price_id = await database.value("SELECT price_id FROM prices WHERE (provider, model) = ($1, $2)", *HAIKU)
+    call = {
+        "user_id": stranger.user,
+        "api_key_id": "",
+        "operation_id": str(uuid.uuid4()),
+        "attempt": 1,
+        "provider": HAIKU[0],
+        "model": HAIKU[1],
+    }
     bounds = {
         "price_id": price_id,
         "input_tokens_max": 1,

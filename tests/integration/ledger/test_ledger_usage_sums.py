@@ -21,7 +21,7 @@ from services.ledger.domain import UsageRow
 from services.ledger.postgres_database import Database, opened
 from services.ledger.postgres_sums import PostgresSums
 from services.ledger.postgres_usage import GROUPINGS, PostgresUsage
-from services.ledger.roller import purge, roll_all
+from services.ledger.roller import months_kept_since, purge, roll_all
 from services.ledger.spans import Span
 from services.local.stores import Postgres
 from tailrace.common.v1 import common_pb2
@@ -217,7 +217,7 @@ async def test_purged_operations_stay_in_sums_and_books(postgres: Postgres) -> N
     comes again is known by its holds."""
     url = await fresh_database(postgres)
     ann, boss = Principal("acme", "ann"), Principal("acme", "boss", frozenset({"user", "admin"}))
-    begin = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0) - timedelta(days=50)
+    begin = months_kept_since(datetime.now(UTC), 40) - timedelta(days=15)
     async with running(url, TAILRACE_LEDGER_RETENTION_DAYS="40", TAILRACE_LEDGER_ROLL_INTERVAL_MS="600000") as ledger:
         old = [operation(ann, created_at=timestamp(begin + timedelta(hours=n)), attempts=[attempt()]) for n in range(10)]
         hit = operation(ann, created_at=timestamp(begin), cache=common_pb2.CacheReceipt(verdict="exact"))

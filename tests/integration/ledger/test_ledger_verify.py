@@ -25,11 +25,13 @@ from services.ledger.postgres_database import Database, opened
 from services.ledger.postgres_holds import PostgresHolds, resolve
 from services.ledger.postgres_operations import PostgresOperations
 from services.ledger.postgres_prices import PostgresPrices
+from services.ledger.postgres_sums import PostgresSums
 from services.ledger.verify import verify
 from services.local.command import app
 from services.local.stores import Postgres
 from tests.integration.ledger.ledger_kit import HAIKU, SetClock, fresh_database
 
+LONG = ("anthropic", "claude-haiku-5-5")
 ANN, BOB = Principal("acme", "ann", api_key_id="key-1"), Principal("acme", "bob")
 EVE = Principal("globex, 4:acme", "eve")
 
@@ -66,7 +68,13 @@ async def fill(database: Database) -> None:
         await reserve(principal, twice, 1)
         await reserve(principal, twice, 2)
         await record(principal, twice, Attempt(1, "", *HAIKU, Usage(), not_sent=True), Attempt(2, "", *HAIKU, Usage(10, 2000)))
-        await record(principal, uuid.uuid4(), Attempt(1, "", *HAIKU, Usage(10, 10)))
+        await record(principal, uuid.uuid4(), Attempt(1, "", HAIKU[0], f"{HAIKU[1]}-20251001", Usage(10, 10)))
+    # One call of every kind of token and beyond the bound of long prompts, and one in a name that is the provider's own.
+    await record(ANN, uuid.uuid4(), Attempt(1, "", *LONG, Usage(100_001, 777, 70_003, 40_009, 10_007)))
+    named = uuid.uuid4()
+    await reserve(ANN, named)
+    await record(ANN, named, Attempt(1, "", HAIKU[0], "their-name-for-it", Usage(10, 10), estimated=True))
+    await PostgresSums(database).roll(8)
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +218,79 @@ TAMPERINGS = {
         " user_id = 'ann' AND state = 'settled' LIMIT 1) RETURNING user_id",
         "spending tenant=acme scope=user subject=ann",
     ),
+    "what a hold used": (
+        f"UPDATE holds SET output_tokens = output_tokens + 1 WHERE hold_id = {SETTLED} RETURNING hold_id",
+        "holds hold_id={}: is settled and cost",
+    ),
+    "one kind of tokens for another": (
+        "UPDATE holds SET cache_write_1h_tokens = cache_write_1h_tokens - 1 WHERE cache_write_1h_tokens > 0 RETURNING hold_id",
+        "holds hold_id={}: is settled and cost",
+    ),
+    "what a call that was given back used": (
+        "UPDATE holds SET input_tokens = 1 WHERE hold_id = (SELECT hold_id FROM holds WHERE state = 'voided' LIMIT 1) RETURNING hold_id",
+        "holds hold_id={}: is voided and cost 0",
+    ),
+    "the model of a hold": (
+        f"UPDATE holds SET model = 'claude-haiku-5-5' WHERE hold_id = {SETTLED} RETURNING hold_id",
+        "holds hold_id={}: is of claude-haiku-5-5 of anthropic, and its price of",
+    ),
+    "the price of a hold": (
+        "UPDATE holds SET price_id = (SELECT price_id FROM prices WHERE model = 'claude-haiku-5-5')"
+        f" WHERE hold_id = {SETTLED} RETURNING hold_id",
+        "holds hold_id={}: is of claude-haiku-4-5 of anthropic, and its price of claude-haiku-5-5",
+    ),
+    "a price": (
+        "UPDATE prices SET output_nanousd_per_mtok = output_nanousd_per_mtok + 1000000 WHERE model = 'claude-haiku-4-5' RETURNING ''",
+        " and cost ",
+    ),
+    "a price for long prompts": (
+        f"UPDATE prices SET long_input_nanousd_per_mtok = long_input_nanousd_per_mtok + 1000000 WHERE model = '{LONG[1]}'"
+        f" RETURNING (SELECT hold_id FROM holds WHERE model = '{LONG[1]}')",
+        "holds hold_id={}: is settled and cost",
+    ),
+    "a price taken away": (
+        "DELETE FROM prices WHERE model = 'claude-haiku-4-5' RETURNING ''",
+        "is of claude-haiku-4-5 of anthropic, and its price of",
+    ),
+    **{
+        f"an attempt's {column}": (
+            f"UPDATE attempts SET {column} = {changed} WHERE (tenant, operation_id, attempt) ="
+            " (SELECT tenant, operation_id, attempt FROM attempts WHERE attempt = 2 LIMIT 1) RETURNING operation_id",
+            "operation_id={} attempt=2: used",
+        )
+        for column, changed in {
+            **{name: f"{name} + 1" for name in ("input_tokens", "output_tokens", "cache_read_tokens", "cache_write_tokens")},
+            "provider": "'openai'",
+            "model": "'claude-haiku-5-5'",
+            "price_version": "price_version + 1",
+            "estimated": "NOT estimated",
+        }.items()
+    },
+    **{
+        f"an operation's {column}": (
+            f"UPDATE operations SET {column} = {column} + 1 WHERE operation_id = (SELECT operation_id FROM attempts LIMIT 1)"
+            " RETURNING operation_id",
+            "operation_id={}: used",
+        )
+        for column in ("input_tokens", "output_tokens", "cache_read_tokens", "cache_write_tokens")
+    },
+    "an operation's model": (
+        "UPDATE operations o SET model = 'another' WHERE NOT EXISTS (SELECT FROM usage_unrolled u WHERE u.operation_id = o.operation_id)"
+        " RETURNING ''",
+        "usage_days ",
+    ),
+    **{
+        f"the sums in {table}": (
+            f"UPDATE {table} SET output_tokens = output_tokens + 1 WHERE ctid = (SELECT max(ctid) FROM {table}) RETURNING tenant",
+            f"{table} tenant={{}}",
+        )
+        for table in ("usage_hours", "usage_days", "usage_user_days")
+    },
+    "sums taken away": ("DELETE FROM usage_user_days RETURNING ''", "says of its operations: operations 0, not"),
+    "an operation that is in the sums": (
+        "INSERT INTO usage_unrolled SELECT tenant, operation_id, created_at FROM operations ON CONFLICT DO NOTHING RETURNING ''",
+        "usage_days tenant=",
+    ),
 }
 
 
@@ -274,13 +355,13 @@ async def test_what_was_booked_before_there_was_a_chain_is_chained_when_it_comes
         await postgres_schema.load_prices(connection, postgres_schema.listed_prices())
         price_id = await connection.fetchval("SELECT price_id FROM prices WHERE (provider, model) = ($1, $2)", *HAIKU)
         for user in ("ann", "bob"):
-            for cost in range(3):
+            for tokens in range(3):
                 held = await connection.fetchval(
                     "SELECT hold_id FROM reserve_hold('acme', $1, '', gen_random_uuid(), 1, $2, $3, $4, 7000, 1, 1, '1 minute', now())",
                     *(user, *HAIKU, price_id),
                 )
-                after = Hold(str(held), 7000, Price(*HAIKU), HoldState.SETTLED, Usage(), cost)
-                await resolve(connection, [Move(after, "settle", held_nanousd=-7000, spent_nanousd=cost)], None)
+                after = Hold(str(held), 7000, Price(*HAIKU), HoldState.SETTLED, Usage(tokens), tokens * 1000)
+                await resolve(connection, [Move(after, "settle", held_nanousd=-7000, spent_nanousd=tokens * 1000)], None)
         await postgres_schema.apply(connection, steps)
         assert await connection.fetchval("SELECT commit_number FROM chain_heads WHERE tenant = 'acme'") == 12
     finally:

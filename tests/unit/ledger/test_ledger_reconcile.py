@@ -4,6 +4,7 @@ import io
 import json
 import tracemalloc
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 from typing import Any
@@ -209,6 +210,20 @@ def test_opposite_drifts_do_not_cancel_and_what_only_one_side_has_is_drift() -> 
     made.booked(DAY, "c", Usage(output_tokens=4), 4)
 
     assert made.report().tokens_drift == made.report().cost_drift == Fraction(10, 100)
+
+
+def test_a_model_without_a_price_costs_what_the_export_says_or_is_named() -> None:
+    """The rest is compared all the same: one unknown name must not hide what drifts elsewhere."""
+    made = Reconciliation()
+    made.told(replace(row(10, model="told"), cost_nanousd=7), None)
+    made.told(row(10, model="untold-20260801"), None)
+    made.booked(DAY, "told", Usage(10), 7)
+    made.booked(DAY, "untold", Usage(10), 7)
+    report = made.report()
+
+    assert report.unpriced == ["untold"]
+    assert [(drift.model, drift.provider.cost_nanousd) for drift in report.drifts] == [("told", 7), ("untold", 0)]
+    assert (report.tokens_drift, report.cost_drift) == (0, 1)
 
 
 def test_requests_are_matched_by_id_before_anything_else() -> None:

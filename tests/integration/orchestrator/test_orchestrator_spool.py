@@ -8,16 +8,23 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import cast
 
 import pytest
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
-from services.chassis.errors import Unavailable
+from services.chassis.errors import NotFound, Unavailable
+from services.chassis.principal import Principal
 from services.orchestrator import spool_gauges
+from services.orchestrator.clients import RemoteLedger, SpooledTurns
+from services.orchestrator.domain import KeptTurn, Turn
 from services.orchestrator.spool import Ack, Link, Spool, dead_letters, opened, retry_dead_letters
+from tailrace.ledger.v1 import ledger_service_pb2 as ledger_pb
 from tests.fakes.orchestrator_world import until
+from tests.fakes.scripted_model import question
 
 
 class Books:
@@ -376,3 +383,85 @@ async def test_dead_letters_of_a_running_process_are_left_alone(tmp_path: Path) 
     async with opened(tmp_path / "spool.db", 10):
         with pytest.raises(OSError, match="in use"):
             retry_dead_letters(tmp_path / "spool.db")
+
+
+class Conversations:
+    """A ledger that keeps turns, or is away, or refuses those of some answers."""
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[str, str, str]] = []
+        self.away = False
+        self.asked = 0
+        self.refused: dict[str, Exception] = {}
+
+    async def append(self, request: ledger_pb.AppendTurnRequest, principal: Principal) -> KeptTurn:
+        self.asked += 1
+        if self.away:
+            raise Unavailable("postgres is away", dependency="postgres")
+        if (refusal := self.refused.get(request.turn.answer_id)) is not None:
+            raise refusal
+        self.kept.append((principal.tenant, principal.user, request.turn.answer_id))
+        return KeptTurn(len(self.kept), 0)
+
+
+def turn(answer_id: str) -> Turn:
+    return Turn(answer_id, "q", "a", (), datetime(2026, 11, 1, tzinfo=UTC), True)
+
+
+@contextlib.asynccontextmanager
+async def sending(spool: Spool, ledger: Conversations) -> AsyncIterator[SpooledTurns]:
+    turns = SpooledTurns(spool, cast(RemoteLedger, ledger))
+    task = asyncio.create_task(turns.send_forever())
+    try:
+        yield turns
+        assert not task.done()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def until_no_turn_waits(spool: Spool) -> None:
+    async with asyncio.timeout(10):
+        while await spool.oldest_turn() is not None:  # noqa: ASYNC110 - what is waited for is on disk
+            await asyncio.sleep(0.01)
+
+
+async def test_turns_wait_on_disk_until_the_ledger_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In their order, as their users; also when the process ends meanwhile, and whatever a former version left there."""
+    monkeypatch.setattr("services.orchestrator.clients.LATE_PAUSE_S", 0.01)
+    ledger = Conversations()
+    ledger.away = True
+    async with opened(tmp_path / "spool.db", 10) as spool, sending(spool, ledger) as turns:
+        await spool.keep_turn("unreadable", b"?")
+        for number in range(3):
+            await turns.keep(question(session_id=f"s{number}"), turn(f"a{number}"), "")
+        await turns.keep(question(session_id="s0"), turn("a0"), "")  # once more, as somebody who was not sure
+        await until(lambda: ledger.asked > 1)
+    ledger.away, ledger.refused = False, {"a1": NotFound("it was deleted", kind="turn")}
+    async with opened(tmp_path / "spool.db", 10) as spool, sending(spool, ledger):
+        await until_no_turn_waits(spool)
+
+    assert ledger.kept == [("acme", "alice", "a0"), ("acme", "alice", "a2")]
+
+
+async def test_a_turn_that_was_kept_after_all_is_not_sent(tmp_path: Path) -> None:
+    """Who had it in memory was sooner."""
+    ledger = Conversations()
+    async with opened(tmp_path / "spool.db", 10) as spool:
+        turns = SpooledTurns(spool, cast(RemoteLedger, ledger))
+        await turns.keep(question(), turn("a0"), "")
+        await turns.forget("a0")
+
+        assert await spool.oldest_turn() is None
+
+
+async def test_a_turn_that_has_waited_too_long_is_not_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ledger would not know any more whether its conversation was deleted meanwhile."""
+    monkeypatch.setattr("services.orchestrator.clients.LATE_PAUSE_S", 0.01)
+    monkeypatch.setattr("services.orchestrator.clients.LATE_TURN_S_MAX", -1.0)
+    ledger = Conversations()
+    async with opened(tmp_path / "spool.db", 10) as spool, sending(spool, ledger) as turns:
+        await turns.keep(question(), turn("a0"), "")
+        await until_no_turn_waits(spool)
+
+    assert ledger.asked == 0

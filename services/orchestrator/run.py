@@ -386,7 +386,7 @@ class Run:
         """The turn the conversation keeps: with the passages that are cited, so that its markers can be opened later."""
         cited = tuple(passage for passage in self.passages if passage.number in self.citations.cited)
         asked = self.question
-        return Turn(asked.answer_id, asked.text, self.text, cited, asked.created_at, complete)
+        return Turn(asked.answer_id, asked.text, self.text, cited, asked.asked_at, complete)
 
     @property
     def conversation(self) -> tuple[str, str, str]:

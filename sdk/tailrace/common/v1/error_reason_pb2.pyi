@@ -82,6 +82,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """What the model wrote does not satisfy the schema that was asked for. `keyword` is the place in that schema, as a JSON pointer, or `json`.
     {"metadata": {"keyword": "/properties/name/type"}}
     """
+    ERROR_REASON_ANSWER_ABANDONED: _ErrorReason.ValueType  # 58
+    """The answer, which has an idempotency key, was stopped because nobody was reading it any more. The key begins it again.
+    {"metadata": {"answer_id": "…"}}
+    """
     ERROR_REASON_UNAVAILABLE: _ErrorReason.ValueType  # 60
     """A store or service this call needs is away. Comes with RetryInfo. {"metadata": {"dependency": "postgres"}}"""
     ERROR_REASON_DEADLINE_TOO_SHORT: _ErrorReason.ValueType  # 61
@@ -148,6 +152,10 @@ ERROR_REASON_ANSWER_INTERRUPTED: ErrorReason.ValueType  # 56
 ERROR_REASON_OUTPUT_INVALID: ErrorReason.ValueType  # 57
 """What the model wrote does not satisfy the schema that was asked for. `keyword` is the place in that schema, as a JSON pointer, or `json`.
 {"metadata": {"keyword": "/properties/name/type"}}
+"""
+ERROR_REASON_ANSWER_ABANDONED: ErrorReason.ValueType  # 58
+"""The answer, which has an idempotency key, was stopped because nobody was reading it any more. The key begins it again.
+{"metadata": {"answer_id": "…"}}
 """
 ERROR_REASON_UNAVAILABLE: ErrorReason.ValueType  # 60
 """A store or service this call needs is away. Comes with RetryInfo. {"metadata": {"dependency": "postgres"}}"""

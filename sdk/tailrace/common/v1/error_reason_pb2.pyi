@@ -43,8 +43,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_MODEL_UNKNOWN: _ErrorReason.ValueType  # 21
     """The model is not configured or has no capability for this request. {"metadata": {"model": "x"}}"""
     ERROR_REASON_ANSWER_LOG_GONE: _ErrorReason.ValueType  # 22
-    """The events of this answer are no longer kept. `status` is how it ended, where that was looked up: `done`.
-    {"metadata": {"answer_id": "…", "status": "done"}}
+    """The events of this answer are no longer kept. `outcome` is how it ended, where that was looked up: `done`.
+    {"metadata": {"answer_id": "…", "outcome": "done"}}
     """
     ERROR_REASON_HOLD_ALREADY_SETTLED: _ErrorReason.ValueType  # 30
     """A hold that was settled before. {"metadata": {"hold_id": "…"}}"""
@@ -114,8 +114,8 @@ ERROR_REASON_NOT_FOUND: ErrorReason.ValueType  # 20
 ERROR_REASON_MODEL_UNKNOWN: ErrorReason.ValueType  # 21
 """The model is not configured or has no capability for this request. {"metadata": {"model": "x"}}"""
 ERROR_REASON_ANSWER_LOG_GONE: ErrorReason.ValueType  # 22
-"""The events of this answer are no longer kept. `status` is how it ended, where that was looked up: `done`.
-{"metadata": {"answer_id": "…", "status": "done"}}
+"""The events of this answer are no longer kept. `outcome` is how it ended, where that was looked up: `done`.
+{"metadata": {"answer_id": "…", "outcome": "done"}}
 """
 ERROR_REASON_HOLD_ALREADY_SETTLED: ErrorReason.ValueType  # 30
 """A hold that was settled before. {"metadata": {"hold_id": "…"}}"""

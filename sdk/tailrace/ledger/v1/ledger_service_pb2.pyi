@@ -548,7 +548,7 @@ class Operation(_message.Message):
     finish_reason: _builtins.str
     """See tailrace.orchestrator.v1.Done.finish_reason."""
     error_reason: _builtins.str
-    """Name of an ErrorReason if it was not done. Of what was cancelled, `ANSWER_INTERRUPTED` says that its idempotency key may begin it again."""
+    """Name of an ErrorReason if it was not done. Of what was cancelled, `ANSWER_ABANDONED` says that its idempotency key may begin it again."""
     cost_nanousd: _builtins.int
     """Sum over the attempts, nano-USD. Filled in by the ledger."""
     estimated: _builtins.bool

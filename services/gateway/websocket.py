@@ -114,21 +114,24 @@ class _Conversation:
             message = await self._receive()
             if message["type"] == "websocket.disconnect":
                 return
+            text = message.get("text")
             try:
-                if (text := message.get("text")) is None:
-                    raise RequestInvalid("a message is binary", field="message", bound="JSON as text")
-                frame = cast(bodies.Frame, bodies.parse(text.encode(), cast(type[bodies.Body], bodies.Frame)))
-                if isinstance(frame, PingFrame):
-                    await self._say("pong", _tags(frame.request_id))
-                elif len(self._calls) >= (2 * CALLS_MAX if isinstance(frame, Word) else CALLS_MAX):
-                    error = Overloaded(f"at most {CALLS_MAX} calls at once on a socket", bound=CALLS_MAX, retry_after_ms=1000)
-                    await self._say_error(error, _tags(frame.request_id))
-                else:
-                    call = asyncio.create_task(self._serve(frame), name="socket-call")
-                    self._calls.add(call)
-                    call.add_done_callback(self._calls.discard)
-            except RequestInvalid as error:
-                await self._say_error(error, _tags(""))
+                async with self._kit.counting_unreadable():
+                    if text is None:
+                        raise RequestInvalid("a message is binary", field="message", bound="JSON as text")
+                    frame = cast(bodies.Frame, bodies.parse(text.encode(), cast(type[bodies.Body], bodies.Frame)))
+            except DomainError as error:
+                await self._say_error(error, _tags(_request_id_in(text)))
+                continue
+            if isinstance(frame, PingFrame):
+                await self._say("pong", _tags(frame.request_id))
+            elif len(self._calls) >= (2 * CALLS_MAX if isinstance(frame, Word) else CALLS_MAX):
+                refusal = Overloaded(f"at most {CALLS_MAX} calls at once on a socket", bound=CALLS_MAX, retry_after_ms=1000)
+                await self._say_error(refusal, _tags(frame.request_id))
+            else:
+                call = asyncio.create_task(self._serve(frame), name="socket-call")
+                self._calls.add(call)
+                call.add_done_callback(self._calls.discard)
 
     async def _drained(self) -> None:
         """Say that the end is near, then let what is under way end."""
@@ -181,9 +184,10 @@ class _Conversation:
             case AskFrame():
                 with kit.shedding.entered() as prepared:
                     await admit("POST", b"/v1/answers")
-                    if not frame.stream:
-                        raise RequestInvalid("over a WebSocket every answer is streamed", field="stream", bound="true")
-                    request = frame.message(frame.idempotency_key)
+                    async with kit.counting_unreadable():
+                        if not frame.stream:
+                            raise RequestInvalid("over a WebSocket every answer is streamed", field="stream", bound="true")
+                        request = frame.message(frame.idempotency_key)
                     async with kit.answering(request, frame.deadline_ms) as (admission, timeout_s):
                         async with AnswerStream(peer, request, timeout_s=timeout_s) as events:
                             if not await self._relay(Metered(events, admission, prepared), frame.request_id, tags, admission.headers):
@@ -260,3 +264,13 @@ def _tags(request_id: str, answer_id: str = "") -> bytes:
 def _limits(headers: Sequence[tuple[bytes, bytes]]) -> bytes:
     """The member that says how the limits stand, by the names that headers have over HTTP; nothing if no limit was asked."""
     return b',"limits":%s' % orjson.dumps({name.decode(): value.decode() for name, value in headers}) if headers else b""
+
+
+def _request_id_in(text: str | None) -> str:
+    """The `request_id` of a message that could not be read as what it should be; empty if there is none that can be given back."""
+    try:
+        message = orjson.loads(text or "")
+    except ValueError:
+        return ""
+    found = message.get("request_id") if isinstance(message, dict) else None
+    return found if isinstance(found, str) and len(found) <= bodies.FRAME_ID_LENGTH_MAX else ""

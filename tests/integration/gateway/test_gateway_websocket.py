@@ -269,6 +269,33 @@ async def test_every_ask_counts_in_the_plans_limit(front: Front) -> None:
     assert (ends[1]["data"]["reason"], ends[1]["data"]["status"]) == ("RATE_LIMITED", 429)
 
 
+@pytest.mark.parametrize(
+    ("message", "request_id"),
+    [
+        ('{"type": "ask", "question": 1, "request_id": "r-1"}', "r-1"),
+        ('{"type": "ask", "question": " ", "request_id": "r-2"}', "r-2"),
+        ('{"type": "run", "request_id": "r-3"}', "r-3"),
+        ('{"type": "ask", "request_id": 7}', ""),
+        ('{"type": "ask", "request_id": "%s"}' % ("r" * 129), ""),
+        ("[", ""),
+        (b"binary", ""),
+    ],
+)
+async def test_a_message_that_cannot_be_read_counts_as_a_request_and_keeps_its_id(
+    front: Front, message: str | bytes, request_id: str
+) -> None:
+    """Else it would be a way to ask without end, and nobody would know which ask was meant."""
+    front.behind.ledger.requests_per_minute = 1
+    async with opened(front, authorization=f"Bearer {front.token(unique_user())}") as socket:
+        await socket.send(message)
+        first = await heard(socket)
+        await socket.send(message)
+        second = await heard(socket)
+
+    assert [text["data"]["reason"] for text in (first, second)] == ["REQUEST_INVALID", "RATE_LIMITED"]
+    assert [text["request_id"] for text in (first, second)] == [request_id] * 2
+
+
 async def test_a_key_that_was_revoked_asks_nothing_more(front: Front) -> None:
     """An open socket is no way around the end of a credential."""
     front.behind.orchestrator.script = [accepted(), done(2)]

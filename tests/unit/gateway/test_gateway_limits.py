@@ -11,7 +11,7 @@ import pytest
 from services.chassis.errors import ModelFailed, Unavailable
 from services.chassis.principal import Principal
 from services.gateway import limits
-from services.gateway.limiter import Charge, Correction, LocalLimiter, Outcome
+from services.gateway.limiter import Charge, Correction, Kind, LocalLimiter, Outcome
 from services.gateway.limits import Allowance, Entitlements, Fallback, LimitReached, Limits, Metered, ReservedTokens
 from services.gateway.memo import Memo
 from tailrace.common.v1 import common_pb2
@@ -350,10 +350,12 @@ def test_no_two_subjects_share_a_key_and_a_tenants_keys_share_a_slot() -> None:
     """Names may hold what separates them elsewhere."""
     odd = [("a", "b:c"), ("a:b", "c"), ("a}", "b"), ("a", "}b"), ("a", "b"), ("A", "b")]
     given = Entitlements(Allowance(1, 1, 1), Allowance(1, 1, 1), Allowance(1, 1, 1))
-    keys = {charge.key for tenant, user in odd for charge in limits._charges(Principal(tenant, user, api_key_id=user), given, 5)}
+    principals = [Principal(tenant, user, api_key_id=user) for tenant, user in odd]
+    keys = {charge.key for principal in principals for charge in limits._charges(principal, given, Kind.REQUESTS, 5)}
+    keys |= {charge.key for principal in principals for charge in limits._charges(principal, given, Kind.READS)}
     tenants = {tenant for tenant, _ in odd}
 
-    assert len(keys) == 2 * 3 * len(odd) + 3 * len(tenants)
+    assert len(keys) == 2 * 4 * len(odd) + 4 * len(tenants)
     assert len({key.partition("}")[0] for key in keys}) == len(tenants)
 
 

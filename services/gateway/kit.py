@@ -81,9 +81,10 @@ class Kit:
         principal = current_principal()
         given_ms = request.deadline_ms if request.HasField("deadline_ms") else None
         given = await self.limits.entitlements(principal)
-        given.require_tools(request.server_tools)
-        # Goes with the call: the orchestrator chooses models and the cache's reach by it.
-        set_current(replace(principal, plan=given.plan, tiers=given.tiers, cache_scope=given.cache_scope))
+        # Goes with the call: the orchestrator chooses models and the cache's reach by it, and looks at the tools of an answer that goes on.
+        entitled = replace(principal, plan=given.plan, tiers=given.tiers, cache_scope=given.cache_scope, tools=frozenset(given.tools))
+        entitled.require_tools(request.server_tools)
+        set_current(entitled if request.continues else replace(entitled, tools=None))
         deadline_ms = deadlines.answer_ms(given_ms, asked_ms, given.answer_deadline_ms)
         if deadline_ms is not None:
             request.deadline_ms = deadline_ms

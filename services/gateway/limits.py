@@ -10,7 +10,7 @@ import functools
 import hashlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ import structlog
 
 from services.chassis.afterwork import AfterWork
 from services.chassis.deadline import current_deadline
-from services.chassis.errors import DomainError, NotAllowed, Overloaded, RateLimited, Unavailable
+from services.chassis.errors import DomainError, Overloaded, RateLimited, Unavailable
 from services.chassis.principal import Principal
 from services.gateway.limiter import LEASE_US, WINDOW_US, Charge, Correction, Kind, LocalLimiter, Outcome, Verdict
 from services.gateway.memo import Memo
@@ -71,12 +71,6 @@ class Entitlements:
     """Our own tools that answers may use: names, `server__*` for all of a server, `*` for all."""
     cache_scope: str = "user"
     """Whom cached answers are shared with; with nobody else while nobody can be asked for the plan. Empty = as the orchestrator is set."""
-
-    def require_tools(self, names: Iterable[str]) -> None:
-        """Raise NotAllowed for the first of `names` that the plan has not."""
-        for name in names:
-            if not {name, f"{name.partition('__')[0]}__*", "*"} & set(self.tools):
-                raise NotAllowed("the plan does not have this tool", needs=name[:64])
 
 
 @dataclass(frozen=True, slots=True)

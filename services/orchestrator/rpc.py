@@ -135,6 +135,7 @@ def read_question(
         bound = "an answer of the session that is named"
         raise RequestInvalid("an answer can take the place of one of its own session only", field="replaces", bound=bound)
     tools, server_tools, results = _tools(request, box, resumed)
+    principal.require_tools(server_tools)  # what an answer began with, its plan may have lost since
     images = tuple(Image(image.media_type, image.data) for image in request.images)
     require_images(images)
     if resumed is not None and resumed.has_images and not images:
@@ -202,11 +203,13 @@ def _tools(
     box.require(server_tools)
     if resumed is None:
         return tools, server_tools, ()
+    tools, server_tools = tools or resumed.tools, server_tools or resumed.server_tools
+    require_tools(tools, server_tools)  # together: either may be new
     if request.session_id and request.session_id != resumed.session_id:
         raise RequestInvalid("the answer belongs to another session", field="continues", bound="an answer of the same session")
     results = tuple(ToolResult(result.call_id, "", result.text, result.failed) for result in request.tool_results[: RESULTS_MAX + 1])
     results_for(resumed, results)
-    return tools or resumed.tools, server_tools or resumed.server_tools, results
+    return tools, server_tools, results
 
 
 def _writing(route: Route) -> Route:

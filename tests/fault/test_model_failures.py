@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from google.protobuf.struct_pb2 import Struct
 
 from bench.script import Behaviour, Record, ScriptedCall
 from services.chassis.errors import DomainError, PriceUnknown
@@ -545,6 +546,22 @@ async def test_shadow_answer_is_unseen_and_booked_on_its_own_tenant_with_what_it
     assert int(facts["cost_nanousd"]) == mine.cost_nanousd > 0
     assert (facts["other_groundedness"], facts["similarity"]) == ("1.000", "1.000") and "groundedness" not in facts
     assert b"8080" not in shadow.SerializeToString()
+
+
+async def test_shadow_answer_that_does_not_satisfy_the_schema_has_not_passed(claude: World) -> None:
+    """An answer to somebody would have ended in an error: a tier that writes such is not as good as the other."""
+    schema = Struct()
+    schema.update({"type": "object", "properties": {"port": {"type": "integer"}}, "required": ["port"]})
+    claude.provider.rules = [
+        (b"claude-sonnet-5-5", Behaviour(text='{"port": "8080"}')),
+        (b"claude-haiku-5-5", Behaviour(text='{"port": 8080}')),
+    ]
+    reply = await claude.ask(QUESTION, tier="watched", output_schema=schema)
+    await until(lambda: len(claude.ledger.operations) == 2)
+    (shadow,) = (operation for operation in claude.ledger.operations.values() if operation.tenant == "shadow")
+    facts = next(dict(step.facts) for step in shadow.steps if step.name == "compare")
+
+    assert (reply.done.verdict, facts["verdict"], facts["other_verdict"]) == ("passed", "passed", "output_invalid")
 
 
 async def test_shadow_answer_that_fails_or_is_refused_touches_nobody(claude: World) -> None:

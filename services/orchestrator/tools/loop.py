@@ -45,6 +45,8 @@ class _Used:
     """What the tools of an answer have taken so far."""
 
     rounds: int = 0
+    calls: int = 0
+    """Without those that were passed over."""
     bytes: int = 0
     call_ids: set[str] = field(default_factory=set)
 
@@ -75,19 +77,22 @@ async def draft_with_tools(run: Run, prompt: Prompt) -> tuple[Draft, Prompt]:
         draft = await first_draft(run, prompt)
         if not draft.calls or draft.finish_reason not in CALLING:
             return draft, prompt
-        calls = _numbered(draft.calls[: min(CALLS_PER_ROUND_MAX, CALLS_MAX - len(used.call_ids))], used)
+        calls = _numbered(draft.calls, used)
+        taken = calls[: min(CALLS_PER_ROUND_MAX, CALLS_MAX - used.calls)]
         used.rounds += 1
-        judged = await asyncio.to_thread(_judge, bench, calls)  # a stranger's schema may take its time, and other streams go on
+        used.calls += len(taken)
+        judged = await asyncio.to_thread(_judge, bench, taken)  # a stranger's schema may take its time, and other streams go on
         for verdict in judged:
             run.events.append(_readable(verdict.call))
         made = await _make(run, judged, used)
+        results = [each.fenced for each in made if each is not None] + [_passed_over(call) for call in calls[len(taken) :]]
         prompt = _spoken(prompt, draft, calls)
         if any(isinstance(verdict, Handed) for verdict in judged):
-            await _suspend(run, prompt, [each.fenced for each in made if each is not None])
+            await _suspend(run, prompt, results)
             draft.finish_reason = "tool_use"
             return draft, prompt
         run.begin_paragraph()
-        prompt = _answered(prompt, [each.fenced for each in made if each is not None])
+        prompt = _answered(prompt, results)
         if not bench.specs:  # no provider takes calls of tools it was not told of
             prompt = without_tools(prompt)
         if reason := _spent(run, prompt, used):
@@ -165,6 +170,12 @@ def _numbered(calls: Sequence[ToolCall], used: _Used) -> list[ToolCall]:
         used.call_ids.add(call_id)
         found.append(replace(call, call_id=call_id))
     return found
+
+
+def _passed_over(call: ToolCall) -> ToolResult:
+    """What the model hears of a call that is one too many. Readers hear nothing: it is neither made nor anybody's to make."""
+    reason = f"not called: {CALLS_PER_ROUND_MAX} calls at once and {CALLS_MAX} in all are the most there are"
+    return ToolResult(call.call_id, call.name, fenced_result(reason), failed=True)
 
 
 def _readable(call: ToolCall) -> ToolCall:
@@ -310,7 +321,7 @@ def _spent(run: Run, prompt: Prompt, used: _Used) -> str:
     limits = run.kit.tools.limits
     if used.rounds >= limits.rounds_max:
         return f"{limits.rounds_max} rounds are the most there are"
-    if len(used.call_ids) >= CALLS_MAX:
+    if used.calls >= CALLS_MAX:
         return f"{CALLS_MAX} calls are the most there are"
     if limits.cost_nanousd_max and run.cost_nanousd >= limits.cost_nanousd_max:
         return "the answer has cost as much as it may"

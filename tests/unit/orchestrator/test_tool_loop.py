@@ -308,6 +308,22 @@ async def test_too_many_calls_at_once_are_cut_and_ids_are_made_unique() -> None:
     assert len(tool.got) == 17 == len({result.call_id for result in told.results})
 
 
+@pytest.mark.parametrize("handed", [False, True])
+async def test_calls_that_are_too_many_are_answered_with_the_reason(handed: bool) -> None:
+    """The model may make them in the next round. Readers, and a client whose calls they were, hear nothing of them."""
+    tool, asked = FakeTool("look"), question(server_tools=("look",), tools=(ToolSpec("ask", "", {"type": "object"}),))
+    model = ScriptedModel([[*(call("ask" if handed else "look", f"c{n}") for n in range(20))], "ok"])
+    told = await answered(model, [tool], asked=asked)
+    prompt = told.pending.kept["answer-1"].prompt if handed else model.prompts[1]
+    calling = prompt.messages[-1] if handed else prompt.messages[-2]
+    results = told.pending.kept["answer-1"].results if handed else prompt.messages[-1].results
+
+    assert [f"c{n}" for n in range(20)] == [made.call_id for made in calling.calls]
+    assert [f"c{n}" for n in range(16 if handed else 0, 20)] == [result.call_id for result in results]
+    assert all(result.failed and "16 calls at once" in result.text for result in results[-4:])
+    assert len(told.of(ToolCall)) == 16 and len(tool.got) == len(told.results) == (0 if handed else 16)
+
+
 async def test_answers_with_tools_are_neither_taken_from_the_cache_nor_kept() -> None:
     """They depend on what the tools said then."""
     told = await answered(ScriptedModel(["42"]), [FakeTool("look")])

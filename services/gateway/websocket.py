@@ -120,27 +120,28 @@ class _Conversation:
             message = await self._receive()
             if message["type"] == "websocket.disconnect":
                 return
-            text = message.get("text")
-            try:
-                async with self._kit.counting_unreadable():
-                    if text is None:
-                        raise RequestInvalid("a message is binary", field="message", bound="JSON as text")
-                    frame, size = _frame_in(text)
-            except DomainError as error:
-                await self._say_error(error, _tags(_request_id_in(text)))
-                continue
-            if isinstance(frame, PingFrame):
-                await self._say("pong", _tags(frame.request_id))
-            elif len(self._calls) >= (2 * CALLS_MAX if isinstance(frame, Word) else CALLS_MAX):
-                refusal = Overloaded(f"at most {CALLS_MAX} calls at once on a socket", bound=CALLS_MAX, retry_after_ms=1000)
-                await self._say_error(refusal, _tags(frame.request_id))
-            elif self._bytes + size > BYTES_MAX:
-                refusal = Overloaded(f"at most {BYTES_MAX} bytes of asks at once on a socket", bound_bytes=BYTES_MAX, retry_after_ms=1000)
-                await self._say_error(refusal, _tags(frame.request_id))
-            else:
-                self._begin(frame, size)
-            # What waits for the next message must not keep this one.
-            del message, text, frame
+            await self._take(message.pop("text", None))  # while the next is waited for, nothing here keeps this one
+
+    async def _take(self, text: str | None) -> None:
+        """Begin what a message asks for, or say why not."""
+        try:
+            async with self._kit.counting_unreadable():
+                if text is None:
+                    raise RequestInvalid("a message is binary", field="message", bound="JSON as text")
+                frame, size = _frame_in(text)
+        except DomainError as error:
+            await self._say_error(error, _tags(_request_id_in(text)))
+            return
+        if isinstance(frame, PingFrame):
+            await self._say("pong", _tags(frame.request_id))
+        elif len(self._calls) >= (2 * CALLS_MAX if isinstance(frame, Word) else CALLS_MAX):
+            refusal = Overloaded(f"at most {CALLS_MAX} calls at once on a socket", bound=CALLS_MAX, retry_after_ms=1000)
+            await self._say_error(refusal, _tags(frame.request_id))
+        elif self._bytes + size > BYTES_MAX:
+            refusal = Overloaded(f"at most {BYTES_MAX} bytes of asks at once on a socket", bound_bytes=BYTES_MAX, retry_after_ms=1000)
+            await self._say_error(refusal, _tags(frame.request_id))
+        else:
+            self._begin(frame, size)
 
     def _begin(self, frame: AskFrame | ResumeFrame | Word, size: int) -> None:
         def ended(call: asyncio.Task[None]) -> None:

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from bench.script import Behaviour
-from services.orchestrator.attempts import MARK_DELTAS_MAX
+from services.orchestrator.attempts import MARK_TOKENS_MAX
 from tests.integration.ledger.ledger_kit import audit
 from tests.suite import SERVICES, Streamed, Suite, ask, events, ingest, running, until
 
@@ -154,7 +154,7 @@ async def test_an_answer_whose_orchestrator_is_killed_is_interrupted_and_paid(su
     (operation,) = await suite.rows("SELECT * FROM operations WHERE operation_id = $1::uuid", read.answer_id)
     assert (operation["status"], operation["error_reason"], operation["estimated"]) == ("failed", "ANSWER_INTERRUPTED", True)
     over = hold["output_tokens"] - record.output_tokens
-    assert -MARK_DELTAS_MAX - 10 <= over <= MARK_DELTAS_MAX // 2  # what no mark has told of is expected at half
+    assert -MARK_TOKENS_MAX - 10 <= over <= MARK_TOKENS_MAX // 2  # what no mark has told of is expected at half
     assert hold["input_tokens"] > 0
 
     again = Streamed()

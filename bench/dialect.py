@@ -54,6 +54,10 @@ class Dialect(Protocol):
         """Read a request. Raises Refused if the vendor would."""
         ...
 
+    def beginnings(self, request: dict[str, Any]) -> Sequence[tuple[dict[str, Any], bool]]:
+        """The request up to the end of each block of its prompt, and whether that end is marked as one to keep. Shortest first."""
+        ...
+
     def opening(self, record: Record, counts: Counts | None, request: dict[str, Any]) -> bytes:
         """What comes before the first token."""
         ...
@@ -105,6 +109,25 @@ def bearer(headers: Mapping[bytes, bytes]) -> str:
     if scheme.lower() != b"bearer" or not key:
         raise Refused(401, "You didn't provide an API key")
     return key.decode()
+
+
+def bound_to(schema: Any, keywords: frozenset[str], where: str = "schema") -> None:
+    """Refuse a schema that has other keywords, or an object that is open."""
+    if not isinstance(schema, dict):
+        raise Refused(400, f"{where}: not an object")
+    for keyword, value in schema.items():
+        if keyword not in keywords:
+            raise Refused(400, f"{where}: {keyword} is not supported")
+        if keyword in ("properties", "$defs"):
+            for name, part in value.items():
+                bound_to(part, keywords, f"{where}.{name}")
+        elif keyword in ("anyOf", "allOf"):
+            for part in value:
+                bound_to(part, keywords, where)
+        elif keyword == "items":
+            bound_to(value, keywords, f"{where}[]")
+    if schema.get("type") == "object" and schema.get("additionalProperties") is not False:
+        raise Refused(400, f"{where}: additionalProperties must be false")
 
 
 def required(request: dict[str, Any], **fields: type) -> None:

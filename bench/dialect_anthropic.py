@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from bench.dialect import Asked, Counts, Reason, Refused, calls_in, chunk, required, said
+from bench.dialect import Asked, Counts, Reason, Refused, bound_to, calls_in, chunk, required, said
 from bench.script import Piece, Record
 
 ERROR_TYPES = {
@@ -27,6 +27,13 @@ STOP_REASONS: dict[Reason, str] = {
     "refusal": "refusal",
     "context_window": "model_context_window_exceeded",
 }
+SCHEMA_KEYWORDS = frozenset(
+    {
+        *("type", "properties", "required", "additionalProperties", "items", "anyOf", "allOf", "enum", "const", "$ref", "$defs"),
+        *("title", "description", "default", "format", "minItems"),
+    }
+)
+"""What an answer can be bound to."""
 _CALL_ID = "toolu_{}_{}"
 _SIGNATURE = "c2lnbmVk"
 
@@ -49,7 +56,26 @@ class Anthropic:
 
     def asked(self, request: dict[str, Any], path: bytes) -> Asked:
         required(request, model=str, messages=list, max_tokens=int)
+        if bound := (request.get("output_config") or {}).get("format"):
+            bound_to(bound["schema"], SCHEMA_KEYWORDS)
         return Asked(request["model"], bool(request.get("stream")), request["max_tokens"])
+
+    def beginnings(self, request: dict[str, Any]) -> Sequence[tuple[dict[str, Any], bool]]:
+        so_far: dict[str, Any] = {"tools": request.get("tools", []), "system": [], "messages": []}
+        found = []
+        for block in _blocks(request.get("system", [])):
+            bare, marked = _bare(block)
+            so_far = {**so_far, "system": [*so_far["system"], bare]}
+            found.append((so_far, marked))
+        for message in request["messages"]:
+            content: list[dict[str, Any]] = []
+            before = so_far["messages"]
+            for block in _blocks(message["content"]):
+                bare, marked = _bare(block)
+                content = [*content, bare]
+                so_far = {**so_far, "messages": [*before, {"role": message["role"], "content": content}]}
+                found.append((so_far, marked))
+        return found
 
     def opening(self, record: Record, counts: Counts | None, request: dict[str, Any]) -> bytes:
         spent = _usage(counts._replace(output=min(1, counts.output))) if counts else None
@@ -92,12 +118,23 @@ class Anthropic:
         return orjson.dumps({"type": "error", "error": {"type": kind, "message": text}, "request_id": request})
 
 
+def _blocks(content: Any) -> list[dict[str, Any]]:
+    """A text alone is a block of it."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _bare(block: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The block without its mark, and whether it had one."""
+    return {name: value for name, value in block.items() if name != "cache_control"}, "cache_control" in block
+
+
 def _usage(counts: Counts) -> dict[str, Any]:
     return {
         "input_tokens": counts.prompt - counts.cached - counts.written,
         "cache_creation_input_tokens": counts.written,
         "cache_read_input_tokens": counts.cached,
         "output_tokens": counts.output,
+        "output_tokens_details": {"thinking_tokens": counts.thoughts},
         "service_tier": "standard",
     }
 

@@ -51,6 +51,9 @@ class Gemini:
         bound = (request.get("generationConfig") or {}).get("maxOutputTokens") or UNBOUNDED
         return Asked(found["model"].decode(), found["method"] == b"streamGenerateContent", bound)
 
+    def beginnings(self, request: dict[str, Any]) -> Sequence[tuple[dict[str, Any], bool]]:
+        return ()
+
     def opening(self, record: Record, counts: Counts | None, request: dict[str, Any]) -> bytes:
         return b""
 

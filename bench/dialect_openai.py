@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from bench.dialect import Asked, Counts, Reason, bearer, calls_in, chunk, required, said
+from bench.dialect import Asked, Counts, Reason, bearer, bound_to, calls_in, chunk, required, said
 from bench.script import Piece, Record
 
 CODES = {
@@ -18,6 +18,14 @@ CODES = {
     429: ("requests", "rate_limit_exceeded"),
 }
 """Type and code by status; any other is a `server_error`."""
+STRICT_KEYWORDS = frozenset(
+    {
+        *("type", "properties", "required", "additionalProperties", "items", "anyOf", "enum", "const", "$ref", "$defs"),
+        *("title", "description", "format", "pattern", "minItems", "maxItems"),
+        *("multipleOf", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
+    }
+)
+"""What an answer can be bound to strictly."""
 UNBOUNDED = 1_000_000
 """The bound of a request without one."""
 FINISH_REASONS: dict[Reason, str] = {
@@ -32,6 +40,11 @@ FINISH_REASONS: dict[Reason, str] = {
 def _refusal(status: int, text: str) -> bytes:
     kind, code = CODES.get(status, ("server_error", None))
     return orjson.dumps({"error": {"message": text, "type": kind, "param": None, "code": code}})
+
+
+def _bound(form: dict[str, Any] | None) -> None:
+    if form and form.get("strict"):
+        bound_to(form["schema"], STRICT_KEYWORDS)
 
 
 def _call_id(record: Record, block: int) -> str:
@@ -51,8 +64,12 @@ class ChatCompletions:
 
     def asked(self, request: dict[str, Any], path: bytes) -> Asked:
         required(request, model=str, messages=list)
+        _bound((request.get("response_format") or {}).get("json_schema"))
         bound = request.get("max_completion_tokens") or request.get("max_tokens") or UNBOUNDED
         return Asked(request["model"], bool(request.get("stream")), bound)
+
+    def beginnings(self, request: dict[str, Any]) -> Sequence[tuple[dict[str, Any], bool]]:
+        return ()
 
     def opening(self, record: Record, counts: Counts | None, request: dict[str, Any]) -> bytes:
         return _completion(record, {"role": "assistant", "content": "", "refusal": None})
@@ -161,7 +178,11 @@ class Responses:
 
     def asked(self, request: dict[str, Any], path: bytes) -> Asked:
         required(request, model=str, input=list)
+        _bound((request.get("text") or {}).get("format"))
         return Asked(request["model"], bool(request.get("stream")), request.get("max_output_tokens") or UNBOUNDED)
+
+    def beginnings(self, request: dict[str, Any]) -> Sequence[tuple[dict[str, Any], bool]]:
+        return ()
 
     def opening(self, record: Record, counts: Counts | None, request: dict[str, Any]) -> bytes:
         early = counts if record.fault == "doubled_usage" else None

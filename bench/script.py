@@ -78,6 +78,9 @@ class Behaviour(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """How many of the prompt's tokens come from the cache."""
     cache_write_tokens: int = 0
     """How many of them are written to it."""
+    keeps_above_tokens: int | None = None
+    """Keep the beginnings that a request marks, if they have at least so many tokens, and bill their reads and writes besides. None = the
+    two numbers above are all there is. Only Anthropic's marks are known."""
     ignores_limit: bool = False
     """Whether the answer goes on past the bound of the request."""
     echoes_mark: bool = False
@@ -126,6 +129,10 @@ class Record(msgspec.Struct, kw_only=True):
     """When it was received, on the machine's monotonic clock, which other processes share."""
     input_tokens: int
     """Billed for the prompt, however it was cached: see `count_input_tokens`. 0 if the request was refused."""
+    cached_tokens: int = 0
+    """How many of them were read from what was kept."""
+    cache_write_tokens: int = 0
+    """How many of them were written there."""
     images: int = 0
     """Pictures in it."""
     call_block: int = 0

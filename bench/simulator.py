@@ -42,6 +42,8 @@ from bench.script import Behaviour, Piece, Record, Rule
 REQUEST_BYTES_MAX = 32 * 1024 * 1024
 RECORDS_MAX = 20_000
 PROMPTS_MAX = 100
+MARKS_MAX, LOOK_BACK = 4, 20
+"""Marks a request may have of what is to be kept of its prompt, and how many blocks before one are looked at too."""
 BURST_TOKENS_MAX = 64
 """Most tokens in one write when no pace is set."""
 
@@ -71,6 +73,7 @@ class Provider:
         self.rules: list[tuple[bytes, Behaviour]] = []
         self.records: collections.deque[Record] = collections.deque(maxlen=RECORDS_MAX)
         self.prompts: collections.deque[bytes] = collections.deque(maxlen=PROMPTS_MAX)
+        self._kept: set[bytes] = set()
         self._failed: collections.Counter[Behaviour] = collections.Counter()
 
     def take(self, dialect: Dialect, asked: Asked, request: dict[str, Any], body: bytes, key: str) -> tuple[Behaviour, Record]:
@@ -96,9 +99,24 @@ class Provider:
             input_tokens=script.count_input_tokens(request),
             images=script.count_images(request),
         )
+        if behaviour.keeps_above_tokens is not None and fault != "status":
+            self._keep(record, dialect.beginnings(request), behaviour.keeps_above_tokens)
         self.records.append(record)
         self.prompts.append(body)
         return behaviour, record
+
+    def _keep(self, record: Record, beginnings: Sequence[tuple[dict[str, Any], bool]], tokens_min: int) -> None:
+        """Read as far as something is kept that ends at a mark or LOOK_BACK blocks before it, and write up to the last mark."""
+        kept = [orjson.dumps([record.model, beginning]) for beginning, _ in beginnings]
+        sizes = [script.count_input_tokens(beginning) for beginning, _ in beginnings]
+        marks = [place for place, (_, marked) in enumerate(beginnings) if marked]
+        if len(marks) > MARKS_MAX:
+            raise Refused(400, f"A maximum of {MARKS_MAX} blocks with cache_control may be provided")
+        marks = [place for place in marks if sizes[place] >= tokens_min]
+        seen = (back for place in marks for back in range(max(0, place - LOOK_BACK), place + 1) if kept[back] in self._kept)
+        record.cached_tokens = max((sizes[place] for place in seen), default=0)
+        record.cache_write_tokens = max(0, max((sizes[place] for place in marks), default=0) - record.cached_tokens)
+        self._kept.update(kept[place] for place in marks)
 
     def once_released(self, work: Callable[[], None]) -> None:
         """Do `work` when the answers that wait are let go; at once if they were since the last `clear`."""
@@ -250,7 +268,8 @@ class Answer:
         if self._fault == "zero_usage":
             return Counts(0, 0, 0, 0, 0)
         thoughts = sum(piece.kind == "thought" for piece in self._pieces[: record.output_tokens]) if behaviour.reasoning else 0
-        return Counts(record.input_tokens, behaviour.cached_tokens, behaviour.cache_write_tokens, record.output_tokens, thoughts)
+        cached, written = behaviour.cached_tokens + record.cached_tokens, behaviour.cache_write_tokens + record.cache_write_tokens
+        return Counts(record.input_tokens, cached, written, record.output_tokens, thoughts)
 
     def _stream(self) -> None:
         """Write what is due, then plan the next write."""

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import math
 import socket
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ WIDTH = 16
 DISCONNECTS_WIDTH = 8
 """So few that tokens are read as soon as they come: what is under way when we leave is billed, and unknown to us."""
 RECONNECTS_MAX = 5
+CLOSED_WITHIN_MS = 250
 SOCKETS_GONE_AFTER_S = 5.0
 INEXACT_SHARE = 0.02
 STREAMS_AT_A_KILL = 20
@@ -37,6 +39,10 @@ BEGUN_PER_S = 12
 OVERLOAD_FACTOR = 5
 TURNED_AWAY_PAUSE_S = 0.2
 LIMIT, LIMIT_WINDOW_S, LIMIT_PAUSE_S = 100, 60.0, 2.0
+NAMELESS = """
+SELECT count(*) AS n FROM attempts a JOIN operations o USING (tenant, operation_id)
+WHERE a.provider_request_id = '' AND NOT a.not_sent AND o.created_at >= $1
+"""
 LIMIT_SETTLES_S = 10.0
 """How long after the beginning of a window all of it must be used."""
 
@@ -153,7 +159,7 @@ async def cancels(ground: Ground, n: int) -> Outcome:
     reads = await side_by_side(n, 10, one)
     await asyncio.sleep(SOCKETS_GONE_AFTER_S)
     records = await ground.records()
-    took, after, alive = [], [0], 0
+    took, after_sent, after_reply, alive = [], list[float](), [0], 0
     for mark, (began, acknowledged) in sent.items():
         record = records.get(mark)
         if record is None or record.state == "finished":
@@ -163,21 +169,30 @@ async def cancels(ground: Ground, n: int) -> Outcome:
             continue
         took.append((record.received_at + record.closed_s - began) * 1000)
         if record.first_token_s is not None:
+            # What was due by then counts as made: a provider that is late writes it together with the next.
             first = record.received_at + record.first_token_s
-            before_ack = max(0, math.floor((acknowledged - first) * rate) + 1)
-            after.append(max(0, record.output_tokens - before_ack))
+            made = [max(0, math.floor((moment - first) * rate) + 1) for moment in (began, acknowledged)]
+            after_sent.append(max(0, record.output_tokens - made[0]))
+            after_reply.append(max(0, record.output_tokens - made[1]))
     return Outcome(
         "cancel",
         n,
         ground.seed,
         [
-            Bar("cancel to provider socket closed, p99", round(p99(took), 1), 250, "ms"),
+            Bar("cancel to provider socket closed, p99", round(p99(took), 1), CLOSED_WITHIN_MS, "ms"),
             Bar("sockets alive 5 s later", alive, 0),
-            Bar("tokens after the cancel was acknowledged", max(after), 1),
+            # The one that is being written, and as many as the pace has until the socket is closed.
+            Bar("tokens after the cancel was sent, p99", p99(after_sent), 1 + rate * CLOSED_WITHIN_MS / 1000, "tokens"),
+            Bar("tokens after the cancel was acknowledged", max(after_reply), 1),
             Bar("ends without a type", untyped(reads), 0),
             Bar("holds left open", await ground.holds_left(), 0),
         ],
-        {"sockets closed": len(took), "p50_ms": round(sorted(took)[len(took) // 2], 1) if took else None, "ends": _ends(reads)},
+        {
+            "sockets closed": len(took),
+            "p50_ms": round(statistics.median(took), 1) if took else None,
+            "p50_tokens": statistics.median(after_sent) if after_sent else None,
+            "ends": _ends(reads),
+        },
     )
 
 
@@ -191,6 +206,7 @@ async def disconnects(ground: Ground, n: int, pace: float = 50.0) -> Outcome:
     chance = ground.random("disconnect")
     await ground.suite.provider.behave(Behaviour(ttft_ms=20, tokens=2000, tokens_per_s=pace))
     known = await _count(ground, "operations")
+    began = (await ground.suite.rows("SELECT now() AS began"))[0]["began"]
     leaves = [(chance.random() < 1 / 3, chance.randint(1, 8000), chance.uniform(0.0, 1.0)) for _ in range(n)]
 
     async def one(number: int) -> str:
@@ -213,7 +229,7 @@ async def disconnects(ground: Ground, n: int, pace: float = 50.0) -> Outcome:
         row["provider_request_id"]: row
         for row in await ground.suite.rows("SELECT * FROM attempts WHERE provider_request_id = ANY($1)", [r.request_id for r in records])
     }
-    nameless = (await ground.suite.rows("SELECT count(*) AS n FROM attempts WHERE provider_request_id = '' AND NOT not_sent"))[0]["n"]
+    nameless = (await ground.suite.rows(NAMELESS, began))[0]["n"]
     missing = [record for record in records if record.request_id not in rows]
     inexact, exact, far = 0, 0, list[str]()
     for record in records:
@@ -403,18 +419,17 @@ async def cancel_storm(ground: Ground, n: int) -> Outcome:
     chance = ground.random("storm")
     await ground.suite.provider.behave(Behaviour(ttft_ms=5, tokens=24, tokens_per_s=200, echoes_mark=True))
     drops = [chance.uniform(0, 0.3) if chance.random() < 0.5 else None for _ in range(n)]
-    foreign = whole = turned_away = 0
+    foreign = whole = marked = turned_away = 0
 
     async def one(number: int) -> None:
-        nonlocal foreign, whole, turned_away
+        nonlocal whole, marked, turned_away
         tenant = TENANTS[number % len(TENANTS)]
         mark, body = ground.question(tenant)
         message = request("POST", "/v1/answers", ground.token(tenant), body)
 
         def look(reply: Reply) -> None:
             nonlocal foreign
-            text = "".join(block.data["text"] for block in reply.blocks if block.name == "delta")
-            foreign += any(word.startswith("mark-") and word != mark for word in text.split())
+            foreign += any(word.startswith("mark-") and word != mark for word in _words(reply))
 
         task = asyncio.create_task(fetch(ground.turned(number)[0], message, on_blocks=look))
         if (after := drops[number]) is not None:
@@ -428,6 +443,7 @@ async def cancel_storm(ground: Ground, n: int) -> Outcome:
             await asyncio.sleep(TURNED_AWAY_PAUSE_S)
             reply = await fetch(ground.turned(number)[0], message, on_blocks=look)
         whole += bool(reply.blocks) and reply.blocks[-1].name == "done"
+        marked += mark in _words(reply)
 
     await side_by_side(n, 32, one)
     kept = drops.count(None)
@@ -441,6 +457,7 @@ async def cancel_storm(ground: Ground, n: int) -> Outcome:
         [
             Bar("foreign marks", foreign, 0),
             Bar("undisturbed answers that were not done", kept - whole, 0),
+            Bar("undisturbed answers without their own mark", kept - marked, 0),
             Bar("connections idle in transaction", idle, 0),
             Bar("holds left open", left, 0),
             Bar("64 at once afterwards that were not done", sum(read.end != "done" for read in again), 0),
@@ -570,6 +587,10 @@ SCENARIOS: dict[str, tuple[Callable[[Ground, int], Any], int]] = {
     "limits": (limits, 200),
 }
 """By the name they are asked for, with the full n."""
+
+
+def _words(reply: Reply) -> list[str]:
+    return "".join(block.data["text"] for block in reply.blocks if block.name == "delta").split()
 
 
 def _events(ground: Ground, answer_id: str) -> bytes:

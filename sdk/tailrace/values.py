@@ -286,6 +286,8 @@ class Progress:
     version: int
     error_reason: str
     error_detail: str
+    unread_pages: str = ""
+    """Pages that are pictures, so that nothing on them is found, such as `2-4, 9`."""
 
     @property
     def final(self) -> bool:
@@ -333,6 +335,8 @@ class Document:
     """0 = it has none."""
     access: Access | None
     """None = everybody in the tenant. A user sees the own names only."""
+    unread_pages: str = ""
+    """Pages that are pictures, so that nothing on them is found, such as `2-4, 9`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -572,6 +576,7 @@ def progress(message: retrieval.IngestDocumentsResponse) -> Progress:
         version=message.version,
         error_reason=message.error_reason,
         error_detail=message.error_detail,
+        unread_pages=message.unread_pages,
     )
 
 
@@ -590,6 +595,7 @@ def document(message: retrieval.Document) -> Document:
         metadata={key: _fact(value) for key, value in message.metadata.items()},
         pages=message.pages,
         access=Access(tuple(message.access.users), tuple(message.access.groups)) if message.HasField("access") else None,
+        unread_pages=message.unread_pages,
     )
 
 

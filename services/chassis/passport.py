@@ -47,6 +47,9 @@ class Passport:
             tiers=sorted(principal.tiers),
             cache_scope=principal.cache_scope,
         )
+        if principal.tools is not None:
+            message.tools.names.extend(sorted(principal.tools))
+            message.tools.SetInParent()
         message.issued_at.FromSeconds(issued_at_s)
         payload = message.SerializeToString(deterministic=True)
         return (PRINCIPAL_KEY, payload), (SIGNATURE_KEY, self._digest(payload))
@@ -84,6 +87,7 @@ class Passport:
             message.plan,
             frozenset(message.tiers),
             message.cache_scope,
+            frozenset(message.tools.names) if message.HasField("tools") else None,
         )
         return principal, message.issued_at.ToMilliseconds() / 1000
 

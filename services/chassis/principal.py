@@ -1,5 +1,6 @@
 """Who a request is made for, as a value that travels with its tasks. How it crosses a wire is decided in `passport`."""
 
+from collections.abc import Collection, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -29,6 +30,15 @@ class Principal:
     cache_scope: str = ""
     """Whom the plan shares cached answers with: `tenant`, `user` or `off`; empty = it does not say."""
 
+    tools: frozenset[str] | None = None
+    """Tools of the suite that the plan may use; None = not known here. See `has_tool`."""
+
+    def require_tools(self, names: Iterable[str]) -> None:
+        """Raise NotAllowed for the first of `names` that the plan has not, as far as that is known."""
+        for name in names:
+            if self.tools is not None and not has_tool(self.tools, name):
+                raise NotAllowed("the plan does not have this tool", needs=name[:64])
+
     def require(self, role: str) -> None:
         """Raise NotAllowed unless the principal has `role`."""
         if role not in self.roles:
@@ -38,6 +48,11 @@ class Principal:
         """Raise NotAllowed if the principal was narrowed to other scopes than `scope`."""
         if self.scopes and scope not in self.scopes:
             raise NotAllowed(f"the API key was not made for {scope}", needs=scope)
+
+
+def has_tool(tools: Collection[str], name: str) -> bool:
+    """Whether a plan with `tools` has this one: by its name, by `server__*` for all of a server, or by `*` for all there are."""
+    return not {name, f"{name.partition('__')[0]}__*", "*"}.isdisjoint(tools)
 
 
 _current: ContextVar[Principal | None] = ContextVar("current_principal", default=None)

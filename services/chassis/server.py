@@ -19,7 +19,7 @@ from opentelemetry.trace import SpanKind
 
 from services.chassis import telemetry
 from services.chassis.deadline import Deadline, current_deadline
-from services.chassis.errors import DomainError, NotAuthenticated, RequestInvalid
+from services.chassis.errors import DomainError, NotAuthenticated, Overloaded, RequestInvalid
 from services.chassis.passport import Passport
 from services.chassis.principal import Principal, set_current
 from services.chassis.status import abort, unexpected
@@ -35,6 +35,8 @@ METADATA_BYTES_MAX = 16 * 1024
 CONNECTION_AGE_MAX_S = 30 * 60
 CONNECTION_GRACE_S = 3660
 """Longer than the longest answer that may be set."""
+WATCHES_MAX = 200
+"""Of health at the same time: nobody is asked who they are for it, and a watch never ends by itself."""
 Identify = Callable[[grpc.aio.ServicerContext], Awaitable[Principal]]
 _OPEN_PREFIXES = ("/grpc.health.v1.", "/grpc.reflection.")
 
@@ -181,6 +183,8 @@ class _Health(health.aio.HealthServicer):  # type: ignore[misc]
         self._released = False
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext) -> None:
+        if len(self._watching) >= WATCHES_MAX:
+            await abort(context, Overloaded(f"at most {WATCHES_MAX} watches of health; Check is always answered", bound=WATCHES_MAX))
         task = asyncio.current_task()
         assert task is not None
         self._watching.add(task)
@@ -206,13 +210,25 @@ class _Health(health.aio.HealthServicer):  # type: ignore[misc]
 class Server:
     """A grpc.aio server with our interceptors, health and, if wanted, reflection."""
 
-    def __init__(self, identify: Identify, *, reflect: bool, tls: MutualTls | None = None, verify_clients: bool = True) -> None:
-        """With `tls` nothing but TLS is spoken; `verify_clients` is off only where callers from outside bring a token instead."""
+    def __init__(
+        self,
+        identify: Identify,
+        *,
+        reflect: bool,
+        tls: MutualTls | None = None,
+        verify_clients: bool = True,
+        tells_dependencies: bool = True,
+    ) -> None:
+        """With `tls` nothing but TLS is spoken; `verify_clients` is off only where callers from outside bring a token instead.
+
+        `tells_dependencies` is off where strangers ask: they hear whether it is ready, and not why.
+        """
         self._credentials = tls.server_credentials(verify_clients=verify_clients) if tls else None
         self._server = grpc.aio.server(interceptors=[_Wrapping(identify)], options=SERVER_OPTIONS)
         self._health = _Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._reflect = reflect
+        self._tells_dependencies = tells_dependencies
         self._names: list[str] = []
         self.port = 0
         """The port listened on, once started."""
@@ -247,9 +263,9 @@ class Server:
             await self._health.set(name, status)
 
     async def ready(self, dependencies: dict[str, bool]) -> None:
-        """Report each dependency under `dependency.<name>`, and ourselves ready if all of them are."""
+        """Report each dependency under `dependency.<name>`, if that is told, and ourselves ready if all of them are."""
         good = all(dependencies.values())
-        states = {f"dependency.{name}": state for name, state in dependencies.items()}
+        states = {f"dependency.{name}": state for name, state in dependencies.items() if self._tells_dependencies}
         await self.report({**states, "": good, **dict.fromkeys(self._names, good)})
 
     async def stop(self, notice_s: float, grace_s: float) -> None:

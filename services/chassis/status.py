@@ -38,9 +38,9 @@ def to_status(error: DomainError) -> status_pb2.Status:
 
 
 async def abort(context: grpc.aio.ServicerContext, error: DomainError) -> None:
-    """End the call with `error`. Never returns normally."""
+    """End the call with `error`, beside what it was given as trailing metadata before. Never returns normally."""
     status = rpc_status.to_status(to_status(error))
-    await context.abort(status.code, status.details, status.trailing_metadata)
+    await context.abort(status.code, status.details, (*(context.trailing_metadata() or ()), *status.trailing_metadata))
 
 
 def from_rpc_error(error: grpc.aio.AioRpcError, target: str) -> DomainError:

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,14 +29,20 @@ GEN_AI_PROVIDER = "gen_ai.provider.name"
 GEN_AI_OPERATION = "gen_ai.operation.name"
 GEN_AI_REQUEST_MODEL = "gen_ai.request.model"
 GEN_AI_REQUEST_MAX_TOKENS = "gen_ai.request.max_tokens"
+GEN_AI_REQUEST_STREAM = "gen_ai.request.stream"
+GEN_AI_RESPONSE_ID = "gen_ai.response.id"
 GEN_AI_RESPONSE_MODEL = "gen_ai.response.model"
 GEN_AI_FINISH_REASONS = "gen_ai.response.finish_reasons"
 GEN_AI_INPUT_TOKENS = "gen_ai.usage.input_tokens"
 GEN_AI_OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
 GEN_AI_CACHE_READ_TOKENS = "gen_ai.usage.cache_read.input_tokens"
+GEN_AI_CACHE_CREATION_TOKENS = "gen_ai.usage.cache_creation.input_tokens"
+GEN_AI_REASONING_TOKENS = "gen_ai.usage.reasoning.output_tokens"
+GEN_AI_TOKEN_TYPE = "gen_ai.token.type"  # noqa: S105 - a name
 GEN_AI_TIME_TO_FIRST_CHUNK = "gen_ai.response.time_to_first_chunk"
 GEN_AI_CONVERSATION = "gen_ai.conversation.id"
 GEN_AI_TOOL_NAME = "gen_ai.tool.name"
+SERVER_ADDRESS = "server.address"
 RPC_SYSTEM = "rpc.system.name"
 RPC_METHOD = "rpc.method"
 RPC_STATUS = "rpc.response.status_code"
@@ -61,6 +67,12 @@ class Gauge(Protocol):
     """A figure that is set again and again."""
 
     def set(self, amount: float) -> None: ...
+
+
+class Histogram(Protocol):
+    """How a figure is spread."""
+
+    def record(self, amount: float, attributes: Mapping[str, str] | None = None) -> None: ...
 
 
 def start(service: str, otlp_endpoint: str, log_level: str, otlp_metrics_endpoint: str = "") -> Callable[[], None]:
@@ -117,6 +129,12 @@ def _export_metrics(resource: Resource, endpoint: str) -> Callable[[], None]:
 def gauge(name: str, unit: str, description: str) -> Gauge:
     """Make a gauge of this process. `unit` as UCUM writes it. Set where nothing is exported, it costs nothing."""
     return _meter.create_gauge(name, unit, description)
+
+
+def histogram(name: str, unit: str, description: str, bounds: Sequence[float]) -> Histogram:
+    """Make a histogram of this process. `unit` as UCUM writes it; `bounds` between its buckets, rising. Costs nothing where nothing is
+    exported."""
+    return _meter.create_histogram(name, unit, description, explicit_bucket_boundaries_advisory=bounds)
 
 
 def _add_trace_id(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

@@ -3,10 +3,9 @@
 One request: id and span, route, credential, rule, limit, endpoint; every error becomes one problem document.
 """
 
+import asyncio
 import contextlib
 import functools
-import re
-import secrets
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import structlog
 from opentelemetry.trace import SpanKind
 
 from services.chassis import telemetry
-from services.chassis.errors import DomainError, NotFound, Overloaded
+from services.chassis.errors import DomainError, NotFound, Overloaded, Unavailable
 from services.chassis.principal import set_current
 from services.chassis.status import unexpected
 from services.gateway import admin, answers, conversations, documents, infrastructure, records, sessions, websocket
@@ -28,6 +27,7 @@ from services.gateway.kit import Kit
 from services.gateway.limits import LimitReached
 from services.gateway.page import Page
 from services.gateway.problems import MethodNotAllowed, status_of
+from services.gateway.request_ids import id_headers, request_id_of
 from services.gateway.rules import ROUTE_RULES, Rule
 
 log = structlog.get_logger(__name__)
@@ -119,7 +119,8 @@ SOCKETS = (Route("GET", "/v1/answers/ws", websocket.converse),)
 """Handshakes of WebSockets, with the rule of the handshake; each message follows the rule of its own route above."""
 
 PARAM_BYTES_MAX = 256
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
+GOODBYE_S = 0.5
+"""How long the end of the process waits for a client to take the word that it is."""
 
 
 class Router:
@@ -184,8 +185,7 @@ class Edge:
         began = time.perf_counter()
         set_current(None)  # a request on a kept connection may start in the context of the one before
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        asked_id = headers.get("x-request-id", "")
-        request_id = asked_id if _REQUEST_ID.fullmatch(asked_id) else secrets.token_hex(16)
+        request_id = request_id_of(headers.get("x-request-id", ""))
         method, path = scope["method"], scope["path"]
         route: Route | None = None
         failure: DomainError | None = None
@@ -204,15 +204,20 @@ class Edge:
         exchange: Exchange | None = None
         try:
             with telemetry.span(f"{method_name} {name}", kind=SpanKind.SERVER, parent=parent, **attributes) as span:
-                exchange = Exchange(scope, receive, send, request_id=request_id, body_stall_s=self._kit.body_stall_s)
+                exchange = Exchange(
+                    scope,
+                    receive,
+                    send,
+                    request_id=request_id,
+                    body_stall_s=self._kit.body_stall_s,
+                    write_stall_s=self._kit.timing.write_stall_s,
+                )
                 exchange.params = params
                 exchange.admit = functools.partial(self._admit_as, exchange)
                 exchange.extra_headers += [
                     *self._kit.browser.security_headers,
                     *self._kit.browser.cross_origin_headers(exchange.headers),
-                    (b"x-request-id", request_id.encode()),
-                    (b"request-id", request_id.encode()),
-                    (b"x-trace-id", exchange.trace_id.encode()),
+                    *id_headers(request_id, exchange.trace_id),
                 ]
                 if route is not None or failure is not None:
                     exchange.extra_headers.append(API_POLICY)
@@ -247,6 +252,12 @@ class Edge:
                 await route.endpoint(exchange, self._kit)
         except ClientLeft:
             return
+        except asyncio.CancelledError:  # only the process's own end cancels a request: who has heard nothing yet is told to come back
+            if not exchange.status:
+                with contextlib.suppress(Exception):
+                    async with asyncio.timeout(GOODBYE_S):
+                        await self._refuse(exchange, Unavailable("the server is stopping; ask again", dependency="gateway"))
+            raise
         except DomainError as error:
             await self._refuse(exchange, error)
         except Exception as error:
@@ -262,8 +273,8 @@ class Edge:
         rule.check(principal)
         exchange.principal = principal
         set_current(principal)
-        if rule.limited:
-            exchange.extra_headers += (await self._kit.limits.admit(principal)).headers
+        if (kind := rule.counts) is not None:
+            exchange.extra_headers += (await self._kit.limits.admit(principal, kind)).headers
 
     async def _admit_as(self, exchange: Exchange, method: str, raw_path: bytes) -> None:
         """Admit what came in a message as if it had come over the route; the credential is looked at again, as it may have ended."""
@@ -286,7 +297,8 @@ class Edge:
         # What is shed is counted: a line for each would be the very work that there is no time for.
         if status_of(error) >= 500 and not isinstance(error, Overloaded):
             log.warning("request_failed", reason=error.reason, request_id=exchange.request_id, **_dependency(error))
-        await exchange.respond_problem(error, error.headers if isinstance(error, LimitReached) else ())
+        with contextlib.suppress(ClientLeft):
+            await exchange.respond_problem(error, error.headers if isinstance(error, LimitReached) else ())
 
 
 def _dependency(error: DomainError) -> dict[str, str]:

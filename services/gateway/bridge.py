@@ -166,7 +166,7 @@ class Bridge(Generic[M]):
         if not self._started:
             self._started = True
             await self._exchange.start(200, STREAM_HEADERS)
-        await self._exchange.write(body, last=last)
+        await self._exchange.write_watched(body, last=last)
         self._writing_since = 0.0
         self._written_at = time.monotonic()
 

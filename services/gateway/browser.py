@@ -17,10 +17,40 @@ COOKIE_TOKEN_BYTES_MAX = 3800
 """Browsers drop a cookie of more than 4096 bytes, name and attributes included."""
 PREFLIGHT_AGE_S = 600
 
-ALLOWED_HEADERS = b"authorization, content-type, accept, x-api-key, idempotency-key, last-event-id, x-request-id, traceparent, tracestate"
-EXPOSED_HEADERS = (
-    b"x-request-id, x-trace-id, retry-after, x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests"
-)
+ASKED, TOLD, BOTH = "asked", "told", "both"
+HEADERS = {
+    "accept": ASKED,
+    "authorization": ASKED,
+    "content-type": ASKED,
+    "idempotency-key": ASKED,
+    "last-event-id": ASKED,
+    "request-timeout": ASKED,
+    "traceparent": ASKED,
+    "tracestate": ASKED,
+    "x-api-key": ASKED,
+    "x-request-id": BOTH,
+    "allow": TOLD,
+    "content-disposition": TOLD,
+    "location": TOLD,
+    "request-id": TOLD,
+    "retry-after": TOLD,
+    "www-authenticate": TOLD,
+    "x-next-page-token": TOLD,
+    "x-ratelimit-limit-reads": TOLD,
+    "x-ratelimit-limit-requests": TOLD,
+    "x-ratelimit-limit-tokens": TOLD,
+    "x-ratelimit-remaining-reads": TOLD,
+    "x-ratelimit-remaining-requests": TOLD,
+    "x-ratelimit-remaining-tokens": TOLD,
+    "x-ratelimit-reset-reads": TOLD,
+    "x-ratelimit-reset-requests": TOLD,
+    "x-ratelimit-reset-tokens": TOLD,
+    "x-should-retry": TOLD,
+    "x-trace-id": TOLD,
+}
+"""Every header that means something to scripts of other origins, in requests, in responses, or in both: browsers hide all others."""
+ALLOWED_HEADERS = ", ".join(name for name, way in HEADERS.items() if way != TOLD).encode()
+EXPOSED_HEADERS = ", ".join(name for name, way in HEADERS.items() if way != ASKED).encode()
 SECURITY_HEADERS: Headers = [
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),

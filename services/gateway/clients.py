@@ -9,11 +9,11 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.chassis.channel import Caller, open_channel
-from services.chassis.errors import DomainError, Internal, Overloaded, Unavailable
+from services.chassis.errors import DomainError, Internal, NotFound, Overloaded, Unavailable
 from services.chassis.passport import Passport
 from services.chassis.principal import Principal
 from services.chassis.tls import MutualTls
-from services.gateway.limits import Allowance, Entitlements
+from services.gateway.limits import Allowance, Entitlements, tokens_in
 from services.gateway.metrics import Metrics
 from tailrace.ledger.v1 import ledger_service_pb2 as ledger
 from tailrace.ledger.v1.ledger_service_pb2_grpc import LedgerServiceStub
@@ -174,6 +174,15 @@ class Ledger(Peer):
             tuple(plan.tools),
             plan.cache_scope,
         )
+
+    async def tokens_booked(self, principal: Principal, answer_id: str) -> int | None:
+        """What an answer of `principal` used; None as long as its end is not in the books."""
+        request = ledger.GetOperationRequest(operation_id=answer_id)
+        try:
+            reply = await self.unary(self.stub.GetOperation, request, timeout_s=2.0, principal=principal)
+        except NotFound:
+            return None
+        return tokens_in(reply.operation.usage) if reply.operation.status else None
 
     async def resolve_api_key(self, secret: str) -> Principal | None:
         """Whose key this is; None if it is nobody's."""

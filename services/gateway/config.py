@@ -82,6 +82,8 @@ class Settings(ServiceSettings):
     """How long a request may send nothing while its body is awaited."""
     answer_deadline_s: float = Field(300.0, gt=0, le=3600, validation_alias="TAILRACE_ANSWER_DEADLINE_S")
     """Longest answer. The gateway waits a little longer, so that the orchestrator is the one to say so."""
+    detach_grace_s: float = Field(60.0, ge=0, le=3_600, validation_alias="TAILRACE_ORCHESTRATOR_DETACH_GRACE_S")
+    """How long the orchestrator lets an answer go on that nobody reads. So long one counts that was left before it said its id."""
 
     @model_validator(mode="after")
     def _issuer_fits_the_environment(self) -> Self:

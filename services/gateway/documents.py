@@ -78,15 +78,16 @@ async def search(exchange: Exchange, kit: Kit) -> None:
 
 async def job(exchange: Exchange, kit: Kit) -> None:
     """GET /v1/jobs/{id}"""
-    exchange.query(())
+    first = number(exchange.query({"first_document"}), "first_document", 0, 10_000_000)
     job_id, stub = exchange.params["id"], kit.backends.retrieval.stub
     if not exchange.accepts("text/event-stream"):
-        request = retrieval.GetIngestionJobRequest(job_id=job_id)
+        request = retrieval.GetIngestionJobRequest(job_id=job_id, first_document=first)
         await exchange.respond_json(render.plain(await kit.backends.retrieval.unary(stub.GetIngestionJob, request)))
         return
     watch = retrieval.WatchIngestionJobRequest(job_id=job_id)
-    async with kit.backends.retrieval.stream(stub.WatchIngestionJob, watch, timeout_s=INGEST_TIMEOUT_S) as messages:
-        await _relay(exchange, kit, _summed({}, messages))
+    with kit.watching():
+        async with kit.backends.retrieval.stream(stub.WatchIngestionJob, watch, timeout_s=INGEST_TIMEOUT_S) as messages:
+            await _relay(exchange, kit, _summed({}, messages))
 
 
 async def jobs(exchange: Exchange, kit: Kit) -> None:

@@ -36,10 +36,13 @@ class ClientLeft(Exception):
 class Exchange:
     """A request that is being answered."""
 
-    def __init__(self, scope: Mapping[str, Any], receive: Receive, send: Send, *, request_id: str, body_stall_s: float) -> None:
+    def __init__(
+        self, scope: Mapping[str, Any], receive: Receive, send: Send, *, request_id: str, body_stall_s: float, write_stall_s: float
+    ) -> None:
         self._receive = receive
         self._send = send
         self._body_stall_s = body_stall_s
+        self._write_stall_s = write_stall_s
         self._body_ended = False
         self.method: str = scope["method"]
         self.headers: list[tuple[str, str]] = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
@@ -162,13 +165,27 @@ class Exchange:
     # --- the response ---
 
     async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
-        """Send status and headers."""
+        """Send status and headers. Raises as `write`: what the connection carried before may not have been taken."""
         self.status = status
-        await self._send({"type": "http.response.start", "status": status, "headers": [*headers, *self.extra_headers]})
+        async with self._stall():
+            await self._send({"type": "http.response.start", "status": status, "headers": [*headers, *self.extra_headers]})
 
     async def write(self, body: bytes, *, last: bool = False) -> None:
-        """Send a piece of the body."""
+        """Send a piece of the body. Raises ClientLeft if the client takes nothing for the stall time: then the connection is cut."""
+        async with self._stall():
+            await self.write_watched(body, last=last)
+
+    async def write_watched(self, body: bytes, *, last: bool = False) -> None:
+        """As `write`, for who watches by itself how long it takes: a timer for each piece is too much on the way of every token."""
         await self._send({"type": "http.response.body", "body": body, "more_body": not last})
+
+    @contextlib.asynccontextmanager
+    async def _stall(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(self._write_stall_s):
+                yield
+        except TimeoutError:
+            raise ClientLeft from None
 
     async def respond(self, status: int, body: bytes, media_type: bytes, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
         """Send a whole response."""

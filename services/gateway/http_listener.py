@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import functools
 import logging
-import secrets
 import socket
 from collections import Counter
 from http import HTTPStatus
@@ -23,6 +22,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from services.chassis import telemetry
 from services.chassis.errors import DomainError, Overloaded, RateLimited, RequestInvalid
 from services.gateway import problems
+from services.gateway.request_ids import id_headers, request_id_of
 
 log = structlog.get_logger(__name__)
 
@@ -46,20 +46,18 @@ RETRY_AFTER_MS = 1000
 
 def _refused(error: DomainError) -> bytes:
     """`error` as a whole response on a connection that will be closed."""
-    request_id = secrets.token_hex(16).encode()
+    request_id = request_id_of("")
     status = problems.status_of(error)
     with telemetry.span("unreadable request", kind=SpanKind.SERVER) as span:
         span.set_attribute(telemetry.HTTP_STATUS, status)
         trace_id = telemetry.current_trace_id()
-    body = problems.body_of(error, trace_id=trace_id, request_id=request_id.decode())
+    body = problems.body_of(error, trace_id=trace_id, request_id=request_id)
     headers = [
         (b"content-type", problems.MEDIA_TYPE),
         (b"content-length", str(len(body)).encode()),
         (b"cache-control", b"no-store"),
         (b"connection", b"close"),
-        (b"x-request-id", request_id),
-        (b"request-id", request_id),
-        (b"x-trace-id", trace_id.encode()),
+        *id_headers(request_id, trace_id),
         *problems.headers_of(error),
     ]
     head = b"".join(name + b": " + value + b"\r\n" for name, value in headers)

@@ -52,7 +52,7 @@ async def infrastructure(exchange: Exchange, kit: Kit) -> None:
             await asyncio.sleep(INTERVAL_S)
 
     bridge: Bridge[dict[str, Any]] = Bridge(exchange, _block, lambda _: False, kit.timing, kit.draining, lasting=True)
-    with kit.counted(bridge, "infrastructure"):
+    with kit.watching(), kit.counted(bridge, "infrastructure"):
         await bridge.run(pictures())
 
 

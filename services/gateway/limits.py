@@ -10,14 +10,15 @@ import functools
 import hashlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import structlog
 
 from services.chassis.afterwork import AfterWork
-from services.chassis.errors import DomainError, NotAllowed, Overloaded, RateLimited, Unavailable
+from services.chassis.deadline import current_deadline
+from services.chassis.errors import DomainError, Overloaded, RateLimited, Unavailable
 from services.chassis.principal import Principal
 from services.gateway.limiter import LEASE_US, WINDOW_US, Charge, Correction, Kind, LocalLimiter, Outcome, Verdict
 from services.gateway.memo import Memo
@@ -26,12 +27,22 @@ log = structlog.get_logger(__name__)
 
 PLAN_AGE_MAX_S = 5.0
 """How long a changed plan may go unnoticed."""
+READS_PER_REQUEST = 10
+"""How many reads a plan gives for each of its requests: looking is cheaper than asking, and a page looks often."""
 SUBJECTS_MAX = 10_000
-QUESTION_BYTES_PER_TOKEN = 3
+BYTES_PER_TOKEN = 3
+IMAGE_TOKENS = 1600
+"""What a picture costs at most with providers that scale it down first, whatever it has in bytes."""
 HARMLESS_TOOLS = ("calculator", "current_time", "search_documents")
 """Those that reach nothing but the user's own documents: of plans that do not say, and while nobody can be asked for the plan."""
 PROBE_PAUSE_S = 1.0
 """How often Redis is tried while it is away."""
+LOOK_PAUSES_S = (0.2, 0.5, 1.0, 2.0, 5.0)
+"""Between two looks at the books for an answer whose end was not seen here; the last one again and again."""
+BOOKED_WITHIN_S = WINDOW_US / 1e6
+"""How long a receipt is looked for after the end of an answer: later its reservation has left the window by itself."""
+FOLLOWED_MAX = 10_000
+"""Answers that are looked after at the same time. Of one more the lease ends by itself, and the reservation stays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,26 +72,23 @@ class Entitlements:
     cache_scope: str = "user"
     """Whom cached answers are shared with; with nobody else while nobody can be asked for the plan. Empty = as the orchestrator is set."""
 
-    def require_tools(self, names: Iterable[str]) -> None:
-        """Raise NotAllowed for the first of `names` that the plan has not."""
-        for name in names:
-            if not {name, f"{name.partition('__')[0]}__*", "*"} & set(self.tools):
-                raise NotAllowed("the plan does not have this tool", needs=name[:64])
-
 
 @dataclass(frozen=True, slots=True)
 class ReservedTokens:
-    """What is reserved for an answer besides its question: what it will use is known only afterwards."""
+    """What is reserved for an answer besides what it brings: what it will use is known only afterwards."""
 
     prompt: int
     """Instructions, passages and conversation."""
     output: int
     """Of a request that sets no bound."""
 
-    def of(self, question: str, output_tokens_max: int | None) -> int:
-        """Tokens to reserve. Three bytes a token is more tokens than any text has that people write in words."""
-        output = self.output if output_tokens_max is None else max(0, output_tokens_max)
-        return self.prompt + output + -(-len(question.encode()) // QUESTION_BYTES_PER_TOKEN)
+    def of(self, request: Any) -> int:
+        """Tokens to reserve for an AnswerRequest. Three bytes a token is more tokens than any text has that people write in words."""
+        output: int = max(0, request.max_output_tokens) if request.HasField("max_output_tokens") else self.output
+        read: int = len(request.question.encode()) + request.output_schema.ByteSize()
+        read += sum(part.ByteSize() for part in (*request.tools, *request.tool_results))
+        pictures: int = IMAGE_TOKENS * len(request.images)
+        return self.prompt + output + pictures + -(-read // BYTES_PER_TOKEN)
 
 
 class Limiter(Protocol):
@@ -129,8 +137,12 @@ class Admission:
     lease_keys: list[str]
     local: bool
     """Whether this process alone decided, so that Redis knows nothing of the reservation."""
+    answer_id: str = ""
+    """Of the answer it was for, once that is known."""
+    ended: bool = False
+    """Whether its end was seen, or is certain."""
     tokens_used: int | None = None
-    """What the answer really used. None = unknown, then the reservation stays."""
+    """What the answer really used. None = not known here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +157,17 @@ class Fallback:
     """Called when Redis is found to be away, and when it is back."""
 
 
+Booked = Callable[[Principal, str], Awaitable[int | None]]
+"""Asks the books how many tokens an answer of a principal used, by its id; None while it has not ended. Raises DomainError."""
+
+
+async def nothing_booked(principal: Principal, answer_id: str) -> int | None:
+    """Of books that nobody keeps."""
+    return None
+
+
 class Limits:
-    """Admits requests and answers. `ask` asks the ledger for a principal's plan."""
+    """Admits requests and answers. `ask` asks for a principal's plan, `booked` what an answer used whose end was not seen here."""
 
     def __init__(
         self,
@@ -155,11 +176,16 @@ class Limits:
         default_per_minute: int,
         fallback: Fallback | None = None,
         *,
+        booked: Booked = nothing_booked,
+        detached_s: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`detached_s` is how long an answer goes on that nobody reads."""
         self._shared = shared
         self._local = LocalLimiter()
         self._ask = ask
+        self._booked = booked
+        self._detached_s = detached_s
         self._default = Entitlements(Allowance(requests=default_per_minute))
         self._fallback = fallback or Fallback()
         self._clock = clock
@@ -170,26 +196,38 @@ class Limits:
         """Keys of every lease under way, by its name."""
         self._renewing = asyncio.Lock()
         self._settling = AfterWork()
+        self._following = AfterWork(FOLLOWED_MAX)
+        self._news: dict[str, asyncio.Event] = {}
+        """By answer that is looked after: set when it may have ended."""
 
-    async def admit(self, principal: Principal) -> Admission:
-        """Admit one request. Raises LimitReached."""
-        return await self._admit(_charges(principal, await self.entitlements(principal), None))
+    async def admit(self, principal: Principal, kind: Kind = Kind.REQUESTS) -> Admission:
+        """Admit one request, or one read. Raises LimitReached."""
+        return await self._admit(_charges(principal, await self.entitlements(principal), kind))
 
     @contextlib.asynccontextmanager
-    async def answering(self, principal: Principal, tokens: int) -> AsyncIterator[Admission]:
+    async def answering(
+        self, principal: Principal, tokens: int, *, lasts_s: float = 60.0, goes_on: bool = True
+    ) -> AsyncIterator[Admission]:
         """Admit one answer that may use `tokens`, and count it as under way inside the block. Raises LimitReached.
 
-        After the block `Admission.tokens_used` corrects the reservation, in the background: nobody waits for that.
+        After the block what it used corrects the reservation, in the background: nobody waits for that. An answer that was left before
+        its end and `goes_on` without a reader counts on until it has ended, at most `lasts_s`.
         """
-        admission = await self._admit(_charges(principal, await self.entitlements(principal), max(1, tokens)))
+        admission = await self._admit(_charges(principal, await self.entitlements(principal), Kind.REQUESTS, max(1, tokens)))
         if admission.lease_keys:
             self._held[admission.lease] = admission.lease_keys
         try:
             yield admission
+        except DomainError:
+            admission.ended = True
+            raise
         finally:
-            self._held.pop(admission.lease, None)
-            with contextlib.suppress(Overloaded):  # then the lease ends by itself, and the reservation stays
-                self._settling.spawn(self._settle(admission), "settle-limits")
+            self._conclude(principal, admission, lasts_s if goes_on and not admission.ended else 0.0)
+
+    def look_at(self, answer_id: str) -> None:
+        """Look now whether an answer has ended that was left before its end, if it is one of those."""
+        if (news := self._news.get(answer_id)) is not None:
+            news.set()
 
     async def entitlements(self, principal: Principal) -> Entitlements:
         """What the plan of `principal` gives; while the ledger is away what it last gave, or the default."""
@@ -224,8 +262,15 @@ class Limits:
                 with contextlib.suppress(Unavailable):
                     await self._shared.renew(leases)
 
+    @property
+    def followed(self) -> int:
+        """Answers that are looked after because their end was not seen here."""
+        return len(self._following)
+
     async def drain(self, timeout_s: float) -> int:
-        """Wait for what is being settled; return how much was given up."""
+        """Wait for what is being settled; return how much was given up. Answers that were left are looked after no more: their leases
+        end by themselves."""
+        await self._following.drain(0)
         return await self._settling.drain(timeout_s)
 
     async def _admit(self, charges: list[Charge]) -> Admission:
@@ -267,6 +312,51 @@ class Limits:
         self._note(away=False)
         return outcome
 
+    def _conclude(self, principal: Principal, admission: Admission, lasts_s: float) -> None:
+        """Settle an admission now, and later again if more is known then. `lasts_s` is how long its answer may go on."""
+        holds_on = bool(lasts_s and admission.lease_keys)
+        if holds_on or (admission.answer_id and admission.reserved and admission.tokens_used is None):
+            with contextlib.suppress(Overloaded):  # a copy: what is settled now must not see what is found out later
+                self._following.spawn(self._follow(principal, replace(admission), lasts_s), "follow-answer")
+        if not holds_on:
+            self._held.pop(admission.lease, None)
+            with contextlib.suppress(Overloaded):  # then the lease ends by itself, and the reservation stays
+                self._settling.spawn(self._settle(admission), "settle-limits")
+
+    async def _follow(self, principal: Principal, admission: Admission, lasts_s: float) -> None:
+        """Settle an admission once the books say what its answer used, or once it cannot run any more.
+
+        Cancellation: nothing is settled, and the lease is renewed no more.
+        """
+        current_deadline.set(None)  # the call's own is over
+        try:
+            if admission.answer_id:
+                admission.tokens_used = await self._used(principal, admission.answer_id, lasts_s or BOOKED_WITHIN_S)
+            else:  # it cannot be asked for, and nobody else can read it on
+                await asyncio.sleep(min(lasts_s, self._detached_s))
+        finally:
+            self._held.pop(admission.lease, None)
+        await self._settle(admission if lasts_s else replace(admission, lease_keys=[]))
+
+    async def _used(self, principal: Principal, answer_id: str, timeout_s: float) -> int | None:
+        """Tokens that an answer used, once it has ended. None if that did not come out in time."""
+        news = self._news.setdefault(answer_id, asyncio.Event())
+        pauses = iter(LOOK_PAUSES_S)
+        ends_at = self._clock() + timeout_s
+        try:
+            while self._clock() < ends_at:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(next(pauses, LOOK_PAUSES_S[-1])):
+                        await news.wait()
+                        news.clear()
+                        pauses = iter(LOOK_PAUSES_S)
+                with contextlib.suppress(DomainError):
+                    if (used := await self._booked(principal, answer_id)) is not None:
+                        return used
+            return None
+        finally:
+            self._news.pop(answer_id, None)
+
     async def _settle(self, admission: Admission) -> None:
         used = admission.tokens_used
         corrections = [] if used is None else [Correction(key, at, used - charged) for key, at, charged in admission.reserved]
@@ -293,18 +383,18 @@ class Limits:
         return int(self._clock() * 1e6)
 
 
-def _charges(principal: Principal, given: Entitlements, tokens: int | None) -> list[Charge]:
-    """Every limit that must admit; `tokens` is None for what is not an answer."""
+def _charges(principal: Principal, given: Entitlements, kind: Kind, tokens: int | None = None) -> list[Charge]:
+    """Every limit that must admit a request or a read; `tokens` is None for what is not an answer."""
     subjects = [("user", given.user, principal.user), ("tenant", given.tenant, "")]
     if principal.api_key_id:
         subjects.append(("key", given.key, principal.api_key_id))
     charges = []
     for scope, allowance, name in subjects:
-        asked = [(Kind.REQUESTS, allowance.requests, 1)]
+        asked = [(kind, allowance.requests * (READS_PER_REQUEST if kind is Kind.READS else 1), 1)]
         if tokens is not None:
             asked += [(Kind.TOKENS, allowance.tokens, tokens), (Kind.CONCURRENCY, allowance.answers, 1)]
         charges += [
-            Charge(_key(principal.tenant, scope, name, kind), kind, scope, limit, amount) for kind, limit, amount in asked if limit > 0
+            Charge(_key(principal.tenant, scope, name, each), each, scope, limit, amount) for each, limit, amount in asked if limit > 0
         ]
     return charges
 
@@ -322,7 +412,7 @@ def _digest(name: str) -> str:
 def _headers(charges: list[Charge], outcome: Outcome) -> list[tuple[bytes, bytes]]:
     """What a response says about the windows: of each kind the one that would refuse first."""
     headers = []
-    for kind in (Kind.REQUESTS, Kind.TOKENS):
+    for kind in (Kind.REQUESTS, Kind.READS, Kind.TOKENS):
         of_kind = [(charge, verdict) for charge, verdict in zip(charges, outcome.verdicts, strict=True) if charge.kind is kind]
         if of_kind:
             charge, verdict = min(of_kind, key=lambda pair: (pair[1].allowed, pair[1].remaining))
@@ -336,7 +426,7 @@ def _headers(charges: list[Charge], outcome: Outcome) -> list[tuple[bytes, bytes
 
 
 class Metered:
-    """The events of an answer as they pass; its receipt, or an error before anything came, says what it used.
+    """The events of an answer as they pass; they say which answer it is, whether it ended here, and its receipt what it used.
 
     `on_prepared` is called once its model is asked, or its text comes without one.
     """
@@ -346,7 +436,6 @@ class Metered:
         self._admission = admission
         self._on_prepared = on_prepared
         self._prepared = False
-        self._began = False
 
     def __aiter__(self) -> "Metered":
         return self
@@ -355,8 +444,9 @@ class Metered:
         try:
             event = await self._events.__anext__()
         except DomainError:
-            if not self._began:
-                self._admission.tokens_used = 0
+            self._admission.ended = True
+            if not self._admission.answer_id:
+                self._admission.tokens_used = 0  # it never began
             raise
         self._note(event)
         return event
@@ -368,12 +458,17 @@ class Metered:
         return event
 
     def _note(self, event: Any) -> None:
-        self._began = True
+        self._admission.answer_id = event.answer_id
         kind = event.WhichOneof("event")
         if not self._prepared and (kind in ("delta", "done") or (kind == "step" and event.step.name == "generate")):
             self._prepared = True
             self._on_prepared()
         if kind == "done":
-            usage = event.done.usage
-            used = usage.input_tokens + usage.output_tokens + usage.cache_read_tokens + usage.cache_write_tokens
-            self._admission.tokens_used = used
+            self._admission.ended = True
+            self._admission.tokens_used = tokens_in(event.done.usage)
+
+
+def tokens_in(usage: Any) -> int:
+    """What a Usage counts for a limit of tokens."""
+    total: int = usage.input_tokens + usage.output_tokens + usage.cache_read_tokens + usage.cache_write_tokens
+    return total

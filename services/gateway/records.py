@@ -58,11 +58,12 @@ async def operation(exchange: Exchange, kit: Kit) -> None:
 async def watch(exchange: Exchange, kit: Kit) -> None:
     """GET /v1/operations:watch"""
     exchange.query(())
-    stub = kit.backends.ledger.stub
-    async with kit.backends.ledger.stream(stub.WatchOperations, ledger.WatchOperationsRequest(), timeout_s=WATCH_TIMEOUT_S) as messages:
-        bridge: Bridge[Any] = Bridge(exchange, _block, lambda _: False, kit.timing, kit.draining, lasting=True)
-        with kit.counted(bridge, "operations"):
-            await bridge.run(messages)
+    books, request = kit.backends.ledger, ledger.WatchOperationsRequest()
+    with kit.watching():
+        async with books.stream(books.stub.WatchOperations, request, timeout_s=WATCH_TIMEOUT_S) as messages:
+            bridge: Bridge[Any] = Bridge(exchange, _block, lambda _: False, kit.timing, kit.draining, lasting=True)
+            with kit.counted(bridge, "operations"):
+                await bridge.run(messages)
 
 
 async def usage(exchange: Exchange, kit: Kit) -> None:

@@ -23,12 +23,23 @@ PULL_S = 1.0
 """How long a token that was revoked at another gateway may go on, besides the time that Redis takes."""
 REVOCATIONS_MAX = 20_000
 """Entries of each kind; ended ones leave when something is added."""
+TENANT_MAX = 2_000
+"""Of those, one tenant's: no administrator can fill the list of all the others."""
 
 _VERSION, _TOKENS, _USERS = "tailrace:revoked:version", "tailrace:revoked:tokens", "tailrace:revoked:users"
 
 ADD = """
 redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', '(' .. ARGV[3])
-if not redis.call('ZSCORE', KEYS[2], ARGV[1]) and redis.call('ZCARD', KEYS[2]) >= tonumber(ARGV[4]) then return 0 end
+if not redis.call('ZSCORE', KEYS[2], ARGV[1]) then
+  local all, own = redis.call('ZCARD', KEYS[2]), 0
+  if all >= tonumber(ARGV[4]) then return 0 end
+  if all >= tonumber(ARGV[5]) then
+    for _, member in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1)) do
+      if string.sub(member, 1, #ARGV[6]) == ARGV[6] then own = own + 1 end
+    end
+  end
+  if own >= tonumber(ARGV[5]) then return -1 end
+end
 redis.call('ZADD', KEYS[2], 'GT', ARGV[2], ARGV[1])
 local time = redis.call('TIME')
 redis.call('HSETNX', KEYS[1], 'epoch', time[1] .. '.' .. time[2])
@@ -92,7 +103,7 @@ class Revocations:
 
     async def revoke_token(self, tenant: str, token_id: str, expires_at: float) -> None:
         """End a token. It is forgotten when it would have ended anyway. Raises Overloaded if the list is full, Unavailable."""
-        await self._add(_TOKENS, _member(tenant, token_id), expires_at, forget_before=self._now())
+        await self._add(_TOKENS, tenant, token_id, expires_at, forget_before=self._now())
 
     async def revoke_user(self, tenant: str, user: str) -> float:
         """End every token of a user that was issued up to now, and return that time. Raises Overloaded if the list is full, Unavailable.
@@ -100,7 +111,7 @@ class Revocations:
         Forgotten when no token of that time can be valid any more.
         """
         until = float(int(self._now()))
-        await self._add(_USERS, _member(tenant, user), until, forget_before=until - self._lifetime_max_s)
+        await self._add(_USERS, tenant, user, until, forget_before=until - self._lifetime_max_s)
         return until
 
     async def restore(self, kind: str, tenant: str, subject: str) -> None:
@@ -160,8 +171,12 @@ class Revocations:
             tokens, users = await pipeline.execute()
         return Revoked(epoch, changes, dict(tokens), dict(users))
 
-    async def _add(self, key: str, member: bytes, score: float, *, forget_before: float) -> None:
-        if not await self._run(ADD, key, member, repr(score), repr(forget_before), REVOCATIONS_MAX):
+    async def _add(self, key: str, tenant: str, subject: str, score: float, *, forget_before: float) -> None:
+        bounds = (REVOCATIONS_MAX, TENANT_MAX, _prefix(tenant))
+        added = await self._run(ADD, key, _member(tenant, subject), repr(score), repr(forget_before), *bounds)
+        if added < 0:
+            raise Overloaded(f"at most {TENANT_MAX} revocations are kept for a tenant", bound=TENANT_MAX)
+        if not added:
             raise Overloaded(f"at most {REVOCATIONS_MAX} revocations are kept", bound=REVOCATIONS_MAX)
         await self.pull()
 
@@ -175,3 +190,8 @@ class Revocations:
 def _member(tenant: str, subject: str) -> bytes:
     """One name of two parts that no choice of parts makes ambiguous."""
     return orjson.dumps((tenant, subject))
+
+
+def _prefix(tenant: str) -> bytes:
+    """What the names of a tenant begin with, and no other's."""
+    return orjson.dumps((tenant,))[:-1] + b","

@@ -10,7 +10,7 @@ Leaving is not cancelling: an answer goes on and can be resumed on any connectio
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -21,12 +21,12 @@ from opentelemetry.trace import SpanKind
 from services.chassis import telemetry
 from services.chassis.errors import AnswerInterrupted, DomainError, NotAllowed, Overloaded, RequestInvalid, Unavailable
 from services.chassis.status import unexpected
-from services.gateway import bodies, deadlines, problems, render
+from services.gateway import bodies, problems, render
 from services.gateway.answer_stream import AnswerStream
 from services.gateway.bodies import AskFrame, CancelFrame, ConfirmFrame, PingFrame, ResumeFrame
 from services.gateway.exchange import ClientLeft, Exchange, Receive, Send
 from services.gateway.kit import Kit
-from services.gateway.limits import Metered
+from services.gateway.limits import LimitReached, Metered
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
 
 log = structlog.get_logger(__name__)
@@ -114,21 +114,24 @@ class _Conversation:
             message = await self._receive()
             if message["type"] == "websocket.disconnect":
                 return
+            text = message.get("text")
             try:
-                if (text := message.get("text")) is None:
-                    raise RequestInvalid("a message is binary", field="message", bound="JSON as text")
-                frame = cast(bodies.Frame, bodies.parse(text.encode(), cast(type[bodies.Body], bodies.Frame)))
-                if isinstance(frame, PingFrame):
-                    await self._say("pong", _tags(frame.request_id))
-                elif len(self._calls) >= (2 * CALLS_MAX if isinstance(frame, Word) else CALLS_MAX):
-                    error = Overloaded(f"at most {CALLS_MAX} calls at once on a socket", bound=CALLS_MAX, retry_after_ms=1000)
-                    await self._say_error(error, _tags(frame.request_id))
-                else:
-                    call = asyncio.create_task(self._serve(frame), name="socket-call")
-                    self._calls.add(call)
-                    call.add_done_callback(self._calls.discard)
-            except RequestInvalid as error:
-                await self._say_error(error, _tags(""))
+                async with self._kit.counting_unreadable():
+                    if text is None:
+                        raise RequestInvalid("a message is binary", field="message", bound="JSON as text")
+                    frame = cast(bodies.Frame, bodies.parse(text.encode(), cast(type[bodies.Body], bodies.Frame)))
+            except DomainError as error:
+                await self._say_error(error, _tags(_request_id_in(text)))
+                continue
+            if isinstance(frame, PingFrame):
+                await self._say("pong", _tags(frame.request_id))
+            elif len(self._calls) >= (2 * CALLS_MAX if isinstance(frame, Word) else CALLS_MAX):
+                refusal = Overloaded(f"at most {CALLS_MAX} calls at once on a socket", bound=CALLS_MAX, retry_after_ms=1000)
+                await self._say_error(refusal, _tags(frame.request_id))
+            else:
+                call = asyncio.create_task(self._serve(frame), name="socket-call")
+                self._calls.add(call)
+                call.add_done_callback(self._calls.discard)
 
     async def _drained(self) -> None:
         """Say that the end is near, then let what is under way end."""
@@ -181,24 +184,23 @@ class _Conversation:
             case AskFrame():
                 with kit.shedding.entered() as prepared:
                     await admit("POST", b"/v1/answers")
-                    if not frame.stream:
-                        raise RequestInvalid("over a WebSocket every answer is streamed", field="stream", bound="true")
-                    request = frame.message(frame.idempotency_key)
+                    async with kit.counting_unreadable():
+                        if not frame.stream:
+                            raise RequestInvalid("over a WebSocket every answer is streamed", field="stream", bound="true")
+                        request = frame.message(frame.idempotency_key)
                     async with kit.answering(request, frame.deadline_ms) as (admission, timeout_s):
                         async with AnswerStream(peer, request, timeout_s=timeout_s) as events:
-                            if not await self._relay(Metered(events, admission, prepared), frame.request_id, tags):
+                            if not await self._relay(Metered(events, admission, prepared), frame.request_id, tags, admission.headers):
                                 raise AnswerInterrupted("the stream ended before it was done")
             case ResumeFrame():
                 await admit("GET", b"/v1/answers/-/events")
                 resume = orchestrator.ResumeAnswerRequest(answer_id=frame.answer_id, after_sequence=frame.after)
-                timeout_s = deadlines.call_timeout_s(None, kit.answer_timeout_s)
-                with kit.shedding.carried():
-                    async with AnswerStream(peer, resume, timeout_s=timeout_s) as events:
-                        if not await self._relay(events, frame.request_id, tags):
-                            await self._say("end", tags[0])
+                async with kit.resuming(resume) as events:
+                    if not await self._relay(events, frame.request_id, tags):
+                        await self._say("end", tags[0])
             case CancelFrame():
                 await admit("POST", b"/v1/answers/-/cancel")
-                reply = await peer.unary(peer.stub.CancelAnswer, orchestrator.CancelAnswerRequest(answer_id=frame.answer_id))
+                reply = await kit.cancel(orchestrator.CancelAnswerRequest(answer_id=frame.answer_id))
                 await self._say("cancel", tags[0], {"was_running": reply.was_running})
             case ConfirmFrame():
                 await admit("POST", b"/v1/answers/-/tool-calls/-")
@@ -206,13 +208,19 @@ class _Conversation:
                 said = await peer.unary(peer.stub.ConfirmToolCall, word, idempotent=False)
                 await self._say("confirm", tags[0], {"call_id": frame.call_id, "was_waiting": said.was_waiting})
 
-    async def _relay(self, events: AsyncIterator[Any], request_id: str, tags: list[bytes]) -> bool:
-        """Send events up to the receipt. False if there were none at all. Raises AnswerInterrupted if they stop before it."""
+    async def _relay(
+        self, events: AsyncIterator[Any], request_id: str, tags: list[bytes], limits: Sequence[tuple[bytes, bytes]] = ()
+    ) -> bool:
+        """Send events up to the receipt, the first with `limits`. False if there were none at all.
+
+        Raises AnswerInterrupted if they stop before the receipt.
+        """
         any_came = False
         async for event in events:
+            first = b""
             if not any_came:
-                any_came, tags[0] = True, _tags(request_id, event.answer_id)
-            await self._send(render.answer_frame(event, tags[0]))
+                any_came, tags[0], first = True, _tags(request_id, event.answer_id), _limits(limits)
+            await self._send(render.answer_frame(event, tags[0] + first))
             if render.is_done(event):
                 return True
         if any_came:
@@ -226,6 +234,8 @@ class _Conversation:
     async def _say_error(self, error: DomainError, tags: bytes) -> None:
         self._kit.metrics.refusals.labels(error.reason or error.code).inc()
         problem = problems.document(error, trace_id=telemetry.current_trace_id(), request_id=self._exchange.request_id)
+        if isinstance(error, LimitReached):
+            tags += _limits(error.headers)
         await self._say("cancelled" if error.code == "CANCELLED" else "error", tags, problem)
 
     async def _send(self, text: str) -> None:
@@ -249,3 +259,18 @@ def _tags(request_id: str, answer_id: str = "") -> bytes:
     """The members that say what a text belongs to."""
     answer = b'"answer_id":%s,' % orjson.dumps(answer_id) if answer_id else b""
     return answer + b'"request_id":%s' % orjson.dumps(request_id)
+
+
+def _limits(headers: Sequence[tuple[bytes, bytes]]) -> bytes:
+    """The member that says how the limits stand, by the names that headers have over HTTP; nothing if no limit was asked."""
+    return b',"limits":%s' % orjson.dumps({name.decode(): value.decode() for name, value in headers}) if headers else b""
+
+
+def _request_id_in(text: str | None) -> str:
+    """The `request_id` of a message that could not be read as what it should be; empty if there is none that can be given back."""
+    try:
+        message = orjson.loads(text or "")
+    except ValueError:
+        return ""
+    found = message.get("request_id") if isinstance(message, dict) else None
+    return found if isinstance(found, str) and len(found) <= bodies.FRAME_ID_LENGTH_MAX else ""

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import httpx
@@ -21,11 +21,12 @@ from services.gateway.browser import Browser
 from services.gateway.clients import Backends, connected
 from services.gateway.config import Settings
 from services.gateway.http_listener import HttpListener
-from services.gateway.identity import AllKeys, Identity, Keys, PublishedKeys, SharedSecret, Tokens, keys_at_url, keys_in_file
+from services.gateway.identity import FILE_PAUSE_S, AllKeys, Identity, Keys, PublishedKeys, SharedSecret, Tokens, keys_at_url, keys_in_file
 from services.gateway.kit import Kit
 from services.gateway.limits import Fallback, Limits, ReservedTokens
 from services.gateway.metrics import Metrics
 from services.gateway.page import Page
+from services.gateway.places import Places
 from services.gateway.redis_limiter import RedisLimiter
 from services.gateway.redis_line import RedisLine
 from services.gateway.revocations import Revocations
@@ -37,7 +38,12 @@ from tailrace.gateway.v1.gateway_service_pb2_grpc import add_GatewayServiceServi
 # Its messages are those of other packages, so nothing else imports its own file; without that, reflection has nothing to show.
 SERVICE_NAME = gateway_service_pb2.DESCRIPTOR.services_by_name["GatewayService"].full_name
 
-
+RESUMES_PER_USER_MAX = 200
+"""Streams that a user may resume at the same time whose plan does not bound answers."""
+WATCHES_PER_USER_MAX = 16
+"""The page has two a window. The ledger has room for 500 of all users, and retrieval for 128."""
+STREAMS_SHARE = 0.9
+"""Of the drain's grace, how much belongs to gRPC streams that go on; the rest is for telling them that they do not."""
 SETTLE_S = 3.0
 """How long the end waits for what streams leave to be settled."""
 
@@ -53,17 +59,21 @@ class EdgeServer(Server):
         operations: HttpListener | None,
         operations_port: int,
         draining: asyncio.Event,
+        interrupt: Callable[[], None],
         *,
         reflect: bool,
         tls: MutualTls | None,
+        tells_dependencies: bool,
     ) -> None:
         # Callers from outside have no certificate of ours: their token says who they are.
-        super().__init__(identify, reflect=reflect, tls=tls, verify_clients=False)
+        super().__init__(identify, reflect=reflect, tls=tls, verify_clients=False, tells_dependencies=tells_dependencies)
         self.http = http
         self._http_port = http_port
         self.operations = operations
         self._operations_port = operations_port
         self.draining = draining
+        self._interrupt = interrupt
+        """Ends the gRPC streams that still run."""
 
     async def start(self, host: str, port: int) -> int:
         await self.http.start(host, self._http_port)
@@ -73,7 +83,9 @@ class EdgeServer(Server):
 
     async def stop(self, notice_s: float, grace_s: float) -> None:
         self.draining.set()
+        late = asyncio.get_running_loop().call_later(notice_s + STREAMS_SHARE * grace_s, self._interrupt)
         await asyncio.gather(self._stop_http(notice_s, grace_s), super().stop(notice_s, grace_s))
+        late.cancel()
 
     async def _stop_http(self, notice_s: float, grace_s: float) -> None:
         await asyncio.sleep(notice_s)
@@ -129,6 +141,8 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
                 settings.preparing_max,
                 settings.preparing_standing_max,
             ),
+            resumes=Places("resumes", RESUMES_PER_USER_MAX),
+            watches=Places("watches", WATCHES_PER_USER_MAX),
             metrics=metrics,
             timing=Timing(settings.heartbeat_s, settings.write_stall_s),
             answer_timeout_s=settings.answer_deadline_s,
@@ -145,6 +159,7 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         if settings.operations_port:
             operations = HttpListener(Edge(kit, page, OPERATIONS), port_setting="TAILRACE_GATEWAY_OPERATIONS_PORT")
         reflect = settings.environment == "development"
+        calls = GatewayService(kit)
         server = EdgeServer(
             token_identity(identity),
             http,
@@ -152,10 +167,12 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
             operations,
             settings.operations_port,
             kit.draining,
+            calls.interrupt_all,
             reflect=reflect,
             tls=settings.mutual_tls(),
+            tells_dependencies=not apart,
         )
-        server.add(add_GatewayServiceServicer_to_server, GatewayService(kit), SERVICE_NAME)
+        server.add(add_GatewayServiceServicer_to_server, calls, SERVICE_NAME)
         probes = {peer.name: peer.probe for peer in backends.all}
         yield Service(
             server=server,
@@ -169,7 +186,14 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
 async def _limits(settings: Settings, limiter: RedisLimiter, backends: Backends, metrics: Metrics) -> AsyncIterator[Limits]:
     """The limits, whose leases are renewed meanwhile and whose corrections are sent before the end."""
     fallback = Fallback(settings.replicas, metrics.limits_local.inc, metrics.limits_away.set)
-    limits = Limits(limiter, backends.ledger.entitlements, settings.requests_per_minute_default, fallback)
+    limits = Limits(
+        limiter,
+        backends.ledger.entitlements,
+        settings.requests_per_minute_default,
+        fallback,
+        booked=backends.ledger.tokens_booked,
+        detached_s=settings.detach_grace_s,
+    )
     async with _running(limits.renew_forever(), "renew-leases"):
         yield limits
     await limits.drain(SETTLE_S)
@@ -195,12 +219,16 @@ def _backends(settings: Settings, metrics: Metrics) -> contextlib.AbstractAsyncC
 
 @contextlib.asynccontextmanager
 async def _keys(settings: Settings) -> AsyncIterator[Keys]:
-    sources: list[Keys] = []
+    secrets: list[Keys] = []
     if secret := settings.jwt_hs256_secret.get_secret_value():
-        sources.append(SharedSecret(secret.encode()))
-    if settings.jwks_file is not None:
-        sources.append(PublishedKeys(keys_in_file(settings.jwks_file)))
-    async with httpx.AsyncClient(timeout=5.0, follow_redirects=False) as client:
+        secrets.append(SharedSecret(secret.encode()))
+    async with contextlib.AsyncExitStack() as stack:
+        published = []
+        if settings.jwks_file is not None:
+            published.append(PublishedKeys(keys_in_file(settings.jwks_file), pause_s=FILE_PAUSE_S))
         if settings.jwks_url:
-            sources.append(PublishedKeys(keys_at_url(client, settings.jwks_url)))
-        yield AllKeys(sources)
+            client = await stack.enter_async_context(httpx.AsyncClient(timeout=5.0, follow_redirects=False))
+            published.append(PublishedKeys(keys_at_url(client, settings.jwks_url)))
+        for keys in published:
+            stack.push_async_callback(keys.close)
+        yield AllKeys([*secrets, *published])

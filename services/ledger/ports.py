@@ -297,8 +297,8 @@ class Conversations(Protocol):
         """Keep a turn, at the end of the current branch or in the place of another; the same answer again changes nothing.
 
         Return its position over all branches, from 1, and how many turns up to it no summary covers, counted up to 100. Raises
-        IdempotencyConflict if the answer is kept in another of the user's conversations, NotFound if there is nothing to replace, or
-        `asked_after` is not there any more.
+        IdempotencyConflict if the answer is kept in another of the user's conversations, NotFound if there is nothing to replace,
+        `asked_after` is not there any more, or the conversation or its user was deleted at `turn.created_at` or later.
         """
         ...
 
@@ -337,7 +337,11 @@ class Conversations(Protocol):
         ...
 
     async def delete(self, principal: Principal, session_id: str) -> None:
-        """Forget one's own conversation. Raises NotFound."""
+        """Forget one's own conversation, for good: turns and records of it that were on their way come too late. Raises NotFound."""
+        ...
+
+    async def forget_deletions(self) -> int:
+        """Forget that something was deleted, once nothing of it can be on its way any more; return of how many conversations and users."""
         ...
 
     async def kept_turns(self, principal: Principal, session_id: str, after: int, size: int) -> Sequence[tuple[int, Turn]]:

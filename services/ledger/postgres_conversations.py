@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -32,6 +32,8 @@ SUMMARY = (
 """Columns of `summaries m`, as `summary_of` reads them."""
 _OWN = "tenant = $1 AND user_id = $2 AND session_id = $3"
 TITLE_CHARACTERS_MAX = 120
+DELETIONS_KEPT = timedelta(days=1)
+"""Longer than any answer runs and its turn is tried; long enough for the records of a ledger that was away for hours."""
 WAY_MAX = 200
 """How far back a summary is looked for: twice as far as turns are counted that have none."""
 
@@ -59,12 +61,13 @@ class PostgresConversations:
                     await connection.execute("SELECT FROM users WHERE tenant = $1 AND user_id = $2 FOR NO KEY UPDATE", *own[:2])
                     there = await connection.fetchval(f"SELECT true FROM turns WHERE {_OWN} AND answer_id = $4", *own, asked_after)
                     if not there:
-                        return None, None, None
-                return await connection.fetchrow("SELECT * FROM append_turn($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)", *arguments)
+                        raise NotFound("the conversation has no such turn", kind="turn")
+                kept = await connection.fetchrow("SELECT * FROM append_turn($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)", *arguments)
+                if kept["place"] is None:
+                    raise NotFound("the conversation was deleted, or has no such turn", kind="turn")
+                return kept
 
         place, kept_in, unsummarised = await self._database.of(principal.tenant).run(work)
-        if place is None:
-            raise NotFound("the conversation has no such turn", kind="turn")
         if kept_in != session_id:
             raise IdempotencyConflict("the answer is kept in another conversation", key=turn.answer_id)
         return int(place), int(unsummarised)
@@ -151,6 +154,10 @@ class PostgresConversations:
         )
         if not known:
             raise NotFound("no such conversation", kind="session")
+
+    async def forget_deletions(self) -> int:
+        query = "WITH gone AS (DELETE FROM deleted_sessions WHERE deleted_at < now() - $1::interval RETURNING 1) SELECT count(*) FROM gone"
+        return int(await self._database.value(query, DELETIONS_KEPT))
 
     async def kept_turns(self, principal: Principal, session_id: str, after: int, size: int) -> Sequence[tuple[int, Turn]]:
         rows = await self._database.of(principal.tenant).fetch(

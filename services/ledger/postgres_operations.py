@@ -165,7 +165,8 @@ class PostgresOperations:
         if known[0].user != booked.user:
             raise IdempotencyConflict("the operation was recorded for another user", key=booked.operation_id)
         told = tuple(replace(attempt, prompt_cache_saved_nanousd=0, tiering_saved_nanousd=0) for attempt in booked.attempts)
-        if known[0] != replace(booked, attempts=told):
+        session_id = known[0].session_id and booked.session_id  # its conversation may be deleted since
+        if known[0] != replace(booked, attempts=told, session_id=session_id):
             raise IdempotencyConflict("the operation was recorded with another content", key=booked.operation_id)
         return Recorded(booked.cost_nanousd, duplicate=True)
 

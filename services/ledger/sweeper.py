@@ -1,4 +1,4 @@
-"""Books holds that nobody resolved in time, and takes leases back. What that books and where it is written is decided elsewhere."""
+"""Books holds that nobody resolved in time, takes leases back, forgets deletions. What is booked, and where, is decided elsewhere."""
 
 import asyncio
 import time
@@ -7,7 +7,7 @@ import structlog
 
 from services.chassis.errors import DomainError
 from services.chassis.telemetry import span
-from services.ledger.ports import CreditLines, HoldBook
+from services.ledger.ports import Conversations, CreditLines, HoldBook
 
 log = structlog.get_logger(__name__)
 
@@ -33,7 +33,9 @@ async def sweep_leases(credit: CreditLines, grace_ms: int) -> int:
     return ended
 
 
-async def sweep_forever(holds: HoldBook, credit: CreditLines, *, interval_ms: int, grace_ms: int, lease_grace_ms: int) -> None:
+async def sweep_forever(
+    holds: HoldBook, credit: CreditLines, conversations: Conversations, *, interval_ms: int, grace_ms: int, lease_grace_ms: int
+) -> None:
     """Sweep every `interval_ms`. A failure is logged and the next round tries again: money waits, it is not lost.
 
     Leases are taken back `lease_grace_ms` after their expiry, which is longer: a call may have begun on one at its last moment. They are
@@ -46,6 +48,7 @@ async def sweep_forever(holds: HoldBook, credit: CreditLines, *, interval_ms: in
                 await sweep(holds, grace_ms)
                 if time.monotonic() - well_since >= grace_ms / 1000:
                     await sweep_leases(credit, lease_grace_ms)
+                await conversations.forget_deletions()
         except DomainError as error:
             well_since = time.monotonic()
             log.warning("sweep_put_off", reason=error.reason)

@@ -53,6 +53,7 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         baseline = (provider, model) if model else None
         operations = PostgresOperations(database, holds, prices, clock, baseline=baseline, retention_days=settings.retention_days)
         feed = PostgresFeed(url, database)
+        conversations = PostgresConversations(database)
         servicer = LedgerServicer(
             holds=holds,
             credit=credit,
@@ -64,7 +65,7 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
             privacy=PostgresPrivacy(database),
             budgets=PostgresBudgets(database, clock),
             keys=PostgresKeys(database, clock),
-            conversations=PostgresConversations(database),
+            conversations=conversations,
             prices=prices,
             clock=clock,
         )
@@ -74,7 +75,7 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         server.add(register, servicer, SERVICE_NAME)
 
         graces = {"grace_ms": settings.sweep_grace_ms, "lease_grace_ms": settings.lease_grace_ms}
-        sweeping = sweep_forever(holds, credit, interval_ms=settings.sweep_interval_ms, **graces)
+        sweeping = sweep_forever(holds, credit, conversations, interval_ms=settings.sweep_interval_ms, **graces)
         rolling = roll_forever(
             PostgresSums(database),
             PostgresMonths(database),

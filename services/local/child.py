@@ -96,6 +96,8 @@ class Child:
     async def _spawn(
         self, command: list[str], *, user: User = OURSELVES, cwd: str | Path | None = None, env: dict[str, str] | None = None
     ) -> None:
+        if self.process is not None:
+            await self.process.wait()  # its files and its port are the new one's only when it is gone, which a kill does not wait for
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as sink:  # appending, so that an emptied log is written from its start again
             self.process = await asyncio.create_subprocess_exec(

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +20,10 @@ from services.chassis.config import SettingsError
 from services.chassis.principal import ROLES
 from services.local.config import make_state_dir, state_dir
 
-TEXTS = (".md", ".markdown", ".mdown", ".mdx", ".html", ".htm", ".xhtml", ".txt", ".text", ".rst", ".rest", ".eml")
-OFFICE = (".pdf", ".docx", ".docm", ".odt", ".rtf", ".epub", ".pptx", ".pptm", ".odp", ".xlsx", ".xlsm", ".xls", ".ods")
-DATA = (".csv", ".tsv", ".tab", ".json", ".geojson", ".jsonl", ".ndjson", ".xml", ".rss", ".atom")
-SUFFIXES = frozenset((*TEXTS, *OFFICE, *DATA))
-"""What is taken from a folder. A file named by itself is always sent: the service knows best what it can read."""
+LEFT_OUT_SUFFIXES = frozenset({".log"})
+"""Read if they are named, and not taken from a folder: logs grow, and would be ingested again and again."""
+FOREIGN_FOLDERS = frozenset({"node_modules", "site-packages", "__pycache__"})
+"""Folders of programs that others wrote, and of what is made from code."""
 FILES_PER_STREAM = 100
 JOBS_SHOWN = 50
 WIDTH_OF_A_PIPE = 200
@@ -136,9 +135,9 @@ def ingest(
         return
     uploads = list(found(paths))
     if not uploads:
-        sys.exit(f"no documents found in {', '.join(paths)} (looked for {', '.join(sorted(SUFFIXES))})")
+        sys.exit(f"no documents found in {', '.join(paths)}: no file has the name of a format that is read")
     if others := passed_over(paths):
-        note(f"{others} other files are passed over: only {', '.join(sorted(SUFFIXES))} are taken from folders")
+        note(f"{others} other files are passed over: from folders only what has the name of a format that is read is taken, and no logs")
     raise typer.Exit(finish(ingestion(uploads, filing, as_json)))
 
 
@@ -391,9 +390,13 @@ def database_url() -> str:
         sys.exit(f"no database: set DATABASE_URL, or start Tailrace with `tailrace up`, which writes {path}")
 
 
+def target() -> str:
+    """The suite the environment names, else the one of this machine."""
+    return os.environ.get("TAILRACE_TARGET") or f"127.0.0.1:{os.environ.get('TAILRACE_GATEWAY_PORT') or 50050}"
+
+
 def connected() -> tailrace.AsyncClient:
     """A client for the suite the environment names, else for the one of this state directory."""
-    target = os.environ.get("TAILRACE_TARGET") or f"127.0.0.1:{os.environ.get('TAILRACE_GATEWAY_PORT') or 50050}"
     secret = os.environ.get("TAILRACE_TOKEN")
     if not secret:
         path = state_dir(os.environ) / "dev-token"
@@ -401,7 +404,7 @@ def connected() -> tailrace.AsyncClient:
             secret = path.read_text()
         except OSError:
             sys.exit(f"no token: set TAILRACE_TOKEN, or start Tailrace with `tailrace up`, which writes {path}")
-    return tailrace.AsyncClient(target, token=secret)
+    return tailrace.AsyncClient(target(), token=secret)
 
 
 def finish(work: Coroutine[Any, Any, Any]) -> Any:
@@ -447,7 +450,7 @@ def found(paths: list[str]) -> Iterator[tuple[str, Path]]:
     for text in paths:
         path = Path(text)
         if path.is_dir():
-            readable = (item for item in _inside(path) if item.suffix.lower() in SUFFIXES)
+            readable = filter(_is_taken, _inside(path))
             named = [(f"{path.resolve().name}/{item.relative_to(path)}", item) for item in readable]
         elif path.is_file():
             named = [(path.name, path)]
@@ -466,13 +469,23 @@ def found(paths: list[str]) -> Iterator[tuple[str, Path]]:
 def passed_over(paths: list[str]) -> int:
     """How many files in the folders among `paths` are of another kind than documents."""
     folders = [path for path in map(Path, paths) if path.is_dir()]
-    return len({item.resolve() for folder in folders for item in _inside(folder) if item.suffix.lower() not in SUFFIXES})
+    return len({item.resolve() for folder in folders for item in _inside(folder) if not _is_taken(item)})
+
+
+def _is_taken(item: Path) -> bool:
+    """Whether a file of a folder is sent. One that is named by itself always is: the service knows best what it can read."""
+    from services.retrieval.parsers.detection import is_known_by_name
+
+    return item.suffix.lower() not in LEFT_OUT_SUFFIXES and is_known_by_name(item.name)
 
 
 def _inside(folder: Path) -> list[Path]:
-    """Files below `folder`, but hidden ones."""
-    below = (item for item in sorted(folder.rglob("*")) if not any(part.startswith(".") for part in item.relative_to(folder).parts))
-    return [item for item in below if item.is_file()]
+    """Files below `folder`, but hidden and foreign ones."""
+
+    def is_own(part: str) -> bool:
+        return not part.startswith(".") and part not in FOREIGN_FOLDERS
+
+    return [item for item in sorted(folder.rglob("*")) if all(map(is_own, item.relative_to(folder).parts)) and item.is_file()]
 
 
 async def ingestion(files: list[tuple[str, Path]], filing: Filing, as_json: bool) -> int:
@@ -496,28 +509,40 @@ async def ingestion(files: list[tuple[str, Path]], filing: Filing, as_json: bool
 
 async def watched(paths: list[str], filing: Filing, as_json: bool) -> None:
     """Keep the collection in step with the folders among `paths`, until cancelled."""
-    from services.local.watching import Files, Watch, changes_in, deleted
+    from services.local.watching import FILES_MAX, Files, Seen, Watch, changes_in, deleted
+    from services.retrieval.domain import DEFAULT_COLLECTION
 
     folders = [path for path in map(Path, paths) if path.is_dir()]
     if len(folders) < len(paths):
         raise typer.BadParameter("only folders can be watched", param_hint="PATHS")
+    collection = filing.collection or DEFAULT_COLLECTION
 
-    async def send(files: Files) -> set[str]:
-        ended: set[str] = set()
+    def look() -> Files:
+        files = dict(found(paths))
+        if len(files) > FILES_MAX:
+            sys.exit(f"more than {FILES_MAX} documents are too many for one watch")
+        return files
+
+    async def send(files: Files) -> AsyncIterator[tuple[str, str]]:
         with _shown(len(files), as_json) as show:
             async for progress in _progress(list(files.items()), filing):
                 show(progress)
-                if progress.final and progress.stage != "cancelled":
-                    ended.add(progress.name)
-        return ended & files.keys()
+                if progress.final and progress.stage != "cancelled" and progress.name in files:
+                    yield progress.name, progress.document_id
 
-    async def forget(names: set[str]) -> None:
+    async def forget(documents: Mapping[str, str]) -> None:
         async with connected() as client:
-            if await deleted(client, names, filing.collection):
-                for name in sorted(names):
+            if await deleted(client, documents, collection):
+                for name in sorted(documents):
                     note(f"{name}: deleted")
 
-    await Watch(lambda: dict(found(paths)), send, forget, note).follow(changes_in(folders))
+    state = state_dir(os.environ)
+    try:
+        make_state_dir(state)
+        seen = Seen.of(state / "watches", target(), collection, *sorted(str(folder.resolve()) for folder in folders))
+    except OSError as error:
+        sys.exit(f"what is watched cannot be noted: {error}")
+    await Watch(look, send, forget, note, seen).follow(changes_in(folders))
 
 
 async def _progress(files: list[tuple[str, Path]], filing: Filing) -> AsyncIterator[tailrace.Progress]:
@@ -556,6 +581,9 @@ def _shown(total: int, as_json: bool) -> Iterator[Callable[[tailrace.Progress], 
                 bars.advance(everything)
                 if progress.stage == "failed":
                     bars.console.print(f"{progress.name}: {progress.error_detail or progress.error_reason}", markup=False, highlight=False)
+                elif progress.unread_pages:
+                    text = f"{progress.name}: pages {progress.unread_pages} are pictures, nothing on them will be found"
+                    bars.console.print(text, markup=False, highlight=False)
                 return
             if key not in under_way:
                 under_way[key] = bars.add_task(progress.name, total=None, stage=progress.stage)

@@ -1,9 +1,14 @@
 """Folders kept in step with a collection: what changed is ingested again, what was deleted is deleted there. How it is shown is not here.
 
-Only documents that this watch has seen as files are ever deleted: what others put into the collection stays.
+Only documents that a watch has seen as files are ever deleted: what others put into the collection stays.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+import asyncio
+import hashlib
+import json
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,9 +18,60 @@ SETTLE_MS = 300
 """A file that is being written changes again within this time."""
 LOOK_AGAIN_MS = 5_000
 """How soon what could not be done, because the service was away, is tried again."""
+PAUSE_S_MAX = 600.0
+"""The longest that a refusal is waited out before it is asked again."""
+FILES_MAX = 100_000
+"""Files of one watch. What is kept of them fits into some megabytes."""
 
 Files = dict[str, Path]
 Signature = tuple[int, int]
+
+
+class Seen:
+    """The documents that were files here, by name, with their ids; empty = sent, and the id not heard of yet.
+
+    Kept in a file, so that what is deleted while no watch runs is known to the next one. Ids name their collection and tenant: what is
+    deleted by its id is never another collection's.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError; a file that is none of ours is as good as none."""
+        self._path = path
+        self._ids: dict[str, str] = {}
+        try:
+            kept = json.loads(path.read_text())
+        except (FileNotFoundError, ValueError):
+            return
+        if isinstance(kept, dict):
+            self._ids = {name: document_id for name, document_id in kept.items() if isinstance(document_id, str)}
+
+    @classmethod
+    def of(cls, folder: Path, *what: str) -> "Seen":
+        """The file in `folder` for this server, collection and these folders. Raises OSError."""
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return cls(folder / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]}.json")
+
+    def without(self, names: Iterable[str]) -> dict[str, str]:
+        """All but these."""
+        present = set(names)
+        return {name: document_id for name, document_id in self._ids.items() if name not in present}
+
+    def add(self, name: str, document_id: str = "") -> None:
+        """Remember a file; an id that is known already stays if none is given."""
+        self._ids[name] = document_id or self._ids.get(name, "")
+
+    def remove(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._ids.pop(name, None)
+
+    def keep(self) -> None:
+        """Write all of it, or nothing. Raises OSError."""
+        draft = self._path.with_suffix(".new")
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            json.dump(self._ids, file)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(self._path)
 
 
 @dataclass
@@ -24,12 +80,17 @@ class Watch:
 
     look: Callable[[], Files]
     """The documents that are there now, by the name they are known by."""
-    send: Callable[[Files], Awaitable[set[str]]]
-    """Ingest; return the names of those that came to an end, good or bad. The others are sent again."""
-    forget: Callable[[set[str]], Awaitable[None]]
-    """Delete the documents of these names."""
+    send: Callable[[Files], AsyncIterator[tuple[str, str]]]
+    """Ingest; yield name and id of each that came to an end, good or bad. The others are sent again."""
+    forget: Callable[[Mapping[str, str]], Awaitable[None]]
+    """Delete the documents of these names and ids."""
     say: Callable[[str], None]
+    seen: Seen
+    pause: Callable[[float], Awaitable[None]] = asyncio.sleep
     told: dict[str, Signature] = field(default_factory=dict)
+    """As what each file was last sent by this watch. A new one sends all of them: the service knows best what it has."""
+    trouble: str = ""
+    """What was said last of what could not be done; said again only after it had passed."""
 
     async def follow(self, changes: AsyncIterator[object]) -> None:
         """Bring the collection into step, now and after every change, until `changes` end."""
@@ -38,23 +99,52 @@ class Watch:
             await self.step()
 
     async def step(self) -> None:
-        """Send what is new or changed and delete what is gone. While the service is away, what is left to do stays to be done."""
+        """Send what is new or changed and delete what is gone. What the service cannot do now stays to be done.
+
+        Raises TailraceError for what will not pass by itself.
+        """
         files = self.look()
         present = {name: signature for name, path in files.items() if (signature := _signature(path)) is not None}
         changed = {name: files[name] for name, signature in present.items() if self.told.get(name) != signature}
-        gone = self.told.keys() - present.keys()
         try:
             if changed:
-                for name in await self.send(changed):
-                    self.told[name] = present[name]
-            if gone:
+                await self._tell(changed, present)
+            if gone := self.seen.without(present):
+                if not present and not self.told:
+                    # Rather a disk that is not mounted than a folder that somebody emptied.
+                    self._say(f"no file is left of {len(gone)} documents: they are kept until there is one again")
+                    return
                 await self.forget(gone)
+                self.seen.remove(gone)
+                self.seen.keep()
                 for name in gone:
-                    del self.told[name]
-        except (tailrace.Unavailable, tailrace.Interrupted) as error:
-            self.say(f"{error}; trying again")
+                    self.told.pop(name, None)
+            self.trouble = ""
+        except tailrace.TailraceError as error:
+            if not error.retryable:
+                raise
+            self._say(f"{error}; trying again")
+            await self.pause(min(error.retry_after_s or 0, PAUSE_S_MAX))
         except OSError as error:
-            self.say(f"{error}; looking again")
+            self._say(f"{error}; looking again")
+
+    def _say(self, trouble: str) -> None:
+        if trouble != self.trouble:
+            self.say(trouble)
+        self.trouble = trouble
+
+    async def _tell(self, changed: Files, present: Mapping[str, Signature]) -> None:
+        """Send, and note what is sent before it is: whatever ends this process, no document is left that the next watch does not know."""
+        for name in changed:
+            self.seen.add(name)
+        self.seen.keep()
+        try:
+            async with aclosing(self.send(changed)) as ended:  # type: ignore[type-var]
+                async for name, document_id in ended:
+                    self.told[name] = present[name]
+                    self.seen.add(name, document_id)
+        finally:
+            self.seen.keep()
 
 
 async def changes_in(folders: Iterable[Path]) -> AsyncIterator[object]:
@@ -65,15 +155,21 @@ async def changes_in(folders: Iterable[Path]) -> AsyncIterator[object]:
         yield change
 
 
-async def deleted(client: tailrace.AsyncClient, names: set[str], collection: str) -> int:
-    """Delete the collection's documents of these names; return how many there were."""
-    ids = [document.document_id async for document in client.list_documents(collection=collection) if document.source_uri in names]
-    for document_id in ids:
+async def deleted(client: tailrace.AsyncClient, documents: Mapping[str, str], collection: str) -> int:
+    """Delete these documents of the collection; return how many there were."""
+    ids = {document_id for document_id in documents.values() if document_id}
+    if unheard_of := {name for name, document_id in documents.items() if not document_id}:
+        async for document in client.list_documents(collection=collection):
+            if document.source_uri in unheard_of and document.collection == collection:
+                ids.add(document.document_id)
+    count = 0
+    for document_id in sorted(ids):
         try:
             await client.delete_document(document_id)
         except tailrace.NotFound:
             continue  # somebody else was quicker
-    return len(ids)
+        count += 1
+    return count
 
 
 def _signature(path: Path) -> Signature | None:

@@ -35,7 +35,7 @@ from services.orchestrator.packing import pack
 from services.orchestrator.ports import Recalling
 from services.orchestrator.run import Run, Toolkit
 from services.orchestrator.standalone import depends_on_history, depends_on_time
-from services.orchestrator.tools.loop import draft_with_tools, take_up
+from services.orchestrator.tools.loop import draft_with_tools, require_no_calls, take_up, without_tools
 from services.orchestrator.unfencing import Unfencing
 from services.orchestrator.validate import WHOLE
 
@@ -84,7 +84,7 @@ async def write(run: Run, prompt: Prompt) -> None:
     """The second half of `answer`, which is all that an answer has that goes on with the results of its client's tools."""
     draft = await fitting_draft(run, prompt)  # the steps `hold` and `generate`, once for each attempt, and `tool` for each call
     with run.step("validate") as step:
-        check(run, draft, step)
+        await check(run, draft, step)
     run.kit.shadows.offer(run, prompt)
     with run.step("remember") as step:
         await remember(run, step)
@@ -267,14 +267,15 @@ async def fitting_draft(run: Run, prompt: Prompt) -> Draft:
     """
     schema = run.question.output_schema
     if schema is None:
-        return await draft_with_tools(run, prompt)
-    run.holding = run.question.whole
+        return (await draft_with_tools(run, prompt))[0]
+    run.holding = run.question.whole or run.route.holds_back
     if not run.holding:
         run.watch, run.unfencing = JsonWatch(schema), Unfencing()
-    draft = await draft_with_tools(run, prompt)
+    draft, answered = await draft_with_tools(run, prompt)
     problems = await _problems(run, draft, schema)
     if problems and run.holding:
-        draft = await first_draft(run, asked_again(prompt, draft.text, problems))
+        draft = await first_draft(run, asked_again(without_tools(answered), draft.text, problems))
+        require_no_calls(draft)
         problems = await _problems(run, draft, schema)
     if problems:
         keyword = problems[0][0]
@@ -293,13 +294,13 @@ async def _problems(run: Run, draft: Draft, schema: Mapping[str, Any]) -> list[t
         return problems
 
 
-def check(run: Run, draft: Draft, step: StepRecord) -> None:
+async def check(run: Run, draft: Draft, step: StepRecord) -> None:
     """Judge the whole text. What fails is told in the receipt and not remembered; it has been read already."""
     run.finish_reason = draft.finish_reason
     if draft.finish_reason == "tool_use":  # it goes on when its client has called: there is nothing whole to judge yet
         run.verdict = "passed"
         return
-    run.verdict = run.verdict_of(draft)
+    run.verdict = await asyncio.to_thread(run.verdict_of, draft)  # a hostile text takes its time, and other streams go on
     step.note(verdict=run.verdict, cited=len(run.citations.cited), sentences_judged=run.citations.judged)
     if run.citations.groundedness is not None:
         step.note(groundedness=round(run.citations.groundedness, 3))
@@ -337,8 +338,8 @@ async def record(run: Run, failure: DomainError | None, step: StepRecord) -> Non
     run.kit.credit.recorded(run.question.answer_id, run.attempts, booked)
     kept_whole = failure is None and run.verdict == "passed" and run.finish_reason != "tool_use"
     works = [_keep_turn(run, complete=kept_whole)] if run.pieces else []
-    if run.prompts:
-        works.append(_keep_prompts(run))
+    if run.kit.shelf is not None:
+        works.append(run.keep_prompts())
     # Whose time is up waits for nothing more.
     await _briefly(run.kit, 0.0 if isinstance(failure, DeadlineTooShort) else BOOKED_WAIT_S, *works, also=booked)
     step.note(booked=booked.done(), cost_nanousd=run.cost_nanousd)
@@ -364,14 +365,6 @@ async def _keep_turn(run: Run, *, complete: bool) -> None:
             log.error("turn_rejected", answer_id=asked.answer_id, reason=error.reason)
             return
     log.error("turn_lost", answer_id=asked.answer_id, tries=TURN_TRIES_MAX)
-
-
-async def _keep_prompts(run: Run) -> None:
-    assert run.kit.shelf is not None
-    try:
-        await run.kit.shelf.keep(run.question.principal, run.question.answer_id, run.prompts)
-    except DomainError as error:
-        log.warning("prompts_not_kept", answer_id=run.question.answer_id, reason=error.reason)
 
 
 async def _briefly(kit: Toolkit, wait_s: float, *works: Coroutine[Any, Any, None], also: "asyncio.Future[None] | None" = None) -> None:

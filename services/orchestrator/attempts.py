@@ -10,36 +10,33 @@ from typing import Any
 import structlog
 from opentelemetry.trace import SpanKind
 
-from services.chassis import telemetry
 from services.chassis.deadline import current_deadline
 from services.chassis.errors import (
     AnswerInterrupted,
     BudgetExhausted,
     DeadlineTooShort,
     DomainError,
-    ModelFailed,
-    ModelMisconfigured,
-    ModelOverloaded,
-    ModelRefused,
-    ModelStalled,
     PriceUnknown,
     Unavailable,
 )
 from services.chassis.money import Usage
 from services.chassis.telemetry import StepRecord, span
+from services.orchestrator import call_telemetry
 from services.orchestrator.compose import going_on
 from services.orchestrator.domain import Attempt, Candidate, Draft, Hold, OperationRecord, Prompt, Route
-from services.orchestrator.router import EXTRACTIVE, OTHER_KEY, first_choice, next_try
+from services.orchestrator.outcomes import is_the_models, tell
+from services.orchestrator.router import EXTRACTIVE, first_choice, next_try
 from services.orchestrator.run import Run
 
 log = structlog.get_logger(__name__)
 
 GENERATE_LEAST_S = 0.1
 """With less time than this left no provider answers, so none is asked."""
-HEALABLE = frozenset({"empty", "repeated", "citation_unknown", "ungrounded", "schema", "prompt_leaked", "unsafe_markdown"})
+HEALABLE = frozenset({"empty", "repeated", "citation_unknown", "ungrounded", "prompt_leaked", "unsafe_markdown"})
 """Verdicts that another model could escape. A refusal is an answer, and what was cut at the bound would be cut again."""
-MARK_DELTAS_MIN, MARK_DELTAS_MAX, MARK_S = 8, 64, 1.0
-"""How much text, or time with text, may pass between two marks of what to book should we die: as much as there is, within these bounds."""
+MARK_TOKENS_MIN, MARK_TOKENS_MAX, MARK_S = 8, 64, 1.0
+"""How much output of any kind, or time with it, may pass between two marks of what to book should we die: as much as there is, within these
+bounds."""
 RETURNED_WITHIN_S, RETURNED_PAUSE_S = 5.0, (0.1, 0.5)
 """How long a call that only lent money could pay waits for it, asking again after such a pause. Who holds a lease is asked every second."""
 HOLD_MARGIN_S = 60.0
@@ -55,11 +52,13 @@ class _Call:
     prompt: Prompt
     output_tokens_max: int
     draft: Draft
+    shortens: bool = True
+    """Whether a shorter answer will do where the budget cannot pay the whole one."""
     hold: Hold | None = None
     began_at: float = 0.0
-    first_text_at: float = 0.0
+    first_output_at: float = 0.0
     marked_at: float = 0.0
-    marked_deltas: int = 0
+    marked_tokens: int = 0
 
 
 async def first_draft(run: Run, prompt: Prompt) -> Draft:
@@ -73,7 +72,7 @@ async def first_draft(run: Run, prompt: Prompt) -> Draft:
     run.holding = is_held_already or route.holds_back or (run.question.whole and route.escalation is not None)
     draft = await _draft_of(run, prompt, route)
     unseen = run.holding or not draft.has_content
-    if unseen and route.escalation is not None and (verdict := run.verdict_of(draft)) in HEALABLE:
+    if unseen and route.escalation is not None and (verdict := await asyncio.to_thread(run.verdict_of, draft)) in HEALABLE:
         log.info("answer_escalated", answer_id=run.question.answer_id, verdict=verdict)
         try:
             better = await _draft_of(run, prompt, route.escalation)
@@ -92,6 +91,7 @@ async def first_draft(run: Run, prompt: Prompt) -> Draft:
 async def _draft_of(run: Run, prompt: Prompt, route: Route) -> Draft:
     """Ask the candidates of one route, one call at a time. Raises the last failure."""
     health, asked, reason = run.kit.health, list[Candidate](), ""
+    failed: DomainError | None = None
     so_far, tokens_so_far = list[str](), 0
     candidate, given = first_choice(route.candidates, health), prompt
     if candidate is not route.candidates[0]:
@@ -106,7 +106,10 @@ async def _draft_of(run: Run, prompt: Prompt, route: Route) -> Draft:
         tokens_max = min(
             run.question.output_tokens_max, candidate.output_tokens_max, route.output_tokens_max or candidate.output_tokens_max
         )
-        call = _Call(run.next_attempt(), candidate, given, max(1, tokens_max - tokens_so_far), Draft(run.write))
+        has_cheaper = route.cheaper is not None and not so_far
+        output_tokens_max = max(1, tokens_max - tokens_so_far)
+        # A whole answer of a cheaper model is better than the beginning of a dear one.
+        call = _Call(run.next_attempt(), candidate, given, output_tokens_max, Draft(run.write), shortens=not has_cheaper)
         try:
             with run.step("hold") as step:
                 await _hold(run, call, step)
@@ -114,10 +117,17 @@ async def _draft_of(run: Run, prompt: Prompt, route: Route) -> Draft:
                 step.note(tier=route.tier, choice=run.choices[-1].reason)
                 await _generate(run, call, step)
         except BudgetExhausted:
-            if route.cheaper is None or so_far:
+            if route.cheaper is None or not has_cheaper:
                 raise
             return await _draft_of(run, prompt, route.cheaper)
+        except PriceUnknown as unpriced:
+            log.error("model_without_price", provider=candidate.provider, model=candidate.model)
+            if not (left := [other for other in route.candidates if other not in asked]):
+                raise failed or unpriced from None
+            candidate, reason = first_choice(left, health), "no_price"
+            continue
         except DomainError as failure:
+            failed = failure
             if call.hold is None:
                 raise
             if call.draft.has_content and not run.holding:
@@ -141,7 +151,7 @@ async def _draft_of(run: Run, prompt: Prompt, route: Route) -> Draft:
 
 def _going_on(run: Run, route: Route, asked: list[Candidate], call: _Call, failure: DomainError) -> Candidate | None:
     """Who goes on with a text that broke off, if the tier wants that and there is anything left to say."""
-    if not route.continues or call.draft.calls or not call.draft.pieces or not _is_the_models(failure):
+    if not route.continues or call.draft.calls or not call.draft.pieces or not is_the_models(failure):
         return None
     following = route.candidates[route.candidates.index(asked[-1]) + 1 :]
     able = (candidate for candidate in following if candidate.provider != EXTRACTIVE and run.kit.health.lets_through(candidate))
@@ -183,7 +193,7 @@ async def _reserve(run: Run, call: _Call, ttl_ms: int) -> Hold:
     credit, asked, began = run.kit.credit, run.question, time.monotonic()
     covered = credit.covers(asked.principal)
     bounds = (call.candidate, call.prompt.input_tokens_max, call.output_tokens_max)
-    least = min(run.kit.limits.output_tokens_min, call.output_tokens_max)
+    least = min(run.kit.limits.output_tokens_min, call.output_tokens_max) if call.shortens else 0
     try:
         try:
             # Nothing is shortened for want of money that we hold ourselves.
@@ -238,30 +248,22 @@ async def _generate(run: Run, call: _Call, step: StepRecord) -> None:
     candidate, draft = call.candidate, call.draft
     call.began_at = time.perf_counter()
 
-    def write(text: str) -> None:
-        now = time.perf_counter()
-        if not call.first_text_at:
-            call.first_text_at = now
+    def progress() -> None:
+        now, tokens = time.perf_counter(), draft.tokens_heard
+        if not call.first_output_at:
+            call.first_output_at = now
             run.kit.health.began_well(candidate)
-        if not run.holding:
-            run.write(text)
-        if draft.deltas - call.marked_deltas >= _until_mark(call.marked_deltas) or now - call.marked_at >= MARK_S:
-            call.marked_at, call.marked_deltas = now, draft.deltas
+        if tokens - call.marked_tokens >= _until_mark(call.marked_tokens) or now - call.marked_at >= MARK_S:
+            call.marked_at, call.marked_tokens = now, tokens
             run.kit.books.mark(_unfinished(run, call))
 
-    draft.on_text = write
+    draft.on_progress = progress
+    draft.on_text = _unheard if run.holding else run.write
     if run.question.reasoning and not run.holding:
         draft.on_reasoning = run.think
     draft.provider = run.provider = candidate.provider
     run.model = candidate.model
-    run.sent(call.number, candidate.model, call.prompt)
-    attributes: dict[str, Any] = {
-        telemetry.GEN_AI_OPERATION: "chat",
-        telemetry.GEN_AI_PROVIDER: candidate.provider,
-        telemetry.GEN_AI_REQUEST_MODEL: candidate.model,
-        telemetry.GEN_AI_REQUEST_MAX_TOKENS: call.output_tokens_max,
-        telemetry.GEN_AI_CONVERSATION: run.question.session_id,
-    }
+    attributes = call_telemetry.begun(candidate, call.output_tokens_max, run.question.session_id)
     failure: BaseException | None = None
     with span(f"chat {candidate.model}", kind=SpanKind.CLIENT, **attributes) as running:
         try:
@@ -270,41 +272,29 @@ async def _generate(run: Run, call: _Call, step: StepRecord) -> None:
             failure = error
             raise
         finally:
+            run.sent(call.prompt, attempt=call.number, model=candidate.model, output_tokens_max=call.output_tokens_max, effort=draft.effort)
             _fared(run, call, failure)
             attempt = _close(run, call, failure)
             run.model = attempt.model
             step.note(attempt=call.number, provider=candidate.provider, model=attempt.model)
             step.note(input_tokens=attempt.usage.prompt_tokens, output_tokens=attempt.usage.output_tokens)
-            running.set_attribute(telemetry.GEN_AI_RESPONSE_MODEL, attempt.model)
-            running.set_attribute(telemetry.GEN_AI_INPUT_TOKENS, attempt.usage.prompt_tokens)
-            running.set_attribute(telemetry.GEN_AI_OUTPUT_TOKENS, attempt.usage.output_tokens)
-            running.set_attribute(telemetry.GEN_AI_CACHE_READ_TOKENS, attempt.usage.cache_read_tokens)
-            running.set_attribute(telemetry.GEN_AI_TIME_TO_FIRST_CHUNK, attempt.first_token_ms / 1000)
-            running.set_attribute(telemetry.COST_NANOUSD, attempt.cost_nanousd)
-            if attempt.finish_reason:
-                running.set_attribute(telemetry.GEN_AI_FINISH_REASONS, (attempt.finish_reason,))
+            if attempt.reasoning_tokens:
+                step.note(reasoning_tokens=attempt.reasoning_tokens)
+            call_telemetry.ended(running, attempt, draft)
+            call_telemetry.measured(candidate, attempt)
 
 
-def _is_the_models(failure: BaseException) -> bool:
-    """Whether a call failed at its provider, and not at a bound of ours on what it wrote."""
-    if not isinstance(failure, ModelOverloaded | ModelFailed | ModelStalled | ModelMisconfigured):
-        return False
-    return "provider" in failure.metadata
+def _unheard(text: str) -> None:
+    """What is held back is in the draft, and there alone."""
 
 
 def _fared(run: Run, call: _Call, failure: BaseException | None) -> None:
-    """Tell what the call says about its model. What belongs to a key, to the question or to whoever stopped it says nothing."""
-    health, candidate = run.kit.health, call.candidate
-    if failure is None or isinstance(failure, ModelRefused):
-        health.succeeded(candidate)
-    elif isinstance(failure, DomainError) and OTHER_KEY in failure.metadata:
+    """Tell what the call says about its model."""
+    tell(run.kit.health, call.candidate, failure)
+    if failure is None or isinstance(failure, DomainError) or call.first_output_at:
         return
-    elif isinstance(failure, ModelOverloaded) and failure.retry_after_ms is not None:
-        health.pause(candidate, failure.retry_after_ms / 1000)
-    elif _is_the_models(failure):
-        health.failed(candidate)
-    elif not call.first_text_at and (deadline := current_deadline.get()) is not None and deadline.remaining_s <= 0:
-        health.failed(candidate)  # it had all the time there was and said nothing
+    if (deadline := current_deadline.get()) is not None and deadline.remaining_s <= 0:
+        run.kit.health.failed(call.candidate)  # it had all the time there was and said nothing
 
 
 def _unfinished(run: Run, call: _Call) -> OperationRecord:
@@ -313,21 +303,22 @@ def _unfinished(run: Run, call: _Call) -> OperationRecord:
     attempt = _account(call, died)
     if attempt.not_sent:  # it may be sent before the next mark; a crash must not make tokens free
         attempt = replace(attempt, usage=Usage(call.prompt.input_tokens_estimate), estimated=True, not_sent=False)
-    elif attempt.estimated and call.draft.deltas:  # we die halfway to the next mark, in the mean
+    elif attempt.estimated and call.first_output_at:  # we die halfway to the next mark, in the mean
         attempt = replace(attempt, usage=attempt.usage + Usage(output_tokens=_until_death(call)))
     return run.record(died, attempt)
 
 
-def _until_mark(deltas: int) -> int:
-    """How many deltas pass from a mark at `deltas` to the next, if they come fast."""
-    return min(MARK_DELTAS_MAX, max(MARK_DELTAS_MIN, deltas))
+def _until_mark(tokens: int) -> int:
+    """How many tokens pass from a mark at `tokens` to the next, if they come fast."""
+    return min(MARK_TOKENS_MAX, max(MARK_TOKENS_MIN, tokens))
 
 
 def _until_death(call: _Call) -> int:
     """Tokens that are expected after this mark and before the next one, should it never come to that: half of what fits in between."""
-    fast, elapsed_s = _until_mark(call.draft.deltas), time.perf_counter() - call.first_text_at
-    paced = MARK_S * call.draft.deltas / elapsed_s if elapsed_s > 0 else fast
-    left = max(0, call.output_tokens_max - call.draft.deltas)
+    heard = call.draft.tokens_heard
+    fast, elapsed_s = _until_mark(heard), time.perf_counter() - call.first_output_at
+    paced = MARK_S * heard / elapsed_s if elapsed_s > 0 else fast
+    left = max(0, call.output_tokens_max - heard)
     return min(int(min(fast, paced) / 2), left)
 
 
@@ -354,11 +345,12 @@ def _account(call: _Call, failure: BaseException | None) -> Attempt:
         cost_nanousd=price.cost_nanousd(usage) if price is not None else 0,
         finish_reason=call.draft.finish_reason if failure is None else "",
         error_reason=reason,
-        first_token_ms=round((call.first_text_at - call.began_at) * 1000, 3) if call.first_text_at else 0.0,
+        first_token_ms=round((call.first_output_at - call.began_at) * 1000, 3) if call.first_output_at else 0.0,
         duration_ms=round((time.perf_counter() - call.began_at) * 1000, 3) if call.began_at else 0.0,
         estimated=estimated,
         price_version=price.version if price is not None else 0,
         not_sent=not call.draft.sent,
         lease_id=call.hold.lease_id if call.hold is not None else "",
         drawn_nanousd=call.hold.amount_nanousd if call.hold is not None and call.hold.lease_id else 0,
+        reasoning_tokens=min(call.draft.reasoning_tokens, usage.output_tokens),
     )

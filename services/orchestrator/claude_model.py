@@ -4,7 +4,7 @@ Typed objects per token would cost three times as much as all the rest of the to
 """
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import aiohttp
@@ -13,7 +13,7 @@ import httpx2
 import msgspec
 import orjson
 
-from services.chassis.errors import DomainError, ModelFailed, ModelMisconfigured, ModelOverloaded, ModelRefused
+from services.chassis.errors import DomainError, ModelFailed, ModelMisconfigured, ModelRefused
 from services.orchestrator.domain import Candidate, Draft, Message, Prompt
 from services.orchestrator.model_stream import (
     BRIEF_BELOW_TOKENS,
@@ -24,7 +24,7 @@ from services.orchestrator.model_stream import (
     bounded_silence,
     broken_off,
     follow,
-    is_closed,
+    overloaded,
     refused,
     retry_after_ms,
     sealed,
@@ -32,6 +32,7 @@ from services.orchestrator.model_stream import (
     unsealed,
 )
 from services.orchestrator.provider_keys import ProviderKeys
+from services.orchestrator.schema_subsets import is_closed, one_type_each, references_end
 
 PROVIDER = "anthropic"
 
@@ -50,15 +51,21 @@ class _CacheCreation(msgspec.Struct):
     ephemeral_1h_input_tokens: int | None = None
 
 
+class _OutputDetails(msgspec.Struct):
+    thinking_tokens: int | None = None
+
+
 class _Usage(msgspec.Struct):
     input_tokens: int | None = None
     output_tokens: int | None = None
     cache_read_input_tokens: int | None = None
     cache_creation_input_tokens: int | None = None
     cache_creation: _CacheCreation | None = None
+    output_tokens_details: _OutputDetails | None = None
 
 
 class _Message(msgspec.Struct):
+    id: str = ""
     model: str = ""
     usage: _Usage | None = None
 
@@ -160,6 +167,7 @@ class ClaudeReading(Reading):
         if event.message is None:
             return
         self.named(event.message.model)
+        self.identified(event.message.id)
         if event.message.usage is not None:
             self._count(event.message.usage)
 
@@ -177,6 +185,8 @@ class ClaudeReading(Reading):
             draft.input_tokens = max(0, usage.input_tokens)
         if usage.output_tokens is not None:
             draft.output_tokens = max(0, usage.output_tokens)
+        if usage.output_tokens_details is not None and usage.output_tokens_details.thinking_tokens is not None:
+            draft.reasoning_tokens = max(0, usage.output_tokens_details.thinking_tokens)
         if usage.cache_read_input_tokens is not None:
             draft.cache_read_tokens = max(0, usage.cache_read_input_tokens)
         if usage.cache_creation_input_tokens is not None:
@@ -194,7 +204,7 @@ class ClaudeModel:
     def __init__(
         self, keys: Sequence[str], base_url: str, *, connect_s: float, first_token_s: float, stall_s: float, provider: str = PROVIDER
     ) -> None:
-        self._provider = provider
+        self._provider, self._address = provider, httpx2.URL(base_url).host
         self._first_token_s, self._stall_s = first_token_s, stall_s
         limits = httpx2.Limits(max_connections=CONNECTIONS_MAX, max_keepalive_connections=100, keepalive_expiry=30)
         # Silence is judged by output and not by bytes, so the transport's own read limit only has to be no shorter.
@@ -211,7 +221,7 @@ class ClaudeModel:
         await self._transport.aclose()
 
     async def generate(self, prompt: Prompt, candidate: Candidate, output_tokens_max: int, draft: Draft) -> None:
-        draft.sent, draft.model = True, candidate.model
+        draft.sent, draft.model, draft.address = True, candidate.model, self._address
         key = self._keys.take()
         try:
             async with bounded_silence(self._provider, self._first_token_s, self._stall_s) as silence:
@@ -236,13 +246,30 @@ class ClaudeModel:
             raise broken_off(self._provider) from error
 
 
+_KEPT = {"cache_control": {"type": "ephemeral"}}
+"""Marks a block up to which the provider may keep the prompt. There may be four; a beginning that is too short is not kept, nor billed."""
+
+
+def _ends_kept(prompt: Prompt) -> set[int]:
+    """Messages that end a beginning which is asked again: the history, by the next question; all of it, by the next round of tools.
+
+    A round is found by where the one before it ended, since the provider looks back 20 blocks only and a round may have more. Without
+    tools nothing follows that would read the question again, and writing costs 1.25 times.
+    """
+    ends = {prompt.history_messages - 1} if prompt.history_messages else set()
+    if prompt.tools:
+        asked = [n for n in range(prompt.history_messages, len(prompt.messages)) if prompt.messages[n].role != "assistant"]
+        ends.update(asked[-2:])
+    return ends
+
+
 def _request(provider: str, prompt: Prompt, candidate: Candidate, output_tokens_max: int, draft: Draft) -> dict[str, Any]:
     request: dict[str, Any] = {
         "model": candidate.model,
         "max_tokens": output_tokens_max,
-        # The stable prefix, the same for every question, tools before it: the provider may keep it.
-        "system": [{"type": "text", "text": prompt.system, "cache_control": {"type": "ephemeral"}}],
-        "messages": [made for message in prompt.messages if (made := _message(provider, message))["content"]],
+        # The same for every question, tools before it.
+        "system": [{"type": "text", "text": prompt.system, **_KEPT}],
+        "messages": _messages(provider, prompt),
         "stream": True,
         "extra_headers": {"accept-encoding": "identity"},  # the bytes are read as they come
     }
@@ -251,15 +278,40 @@ def _request(provider: str, prompt: Prompt, candidate: Candidate, output_tokens_
             {"name": tool.name, "description": tool.description, "input_schema": dict(tool.input_schema)} for tool in prompt.tools
         ]
     output: dict[str, Any] = {}
-    if prompt.output_schema is not None and "schema" in candidate.capabilities and is_closed(prompt.output_schema, all_required=False):
-        output["format"] = {"type": "json_schema", "schema": dict(prompt.output_schema)}
+    if "schema" in candidate.capabilities and (schema := _bindable(prompt.output_schema)) is not None:
+        output["format"] = {"type": "json_schema", "schema": schema}
     if draft.on_reasoning is not None and "reasoning" in candidate.capabilities:
         request["thinking"] = {"type": "adaptive", "display": "summarized"}
         if output_tokens_max < BRIEF_BELOW_TOKENS:
-            output["effort"] = "low"
+            output["effort"] = draft.effort = "low"
     if output:
         request["output_config"] = output
     return request
+
+
+def _bindable(schema: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The schema as Claude can be bound to it: what the API does not know of it stands in descriptions. None if it has no such form."""
+    if schema is None or not is_closed(schema, all_required=False):
+        return None
+    try:
+        made = anthropic.transform_schema(one_type_each(schema))
+    except (ValueError, TypeError, AttributeError, AssertionError):  # what the package raises of schemas that it cannot transform
+        return None
+    return made if references_end(made) else None
+
+
+def _messages(provider: str, prompt: Prompt) -> list[dict[str, Any]]:
+    ends, made = _ends_kept(prompt), []
+    for number, message in enumerate(prompt.messages):
+        one = _message(provider, message)
+        if not one["content"]:
+            continue
+        if number in ends:
+            blocks = [{"type": "text", "text": one["content"]}] if isinstance(one["content"], str) else one["content"]
+            blocks[-1] |= _KEPT
+            one["content"] = blocks
+        made.append(one)
+    return made
 
 
 def _message(provider: str, message: Message) -> dict[str, Any]:
@@ -291,7 +343,7 @@ def _failed_midway(provider: str, event: _Event) -> DomainError:
     """The error inside a stream that began well: its HTTP status was 200, so only the body tells."""
     kind = event.error.type if event.error is not None else ""
     if kind in ("overloaded_error", "rate_limit_error"):
-        return ModelOverloaded("the provider is overloaded", provider=provider)
+        return overloaded(provider, limited=kind == "rate_limit_error")
     if kind in ("authentication_error", "permission_error", "billing_error"):
         return ModelMisconfigured("the provider does not accept our key", provider=provider)
     if kind == "invalid_request_error":

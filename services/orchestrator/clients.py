@@ -17,9 +17,11 @@ from services.chassis.principal import Principal
 from services.chassis.wire import price_value, timestamp, usage_message, usage_value
 from services.orchestrator.domain import (
     Attempt,
+    BookedAnswer,
     CachedAnswer,
     CacheReceipt,
     Candidate,
+    Done,
     Draw,
     Edition,
     History,
@@ -153,6 +155,42 @@ def _turn_value(message: ledger_pb.Turn) -> Turn:
         passages=tuple(map(passage_value, message.citations)),
         created_at=_moment(message.created_at),
         complete=message.complete,
+    )
+
+
+def _booked_value(reply: ledger_pb.GetOperationResponse) -> BookedAnswer:
+    operation, turn = reply.operation, _turn_value(reply.turn) if reply.HasField("turn") else None
+    verdict = next((step.facts["verdict"] for step in reversed(operation.steps) if "verdict" in step.facts), "")
+    receipt = Done(
+        answer_id=operation.operation_id,
+        text_sha256="",
+        usage=usage_value(operation.usage),
+        cost_nanousd=operation.cost_nanousd,
+        model=operation.model,
+        provider=operation.provider,
+        tier=operation.tier,
+        finish_reason=operation.finish_reason,
+        cache=_cache_value(operation.cache),
+        trace_id=operation.trace_id,
+        estimated=operation.estimated,
+        verdict="passed" if turn is not None and turn.complete else verdict,
+        first_token_ms=operation.first_token_ms,
+        duration_ms=operation.duration_ms,
+    )
+    status: Any = operation.status
+    return BookedAnswer(status, operation.error_reason, operation.session_id, _moment(operation.created_at), receipt, turn)
+
+
+def _cache_value(message: common_pb2.CacheReceipt) -> CacheReceipt:
+    verdict: Any = message.verdict
+    return CacheReceipt(
+        verdict,
+        similarity=message.similarity if message.HasField("similarity") else None,
+        source_question=message.source_question if message.HasField("source_question") else None,
+        source_answer_id=message.source_answer_id if message.HasField("source_answer_id") else None,
+        age_s=message.age_s if message.HasField("age_s") else None,
+        saved_nanousd=message.saved_nanousd,
+        reason=message.reason,
     )
 
 
@@ -437,6 +475,15 @@ class RemoteLedger:
         except (NotFound, RequestInvalid):
             return False
         return True
+
+    async def booked(self, principal: Principal, operation_id: str) -> BookedAnswer | None:
+        request = ledger_pb.GetOperationRequest(operation_id=operation_id, with_turn=True)
+        try:
+            with _named("ledger"):
+                reply = await self._caller.unary(self._stub.GetOperation, request, timeout_s=5, principal=principal)
+        except (NotFound, RequestInvalid):
+            return None
+        return _booked_value(reply)
 
     async def append_turn(self, session_id: str, turn: Turn, principal: Principal, replaces: str = "", asked_after: str = "") -> KeptTurn:
         request = ledger_pb.AppendTurnRequest(session_id=session_id, turn=_turn_message(turn), replaces=replaces, asked_after=asked_after)

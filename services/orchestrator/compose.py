@@ -72,7 +72,8 @@ def compose(
         size = PROMPT_OVERHEAD_TOKENS + tokens_max(template.system)
         size += sum(tokens_max(message.text) + MESSAGE_OVERHEAD_TOKENS for message in messages)
         if size <= prompt_tokens_max:
-            return Prompt(template.name, template.system, messages, form or question, tuple(kept_passages), size)
+            history = len(messages) - 1
+            return Prompt(template.name, template.system, messages, form or question, tuple(kept_passages), size, history_messages=history)
         if kept_turns:
             kept_turns.pop(0)
         elif summary:

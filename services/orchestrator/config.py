@@ -123,6 +123,9 @@ class OrchestratorSettings(ServiceSettings):
     """Tools, comma-separated, each call of which a person must allow; `server__*` = all of a server. Besides those its file marks so."""
     tools_rounds_max: int = Field(8, ge=1, le=16, validation_alias="TAILRACE_TOOLS_ROUNDS_MAX")
     """Rounds of calls in one answer. Then the model is told to answer without."""
+    tools_cost_nanousd_max: int = Field(1_000_000_000, ge=0, le=10**15, validation_alias="TAILRACE_TOOLS_COST_NANOUSD_MAX")
+    """What an answer's calls of models may have cost before a further round, nano-USD; 0 = no bound but the payer's budgets. Answers
+    cost 0.01 to 0.50 USD, so the default stops only one that goes on for nothing."""
     tools_call_s: float = Field(20.0, gt=0, le=300, validation_alias="TAILRACE_TOOLS_CALL_S")
     """Longest time of one call, seconds; never more than half of what is left of the answer's deadline."""
     tools_confirm_s: float = Field(60.0, gt=0, le=600, validation_alias="TAILRACE_TOOLS_CONFIRM_S")

@@ -4,6 +4,7 @@ Nothing here raises: where a model fails, is slow or cannot be paid, the rule do
 """
 
 import asyncio
+import functools
 import re
 import time
 from collections.abc import Coroutine
@@ -14,8 +15,8 @@ import structlog
 from services.chassis.errors import DomainError, Overloaded
 from services.chassis.telemetry import StepRecord
 from services.orchestrator.compose import compose_errand
-from services.orchestrator.domain import KeptTurn, Summary, Turn
-from services.orchestrator.errands import Written
+from services.orchestrator.domain import KeptTurn, Prompt, Summary, Turn
+from services.orchestrator.errands import Purpose, Written
 from services.orchestrator.follow_up import self_contained
 from services.orchestrator.router import EXTRACTIVE
 from services.orchestrator.run import Run
@@ -50,9 +51,9 @@ async def rewrite(run: Run, step: StepRecord) -> str:
     form, by = by_our_rule, "rule"
     if run.kit.limits.rewrites == "model" and _may_ask(run):
         prompt = compose_errand(run.kit.templates.rewrite, run.turns, summary=run.summary, question=asked.text)
-        errand = run.kit.errands.run(asked, "rewrite", prompt, REWRITE_TOKENS_MAX, REWRITE_WAIT_S)
+        errand = _text_or_nothing(run, "rewrite", prompt, REWRITE_TOKENS_MAX, REWRITE_WAIT_S)
         try:
-            working = run.kit.after.spawn(_text_or_nothing(errand), "rewrite")
+            working = run.kit.after.spawn(errand, "rewrite")
             done, _ = await asyncio.wait({working}, timeout=REWRITE_WAIT_S)
             result = working.result() if done else Written()
             written = _SPACE.sub(" ", result.text).strip()
@@ -103,7 +104,7 @@ async def _suggest_title(run: Run) -> None:
     """A title from question and answer, unless somebody gives one first."""
     asked, kit = run.question, run.kit
     prompt = compose_errand(kit.templates.title, [run.turn(complete=True)])
-    written = await _text_or_nothing(kit.errands.run(asked, "title", prompt, TITLE_TOKENS_MAX, LATER_WAIT_S))
+    written = await _text_or_nothing(run, "title", prompt, TITLE_TOKENS_MAX, LATER_WAIT_S)
     title = _SPACE.sub(" ", written.text).strip(_QUOTES).rstrip(".")[:TITLE_CHARACTERS_MAX].strip()
     if not title:
         return
@@ -145,17 +146,21 @@ async def _summary(run: Run, earlier: str, turns: tuple[Turn, ...]) -> tuple[str
     kit = run.kit
     if kit.limits.summaries == "model" and _may_ask(run):
         prompt = compose_errand(kit.templates.summary, turns, summary=earlier)
-        written = await _text_or_nothing(kit.errands.run(run.question, "summary", prompt, SUMMARY_TOKENS_MAX, LATER_WAIT_S))
+        written = await _text_or_nothing(run, "summary", prompt, SUMMARY_TOKENS_MAX, LATER_WAIT_S)
         if text := written.text.strip():
             return text[:SUMMARY_CHARACTERS_MAX], written.model
     return by_rule(earlier, turns), "rule"
 
 
-async def _text_or_nothing(errand: Coroutine[Any, Any, Written]) -> Written:
+async def _text_or_nothing(run: Run, purpose: Purpose, prompt: Prompt, output_tokens_max: int, within_s: float) -> Written:
+    note = functools.partial(run.sent, purpose=purpose)
     try:
-        return await errand
+        return await run.kit.errands.run(run.question, purpose, prompt, output_tokens_max, within_s, note)
     except DomainError as error:
         log.warning("errand_failed", reason=error.reason)
     except Exception as error:
         log.exception("errand_failed_unexpectedly", error=type(error).__name__)
+    finally:
+        if run.are_prompts_kept:
+            await run.keep_prompts()
     return Written()

@@ -272,6 +272,15 @@ class SentPrompt:
     template: str
     system: str
     messages: tuple[tuple[str, str], ...]
+    tools: tuple[ToolSpec, ...] = ()
+    output_schema: Mapping[str, Any] | None = None
+    output_tokens_max: int = 0
+    """0 = kept by a former version."""
+    effort: str = ""
+    purpose: str = ""
+    """Of a small call for the conversation; empty = the answer's own."""
+    operation_id: str = ""
+    """What a small call is booked as; empty = the answer's own operation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,6 +312,8 @@ class Prompt:
     tools: tuple[ToolSpec, ...] = ()
     output_schema: Mapping[str, Any] | None = None
     """JSON Schema the answer must satisfy, for providers that can be bound to one."""
+    history_messages: int = 0
+    """How many of the first messages are earlier turns. The conversation's next prompt begins with the same ones, as a rule."""
 
     @property
     def input_tokens_estimate(self) -> int:
@@ -391,17 +402,27 @@ class Draft:
     """Hears of every piece of text, at once."""
     on_reasoning: Callable[[str], None] | None = None
     """Hears of every piece of the model's visible reasoning, at once."""
+    on_progress: Callable[[], None] = lambda: None
+    """Called after anything has come, be it shown to somebody or not: text, reasoning, a call or more of its arguments."""
     pieces: list[str] = field(default_factory=list)
     calls: list[ToolCall] = field(default_factory=list)
     """Whole calls, in the order the model began them."""
     reasoned: int = 0
     """Bytes of reasoning received: output that is billed and no text."""
+    called: int = 0
+    """Bytes of calls received, also of those that are not whole."""
     deltas: int = 0
     """Pieces as the provider cut them: at least one token each."""
     model: str = ""
     """Model as the provider calls it."""
     provider: str = ""
     request_id: str = ""
+    response_id: str = ""
+    """What the provider calls the answer itself."""
+    address: str = ""
+    """Host that is asked; empty if none is."""
+    effort: str = ""
+    """How much reasoning was asked for, if that is said; empty = as the model is used to."""
     sent: bool = False
     """Whether a byte of the request may have reached the provider."""
     rejected: bool = False
@@ -409,6 +430,8 @@ class Draft:
     finish_reason: str = ""
     input_tokens: int | None = None
     output_tokens: int | None = None
+    reasoning_tokens: int = 0
+    """How many of the output tokens were reasoning, if the provider says so."""
     cache_read_tokens: int = 0
     cache_write_tokens: int = 0
     cache_write_1h_tokens: int = 0
@@ -419,14 +442,24 @@ class Draft:
         self.pieces.append(text)
         self.deltas += deltas
         self.on_text(text)
+        self.on_progress()
 
     def reason(self, text: str) -> None:
         self.reasoned += len(text.encode())
         if self.on_reasoning is not None:
             self.on_reasoning(text)
+        self.on_progress()
 
-    def call(self, call: ToolCall) -> None:
+    def call(self, call: ToolCall, counted: int = 0) -> None:
+        """A call is whole. `counted` is what `called` has of it already."""
         self.calls.append(call)
+        self.called += len(call.name.encode()) + len(call.arguments.encode()) - counted
+        self.on_progress()
+
+    @property
+    def tokens_heard(self) -> int:
+        """About how many tokens came, known at any moment at no cost. For pacing alone; what is booked is `usage`."""
+        return self.deltas + (self.reasoned + self.called) // ESTIMATE_BYTES_PER_TOKEN
 
     @property
     def text(self) -> str:
@@ -441,8 +474,7 @@ class Draft:
         """Estimate of the tokens that came. A provider that cuts text token by token has counted for us; longer pieces say less."""
         size = sum(len(piece.encode()) for piece in self.pieces)
         of_text = self.deltas if size <= TOKEN_BYTES_MAX * self.deltas else -(-size // ESTIMATE_BYTES_PER_TOKEN)
-        unseen = self.reasoned + sum(len(call.name) + len(call.arguments.encode()) for call in self.calls)
-        return of_text + -(-unseen // ESTIMATE_BYTES_PER_TOKEN)
+        return of_text + -(-(self.reasoned + self.called) // ESTIMATE_BYTES_PER_TOKEN)
 
     def usage(self, prompt: Prompt) -> tuple[Usage, bool]:
         """What was used, and whether any count is an estimate. A reported 0 is a count; an absent one is estimated."""
@@ -484,6 +516,8 @@ class Attempt:
     not_sent: bool
     lease_id: str = ""
     drawn_nanousd: int = 0
+    reasoning_tokens: int = 0
+    """How many of the output tokens were reasoning. Told, never booked or priced besides them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -606,6 +640,22 @@ class Done:
     choices: tuple[Choice, ...] = ()
     groundedness: float | None = None
     sentences_judged: int = 0
+    reasoning_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BookedAnswer:
+    """What the books say of an answer whose events may be gone."""
+
+    status: Literal["done", "failed", "cancelled"]
+    error_reason: str
+    """Why, unless it was done."""
+    session_id: str
+    created_at: datetime
+    receipt: Done
+    """Without what must be read off the text, and without the choices that led to the model."""
+    turn: Turn | None
+    """None = its words are not kept, or no longer."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 from services.chassis import telemetry
 from services.chassis.clock import Clock
@@ -15,7 +15,10 @@ from services.chassis.deadline import current_deadline
 from services.chassis.errors import AnswerInterrupted, BudgetExhausted, DeadlineTooShort, DomainError, PriceUnknown, Unavailable
 from services.chassis.money import Usage
 from services.chassis.telemetry import Trail
+from services.orchestrator import call_telemetry
 from services.orchestrator.domain import Attempt, CacheReceipt, Candidate, Draft, Hold, OperationRecord, Prompt, Question, StepChange
+from services.orchestrator.health import Health
+from services.orchestrator.outcomes import tell
 from services.orchestrator.ports import Books, Ledger, Model
 from services.orchestrator.tariff import Tariff
 from services.orchestrator.validate import WHOLE
@@ -35,51 +38,71 @@ class Written:
     """Who wrote it."""
 
 
+class Note(Protocol):
+    """Hears what a call was made with, once it is over."""
+
+    def __call__(self, prompt: Prompt, *, attempt: int, model: str, output_tokens_max: int, effort: str, operation_id: str) -> None: ...
+
+
 class Errands:
-    """Runs them, each with the cheapest of `candidates` that has room for it; without any, everything is done by rule."""
+    """Runs them, each with the cheapest of `candidates` that has room for it and is well; without any, everything is done by rule.
+
+    `candidates` is asked for every errand, so that a models file that changes is followed. How a call ends is told to `health`. Being
+    slower than an errand may be is no failure of a model, but for a while it is left alone with errands.
+    """
 
     def __init__(
         self,
         ledger: Ledger,
         books: Books,
         models: Mapping[str, Model],
-        candidates: Sequence[Candidate],
+        candidates: Callable[[], Sequence[Candidate]],
         tariff: Tariff,
+        health: Health,
         clock: Clock,
         new_id: Callable[[], str],
     ) -> None:
         self._ledger, self._books, self._models = ledger, books, models
-        self._candidates, self._tariff, self._clock, self._new_id = tuple(candidates), tariff, clock, new_id
+        self._candidates, self._tariff, self._health, self._clock, self._new_id = candidates, tariff, health, clock, new_id
+        self._speed = Health(health.clock, health.jitter)
+        """Who is quick enough."""
         self.under_way: set[tuple[str, ...]] = set()
         """What is being done for whom, by those who must not begin it twice."""
 
     @property
     def possible(self) -> bool:
         """Whether there is anybody to ask."""
-        return bool(self._candidates)
+        return bool(self._candidates())
 
     def _chosen(self, prompt: Prompt, output_tokens_max: int) -> Candidate | None:
-        """Who is asked; None = nobody, or nobody has room for the prompt."""
+        """Who is asked; None = nobody, or nobody who is well has room for the prompt."""
         able = [
-            c for c in self._candidates if c.context_tokens_max - min(output_tokens_max, c.output_tokens_max) >= prompt.input_tokens_max
+            c for c in self._candidates() if c.context_tokens_max - min(output_tokens_max, c.output_tokens_max) >= prompt.input_tokens_max
         ]
-        return self._tariff.cheapest(able, prompt.input_tokens_estimate, output_tokens_max) if able else None
+        while able:
+            cheapest = self._tariff.cheapest(able, prompt.input_tokens_estimate, output_tokens_max)
+            if self._speed.lets_through(cheapest) and self._health.lets_through(cheapest):
+                return cheapest
+            able.remove(cheapest)  # only now: whoever is out is probed by the calls that are let through
+        return None
 
-    async def run(self, asked: Question, purpose: Purpose, prompt: Prompt, output_tokens_max: int, within_s: float) -> Written:
+    async def run(
+        self, asked: Question, purpose: Purpose, prompt: Prompt, output_tokens_max: int, within_s: float, note: Note | None = None
+    ) -> Written:
         """Make one call for the user and the conversation of `asked`; return its text, nothing if that was cut or refused.
 
         It is never tried again.
 
-        Raises what reserving and the model raise, DeadlineTooShort after `within_s`, Unavailable if there is no model or no room in the
-        books. Cancellation: the provider's connection is closed and what was used is booked before CancelledError leaves.
+        Raises what reserving and the model raise, DeadlineTooShort after `within_s`, Unavailable if no model can be asked or the books
+        have no room. Cancellation: the provider's connection is closed and what was used is booked before CancelledError leaves.
         """
         candidate = self._chosen(prompt, output_tokens_max)
         if candidate is None:
-            raise Unavailable("no model is configured for errands, or none that has room for this one", dependency="model")
+            raise Unavailable("no model can be asked for this errand now", dependency="model")
         if not self._books.has_room:
             raise Unavailable("too many records wait for the ledger", dependency="ledger")
         current_deadline.set(None)  # bounded by `within_s` alone: what it serves may be over before it is
-        text = await _Errand(self, asked, purpose, prompt, candidate, output_tokens_max, within_s).run()
+        text = await _Errand(self, asked, purpose, prompt, candidate, output_tokens_max, within_s, note).run()
         return Written(text, candidate.model)
 
 
@@ -95,8 +118,11 @@ class _Errand:
         candidate: Candidate,
         output_tokens_max: int,
         within_s: float,
+        note: Note | None,
     ) -> None:
+        self._note = note
         self._ledger, self._books, self._models = tools._ledger, tools._books, tools._models
+        self._health, self._speed = tools._health, tools._speed
         self._purpose, self._prompt, self._candidate, self._within_s = purpose, prompt, candidate, within_s
         self._output_tokens_max = min(output_tokens_max, candidate.output_tokens_max)
         # No tier: it belongs to none, so nothing is said to have been saved by it, and its times are not those of answers.
@@ -113,7 +139,7 @@ class _Errand:
         )
         self._trail = Trail("errand")
         self._trace_id = telemetry.current_trace_id()
-        self._draft = Draft(lambda _: None)
+        self._draft = Draft(lambda _: None, on_progress=lambda: self._health.began_well(candidate))
         self._hold: Hold | None = None
         self._began_at = 0.0
 
@@ -135,7 +161,10 @@ class _Errand:
             failure = error
             raise
         finally:
-            await self._books.record(self._record(failure, self._attempt(failure) if attempted else None))
+            attempt = self._attempt(failure) if attempted else None
+            if attempt is not None and self._began_at:
+                call_telemetry.measured(self._candidate, attempt)
+            await self._books.record(self._record(failure, attempt))
 
     async def _reserved(self) -> Hold:
         """The worst case of the call, set aside. A cancel waits for the reply: only that says which hold to give back."""
@@ -157,8 +186,24 @@ class _Errand:
             async with asyncio.timeout(self._within_s):
                 model = self._models[self._candidate.provider]
                 await model.generate(self._prompt, self._candidate, self._output_tokens_max, self._draft)
+            self._speed.succeeded(self._candidate)
+            tell(self._health, self._candidate, None)
+        except DomainError as error:
+            tell(self._health, self._candidate, error)
+            raise
         except TimeoutError as error:
+            self._speed.failed(self._candidate)
             raise DeadlineTooShort("the errand took too long", step=self._purpose, left_ms=0) from error
+        finally:
+            if self._note is not None:
+                self._note(
+                    self._prompt,
+                    attempt=1,
+                    model=self._candidate.model,
+                    output_tokens_max=self._output_tokens_max,
+                    effort=self._draft.effort,
+                    operation_id=self._question.answer_id,
+                )
 
     def _if_we_die(self) -> Attempt:
         """What to book if this process ends before the call does: nobody knows whether it was sent, so it was."""

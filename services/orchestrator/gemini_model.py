@@ -5,6 +5,7 @@ contract suite holds to the pinned version. Nothing is retried here.
 """
 
 import base64
+import urllib.parse
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import msgspec
 from google import genai
 from google.genai import errors, types
 
-from services.chassis.errors import DomainError, ModelFailed, ModelMisconfigured, ModelOverloaded, ModelRefused
+from services.chassis.errors import DomainError, ModelFailed, ModelMisconfigured, ModelRefused
 from services.orchestrator.domain import Candidate, Draft, Message, Prompt, ToolCall
 from services.orchestrator.model_stream import (
     BRIEF_BELOW_TOKENS,
@@ -24,6 +25,7 @@ from services.orchestrator.model_stream import (
     bounded_silence,
     broken_off,
     follow,
+    overloaded,
     refused,
     retry_after_ms,
     sealed,
@@ -126,6 +128,7 @@ class GeminiReading(Reading):
         if chunk.response_id and not draft.request_id:
             draft.request_id = chunk.response_id
         self.named(chunk.model_version)
+        self.identified(chunk.response_id)
         broken = False
         for answer in chunk.candidates or ():
             if answer.content is not None:
@@ -173,6 +176,7 @@ class GeminiReading(Reading):
                 return  # left out, although it can hardly be zero
             spoken = usage.total_token_count - prompt
         draft.output_tokens = max(0, (spoken or 0) + (thought or 0))
+        draft.reasoning_tokens = max(0, thought or 0)
         draft.usage_is_final = self.finished
 
 
@@ -198,7 +202,7 @@ class GeminiModel:
     def __init__(
         self, keys: Sequence[str], base_url: str, *, connect_s: float, first_token_s: float, stall_s: float, provider: str = PROVIDER
     ) -> None:
-        self._provider = provider
+        self._provider, self._address = provider, urllib.parse.urlsplit(base_url).hostname or ""
         self._first_token_s, self._stall_s = first_token_s, stall_s
         self._session = aiohttp.ClientSession(connector=_Connector(connect_s), auto_decompress=False)
         self._keys = ProviderKeys(len(keys))
@@ -223,7 +227,7 @@ class GeminiModel:
         await self._session.close()
 
     async def generate(self, prompt: Prompt, candidate: Candidate, output_tokens_max: int, draft: Draft) -> None:
-        draft.sent, draft.model = True, candidate.model
+        draft.sent, draft.model, draft.address = True, candidate.model, self._address
         key, answered = self._keys.take(), False
         try:
             async with bounded_silence(self._provider, self._first_token_s, self._stall_s) as silence:
@@ -254,7 +258,7 @@ def _request(provider: str, prompt: Prompt, candidate: Candidate, output_tokens_
     if "reasoning" in candidate.capabilities:
         thinking: dict[str, Any] = {"includeThoughts": draft.on_reasoning is not None}
         if output_tokens_max < BRIEF_BELOW_TOKENS:
-            thinking["thinkingLevel"] = "low"
+            thinking["thinkingLevel"] = draft.effort = "low"
         settings["thinkingConfig"] = thinking
     request: dict[str, Any] = {
         # First and the same for every question: Gemini keeps such prefixes by itself.
@@ -298,7 +302,7 @@ def _failed_midway(provider: str, error: _Error) -> DomainError:
     if error.code in (401, 403) or error.status in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
         return ModelMisconfigured("the provider does not accept our key", provider=provider)
     if error.code in (429, 503) or error.status in ("RESOURCE_EXHAUSTED", "UNAVAILABLE"):
-        return ModelOverloaded("the provider is overloaded", provider=provider)
+        return overloaded(provider, limited=error.code == 429 or error.status == "RESOURCE_EXHAUSTED")
     if error.code == 400 or error.status == "INVALID_ARGUMENT":
         return ModelRefused("the provider refused the request", provider=provider)
     return ModelFailed("the provider failed", provider=provider, cause=(error.status or "error")[:64])

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from services.chassis.errors import DomainError, ModelFailed, Overloaded
-from services.orchestrator.domain import Citation, Done, Event, PassagesFound, Recorded, TextDelta, ToolCall, ToolResult
+from services.orchestrator.domain import Citation, Done, Event, PassagesFound, Reasoned, Recorded, TextDelta, ToolCall, ToolResult
 
 EVENTS_MAX = 70_000
 """More than one delta per token of the longest answer that can be asked for, and every citation of a normal one."""
@@ -17,10 +17,10 @@ BYTES_MAX = 4 * 1024 * 1024
 CITATION_BYTES = 100
 READERS_MAX = 16
 GIVES_WAY_TURNS = 3
-"""Turns of the event loop for which word of a step gives way to the call that the step makes, which is on its way after so many. Text gives
+"""Turns of the event loop for which word of a step gives way to the call that the step makes, which is on its way after so many. Words give
 way to nothing."""
 RESERVED_EVENTS = 64
-"""Room that text may not take, so that an answer which fills the log can still say how it ended."""
+"""Room that words may not take, so that an answer which fills the log can still say how it ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class EventLog:
         self.stopping: DomainError | None = None
         """How it shall end if whoever makes it is stopped. None = the owner stopped it."""
         self.shown = False
-        """Whether text, or a call of a tool, has been appended."""
+        """Whether text, a thought, or a call of a tool has been appended."""
         self.bytes = 0
         self.on_change: Callable[[EventLog], None] | None = None
         """Told of every event from when something is `shown` on, and of the end. Must be quick."""
@@ -58,10 +58,10 @@ class EventLog:
         return len(self._readers)
 
     def append(self, event: Event) -> None:
-        """Give `event` the next number. Text beyond the bounds raises ModelFailed: nothing is dropped silently."""
+        """Give `event` the next number. Text and thoughts beyond the bounds raises ModelFailed: nothing is dropped silently."""
         assert not self.ended, "an ended log takes nothing more"
         match event:
-            case TextDelta(text):
+            case TextDelta(text) | Reasoned(text):
                 self.shown = True
                 size = len(text) if text.isascii() else len(text.encode())
             case PassagesFound(passages):

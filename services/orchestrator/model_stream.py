@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import email.utils
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Mapping
 from typing import Any
 
 import aiohttp
@@ -25,6 +25,7 @@ CONNECTIONS_MAX = 1000
 """One connection a running answer; above it calls would wait for each other without saying so."""
 OUTPUT_CHARACTERS_MAX = 8 * 1024 * 1024
 """Text, reasoning and arguments of one call together. Ten times what the largest model writes: only a broken provider sends more."""
+RESPONSE_ID_CHARACTERS_MAX = 256
 CALLS_MAX = 128
 """Tool calls of one answer. Providers stop far below it."""
 BRIEF_BELOW_TOKENS = 8192
@@ -98,6 +99,7 @@ class Reading:
         self.open_calls: dict[str | int, _OpenCall] = {}
         self._text: list[str] = []
         self._thoughts: list[str] = []
+        self._argued = False
         self._characters = 0
 
     def read(self, data: bytes) -> None:
@@ -120,6 +122,11 @@ class Reading:
         if model and model.startswith(self.draft.model):
             self.draft.model = model
 
+    def identified(self, response_id: str | None) -> None:
+        """The provider has said what it calls the answer; the first word counts."""
+        if response_id and not self.draft.response_id:
+            self.draft.response_id = response_id[:RESPONSE_ID_CHARACTERS_MAX]
+
     def write(self, text: str) -> None:
         if self._thoughts:
             self.flush()
@@ -135,21 +142,25 @@ class Reading:
     def begin_call(self, key: str | int, call_id: str, name: str) -> None:
         if len(self.open_calls) + len(self.draft.calls) >= CALLS_MAX:
             raise self._too_much()
-        self.open_calls[key] = _OpenCall(call_id, name)
-        self.progressed = True
+        self.open_calls[key] = call = _OpenCall(call_id, name)
+        self.draft.called += call.size
+        self.progressed = self._argued = True
 
     def argue(self, key: str | int, piece: str) -> None:
         """More of a call's arguments."""
         if (call := self.open_calls.get(key)) is not None:
+            size = len(piece.encode())
             call.pieces.append(piece)
-            self.progressed = True
+            call.size += size
+            self.draft.called += size
+            self.progressed = self._argued = True
             self._bound(len(piece))
 
     def end_call(self, key: str | int, arguments: str | None = None, signature: bytes = b"") -> None:
         """A call is whole. `arguments` goes before what came in pieces."""
         if (call := self.open_calls.pop(key, None)) is not None:
             said = "".join(call.pieces) if arguments is None else arguments
-            self.draft.call(ToolCall(call.call_id, call.name, said or "{}", signature))
+            self.draft.call(ToolCall(call.call_id, call.name, said or "{}", signature), call.size)
             self.progressed = True
 
     def flush(self) -> None:
@@ -162,12 +173,9 @@ class Reading:
             said, deltas, self._text = "".join(self._text), len(self._text), []
             self._bound(len(said))
             self.draft.write(said, deltas)
-
-    def give_up(self) -> None:
-        """The stream is over. Calls that it cut are no calls, but what came of them was generated, and is billed."""
-        for call in self.open_calls.values():
-            self.draft.reasoned += len(call.name) + sum(len(piece.encode()) for piece in call.pieces)
-        self.open_calls.clear()
+        if self._argued:
+            self._argued = False
+            self.draft.on_progress()
 
     def _bound(self, characters: int) -> None:
         self._characters += characters
@@ -182,13 +190,15 @@ class Reading:
 
 
 class _OpenCall:
-    """A call whose arguments are still coming."""
+    """A call whose arguments are still coming. One that the stream cuts is no call, but what came of it was generated, and is billed."""
 
-    __slots__ = ("call_id", "name", "pieces")
+    __slots__ = ("call_id", "name", "pieces", "size")
 
     def __init__(self, call_id: str, name: str) -> None:
         self.call_id, self.name = call_id, name
         self.pieces: list[str] = []
+        self.size = len(name.encode())
+        """Bytes that came of it."""
 
 
 CLOSING_S = 0.5
@@ -253,8 +263,6 @@ async def follow(incoming: Incoming, reading: Reading, silence: Silence) -> None
     except (aiohttp.ClientError, httpx2.HTTPError, OSError):
         if not reading.finished:  # else there is an answer, whatever becomes of the connection
             raise
-    finally:
-        reading.give_up()
 
 
 async def _listen(chunks: AsyncIterable[bytes], events: EventBytes, reading: Reading, silence: Silence | None) -> None:
@@ -305,6 +313,13 @@ def refused(provider: str, status: int, *, busy: bool = False, retry_after_ms: i
     if overflow:
         return ModelRefused("the prompt does not fit into the model's context", provider=provider, status=status, cause="context_window")
     return ModelRefused("the provider refused the request", provider=provider, status=status)
+
+
+def overloaded(provider: str, *, limited: bool) -> ModelOverloaded:
+    """An overload, or a limit of ours, that is told in a stream that began well. A limit has the status it would have had at the begin."""
+    if limited:
+        return ModelOverloaded("the provider limits us", provider=provider, status=429)
+    return ModelOverloaded("the provider is overloaded", provider=provider)
 
 
 def retry_after_ms(headers: Mapping[str, str]) -> int | None:
@@ -368,20 +383,3 @@ def unsealed(provider: str, signature: bytes) -> bytes:
     """What `sealed` was given, if it was by the same provider, else nothing."""
     mark = provider.encode() + b":"
     return signature.removeprefix(mark) if signature.startswith(mark) else b""
-
-
-def is_closed(schema: Any, *, all_required: bool) -> bool:
-    """Whether every object of a JSON Schema forbids other properties and, if `all_required`, requires its own.
-
-    Providers bind an answer to such schemas alone, and refuse the request otherwise.
-    """
-    if isinstance(schema, Mapping):
-        if schema.get("type") == "object" or "properties" in schema:
-            if schema.get("additionalProperties") is not False:
-                return False
-            if all_required and set(schema.get("properties", ())) != set(schema.get("required", ())):
-                return False
-        return all(is_closed(part, all_required=all_required) for part in schema.values())
-    if isinstance(schema, Sequence) and not isinstance(schema, str):
-        return all(is_closed(part, all_required=all_required) for part in schema)
-    return True

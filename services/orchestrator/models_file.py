@@ -2,6 +2,7 @@
 
 import asyncio
 import tomllib
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -140,8 +141,21 @@ def _invalid(path: Path, what: str) -> ModelsFileInvalid:
     return ModelsFileInvalid(f"{path.name}: {what}")
 
 
-async def reload_forever(router: Router, path: Path, look_s: float = LOOK_S) -> None:
-    """Let `router` adopt the file whenever it has changed. A file that cannot be used is told of once, and what was before stays."""
+def tell_left_out(router: Router, named: Collection[str] = ()) -> None:
+    """Say of which models nothing can be asked, and why. `named`: providers that a file names which was read after the start."""
+    for provider in sorted({model.provider for model in router.left_out}):
+        models = ", ".join(model.model for model in router.left_out if model.provider == provider)
+        if provider in named:
+            log.warning("models_left_out", provider=provider, models=models, why="[[providers]] is read at start: restart to use it")
+        else:
+            log.info("models_left_out", provider=provider, models=models, why="the provider is not configured")
+
+
+async def reload_forever(router: Router, path: Path, providers_in: Callable[[Path], Collection[str]], look_s: float = LOOK_S) -> None:
+    """Let `router` adopt the file whenever it has changed. A file that cannot be used is told of once, and what was before stays.
+
+    `providers_in` checks the file's providers, raising ValueError, and names them.
+    """
     seen = _stamp(path)
     while True:
         await asyncio.sleep(look_s)
@@ -149,11 +163,13 @@ async def reload_forever(router: Router, path: Path, look_s: float = LOOK_S) -> 
             continue
         seen = stamp
         try:
-            router.adopt(await asyncio.to_thread(read_table, path))
+            table, named = await asyncio.to_thread(lambda: (read_table(path), providers_in(path)))
+            router.adopt(table)
         except ValueError as error:
             log.error("models_file_refused", why=str(error))
         else:
             log.info("models_file_adopted")
+            tell_left_out(router, named)
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:

@@ -10,7 +10,7 @@ import openai
 
 from services.orchestrator.domain import Candidate, Draft, Message, Prompt
 from services.orchestrator.model_stream import Reading
-from services.orchestrator.openai_model import Details, ErrorBody, OpenAiModel, bound_schema, count, data_url, failed_midway
+from services.orchestrator.openai_model import Details, ErrorBody, OpenAiModel, OutputDetails, bound_schema, count, data_url, failed_midway
 
 FINISH_REASONS = {
     "stop": "end_turn",
@@ -25,6 +25,7 @@ class _Usage(msgspec.Struct):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     prompt_tokens_details: Details | None = None
+    completion_tokens_details: OutputDetails | None = None
 
 
 class _Function(msgspec.Struct):
@@ -86,11 +87,13 @@ class ChatReading(Reading):
             if choice.finish_reason:
                 self._finish(choice.finish_reason)
         if (used := chunk.usage) is not None:
-            count(self.draft, used.prompt_tokens, used.completion_tokens, used.prompt_tokens_details)
+            details = used.prompt_tokens_details, used.completion_tokens_details
+            count(self.draft, used.prompt_tokens, used.completion_tokens, *details)
             self.draft.usage_is_final &= self.finished  # some servers count along
         if not self.draft.request_id and chunk.id:
             self.draft.request_id = chunk.id
         self.named(chunk.model)
+        self.identified(chunk.id)
 
     def _more(self, chunk: _Chunk, delta: _Delta) -> None:
         if thought := delta.reasoning_content or delta.reasoning:

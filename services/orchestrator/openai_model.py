@@ -14,7 +14,7 @@ import httpx2
 import msgspec
 import openai
 
-from services.chassis.errors import DomainError, ModelFailed, ModelMisconfigured, ModelOverloaded, ModelRefused
+from services.chassis.errors import DomainError, ModelFailed, ModelMisconfigured, ModelRefused
 from services.orchestrator.domain import Candidate, Draft, Image, Prompt
 from services.orchestrator.model_stream import (
     CONNECTIONS_MAX,
@@ -23,23 +23,40 @@ from services.orchestrator.model_stream import (
     bounded_silence,
     broken_off,
     follow,
-    is_closed,
+    overloaded,
     refused,
     retry_after_ms,
     unreachable,
 )
 from services.orchestrator.provider_keys import ProviderKeys
+from services.orchestrator.schema_subsets import is_closed, only
 
 PROVIDER = "openai"
 NO_KEY = "none"
 """Sent to servers of one's own that want no key; the package insists on one."""
 _OWN_HOSTS = (".openai.com", ".openai.azure.com", ".cognitiveservices.azure.com", ".services.ai.azure.com")
 _GENERATION = re.compile(r"gpt-(\d+)(?:\.(\d+))?")
-_BUSY = frozenset({"rate_limit_exceeded", "rate_limit_error", "server_is_overloaded", "overloaded_error", "slow_down", "too_many_requests"})
+_LIMITED = frozenset({"rate_limit_exceeded", "rate_limit_error", "too_many_requests"})
+_BUSY = _LIMITED | {"server_is_overloaded", "overloaded_error", "slow_down"}
 _KEY = frozenset({"insufficient_quota", "billing_hard_limit_reached", "invalid_api_key", "authentication_error", "permission_denied"})
 _OVERFLOW = frozenset({"context_length_exceeded", "exceed_context_size_error"})
 _REQUEST = re.compile(r"invalid|image_|_image|unsupported|_policy|data_residency")
 """Codes of a request that another try would not heal."""
+
+_STRICT: dict[str, Any] = {
+    **dict.fromkeys(("type", "properties", "required", "additionalProperties", "items", "anyOf", "enum", "const")),
+    **dict.fromkeys(("$ref", "$defs", "definitions", "title", "description", "pattern", "minItems", "maxItems")),
+    **dict.fromkeys(("multipleOf", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")),
+    "format": ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid"),
+}
+"""Keywords that an answer can be bound to strictly. A request with another one is refused."""
+_NARROWING = frozenset(
+    {
+        *("minLength", "maxLength", "uniqueItems", "minProperties", "maxProperties"),
+        *("default", "examples", "$schema", "$comment", "deprecated", "readOnly", "writeOnly"),
+    }
+)
+"""Keywords without which a schema binds a little less, or says a little less."""
 
 
 class Details(msgspec.Struct):
@@ -49,6 +66,12 @@ class Details(msgspec.Struct):
     cache_write_tokens: int | None = None
 
 
+class OutputDetails(msgspec.Struct):
+    """The same for the output."""
+
+    reasoning_tokens: int | None = None
+
+
 class ErrorBody(msgspec.Struct):
     """An error as it stands in a stream."""
 
@@ -56,7 +79,7 @@ class ErrorBody(msgspec.Struct):
     code: str | int | None = None
 
 
-def count(draft: Draft, prompt: int | None, output: int | None, details: Details | None) -> None:
+def count(draft: Draft, prompt: int | None, output: int | None, details: Details | None, of_output: OutputDetails | None) -> None:
     """Take over what is reported. Cached tokens are counted inside the prompt's there, and reasoning inside the output."""
     if prompt is not None:
         cached = max(0, (details.cached_tokens if details else None) or 0)
@@ -65,6 +88,7 @@ def count(draft: Draft, prompt: int | None, output: int | None, details: Details
         draft.cache_read_tokens, draft.cache_write_tokens = cached, written
     if output is not None:
         draft.output_tokens = max(0, output)
+        draft.reasoning_tokens = max(0, (of_output.reasoning_tokens if of_output else None) or 0)
         draft.usage_is_final = True
 
 
@@ -76,7 +100,7 @@ def failed_midway(reading: Reading, error: ErrorBody) -> DomainError:
     if kinds & _KEY or code in ("401", "403"):
         return ModelMisconfigured("the provider does not accept our key", provider=provider)
     if kinds & _BUSY or code in ("429", "503", "529"):
-        return ModelOverloaded("the provider is overloaded", provider=provider)
+        return overloaded(provider, limited=bool(kinds & _LIMITED) or code == "429")
     if kinds & _OVERFLOW:
         return ModelRefused("the prompt does not fit into the model's context", provider=provider, cause="context_window")
     if any(_REQUEST.search(kind) for kind in kinds) or code == "400":
@@ -92,8 +116,10 @@ def bound_schema(prompt: Prompt, candidate: Candidate) -> dict[str, Any] | None:
     """The schema an answer is to be bound to, as both interfaces name it; None if there is none or the model cannot be bound."""
     if prompt.output_schema is None or "schema" not in candidate.capabilities:
         return None
-    strict = is_closed(prompt.output_schema, all_required=True)
-    return {"name": "answer", "schema": dict(prompt.output_schema), "strict": strict}
+    strict = only(prompt.output_schema, _STRICT, _NARROWING) if is_closed(prompt.output_schema, all_required=True) else None
+    if strict is not None and strict.get("type") == "object":  # no other root is taken strictly
+        return {"name": "answer", "schema": strict, "strict": True}
+    return {"name": "answer", "schema": dict(prompt.output_schema), "strict": False}
 
 
 class OpenAiModel:
@@ -105,9 +131,9 @@ class OpenAiModel:
     def __init__(
         self, keys: Sequence[str], base_url: str, *, connect_s: float, first_token_s: float, stall_s: float, provider: str = PROVIDER
     ) -> None:
-        self._provider = provider
+        self._provider, self._address = provider, httpx2.URL(base_url).host
         self._first_token_s, self._stall_s = first_token_s, stall_s
-        host = "." + (httpx2.URL(base_url).host or "")
+        host = f".{self._address}"
         self.is_vendor = host.endswith(_OWN_HOSTS)
         """Whether OpenAI itself, or Azure for it, is at the other end, and not a server that has taken over its format."""
         self.is_openai = host.endswith(".openai.com")
@@ -127,7 +153,7 @@ class OpenAiModel:
         await self._transport.aclose()
 
     def marks_prefix(self, model: str) -> bool:
-        """Whether this model keeps the marked part of a prompt alone. Otherwise the provider keeps all of it, at a price since GPT-5.6."""
+        """Whether this model knows marks of what is to be kept of a prompt. Others keep what they like, free before GPT-5.6."""
         generation = _GENERATION.match(model)
         return self.is_openai and generation is not None and (int(generation[1]), int(generation[2] or 0)) >= (5, 6)
 
@@ -144,7 +170,7 @@ class OpenAiModel:
         raise NotImplementedError
 
     async def generate(self, prompt: Prompt, candidate: Candidate, output_tokens_max: int, draft: Draft) -> None:
-        draft.sent, draft.model = True, candidate.model
+        draft.sent, draft.model, draft.address = True, candidate.model, self._address
         key = self._keys.take()
         try:
             async with bounded_silence(self._provider, self._first_token_s, self._stall_s) as silence:

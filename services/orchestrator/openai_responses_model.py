@@ -11,16 +11,20 @@ import orjson
 
 from services.orchestrator.domain import Candidate, Draft, Message, Prompt
 from services.orchestrator.model_stream import BRIEF_BELOW_TOKENS, Reading, sealed, unsealed
-from services.orchestrator.openai_model import Details, ErrorBody, OpenAiModel, bound_schema, count, data_url, failed_midway
+from services.orchestrator.openai_model import Details, ErrorBody, OpenAiModel, OutputDetails, bound_schema, count, data_url, failed_midway
 
 INCOMPLETE_REASONS = {"max_output_tokens": "max_tokens", "content_filter": "refusal"}
 """Why a response is incomplete, as our finish reasons. Any other means that the answer is not whole."""
+
+_KEPT: dict[str, Any] = {"prompt_cache_breakpoint": {"mode": "explicit"}}
+"""Marks a block up to which the provider may keep the prompt."""
 
 
 class _Usage(msgspec.Struct):
     input_tokens: int | None = None
     output_tokens: int | None = None
     input_tokens_details: Details | None = None
+    output_tokens_details: OutputDetails | None = None
 
 
 class _Incomplete(msgspec.Struct):
@@ -28,6 +32,7 @@ class _Incomplete(msgspec.Struct):
 
 
 class _Response(msgspec.Struct):
+    id: str | None = None
     model: str | None = None
     usage: _Usage | None = None
     error: ErrorBody | None = None
@@ -91,6 +96,7 @@ class ResponsesReading(Reading):
         elif kind == "response.created":
             if event.response is not None:
                 self.named(event.response.model)
+                self.identified(event.response.id)
         elif kind in ("response.completed", "response.incomplete", "response.failed"):
             self._finish(kind, event.response or _Response())
         elif kind == "error":
@@ -118,7 +124,7 @@ class ResponsesReading(Reading):
         draft = self.draft
         self.named(response.model)
         if (used := response.usage) is not None:
-            count(draft, used.input_tokens, used.output_tokens, used.input_tokens_details)
+            count(draft, used.input_tokens, used.output_tokens, used.input_tokens_details, used.output_tokens_details)
         if kind == "response.failed":
             raise failed_midway(self, response.error or ErrorBody())
         if kind == "response.incomplete":
@@ -141,8 +147,10 @@ class OpenAiResponsesModel(OpenAiModel):
     def request(self, prompt: Prompt, candidate: Candidate, output_tokens_max: int, draft: Draft) -> dict[str, Any]:
         system: dict[str, Any] = {"type": "input_text", "text": prompt.system}
         items: list[dict[str, Any]] = [{"role": "developer", "content": [system]}]
-        for message in prompt.messages:
-            items += self._items(message)
+        marks = self.marks_prefix(candidate.model)
+        for number, message in enumerate(prompt.messages):
+            # The history's last question ends what the conversation's next prompt begins with: of an answer nothing can be marked.
+            items += self._items(message, marked=marks and number == prompt.history_messages - 2)
         request: dict[str, Any] = {
             "model": candidate.model,
             "input": items,
@@ -153,10 +161,12 @@ class OpenAiResponsesModel(OpenAiModel):
         }
         if self.is_openai:
             request["stream_options"] = {"include_obfuscation": False}  # padding of every event, against who can see TLS records
-        if self.marks_prefix(candidate.model):
-            # The stable prefix, the same for every question, is all that is worth the price of being written to the cache.
-            system["prompt_cache_breakpoint"] = {"mode": "explicit"}
-            request["prompt_cache_options"] = {"mode": "explicit"}
+        if marks:
+            system |= _KEPT
+            if not prompt.tools:
+                # Nothing follows that would read the question again, and writing it costs 1.25 times. With tools the next round does:
+                # then OpenAI marks the end of each by itself.
+                request["prompt_cache_options"] = {"mode": "explicit"}
         if prompt.tools:
             request["tools"] = [
                 {
@@ -174,12 +184,12 @@ class OpenAiResponsesModel(OpenAiModel):
             request["include"] = ["reasoning.encrypted_content"]
             reasoning = {"summary": "auto"} if draft.on_reasoning is not None else {}
             if output_tokens_max < BRIEF_BELOW_TOKENS:
-                reasoning["effort"] = "low"
+                reasoning["effort"] = draft.effort = "low"
             if reasoning:
                 request["reasoning"] = reasoning
         return request
 
-    def _items(self, message: Message) -> list[dict[str, Any]]:
+    def _items(self, message: Message, *, marked: bool = False) -> list[dict[str, Any]]:
         if message.role == "tool":
             return [{"type": "function_call_output", "call_id": result.call_id, "output": result.text} for result in message.results]
         items: list[dict[str, Any]] = []
@@ -190,7 +200,8 @@ class OpenAiResponsesModel(OpenAiModel):
             ]
             said = [{"role": message.role, "content": [*parts, {"type": "input_text", "text": message.text}]}]
         elif message.text:
-            said = [{"role": message.role, "content": message.text}]
+            content = [{"type": "input_text", "text": message.text, **_KEPT}] if marked else message.text
+            said = [{"role": message.role, "content": content}]
         for number, call in enumerate(message.calls):
             if own := unsealed(self._provider, call.signature):  # what it thought goes before all that came of it
                 items += orjson.loads(own)

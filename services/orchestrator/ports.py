@@ -9,6 +9,7 @@ from services.chassis.errors import DomainError
 from services.chassis.principal import Principal
 from services.orchestrator.domain import (
     Attempt,
+    BookedAnswer,
     CachedAnswer,
     Candidate,
     Claim,
@@ -105,6 +106,10 @@ class Ledger(Protocol):
 
     async def knows(self, principal: Principal, operation_id: str) -> bool:
         """Whether there is an operation of this id that the principal may see."""
+        ...
+
+    async def booked(self, principal: Principal, operation_id: str) -> BookedAnswer | None:
+        """What is kept of an answer that the principal may see; None if there is none."""
         ...
 
     async def append_turn(self, session_id: str, turn: Turn, principal: Principal, replaces: str = "", asked_after: str = "") -> KeptTurn:

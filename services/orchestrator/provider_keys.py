@@ -35,10 +35,14 @@ class ProviderKeys:
         return self._current
 
     def note(self, number: int, failure: DomainError) -> None:
-        """Key `number` was answered with `failure`. Says in its metadata, as `other_key`, if a call at once would use another."""
-        if isinstance(failure, ModelMisconfigured) and failure.metadata.get("status") != "404":
+        """Key `number` was answered with `failure`. Says in its metadata, as `other_key`, if a call at once would use another.
+
+        A model that is not there, another address or an overload is the same for every key.
+        """
+        status = failure.metadata.get("status", "")
+        if isinstance(failure, ModelMisconfigured) and status != "404" and not status.startswith("3"):
             left_alone_s = REFUSED_S
-        elif isinstance(failure, ModelOverloaded) and failure.metadata.get("status", "429") == "429":
+        elif isinstance(failure, ModelOverloaded) and status == "429":
             asked_ms = failure.retry_after_ms
             left_alone_s = LIMITED_S if asked_ms is None else min(LIMITED_S_MAX, asked_ms / 1000)
         else:

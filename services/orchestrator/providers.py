@@ -89,6 +89,11 @@ def configured(settings: OrchestratorSettings, path: Path) -> tuple[Provider, ..
     return tuple(found)
 
 
+def names_in(path: Path) -> frozenset[str]:
+    """The providers that the file names, configured or not. Raises ProvidersInvalid."""
+    return frozenset(row.name for row in _rows(path))
+
+
 @contextlib.asynccontextmanager
 async def opened(settings: OrchestratorSettings, path: Path) -> AsyncIterator[dict[str, Model]]:
     """Adapters of all configured providers, by name, and closed when the block is left. Raises ProvidersInvalid, SettingsError."""

@@ -8,13 +8,14 @@ import asyncio
 import contextlib
 import time
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from uuid import UUID
 
 import structlog
 
 from services.chassis.errors import (
+    AnswerAbandoned,
     AnswerCancelled,
     AnswerInterrupted,
     AnswerLogGone,
@@ -26,16 +27,19 @@ from services.chassis.errors import (
     Unavailable,
 )
 from services.chassis.principal import Principal
-from services.orchestrator.domain import Claim, Question, SharedAnswer
+from services.orchestrator.domain import BookedAnswer, Claim, Question, SharedAnswer
 from services.orchestrator.log import EventLog, Reader
 from services.orchestrator.mirrors import Mirrors, interrupted
 from services.orchestrator.ports import SharedLogs
 from services.orchestrator.publisher import Publisher
+from services.orchestrator.retelling import retold
 
 log = structlog.get_logger(__name__)
 
 ENDED_EVENTS_MAX = 250_000
 """Events of all ended answers together, about 60 MB: a busy hour of long answers must not fill the memory."""
+ENDED_BYTES_MAX = 64 * 1024 * 1024
+"""Of their words and passages: twice what the answers that are kept usually have, or sixteen of the longest there can be."""
 PICTURE_BYTES_MAX = 256 * 1024 * 1024
 """Of the questions of all running answers."""
 BATCH_SHARE = 0.8
@@ -56,6 +60,7 @@ that lags has tens of milliseconds of it in its sockets."""
 Owner = tuple[str, str]
 Produce = Callable[[Question, EventLog], Awaitable[None]]
 Knows = Callable[[Principal, str], Awaitable[bool]]
+Booked = Callable[[Principal, str], Awaitable[BookedAnswer | None]]
 
 
 def owner_of(principal: Principal) -> Owner:
@@ -72,8 +77,8 @@ class Kept:
     task: "asyncio.Task[None]"
     alarm: asyncio.TimerHandle | None = None
     """While it runs: looks whether anybody reads it. Afterwards: forgets it."""
-    counted: int = 0
-    """Events it was counted with when it ended."""
+    counted: tuple[int, int] = (0, 0)
+    """Events and bytes it was counted with when it ended: its last words may still come."""
 
     @property
     def owner(self) -> Owner:
@@ -88,7 +93,14 @@ class Elsewhere:
     known: SharedAnswer
 
 
-Found = Kept | Elsewhere
+@dataclass(frozen=True, slots=True)
+class Retold:
+    """An answer whose events are gone, told again from the books."""
+
+    events: EventLog
+
+
+Found = Kept | Elsewhere | Retold
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +113,7 @@ class Bounds:
     kept_s: float
     detach_grace_s: float
     ended_events_max: int = ENDED_EVENTS_MAX
+    ended_bytes_max: int = ENDED_BYTES_MAX
 
 
 class Registry:
@@ -113,22 +126,27 @@ class Registry:
         publisher: Publisher,
         mirrors: Mirrors,
         knows: Knows,
+        booked: Booked,
         replica: str,
         bounds: Bounds,
         now: Callable[[], float] = time.time,
     ) -> None:
         self._now = now
-        self._produce, self._logs, self._publisher, self._mirrors, self._knows = produce, logs, publisher, mirrors, knows
+        self._produce, self._logs, self._publisher, self._mirrors = produce, logs, publisher, mirrors
+        self._knows, self._booked = knows, booked
         self._replica, self._bounds = replica, bounds
         self._running: dict[str, Kept] = {}
         self._ended: OrderedDict[str, Kept] = OrderedDict()
+        self._admitted = 0
+        """Answers that run, and those that are about to begin."""
         self._by_user: Counter[Owner] = Counter()
-        self._beginning = 0
-        """Answers that are about to begin: they count too while their key is claimed."""
+        """The same by their users."""
+        self._beginnings: set[asyncio.Task[Found]] = set()
+        """Answers whose key is being claimed."""
         self._draining = False
-        self._ended_events = 0
+        self._ended_events = self._ended_bytes = 0
         self._picture_bytes = 0
-        """Of all running answers' questions."""
+        """Of their questions."""
         self._asides: set[asyncio.Task[None]] = set()
 
     @property
@@ -140,51 +158,101 @@ class Registry:
 
         Raises IdempotencyConflict if that had another body, Overloaded if too many answers run or the process is about to stop,
         Unavailable if there is a key and nobody can say what it stands for.
+
+        Cancellation: what the key stands for by then is begun all the same, and has the grace time to find its reader.
         """
-        if not question.idempotency_key:
-            self._admit(question)
-            return self._start(question, fingerprint, registered=False)
-        owner, key, claim = owner_of(question.principal), question.idempotency_key, Claim(question.answer_id, fingerprint)
         self._admit(question)
-        self._beginning += 1
+        if not question.idempotency_key:
+            return self._start(question, fingerprint, registered=False)
+        beginning = asyncio.create_task(self._begin_by_key(question, fingerprint), name=f"begin {question.answer_id}")
+        self._beginnings.add(beginning)
+        beginning.add_done_callback(self._beginnings.discard)
+        return await asyncio.shield(beginning)
+
+    async def _begin_by_key(self, question: Question, fingerprint: bytes) -> Found:
         try:
             # Known to all before the key stands for it: whoever finds the key finds the answer.
-            await self._logs.register(question.answer_id, owner, self._replica)
-            earlier = await self._logs.claim(owner, key, claim)
-            if earlier is not None:
-                if earlier.fingerprint != fingerprint:
-                    raise IdempotencyConflict("this idempotency key came with another body", key=key)
-                try:
-                    found = await self.find(question.principal, earlier.answer_id)
-                    if not await self._may_run_again(found):
-                        return found
-                except NotFound:  # its replica died between the claim and the first step: it never was, and nothing was booked
-                    log.warning("key_without_answer", answer_id=earlier.answer_id)
-                if not await self._logs.claim_again(owner, key, earlier, claim):
-                    raise Overloaded("the same request is just beginning again", retry_after_ms=500)
+            await self._logs.register(question.answer_id, owner_of(question.principal), self._replica)
+            if (found := await self._claim(question, fingerprint)) is not None:
+                return found
+            kept = self._start(question, fingerprint, registered=True)
+            self._look_later(kept, self._bounds.detach_grace_s)  # who asked may have left by now
+            return kept
         finally:
-            self._beginning -= 1
-        return self._start(question, fingerprint, registered=True)
+            if question.answer_id not in self._running:
+                self._give_place_back(question)
+
+    async def _claim(self, question: Question, fingerprint: bytes) -> Found | None:
+        """What the key stands for; None if that is this question's own answer now."""
+        owner, key, claim = owner_of(question.principal), question.idempotency_key, Claim(question.answer_id, fingerprint)
+        with self._given_up_unless_told(question, fingerprint):
+            earlier = await self._logs.claim(owner, key, claim)
+        if earlier is None:
+            return None
+        if earlier.fingerprint != fingerprint:
+            raise IdempotencyConflict("this idempotency key came with another body", key=key)
+        try:
+            found = await self._find_or_retell(question, earlier.answer_id)
+            if not await self._may_run_again(found):
+                return found
+        except NotFound:  # its replica died between the claim and the first step: it never was, and nothing was booked
+            log.warning("key_without_answer", answer_id=earlier.answer_id)
+        with self._given_up_unless_told(question, fingerprint):
+            if await self._logs.claim_again(owner, key, earlier, claim):
+                return None
+        raise Overloaded("the same request is just beginning again", retry_after_ms=500)
+
+    async def _find_or_retell(self, question: Question, answer_id: str) -> Found:
+        """As `find`; an answer whose log is gone is told again, as far as the books have it."""
+        try:
+            return await self.find(question.principal, answer_id)
+        except AnswerLogGone:
+            booked = await self._booked(question.principal, answer_id)
+            if booked is None:
+                raise
+            return Retold(await asyncio.to_thread(retold, question, booked))  # a long text has many sentences to judge
+
+    @contextlib.contextmanager
+    def _given_up_unless_told(self, question: Question, fingerprint: bytes) -> Iterator[None]:
+        """A store that fails here does not say whether the key stands for the answer now. So that ends before its first step, for every
+        replica, as one that may be begun again.
+        """
+        try:
+            yield
+        except Unavailable:
+            kept = self._start(question, fingerprint, registered=False)
+            kept.events.stopping = AnswerInterrupted("the answer could not be begun; ask again", answer_id=question.answer_id)
+            kept.task.cancel()
+            raise
 
     def _admit(self, question: Question) -> None:
-        pictures = sum(len(image.data) for image in question.images)
-        answers, mine = len(self._running) + self._beginning, self._by_user[owner_of(question.principal)]
+        """Give an answer its place, which it has until it ends, or does not begin. Raises Overloaded if there is none."""
+        pictures, owner = _picture_bytes(question), owner_of(question.principal)
         most = self._bounds.answers_max if question.priority == "interactive" else int(self._bounds.answers_max * BATCH_SHARE)
         if self._draining:
             raise Overloaded("this replica is stopping", retry_after_ms=1000, draining="true")
-        if answers >= most:
+        if self._admitted >= most:
             raise Overloaded("too many answers are being made", retry_after_ms=1000)
-        if mine >= self._bounds.answers_per_user_max:
+        if self._by_user[owner] >= self._bounds.answers_per_user_max:
             raise Overloaded("too many answers are being made for this user", retry_after_ms=1000)
         if pictures and self._picture_bytes + pictures > PICTURE_BYTES_MAX:
             raise Overloaded("too many pictures are being looked at", retry_after_ms=1000)
+        self._admitted += 1
+        self._by_user[owner] += 1
+        self._picture_bytes += pictures
+
+    def _give_place_back(self, question: Question) -> None:
+        owner = owner_of(question.principal)
+        self._admitted -= 1
+        self._by_user[owner] -= 1
+        if self._by_user[owner] <= 0:
+            del self._by_user[owner]
+        self._picture_bytes -= _picture_bytes(question)
 
     def _start(self, question: Question, fingerprint: bytes, *, registered: bool) -> Kept:
         events = EventLog(question.answer_id)
         task = asyncio.create_task(self._run(question, events), name=f"answer {question.answer_id}")
         kept = self._running[question.answer_id] = Kept(question, fingerprint, events, task)
-        self._by_user[kept.owner] += 1
-        self._picture_bytes += sum(len(image.data) for image in question.images)
 
         def stop(fenced: bool) -> None:
             _stop(kept, interrupted(question.answer_id) if fenced else None)
@@ -195,7 +263,7 @@ class Registry:
 
     async def _may_run_again(self, found: Found) -> bool:
         """Whether an answer failed in a way that another try may heal, or its replica is gone. What was cancelled or refused stays so."""
-        if isinstance(found, Kept):
+        if isinstance(found, Kept | Retold):
             failure = found.events.failure
         elif found.known.ended:
             failure = found.known.failure
@@ -206,7 +274,7 @@ class Registry:
             await self._logs.interrupt(found.answer_id, found.known.replica, failure)
         return failure is not None and failure.retryable
 
-    async def find(self, principal: Principal, answer_id: str) -> Found:
+    async def find(self, principal: Principal, answer_id: str) -> Kept | Elsewhere:
         """The principal's own answer, of whatever replica. Raises NotFound for a foreign or unknown one, AnswerLogGone if its log is gone.
 
         Foreign and unknown take the same way, so that they also take the same time.
@@ -252,6 +320,9 @@ class Registry:
             async with self._mirrors.reading(found.answer_id, found.known, after) as mirrored:
                 yield mirrored
             return
+        if isinstance(found, Retold):
+            yield found.events, found.events.reader(after)
+            return
         kept, reader = found, found.events.reader(after)
         if kept.question.answer_id in self._running and kept.alarm is not None:
             kept.alarm.cancel()
@@ -261,8 +332,8 @@ class Registry:
         finally:
             kept.events.leave(reader)
             if kept.events.readers == 0 and not kept.task.done() and not kept.events.ended:
-                if kept.question.cancel_on_disconnect:
-                    _stop(kept, None)
+                if kept.question.cancel_on_disconnect and not kept.question.idempotency_key:  # with a key one can come back
+                    self._look(kept)
                 else:
                     self._look_later(kept, self._bounds.detach_grace_s)
 
@@ -280,10 +351,13 @@ class Registry:
         What was interrupted is told so and booked: nothing of it is lost but the rest of its text.
         """
         self.refuse_new()
+        ends_at = time.monotonic() + timeout_s
+        if self._beginnings:
+            await asyncio.wait(set(self._beginnings), timeout=timeout_s)
         tasks = {kept.task for kept in self._running.values()}
         if not tasks:
             return 0
-        _, late = await asyncio.wait(tasks, timeout=timeout_s)
+        _, late = await asyncio.wait(tasks, timeout=max(0.0, ends_at - time.monotonic()))
         self.interrupt_all()
         await asyncio.gather(*late, return_exceptions=True)
         return len(late)
@@ -327,6 +401,8 @@ class Registry:
             return
         if followed:
             self._look_later(kept, FOLLOWED_ELSEWHERE_S)
+        elif kept.question.idempotency_key:
+            _stop(kept, AnswerAbandoned("nobody was reading the answer any more; ask again", answer_id=kept.question.answer_id))
         else:
             _stop(kept, None)
 
@@ -345,22 +421,24 @@ class Registry:
             kept.task.exception()  # asked for, it leaves the task: it holds all frames of the answer, and they hold the task
         answer_id = kept.question.answer_id
         del self._running[answer_id]
-        self._by_user[kept.owner] -= 1
-        if self._by_user[kept.owner] <= 0:
-            del self._by_user[kept.owner]
+        self._give_place_back(kept.question)
         if len(kept.events) == 0 and not kept.events.ended:  # stopped before its first step: nothing was used, nothing is booked
             kept.events.end(kept.events.stopping or AnswerCancelled("the answer was stopped", answer_id=answer_id))
         if kept.alarm is not None:
             kept.alarm.cancel()
-        self._picture_bytes -= sum(len(image.data) for image in kept.question.images)
         # Whoever reads it again needs its events; what it was made from may be a thousand times as large.
         kept.question = replace(kept.question, images=(), tools=(), tool_results=(), resumed=None)
         self._ended[answer_id] = kept
         kept.alarm = asyncio.get_running_loop().call_later(self._bounds.kept_s, self._forget, answer_id)
-        kept.counted = len(kept.events)
-        self._ended_events += kept.counted
-        while len(self._ended) > self._bounds.kept_max or (self._ended_events > self._bounds.ended_events_max and len(self._ended) > 1):
+        kept.counted = len(kept.events), kept.events.bytes
+        self._ended_events += kept.counted[0]
+        self._ended_bytes += kept.counted[1]
+        while len(self._ended) > self._bounds.kept_max or (self._is_full and len(self._ended) > 1):
             self._forget(next(iter(self._ended)))
+
+    @property
+    def _is_full(self) -> bool:
+        return self._ended_events > self._bounds.ended_events_max or self._ended_bytes > self._bounds.ended_bytes_max
 
     def _forget(self, answer_id: str) -> None:
         kept = self._ended.pop(answer_id, None)
@@ -368,7 +446,12 @@ class Registry:
             return
         if kept.alarm is not None:
             kept.alarm.cancel()
-        self._ended_events -= kept.counted
+        self._ended_events -= kept.counted[0]
+        self._ended_bytes -= kept.counted[1]
+
+
+def _picture_bytes(question: Question) -> int:
+    return sum(len(image.data) for image in question.images)
 
 
 def _begun_at(answer_id: str) -> float:

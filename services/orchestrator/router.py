@@ -102,6 +102,8 @@ class Router:
             raise ValueError(f"the default tier {self.default_tier!r} does not exist; there are: {', '.join(sorted(table.tiers))}")
         known = {model.model: model for model in table.models}
         self._models = {name: model for name, model in known.items() if model.provider in self._providers}
+        self.left_out = tuple(model for model in table.models if model.provider not in self._providers)
+        """Models of the table that nobody can be asked for, since their provider is not configured."""
         self._fallback = known[EXTRACTIVE]
         self._tiers = table.tiers
 

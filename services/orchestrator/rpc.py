@@ -135,6 +135,7 @@ def read_question(
         bound = "an answer of the session that is named"
         raise RequestInvalid("an answer can take the place of one of its own session only", field="replaces", bound=bound)
     tools, server_tools, results = _tools(request, box, resumed)
+    principal.require_tools(server_tools)  # what an answer began with, its plan may have lost since
     images = tuple(Image(image.media_type, image.data) for image in request.images)
     require_images(images)
     if resumed is not None and resumed.has_images and not images:
@@ -202,11 +203,13 @@ def _tools(
     box.require(server_tools)
     if resumed is None:
         return tools, server_tools, ()
+    tools, server_tools = tools or resumed.tools, server_tools or resumed.server_tools
+    require_tools(tools, server_tools)  # together: either may be new
     if request.session_id and request.session_id != resumed.session_id:
         raise RequestInvalid("the answer belongs to another session", field="continues", bound="an answer of the same session")
     results = tuple(ToolResult(result.call_id, "", result.text, result.failed) for result in request.tool_results[: RESULTS_MAX + 1])
     results_for(resumed, results)
-    return tools or resumed.tools, server_tools or resumed.server_tools, results
+    return tools, server_tools, results
 
 
 def _writing(route: Route) -> Route:
@@ -345,6 +348,7 @@ def _done_message(done: Done) -> pb.Done:
         ],
         groundedness=done.groundedness,
         sentences_judged=done.sentences_judged,
+        reasoning_tokens=done.reasoning_tokens,
     )
 
 
@@ -354,8 +358,22 @@ def _require_user(user: str) -> None:
 
 
 def _prompt_message(sent: SentPrompt) -> pb.SentPrompt:
-    messages = [pb.SentMessage(role=role, text=text) for role, text in sent.messages]
-    return pb.SentPrompt(attempt=sent.attempt, model=sent.model, template=sent.template, system=sent.system, messages=messages)
+    message = pb.SentPrompt(
+        attempt=sent.attempt,
+        model=sent.model,
+        template=sent.template,
+        system=sent.system,
+        messages=[pb.SentMessage(role=role, text=text) for role, text in sent.messages],
+        output_tokens_max=sent.output_tokens_max,
+        effort=sent.effort,
+        purpose=sent.purpose,
+        operation_id=sent.operation_id,
+    )
+    for tool in sent.tools:
+        message.tools.add(name=tool.name, description=tool.description).input_schema.update(tool.input_schema)
+    if sent.output_schema is not None:
+        message.output_schema.update(sent.output_schema)
+    return message
 
 
 def _call_message(call: ToolCall) -> pb.ToolCall:

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import orjson
+import structlog
 
 from services.chassis import telemetry
 from services.chassis.afterwork import AfterWork
 from services.chassis.clock import Clock
-from services.chassis.errors import AnswerCancelled, DomainError, OutputInvalid
+from services.chassis.errors import AnswerAbandoned, AnswerCancelled, DomainError, OutputInvalid
 from services.chassis.money import Usage
 from services.chassis.telemetry import StepRecord, Trail
 from services.orchestrator.citations import CitationReader
@@ -51,6 +52,8 @@ from services.orchestrator.templates import Templates, filled
 from services.orchestrator.tools.toolbox import Toolset
 from services.orchestrator.unfencing import Unfencing
 from services.orchestrator.validate import danger, judge
+
+log = structlog.get_logger(__name__)
 
 FACTS_MAX = 16
 PASSAGES_MAX = 32
@@ -112,7 +115,9 @@ class Run:
         self.form = question.text
         """The question as it can be understood without the conversation."""
         self.prompts: list[SentPrompt] = []
-        """What was sent, if that is kept."""
+        """What was sent, for the answer and for its conversation, if that is kept."""
+        self.are_prompts_kept = False
+        """Whether those that are noted now have to be kept again: the answer's own are already."""
         self.passages: tuple[Passage, ...] = ()
         self.citations = CitationReader(())
         self.edition = Edition(0)
@@ -212,11 +217,45 @@ class Run:
         """Say that what is written next, if anything, is not part of the sentence before: tools were called in between."""
         self._paragraph_due = bool(self.pieces)
 
-    def sent(self, attempt: int, model: str, prompt: Prompt) -> None:
-        """Note what a provider call is made with, if that is kept."""
-        if self.kit.shelf is not None:
-            messages = tuple((message.role, shown(message)) for message in prompt.messages)
-            self.prompts.append(SentPrompt(attempt, model, prompt.template, prompt.system, messages))
+    def sent(
+        self,
+        prompt: Prompt,
+        *,
+        attempt: int,
+        model: str,
+        output_tokens_max: int,
+        effort: str,
+        purpose: str = "",
+        operation_id: str = "",
+    ) -> None:
+        """Note what a provider call was made with, if that is kept."""
+        if self.kit.shelf is None:
+            return
+        self.prompts.append(
+            SentPrompt(
+                attempt,
+                model,
+                prompt.template,
+                prompt.system,
+                tuple((message.role, shown(message)) for message in prompt.messages),
+                prompt.tools,
+                prompt.output_schema,
+                output_tokens_max,
+                effort,
+                purpose,
+                operation_id,
+            )
+        )
+
+    async def keep_prompts(self) -> None:
+        """Put what was noted on the shelf, in the place of what is there of this answer."""
+        self.are_prompts_kept = True
+        if self.kit.shelf is None or not self.prompts:
+            return
+        try:
+            await self.kit.shelf.keep(self.question.principal, self.question.answer_id, tuple(self.prompts))
+        except DomainError as error:
+            log.warning("prompts_not_kept", answer_id=self.question.answer_id, reason=error.reason)
 
     def think(self, text: str) -> None:
         """Show a piece of what the model thinks."""
@@ -301,12 +340,13 @@ class Run:
             choices=tuple(self.choices),
             groundedness=self.citations.groundedness,
             sentences_judged=self.citations.judged,
+            reasoning_tokens=sum(attempt.reasoning_tokens for attempt in self.attempts),
         )
 
     def record(self, failure: DomainError | None, *running: Attempt) -> OperationRecord:
         """What is booked, with the attempts that are `running`. The step that books it is in it too, with the time it had taken so far."""
         attempts = (*self.attempts, *running)
-        status = "done" if failure is None else "cancelled" if isinstance(failure, AnswerCancelled) else "failed"
+        status = "done" if failure is None else "cancelled" if isinstance(failure, AnswerAbandoned | AnswerCancelled) else "failed"
         steps = [_change(step) for step in self.trail.steps if step.status != "running"]
         steps += [
             StepChange(step.name, "done", step.started_ms, round(self.trail.elapsed_ms - step.started_ms, 3), {})

@@ -15,8 +15,9 @@ from services.chassis.errors import AnswerCancelled, DeadlineTooShort, DomainErr
 from services.chassis.principal import Principal, set_current
 from services.orchestrator.agreement import agreement, parts_of, similarity
 from services.orchestrator.attempts import first_draft
-from services.orchestrator.domain import Prompt, Route
+from services.orchestrator.domain import Draft, Prompt, Route
 from services.orchestrator.log import EventLog
+from services.orchestrator.output_schema import problems_of, unfenced
 from services.orchestrator.run import Run
 
 log = structlog.get_logger(__name__)
@@ -73,7 +74,7 @@ class Shadows:
             async with asyncio.timeout(deadline_s):
                 draft = await first_draft(shadow, prompt)
             shadow.finish_reason = draft.finish_reason
-            shadow.verdict = shadow.verdict_of(draft)
+            shadow.verdict = await asyncio.to_thread(_verdict, shadow, draft)
             with shadow.step(COMPARED) as step:
                 chosen = run.choices[-1]
                 step.note(of=run.question.answer_id, tier=chosen.tier, model=run.model, cost_nanousd=run.cost_nanousd, verdict=run.verdict)
@@ -117,6 +118,13 @@ class Shadows:
         shadow.purpose = "shadow"
         shadow.show(run.passages)
         return shadow
+
+
+def _verdict(shadow: Run, draft: Draft) -> str:
+    """What the checks say; `output_invalid` where an answer to somebody would have ended in that error."""
+    verdict, schema = shadow.verdict_of(draft), shadow.question.output_schema
+    wrong = verdict == "passed" and schema is not None and problems_of(unfenced(draft.text), schema)
+    return "output_invalid" if wrong else verdict
 
 
 async def _similarity(run: Run, shadow: Run) -> float | None:

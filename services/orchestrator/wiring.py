@@ -31,7 +31,7 @@ from services.orchestrator.extractive_model import ExtractiveModel
 from services.orchestrator.health import Health
 from services.orchestrator.leases import Leases
 from services.orchestrator.mirrors import Mirrors, interrupted
-from services.orchestrator.models_file import MODELS_FILE, read_table, reload_forever
+from services.orchestrator.models_file import MODELS_FILE, read_table, reload_forever, tell_left_out
 from services.orchestrator.ports import DocumentSearch, Model, SharedLogs
 from services.orchestrator.publisher import Publisher
 from services.orchestrator.redis_cache import RedisCache
@@ -125,6 +125,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
         table = read_table(models_file)
         models |= await stack.enter_async_context(providers.opened(settings, models_file))
         router = Router(table, models, settings.default_tier, random.random)
+        tell_left_out(router)
 
         after = AfterWork(tasks_max=WORKS_PER_ANSWER_MAX * settings.answers_max)
         limits = Limits(
@@ -144,6 +145,10 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
         folder = settings.prompts_dir or FOLDER
         shadows = Shadows(settings.shadow_tenant, new_answer_id, random.random)
         tariff = Tariff(ledger)
+        health = Health(time.monotonic, random.random)
+        errands = Errands(
+            ledger, books, models, lambda: errand_candidates(router, settings.errands_tier), tariff, health, clock, new_answer_id
+        )
         kit = Toolkit(
             memory,
             ledger,
@@ -155,9 +160,9 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             read_templates(settings.answer_prompts, folder),
             limits,
             leases,
-            Errands(ledger, books, models, errand_candidates(router, settings.errands_tier), tariff, clock, new_answer_id),
+            errands,
             shelf if settings.prompts_kept_s else None,
-            Health(time.monotonic, random.random),
+            health,
             read_template(CONTINUE_FILE),
             shadows,
             tools,
@@ -169,6 +174,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             publisher,
             Mirrors(logs, settings.mirrors_max),
             ledger.knows,
+            ledger.booked,
             replica,
             Bounds(
                 answers_max=settings.answers_max,
@@ -184,7 +190,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             "credit leases": leases.live_forever(),
             "prices": tariff.keep_forever(),
             "cancels": registry.listen_forever(),
-            "models file": reload_forever(router, models_file),
+            "models file": reload_forever(router, models_file, providers.names_in),
             "interrupted answers": tell_interrupted(logs, outbox.interrupted),
             "spool gauges": spool_gauges.tell_forever(outbox),
         }
@@ -269,6 +275,7 @@ def open_tools(
     )
     limits = ToolLimits(
         rounds_max=settings.tools_rounds_max,
+        cost_nanousd_max=settings.tools_cost_nanousd_max,
         call_s=settings.tools_call_s,
         confirm_s=settings.tools_confirm_s,
         result_bytes_max=settings.tools_result_bytes_max,

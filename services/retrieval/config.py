@@ -80,6 +80,11 @@ class Settings(ServiceSettings):
     """What it wants in front of a document, such as `passage: `."""
     embedder_folder: Path | None = Field(None, validation_alias="TAILRACE_RETRIEVAL_EMBEDDER_FOLDER")
     """Folder with the ONNX model and tokenizer of a fastembed embedder. Unset = fastembed's own list and cache."""
+    embedder_billed: Literal["auto", "yes", "no"] = Field("auto", validation_alias="TAILRACE_RETRIEVAL_EMBEDDER_BILLED")
+    """Whether calls of a remote embedder are set aside and booked in the ledger, by its price book; `auto` = where a vendor's own address
+    is asked."""
+    ledger_target: str = Field("127.0.0.1:50053", validation_alias="TAILRACE_LEDGER_TARGET")
+    """Ledger service: `host:port`, or `dns:///name:port` for several replicas. Only asked for embedders that are billed."""
     openai_base_url: str = Field("", validation_alias="OPENAI_BASE_URL")
     """Address of OpenAI's interface, for `openai:`."""
     openai_api_key: SecretStr = Field(SecretStr(""), validation_alias="OPENAI_API_KEY")
@@ -92,8 +97,8 @@ class Settings(ServiceSettings):
     """Its key. Or GEMINI_API_KEY_FILE."""
     language: str = Field("english", pattern="^[a-z]{2,20}$", validation_alias="TAILRACE_RETRIEVAL_LANGUAGE")
     """Language whose endings and stop words the word search takes where the language of a text cannot be told."""
-    fusion: Literal["dbsf", "rrf"] = Field("dbsf", validation_alias="TAILRACE_RETRIEVAL_FUSION")
-    """How meaning and words are fused: by scores, each normalised by its own spread (measured best), or by ranks."""
+    fusion: Literal["linear", "dbsf", "rrf"] = Field("linear", validation_alias="TAILRACE_RETRIEVAL_FUSION")
+    """How meaning and words are fused: by scores as they are (measured best), each normalised by its own spread, or by ranks."""
     fusion_prefetch: int = Field(100, ge=10, le=1000, validation_alias="TAILRACE_RETRIEVAL_FUSION_PREFETCH")
     """Candidates each of the two rankings brings."""
     fusion_weight_dense: float = Field(1.0, ge=0, le=100, validation_alias="TAILRACE_RETRIEVAL_FUSION_WEIGHT_DENSE")
@@ -138,6 +143,9 @@ class Settings(ServiceSettings):
     """Processes that read files side by side. They start when files come and end half a minute after the last one."""
     parse_timeout_s: float = Field(25, gt=0, le=600, validation_alias="TAILRACE_RETRIEVAL_PARSE_TIMEOUT_S")
     """Longest time for reading one file; it is refused after that and its process ended."""
+    ocr: str = Field("", max_length=200, pattern=r"^$|^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", validation_alias="TAILRACE_RETRIEVAL_OCR")
+    """What reads PDFs whose pages are all pictures, as `package.module:name`: called without arguments, it gives an `Ocr` of
+    services/retrieval/ports.py. Empty = none, and such files are refused with the cause `no_text`. It runs in the service itself."""
     parse_memory_mib: int = Field(448, ge=128, le=16_384, validation_alias="TAILRACE_RETRIEVAL_PARSE_MEMORY_MIB")
     """Most memory of one reading process, address space included: what is resident stays below it."""
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -10,6 +10,7 @@ from enum import StrEnum
 from services.chassis.money import Usage
 
 DEFAULT_COLLECTION = "default"
+PAGE_LIST_CHARACTERS_MAX = 200
 
 Fact = str | float | bool
 """A value of a document's metadata."""
@@ -26,6 +27,18 @@ def stable_id(*parts: str) -> str:
 def document_id(tenant: str, collection: str, source_uri: str) -> str:
     """What a document is known by: the same source again is a new version of the same document."""
     return stable_id("document", tenant, collection, source_uri)
+
+
+def page_list(pages: Sequence[int]) -> str:
+    """Pages in ascending order for people, such as `2-4, 9`; a long list ends with `…`."""
+    runs: list[list[int]] = []
+    for page in pages:
+        if runs and runs[-1][-1] == page - 1:
+            runs[-1][1:] = [page]
+        else:
+            runs.append([page])
+    written = ", ".join("-".join(map(str, run)) for run in runs)
+    return written if len(written) <= PAGE_LIST_CHARACTERS_MAX else f"{written[: PAGE_LIST_CHARACTERS_MAX - 3].rpartition(',')[0]}, …"
 
 
 class BlockKind(StrEnum):
@@ -59,6 +72,8 @@ class Extracted:
     title: str = ""
     page_starts: tuple[int, ...] = ()
     """Where in `text` each page begins, first page first. Empty = the document has no pages."""
+    unread_pages: tuple[int, ...] = ()
+    """Pages, from 1, that are pictures: what stands on them is not in `text`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +139,8 @@ class Document:
     """ISO 639-1 code of what most of it is in; empty = not known."""
     cut: str = ""
     """The rules by which it was cut into chunks, as `chunking.CUT` names them; empty = those of before they had a name."""
+    unread_pages: str = ""
+    """Pages that are pictures, as `page_list` writes them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,3 +276,5 @@ class Progress:
     error_detail: str = ""
     attempt: int = 0
     """How often work on it was begun."""
+    unread_pages: str = ""
+    """Pages that are pictures, as `page_list` writes them."""

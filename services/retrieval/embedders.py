@@ -73,6 +73,19 @@ async def opened(name: str, settings: Settings) -> AsyncIterator[Embedder]:
         await distant.close()
 
 
+def payable(name: str, settings: Settings) -> tuple[str, str] | None:
+    """Provider and model in the price book of the embedder called `name`; None if its calls cost nothing.
+
+    They do where the vendor's own service is asked, unless the settings say otherwise: what else speaks a vendor's format is one's own.
+    """
+    kind, _, model = name.partition(":")
+    if kind not in ADDRESSES or settings.embedder_billed == "no":
+        return None
+    if settings.embedder_billed == "auto" and _remote(kind, model, settings).base_url.rstrip("/") != ADDRESSES[kind]:
+        return None
+    return kind, model
+
+
 def _remote(kind: str, model: str, settings: Settings) -> Remote:
     own_url, own_key = {
         "openai": (settings.openai_base_url, settings.openai_api_key),

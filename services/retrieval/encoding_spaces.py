@@ -29,6 +29,7 @@ from services.retrieval.ports import (
     Space,
     Sparse,
     SparseEncoder,
+    Unpayable,
     Vectors,
     VectorStore,
 )
@@ -175,7 +176,8 @@ class Encodings:
         return await self.encoding((await self.standing(tenant, collection)).encoding)
 
     async def question(self, encoding: Encoding, text: str, *, needed: bool = False) -> Sequence[float] | None:
-        """(d,) in `encoding`. None if its embedder cannot be opened here (any more) and it is not `needed`: words are still found by.
+        """(d,) in `encoding`. None if its embedder cannot be opened here (any more), or cannot be paid while the ledger is away, and it is
+        not `needed`: words are still found by.
 
         Raises Unavailable, Overloaded and what else an open embedder raises.
         """
@@ -185,8 +187,14 @@ class Encodings:
             if needed:
                 raise
             return None
+        try:
+            vectors = await embedder.embed_question(text)
+        except Unpayable:
+            if needed:
+                raise
+            return None
         # Plain floats: the stores take a vector number by number, and numpy's own are slow to be taken so.
-        vector: list[float] = (await embedder.embed_question(text))[0].tolist()
+        vector: list[float] = vectors[0].tolist()
         return vector
 
     def words(self, encoding: Encoding) -> SparseEncoder:

@@ -1,4 +1,4 @@
-"""Two rankings made one: how scores of meaning and of words are put on one scale, and how much each counts. Pure; no store and no wire."""
+"""Two rankings made one: how scores of meaning and of words are added, and how much each counts. Pure; no store and no wire."""
 
 import math
 from collections.abc import Sequence
@@ -8,6 +8,8 @@ from services.retrieval.ports import Record
 
 SPREADS = 3.0
 """A score counts from 0 to 1 between so many standard deviations below and above its ranking's mean."""
+WORTH_OF_SPREAD = 3.3
+"""What one standard deviation of the cosines of a ranking counts beside words, for embedders whose unit was not measured."""
 CHARACTERS_PER_PIECE_FOREIGN = 1.2
 CHARACTERS_PER_PIECE_KNOWN = 3.6
 CHARACTERS_PER_PIECE_MAX = 8.0
@@ -40,17 +42,44 @@ def familiarity(characters: int, pieces: int) -> float:
 
 
 def fused(
-    dense: Sequence[Record], sparse: Sequence[Record], dense_weight: float, mode: str = "dbsf", rrf_k: int = 60, *, most: int | None = None
+    dense: Sequence[Record],
+    sparse: Sequence[Record],
+    dense_weight: float,
+    mode: str = "linear",
+    rrf_k: int = 60,
+    *,
+    brought: int = 0,
+    worth: float | None = None,
+    most: int | None = None,
 ) -> list[Fused]:
-    """The `most` best candidates of both (None = all), best first. `dense_weight` is the share of meaning, 0-1; ties go by id."""
-    by_meaning, by_words = ((_by_rank(ranking, rrf_k) if mode == "rrf" else _by_spread(ranking)) for ranking in (dense, sparse))
-    scores = {id_: dense_weight * score for id_, score in by_meaning.items()}
-    for id_, score in by_words.items():
-        scores[id_] = scores.get(id_, 0.0) + (1.0 - dense_weight) * score
+    """The `most` best candidates of both (None = all), best first. `dense_weight` is the share of meaning, 0-1; ties go by id.
+
+    A ranking of fewer than `brought` holds all there is. `worth` is what a whole unit of cosine counts beside words, in their unit, where
+    that was measured. Scores are 0-1 for nearly all, and 0.5 in the middle; those of `rrf` are its own.
+    """
+    if mode == "linear" and dense and sparse:
+        scores = _on_one_scale(_added(dense, sparse, dense_weight, brought, worth))
+    else:
+        of = _by_rank if mode == "rrf" else _by_spread
+        scores = {id_: dense_weight * score for id_, score in of(dense, rrf_k).items()}
+        for id_, score in of(sparse, rrf_k).items():
+            scores[id_] = scores.get(id_, 0.0) + (1.0 - dense_weight) * score
     # Of two hundred candidates a dozen is wanted: the others need no more than a number.
     best = sorted([(-score, id_) for id_, score in scores.items()])[:most]
     meant, said = _places(dense), _places(sparse)
     return [Fused(id_, -negated, *meant.get(id_, (None, None)), *said.get(id_, (None, None))) for negated, id_ in best]
+
+
+def _added(dense: Sequence[Record], sparse: Sequence[Record], dense_weight: float, brought: int, worth: float | None) -> dict[str, float]:
+    """Cosine and BM25 as they are, one unit of the first being worth so many of the second: a long question has more words to tell by, and
+    a ranking whose candidates are all alike tells nothing. Both are lost where each ranking is stretched to the same width."""
+    meant, said = ({record.id: record.score for record in ranking} for ranking in (dense, sparse))
+    if worth is None:
+        worth = WORTH_OF_SPREAD / (_spread(list(meant.values())) or 1.0)
+    # Who is missing in a ranking that was cut has at most what its last one has; in a whole one, none of the words.
+    least_meant, least_said = min(meant.values()), min(said.values()) if len(said) >= brought else 0.0
+    by_meaning, by_words = dense_weight * worth, 1.0 - dense_weight
+    return {id_: by_meaning * meant.get(id_, least_meant) + by_words * said.get(id_, least_said) for id_ in {**meant, **said}}
 
 
 def _places(ranking: Sequence[Record]) -> dict[str, tuple[int, float]]:
@@ -58,17 +87,25 @@ def _places(ranking: Sequence[Record]) -> dict[str, tuple[int, float]]:
     return {record.id: (rank, record.score) for rank, record in enumerate(ranking, 1)}
 
 
-def _by_spread(ranking: Sequence[Record]) -> dict[str, float]:
-    scores = [record.score for record in ranking]
+def _by_spread(ranking: Sequence[Record], _: int) -> dict[str, float]:
+    return _on_one_scale({record.id: record.score for record in ranking})
+
+
+def _on_one_scale(scores: dict[str, float]) -> dict[str, float]:
+    mean = math.fsum(scores.values()) / (len(scores) or 1)
+    width = 2 * SPREADS * _spread(list(scores.values()))
+    if not width:
+        return dict.fromkeys(scores, 0.5)
+    return {id_: 0.5 + (score - mean) / width for id_, score in scores.items()}
+
+
+def _spread(scores: Sequence[float]) -> float:
+    """Standard deviation; 0 where all are the same, or differ by less than a square can hold."""
     if not scores or min(scores) == max(scores):
-        return {record.id: 0.5 for record in ranking}
+        return 0.0
     # By hand: `statistics` reckons in fractions, which takes a fifth of a whole recall and tells apart nothing that counts.
     mean = math.fsum(scores) / len(scores)
-    spread = 2 * SPREADS * math.sqrt(math.fsum([(score - mean) ** 2 for score in scores]) / (len(scores) - 1))
-    if not spread:
-        return {record.id: 0.5 for record in ranking}  # they differ by less than a square can hold
-    lowest = mean - spread / 2
-    return {record.id: (record.score - lowest) / spread for record in ranking}
+    return math.sqrt(math.fsum([(score - mean) ** 2 for score in scores]) / (len(scores) - 1))
 
 
 def _by_rank(ranking: Sequence[Record], k: int) -> dict[str, float]:

@@ -18,11 +18,12 @@ from services.chassis.afterwork import AfterWork
 from services.chassis.ending import ended
 from services.chassis.errors import DomainError, Internal, NotAllowed, NotFound, Overloaded, Unavailable
 from services.chassis.injection import flags_of
+from services.chassis.principal import Principal, set_current
 from services.chassis.telemetry import span
 from services.retrieval import facts
 from services.retrieval.access import everything_of, readers_of
 from services.retrieval.chunking import CUT, chunked, in_context
-from services.retrieval.domain import Chunk, Document, Extracted, Progress, Stage, Upload, Viewer, document_id
+from services.retrieval.domain import Chunk, Document, Extracted, Progress, Stage, Upload, Viewer, document_id, page_list
 from services.retrieval.jobs import Claim, JobState, JobStore, Owner, Taken, Told
 from services.retrieval.ports import Embedder, SparseEncoder, Vectors
 from services.retrieval.registry import Registry
@@ -36,7 +37,11 @@ CHUNKS_PER_STEP = 64
 TITLE_CHARACTERS_MAX = 512
 ROOM_WAIT_S = 10.0
 """How long a received document waits for room in a full store before it is refused."""
-ROOM_RETRY_S = 0.1
+STILL_WAIT_S = 120.0
+"""How long it waits for the job's own documents to be worked off while no ingestion of anybody tells any progress."""
+ROOM_RETRY_S = 0.05
+ROOM_RETRY_S_MAX = 1.0
+"""What the pause between two questions for room grows to."""
 IDLE_S = 0.25
 """How soon a worker sees what another replica has received; what its own has received it sees at once."""
 IDLE_MAX_S = 2.0
@@ -119,17 +124,21 @@ class Job:
     async def add(self, upload: Upload, received: Progress, pieces: Sequence[bytes], *, staged: bool) -> bool:
         """Keep a document; durable on return. False = the job takes no more.
 
-        While the job has its share of the store, the caller's stream waits. Raises Overloaded when others keep the store full.
+        While the job has its share of the store, the caller's stream waits. Raises Overloaded when others keep the store full, and when
+        no ingestion at all moves on.
         """
-        waited_s = 0.0
-        while True:
-            taken = await self._ingestion.store.add(self.job_id, upload, received, pieces, staged=staged)
-            if taken in (Taken.TAKEN, Taken.CLOSED):
-                self._ingestion.wake()
-                return taken is Taken.TAKEN
-            if taken is Taken.FULL and (waited_s := waited_s + ROOM_RETRY_S) > ROOM_WAIT_S:
+        store, size = self._ingestion.store, sum(map(len, pieces))
+        waited_s, pause_s, told = 0.0, ROOM_RETRY_S, -1
+        while (room := await store.reserve(self.job_id, received.index, size)).taken in (Taken.WAIT, Taken.FULL):
+            if room.taken is Taken.WAIT and room.told != told:
+                waited_s, told = 0.0, room.told
+            if waited_s > (ROOM_WAIT_S if room.taken is Taken.FULL else STILL_WAIT_S):
                 raise Overloaded("too many documents wait to be indexed", retry_after_ms=5000)
-            await asyncio.sleep(ROOM_RETRY_S)
+            await asyncio.sleep(pause_s)
+            waited_s, pause_s = waited_s + pause_s, min(2 * pause_s, ROOM_RETRY_S_MAX)
+        taken = room.taken is Taken.TAKEN and await store.add(self.job_id, upload, received, pieces, staged=staged)
+        self._ingestion.wake()
+        return taken
 
     async def refuse(self, received: Progress, refusal: DomainError) -> None:
         """Tell that a document was not taken, and why."""
@@ -339,6 +348,7 @@ class Ingestion:
 
     async def _ingest(self, claim: Claim) -> None:
         """Take in one document; its failure is told and stops nobody else."""
+        set_current(Principal(claim.owner.tenant, claim.owner.user))  # who pays for what it costs
         last = claim.latest
 
         def tell(progress: Progress) -> asyncio.Future[bool]:
@@ -387,7 +397,8 @@ class Ingestion:
         source_uri = upload.source_uri or upload.title or extracted.title or sha256
         title = (upload.title or extracted.title or PurePosixPath(source_uri).name)[:TITLE_CHARACTERS_MAX]
         id_ = document_id(tenant, upload.collection, source_uri)
-        state = replace(state, stage=Stage.PARSED, document_id=id_, name=upload.name or source_uri)
+        unread_pages = page_list(extracted.unread_pages)
+        state = replace(state, stage=Stage.PARSED, document_id=id_, name=upload.name or source_uri, unread_pages=unread_pages)
         tell(state)
         old = await pipeline.registry.prior(tenant, id_)
         readers = _readers(upload, old)
@@ -431,6 +442,7 @@ class Ingestion:
             received=claim.received,
             language=language,
             cut=CUT,
+            unread_pages=unread_pages,
         )
 
         async def write() -> None:

@@ -3,7 +3,7 @@
 No store's client and no step of an ingestion is here.
 """
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -74,15 +74,25 @@ class Told:
 
 
 class Taken(StrEnum):
-    """What became of a document that was handed in."""
+    """Whether there is room for a document."""
 
     TAKEN = "taken"
+    """It is reserved, until the document is added or the job closed."""
     WAIT = "wait"
     """The job has its share of the store; what it has handed in must be worked off first."""
     FULL = "full"
     """The store is full."""
     CLOSED = "closed"
     """The job takes nothing more: it was cancelled, or the replica was taken for dead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a question for room was answered."""
+
+    taken: Taken
+    told: int
+    """Changes with whatever any job tells: while it stands still, nothing makes room."""
 
 
 class JobStore(Protocol):
@@ -92,8 +102,15 @@ class JobStore(Protocol):
         """Keep a new job that this replica receives; False if too many run."""
         ...
 
-    async def add(self, job_id: str, upload: Upload, received: Progress, pieces: Sequence[bytes], *, staged: bool) -> Taken:
-        """Keep a document and queue it. Staged, it is kept but neither told nor queued until `close`. Durable on return."""
+    async def reserve(self, job_id: str, index: int, size: int) -> Room:
+        """Ask for room for a document of `size` bytes, one at a time for each job; what is reserved counts as held by all replicas."""
+        ...
+
+    async def add(self, job_id: str, upload: Upload, received: Progress, pieces: Sequence[bytes], *, staged: bool) -> bool:
+        """Keep a document that room is reserved for and queue it; False if the job takes nothing more.
+
+        Staged, it is kept but neither told nor queued until `close`. Durable on return.
+        """
         ...
 
     async def refuse(self, job_id: str, events: Sequence[Progress]) -> None:
@@ -152,6 +169,6 @@ class JobStore(Protocol):
 
     async def check(self) -> None: ...
 
-    def turn(self, document_id: str) -> AbstractAsyncContextManager[None]:
-        """Be the only one, of all replicas, who changes this document."""
+    def turn(self, document_id: str) -> AbstractAsyncContextManager[Callable[[], Awaitable[None]]]:
+        """Be the only one, of all replicas, who changes this document. What it yields raises Unavailable once that is so no more."""
         ...

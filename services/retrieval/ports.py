@@ -5,11 +5,14 @@ Every filter and every read by id names a tenant: a query over all tenants canno
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from services.chassis.errors import Unavailable
+from services.chassis.principal import Principal
 from services.retrieval.domain import Extracted, Upload
 from services.retrieval.facts import FACTS, MOMENTS, NAME, NUMBERS, VALUE, Condition
 
@@ -99,7 +102,7 @@ class Fusion:
     """How the dense and the sparse ranking become one."""
 
     mode: str = "dbsf"
-    """`dbsf` (scores, each normalised by its own spread) or `rrf` (ranks)."""
+    """`dbsf` (scores, each normalised by its own spread) or `rrf` (ranks); `linear` (scores as they are) is no store's to do."""
     prefetch: int = 100
     """How many candidates each ranking brings."""
     rrf_k: int = 60
@@ -178,6 +181,8 @@ class Embedded:
 
     vectors: Vectors
     tokens: int
+    counted: bool = False
+    """Whether nobody but ourselves counted them."""
 
 
 class Embedder(Protocol):
@@ -201,6 +206,48 @@ class Embedder(Protocol):
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text, without a length limit. Blocks; call it in a thread."""
+        ...
+
+
+class Unanswered(Unavailable):
+    """It was sent and nothing came back: whoever bills for it may have done the work."""
+
+
+class Unpayable(Unavailable):
+    """Nobody can say now whether it can be paid, so it was not sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class PaidCall:
+    """A call of an embedder that costs money."""
+
+    operation_id: str
+    provider: str
+    model: str
+    tokens_max: int
+    began: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What came of it."""
+
+    tokens: int
+    estimated: bool = False
+    error_reason: str = ""
+    not_sent: bool = False
+    duration_ms: float = 0.0
+
+
+class EmbeddingBooks(Protocol):
+    """Where money for embeddings is set aside, and what was used of it written down."""
+
+    async def reserve(self, payer: Principal, call: PaidCall) -> str:
+        """The id of what was set aside. Raises BudgetExhausted, PriceUnknown, Overloaded, Unpayable."""
+        ...
+
+    async def record(self, payer: Principal, call: PaidCall, hold_id: str, spent: Spent) -> None:
+        """Book it. What cannot be booked in time is left set aside, and is booked in full once that expires."""
         ...
 
 

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from redis.exceptions import RedisError
 from services.chassis.ending import ended
 from services.chassis.errors import Overloaded, Unavailable
 from services.retrieval.domain import Progress, Stage, Upload
-from services.retrieval.jobs import Claim, JobState, Owner, Taken, Told
+from services.retrieval.jobs import Claim, JobState, Owner, Room, Taken, Told
 
 PREFIX = "tailrace:{ingest}:"
 EVENTS_PER_JOB_MAX = 100_000
@@ -116,8 +116,16 @@ local function unclaim(job, index)
   call('HDEL', jk, 'r:' .. index, 't:' .. index, 'w:' .. index)
 end
 
+local function yield_room(job)
+  local reserved = call('HGET', key('job', job), 'reserved')
+  if not reserved then return end
+  call('HDEL', key('job', job), 'reserved')
+  drop(job, reserved)
+end
+
 local function close(job, commit)
   local jk = key('job', job)
+  yield_room(job)
   local staged = call('HMGET', jk, 'staged', 'staged_head', 'staged_text')
   if staged[1] then
     call('HDEL', jk, 'staged', 'staged_head', 'staged_text')
@@ -182,14 +190,16 @@ call('SADD', key('receiving', replica), job)
 return 1
 """
 
-_ADD = """
-local job, index, head, text, size, staged, total_max, share_max = unpack(ARGV)
+# Room is counted before the content is sent: what has to wait costs one short question. The reservation is the receiving job's,
+# and goes with it: a replica that dies gives back its jobs, and with them what they had reserved.
+_RESERVE = """
+local job, index, size, total_max, share_max = unpack(ARGV)
 local jk = key('job', job)
 size = tonumber(size)
-local function refused(why) call('DEL', key('content', job .. ':' .. index)); return why end
-if call('HGET', jk, 'closed') ~= '0' then return refused('closed') end
-local held = number(job, 'held')
-if number(job, 'open') > 0 and held + size > tonumber(share_max) then return refused('wait') end
+local function answer(what) return {what, tonumber(call('GET', P .. 'told') or 0)} end
+if call('HGET', jk, 'closed') ~= '0' then return answer('closed') end
+yield_room(job)
+if number(job, 'open') > 0 and number(job, 'held') + size > tonumber(share_max) then return answer('wait') end
 local function full() return tonumber(call('GET', P .. 'bytes') or 0) + size > tonumber(total_max) end
 if full() then
   -- What failed long ago is kept for a retry only while nobody needs its place.
@@ -197,17 +207,29 @@ if full() then
     for _, other in ipairs(call('HKEYS', key('kept', old))) do drop(old, other) end
     if not full() then break end
   end
-  if full() then return refused('full') end
+  if full() then return answer('full') end
 end
 call('INCRBY', P .. 'bytes', size)
 call('HINCRBY', jk, 'held', size)
 call('HSET', key('kept', job), index, size)
+call('HSET', jk, 'reserved', index)
+return answer('taken')
+"""
+
+_ADD = """
+local job, index, head, text, staged = unpack(ARGV)
+local jk = key('job', job)
+if call('HGET', jk, 'closed') ~= '0' or call('HGET', jk, 'reserved') ~= index then
+  call('DEL', key('content', job .. ':' .. index))
+  return 0
+end
+call('HDEL', jk, 'reserved')
 if staged == '1' then
   call('HSET', jk, 'staged', index, 'staged_head', head, 'staged_text', text)
 else
   enter(job, index, head, text)
 end
-return 'taken'
+return 1
 """
 
 _REFUSE = """
@@ -324,7 +346,7 @@ end
 """
 
 _YIELD_TURN = "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end"
-_KEEP_TURN = "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('PEXPIRE', KEYS[1], ARGV[2]) end"
+_KEEP_TURN = "return redis.call('GET', KEYS[1]) == ARGV[1] and redis.call('PEXPIRE', KEYS[1], ARGV[2]) or 0"
 
 
 class RedisJobs:
@@ -353,7 +375,7 @@ class RedisJobs:
         self._add = _LIBRARY + _ADD
         self._record = _LIBRARY + _RECORD
         bodies = {
-            "begin": _BEGIN, "refuse": _REFUSE, "close": _CLOSE, "claim": _CLAIM, "cancel": _CANCEL,
+            "begin": _BEGIN, "reserve": _RESERVE, "refuse": _REFUSE, "close": _CLOSE, "claim": _CLAIM, "cancel": _CANCEL,
             "retry": _RETRY, "beat": _BEAT, "leave": _LEAVE, "sweep": _SWEEP,
         }  # fmt: skip
         self._scripts = {name: client.register_script(_LIBRARY + body) for name, body in bodies.items()}
@@ -361,16 +383,19 @@ class RedisJobs:
     async def begin(self, job_id: str, owner: Owner) -> bool:
         return bool(await self._run("begin", job_id, owner.tenant, owner.user, _mine(owner), self._replica, self._jobs_max, self._lease_ms))
 
-    async def add(self, job_id: str, upload: Upload, received: Progress, pieces: Sequence[bytes], *, staged: bool) -> Taken:
-        size = sum(map(len, pieces))
+    async def reserve(self, job_id: str, index: int, size: int) -> Room:
         # Half of the store at most for one job, so that the next caller's document finds room.
         bounds = (self._bytes_max, self._bytes_max // 2)
+        taken, told = await self._run("reserve", job_id, index, size, *bounds)
+        return Room(Taken(taken.decode()), told)
+
+    async def add(self, job_id: str, upload: Upload, received: Progress, pieces: Sequence[bytes], *, staged: bool) -> bool:
         async with self._asking(), self._client.pipeline(transaction=True) as pipeline:
             for piece in pieces:
                 pipeline.rpush(_content(job_id, received.index), piece)
-            values = (job_id, received.index, _pack(upload), _encode(received), size, int(staged), *bounds)
+            values = (job_id, received.index, _pack(upload), _encode(received), int(staged))
             pipeline.eval(self._add, 1, PREFIX, *values)
-            return Taken((await pipeline.execute())[-1].decode())
+            return bool((await pipeline.execute())[-1])
 
     async def refuse(self, job_id: str, events: Sequence[Progress]) -> None:
         await self._run("refuse", job_id, events[0].index, *map(_encode, events))
@@ -477,10 +502,11 @@ class RedisJobs:
             await self._client.ping()
 
     @contextlib.asynccontextmanager
-    async def turn(self, document_id: str) -> AsyncIterator[None]:
+    async def turn(self, document_id: str) -> AsyncIterator[Callable[[], Awaitable[None]]]:
         """Wait until nobody else changes the document. Raises Overloaded if that takes too long.
 
-        The turn is kept by a lease, so that a replica that dies in it stops nobody for long.
+        The turn is kept by a lease, so that a replica that dies in it stops nobody for long. One that only stood still learns from what
+        this yields that it has lost it.
         """
         place, mine = f"{PREFIX}turn:{document_id}", secrets.token_hex(8)
         give_up = time.monotonic() + TURN_WAIT_S
@@ -491,9 +517,15 @@ class RedisJobs:
             if time.monotonic() > give_up:
                 raise Overloaded("the document is being changed by another", retry_after_ms=5000)
             await asyncio.sleep(TURN_RETRY_S)
+
+        async def renew() -> None:
+            async with self._asking():
+                if not await self._client.eval(_KEEP_TURN, 1, place, mine, TURN_LEASE_MS):
+                    raise Unavailable("the document was taken over by another while this replica stood still", dependency="redis")
+
         keeping = asyncio.create_task(self._keep_turn(place, mine), name="keep the turn")
         try:
-            yield
+            yield renew
         finally:
             await ended(keeping)
             with contextlib.suppress(Unavailable):  # then the lease ends it

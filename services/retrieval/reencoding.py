@@ -14,6 +14,7 @@ import structlog
 from services.chassis.clock import Clock
 from services.chassis.ending import ended
 from services.chassis.errors import DomainError
+from services.chassis.principal import Principal, set_current
 from services.retrieval.domain import stable_id
 from services.retrieval.encoding_spaces import Encodings, Standing
 from services.retrieval.ports import DOCUMENTS, SYSTEM_TENANT, Filter, Point, VectorStore
@@ -31,6 +32,9 @@ TURN_S = 60.0
 """One replica at a time moves collections; it has its turn for so long."""
 LINGER_S = 60.0
 """From a switch to the removal of what it switched from: longer than a question takes that began before."""
+
+PAYER = "re-embedding"
+"""User of each tenant in whose name its documents are embedded again, where that costs money."""
 
 
 class Reencoding:
@@ -92,6 +96,7 @@ class Reencoding:
         """Take the collection as far as it goes now; whether it is there and alone."""
         if not await self._my_turn():
             return False
+        set_current(Principal(tenant, PAYER))
         target = self._encodings.current_id
         if standing.leaving and not (
             self._past(("leaving", tenant, collection), self._linger_s) and await self._removed(tenant, collection, standing)

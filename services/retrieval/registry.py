@@ -8,9 +8,10 @@ written an intent says what is about to happen; `recover` finishes or undoes wha
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -76,13 +77,18 @@ class Epoch:
     """Whether a document of it is, or was once, limited to some of the tenant's users."""
 
 
-Turn = Callable[[str], AbstractAsyncContextManager[None]]
-"""Entered with a document's id: be the only process that changes it until left."""
+Renew = Callable[[], Awaitable[None]]
+"""Raises Unavailable if the turn has passed to another; else it is ours for a while longer."""
+Turn = Callable[[str], AbstractAsyncContextManager[Renew]]
+"""Entered with a document's id: be the only process that changes it until left, or until a process that stood still has lost it."""
 
 
 @contextlib.asynccontextmanager
-async def _alone(document_id: str) -> AsyncIterator[None]:
-    yield
+async def _alone(document_id: str) -> AsyncIterator[Renew]:
+    async def renew() -> None:
+        return None
+
+    yield renew
 
 
 class Registry:
@@ -236,9 +242,10 @@ class Registry:
 
         A version that was received later stays, and is returned instead.
 
+        Raises Unavailable if another process has taken over while this one stood still: then nothing of this version is left.
         Cancellation: shield it. Cut short, it leaves an intent that `recover` undoes or finishes.
         """
-        async with self._lock(draft.document_id), self._turn(draft.document_id):
+        async with self._lock(draft.document_id), self._turn(draft.document_id) as renew:
             old = await self.prior(draft.tenant, draft.document_id)
             if old is not None and old.received > draft.received:
                 return old
@@ -252,10 +259,13 @@ class Registry:
             if new.readers:
                 # Before anybody can rest an answer on it: from now on answers are shared among those who see the same documents only.
                 await self._bump(new.tenant, new.collection, limited=True)
+            # Writing may take any time: what others did in the meantime is not to be undone.
+            still_ours = partial(self._renewed, renew, intent)
             if self._encodings is None:
                 await self._write_chunks(CHUNKS, new, chunks, dense, sparse)
+                await still_ours()
             else:
-                await self._write_encoded(self._encodings, new, chunks, dense, sparse)
+                await self._write_encoded(self._encodings, new, chunks, dense, sparse, still_ours)
             # Nothing may come between the last look at the collection's standing and this.
             await self._store.upsert(DOCUMENTS, [Point(new.document_id, _document_payload(new))])
             await self._bump(new.tenant, new.collection)
@@ -271,21 +281,30 @@ class Registry:
 
         False = it is not as it was: another version has come, or it was deleted.
         """
-        async with self._lock(document.document_id), self._turn(document.document_id):
+        async with self._lock(document.document_id), self._turn(document.document_id) as renew:
             stored = await self.prior(document.tenant, document.document_id)
             if stored is None or stored.revision != document.revision:
                 return False
             if stored.received < received:
                 renewed = replace(stored, received=received)
+                await renew()
                 await self._store.upsert(DOCUMENTS, [Point(stored.document_id, _document_payload(renewed))])
             return True
 
     async def _write_encoded(
-        self, encodings: Encodings, new: Document, chunks: Sequence[Chunk], dense: Vectors, sparse: Sequence[Sparse]
+        self, encodings: Encodings, new: Document, chunks: Sequence[Chunk], dense: Vectors, sparse: Sequence[Sparse], still_ours: Renew
     ) -> None:
-        """Write the chunks in every encoding that the collection's documents must have; `dense` and `sparse` are in the one that is set."""
+        """Write the chunks in every encoding that the collection's documents must have; `dense` and `sparse` are in the one that is set.
+
+        Ends with a look at what that is, and before it with `still_ours`.
+        """
         written: set[str] = set()
-        while missing := (await encodings.standing(new.tenant, new.collection)).written - written:
+        while True:
+            if written:
+                await still_ours()
+            missing = (await encodings.standing(new.tenant, new.collection)).written - written
+            if not missing:
+                return
             for id_ in sorted(missing):
                 encoding = await encodings.encoding(id_)
                 if id_ == encodings.current_id:
@@ -309,10 +328,11 @@ class Registry:
 
     async def delete(self, tenant: str, document_id: str) -> Document:
         """Remove a document, its chunks and the collection's cached answers. Raises NotFound. Shield it like `replace`."""
-        async with self._lock(document_id), self._turn(document_id):
+        async with self._lock(document_id), self._turn(document_id) as renew:
             document = await self.document(everything_of(tenant), document_id)
             intent = _Intent(tenant, document.collection, document_id, "", document.revision, self._now_us())
             await self._begin(intent)
+            await self._renewed(renew, intent)
             await self._store.remove(DOCUMENTS, tenant, [document_id])
             await self._bump(tenant, document.collection)
             await self._tidy(intent, {intent.dropped})
@@ -339,6 +359,14 @@ class Registry:
     async def _begin(self, intent: _Intent) -> None:
         payload = {**asdict(intent), "kind": "intent", "tenant": SYSTEM_TENANT, "indexed_us": intent.begun_us}
         await self._store.upsert(DOCUMENTS, [Point(intent.id, payload)])
+
+    async def _renewed(self, renew: Renew, intent: _Intent) -> None:
+        """Make sure that the change is still ours to make. If not, undo what was begun: nobody else knows of its revision."""
+        try:
+            await renew()
+        except Unavailable:
+            await self._tidy(intent, {intent.revision})
+            raise
 
     async def _bump(self, tenant: str, collection: str, *, limited: bool = False) -> None:
         """Give the collection an epoch it never had. The clock takes part, so that two processes at once do not choose the same.

@@ -16,7 +16,7 @@ import orjson
 
 from services.chassis.deadline import budget_s
 from services.chassis.errors import DomainError, ModelFailed, ModelMisconfigured, ModelRefused, Unavailable
-from services.retrieval.ports import Embedded, Vectors
+from services.retrieval.ports import Embedded, Unanswered, Vectors
 from services.retrieval.question_lane import QuestionLane
 from services.retrieval.word_pieces import WordPieces
 
@@ -119,7 +119,7 @@ class RemoteEmbedder:
             # One batch that fails ends the others; which of them failed is nobody's concern.
             raise failed.exceptions[0] from None
         done = [task.result() for task in asked]
-        return Embedded(np.concatenate([one.vectors for one in done]), sum(one.tokens for one in done))
+        return Embedded(np.concatenate([one.vectors for one in done]), sum(one.tokens for one in done), any(one.counted for one in done))
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         return self._pieces.count(texts)
@@ -138,7 +138,7 @@ class RemoteEmbedder:
             async with asyncio.timeout(timeout_s):
                 reply = await self._tried(content, len(texts))
         except TimeoutError:
-            raise Unavailable("the embedder did not answer in time", dependency="embedder") from None
+            raise Unanswered("the embedder did not answer in time", dependency="embedder") from None
         try:
             answered = self._dialect.read(orjson.loads(reply))
             rows = np.asarray(answered.rows, np.float64)
@@ -146,7 +146,9 @@ class RemoteEmbedder:
             raise ModelFailed("the embedder's reply cannot be read") from None
         vectors = checked(rows, len(texts), self.dimension)
         tokens = answered.tokens
-        return Embedded(vectors, sum(await asyncio.to_thread(self._pieces.count, texts)) if tokens is None else tokens)
+        if tokens is None:
+            return Embedded(vectors, sum(await asyncio.to_thread(self._pieces.count, texts)), counted=True)
+        return Embedded(vectors, tokens)
 
     async def _tried(self, content: bytes, texts: int) -> bytes:
         """Post, and once more if that may help."""
@@ -176,8 +178,10 @@ class RemoteEmbedder:
                         raise ModelFailed("the embedder's reply is too large")
                     parts.append(part)
                 return b"".join(parts)
-        except httpx.HTTPError:
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout):
             raise Unavailable("the embedder cannot be reached", dependency="embedder", retry_after_ms=0) from None
+        except httpx.HTTPError:
+            raise Unanswered("the embedder broke off", dependency="embedder", retry_after_ms=0) from None
 
     def _key(self) -> str:
         keys = self._remote.keys

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import sys
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -9,20 +10,24 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import redis.asyncio as redis
 
 from services.chassis.afterwork import AfterWork
-from services.chassis.clock import SystemClock
+from services.chassis.channel import Caller, open_channel
+from services.chassis.clock import Clock, SystemClock
+from services.chassis.config import SettingsError
 from services.chassis.lifecycle import Probe, Service
 from services.chassis.passport import Passport
 from services.chassis.server import Server, passport_identity
 from services.retrieval.answer_cache import AnswerCache
+from services.retrieval.clients import LedgerBooks
 from services.retrieval.config import Settings
 from services.retrieval.edge_bm25 import EdgeBm25
 from services.retrieval.edge_rebuilding import Rebuilding
 from services.retrieval.edge_store import EdgeStore
-from services.retrieval.embedders import opened
+from services.retrieval.embedders import opened, payable
 from services.retrieval.encoding_spaces import Encodings
 from services.retrieval.ingest import Buffer, Ingestion, Pipeline
+from services.retrieval.paid_embedder import PaidEmbedder
 from services.retrieval.parsing import Limits, ParserPool
-from services.retrieval.ports import Embedder, Fusion, VectorStore
+from services.retrieval.ports import Embedder, EmbeddingBooks, Fusion, Ocr, VectorStore
 from services.retrieval.recall import Memory
 from services.retrieval.redis_jobs import RedisJobs
 from services.retrieval.reencoding import Reencoding
@@ -42,7 +47,11 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
     sys.setswitchinterval(0.001)
     clock, afterwork = SystemClock(), AfterWork()
     async with contextlib.AsyncExitStack() as stack:
-        embedder = await stack.enter_async_context(opened(settings.embedder_name, settings))
+        passport = Passport(settings.internal_key.get_secret_value().encode())
+        channel = await stack.enter_async_context(open_channel(settings.ledger_target, settings.mutual_tls()))
+        books = LedgerBooks(channel, Caller("ledger", passport))
+        open_embedder = functools.partial(_opened, settings, books, clock, afterwork)
+        embedder = await stack.enter_async_context(open_embedder(settings.embedder_name))
         sparse = EdgeBm25(settings.language)
         store, prepare, flush = await stack.enter_async_context(
             _store(settings, embedder.dimension, f"{embedder.embedder_id} {sparse.encoder_id}")
@@ -52,7 +61,7 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
             embedder,
             settings.embedder_name,
             sparse,
-            functools.partial(_reopened, settings),
+            open_embedder,
             lambda id_: EdgeBm25.like(id_, sparse),
             clock,
         )
@@ -74,7 +83,7 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         reranking = await stack.enter_async_context(_reranking(settings))
         fusion = Fusion(settings.fusion, settings.fusion_prefetch, weights=weights)
         searcher = Searcher(store, registry, encodings, fusion, clock, reranking)
-        parsers = await stack.enter_async_context(ParserPool(_parser_limits(settings)).running())
+        parsers = await stack.enter_async_context(ParserPool(_parser_limits(settings), ocr_named(settings.ocr)).running())
         ingestion = Ingestion(
             Pipeline(embedder, sparse, registry, parsers.parse),
             jobs,
@@ -85,11 +94,22 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
             buffer=Buffer(settings.ingest_buffer_mib * 1024 * 1024),
         )
         await stack.enter_async_context(ingestion.running())
-        passport = Passport(settings.internal_key.get_secret_value().encode())
         server = Server(passport_identity(passport), reflect=settings.environment == "development", tls=settings.mutual_tls())
         offer(server, Memory(embedder, encodings, registry, answers, searcher), ingestion)
         probes: dict[str, Probe] = {"qdrant": upkeep.check, "redis": jobs.check}
         yield Service(server, settings.port, probes=probes, drain=ingestion.drain, stopping=ingestion.stop)
+
+
+def ocr_named(name: str) -> Ocr | None:
+    """The adapter that the settings name. Raises SettingsError if there is none of that name."""
+    if not name:
+        return None
+    module, _, attribute = name.partition(":")
+    try:
+        made: Ocr = getattr(importlib.import_module(module), attribute)()
+    except (ImportError, AttributeError) as error:
+        raise SettingsError(f"TAILRACE_RETRIEVAL_OCR: {name} cannot be had: {error}") from None
+    return made
 
 
 @contextlib.asynccontextmanager
@@ -134,9 +154,21 @@ async def _jobs(settings: Settings) -> AsyncIterator[RedisJobs]:
         )
 
 
-def _reopened(settings: Settings, name: str, dimension: int) -> contextlib.AbstractAsyncContextManager[Embedder]:
-    """An embedder that the settings named once; the length of vectors that they name now is another's."""
-    return opened(name, settings.model_copy(update={"embedder_dimensions": dimension}))
+@contextlib.asynccontextmanager
+async def _opened(
+    settings: Settings, books: EmbeddingBooks, clock: Clock, afterwork: AfterWork, name: str, dimension: int = 0
+) -> AsyncIterator[Embedder]:
+    """The embedder called `name`, paid for if it is to be. With a `dimension` it is one that the settings named once: the length of vectors
+    that they name now is another's."""
+    if dimension:
+        settings = settings.model_copy(update={"embedder_dimensions": dimension})
+    async with opened(name, settings) as embedder:
+        if (tariff := payable(name, settings)) is None:
+            yield embedder
+            return
+        prefix_bytes = max(len(text.encode()) for text in (settings.embedder_question_prefix, settings.embedder_document_prefix))
+        batch_max, new_id = settings.embedder_batch, lambda: str(uuid.uuid4())
+        yield PaidEmbedder(embedder, books, *tariff, clock, new_id, afterwork, batch_max=batch_max, prefix_bytes=prefix_bytes)
 
 
 def _parser_limits(settings: Settings) -> Limits:

@@ -17,6 +17,35 @@ SECRETS = {"TAILRACE_INTERNAL_KEY", "POSTGRES_PASSWORD", "VALKEY_PASSWORD"}
 VARIABLE = re.compile(r"\$\$|\$\{(\w+)(?:(:?[-?])([^}]*))?\}")
 
 
+NOT_PASSED = {
+    # How a process ends is the image's affair; a service's own address is for the others.
+    "DRAIN_NOTICE_MS DRAIN_GRACE_MS GATEWAY_TARGET ORCHESTRATOR_TARGET RETRIEVAL_TARGET LEDGER_TARGET": "fixed by compose.yaml",
+    "JWT_HS256_SECRET JWT_LEEWAY_S RETRIEVAL_QDRANT_GRPC_PORT": "for other issuers and servers than those of compose.yaml",
+    "REQUESTS_PER_MINUTE_DEFAULT HEARTBEAT_S WRITE_STALL_S BODY_STALL_S ANSWER_DEADLINE_S": "rarely changed; compose.override.yaml",
+    "MODEL_CONNECT_S MODEL_FIRST_TOKEN_S MODEL_STALL_S PROMPTS_DIR": "rarely changed; compose.override.yaml",
+    "TOOLS_RESULT_BYTES_MAX TOOLS_RESULTS_BYTES_MAX TOOLS_PENDING_S TOOLS_PENDING_BYTES_MAX": "bounds; compose.override.yaml",
+    "ORCHESTRATOR_RESTART_PATIENCE_S ORCHESTRATOR_LEASE_S ORCHESTRATOR_LOGS_TIMEOUT_S ORCHESTRATOR_LOGS_BYTES_MAX": "inner workings",
+    "ORCHESTRATOR_LOGS_KEPT_S ORCHESTRATOR_LOGS_KEPT_MAX ORCHESTRATOR_MIRRORS_MAX ORCHESTRATOR_SPOOL_RECORDS_MAX": "inner workings",
+    "ORCHESTRATOR_DETACH_GRACE_S ORCHESTRATOR_HEARTBEAT_S ORCHESTRATOR_CACHE_TIMEOUT_S": "inner workings",
+    "ORCHESTRATOR_SHADOW_TENANT ORCHESTRATOR_DEFAULT_TIER ORCHESTRATOR_ANSWER_PROMPTS ORCHESTRATOR_CACHE_SCOPE": "compose.override.yaml",
+    "ORCHESTRATOR_CACHE_TTL_S ORCHESTRATOR_OUTPUT_TOKENS_DEFAULT ORCHESTRATOR_OUTPUT_TOKENS_MIN": "compose.override.yaml",
+    "ORCHESTRATOR_PROMPT_TOKENS_MAX ORCHESTRATOR_PASSAGES_MAX ORCHESTRATOR_PASSAGES_TOKENS_MAX": "compose.override.yaml",
+    "ORCHESTRATOR_HISTORY_TURNS_MAX ORCHESTRATOR_HISTORY_TOKENS_MAX": "compose.override.yaml",
+    "ORCHESTRATOR_ANSWERS_MAX ORCHESTRATOR_ANSWERS_PER_USER_MAX": "compose.override.yaml",
+    "RETRIEVAL_QDRANT_TIMEOUT_S RETRIEVAL_EMBED_QUANT RETRIEVAL_EMBEDDER_CUT RETRIEVAL_EMBEDDER_BATCH": "compose.override.yaml",
+    "RETRIEVAL_EMBEDDER_TIMEOUT_S RETRIEVAL_EMBEDDER_ENCODING RETRIEVAL_EMBEDDER_FOLDER": "compose.override.yaml",
+    "RETRIEVAL_LANGUAGE RETRIEVAL_FUSION RETRIEVAL_FUSION_PREFETCH": "chosen by measuring",
+    "RETRIEVAL_FUSION_WEIGHT_DENSE RETRIEVAL_FUSION_WEIGHT_SPARSE": "chosen by measuring",
+    "RETRIEVAL_RERANKER_CANDIDATES RETRIEVAL_RERANKER_TIMEOUT_S": "compose.override.yaml",
+    "RETRIEVAL_CACHE_SIMILARITY_MIN RETRIEVAL_CACHE_TTL_S": "chosen by measuring",
+    "RETRIEVAL_INGEST_JOBS_MAX RETRIEVAL_INGEST_BUFFER_MIB RETRIEVAL_INGEST_LEASE_S RETRIEVAL_INGEST_KEPT_S": "compose.override.yaml",
+    "RETRIEVAL_INGEST_WATCHERS_MAX RETRIEVAL_INGEST_TIMEOUT_S": "compose.override.yaml",
+    "RETRIEVAL_PARSE_WORKERS RETRIEVAL_PARSE_TIMEOUT_S RETRIEVAL_PARSE_MEMORY_MIB": "bound by mem_limit",
+    "LEDGER_CONNECTIONS_MAX LEDGER_START_WAIT_S LEDGER_SWEEP_INTERVAL_MS LEDGER_SWEEP_GRACE_MS LEDGER_ROLL_INTERVAL_MS": "inner workings",
+}
+"""Settings that compose.yaml leaves at their defaults, without `TAILRACE_`, and why. Whoever adds a setting passes it or names it here."""
+
+
 class Missing(Exception):
     """A variable that compose insists on is not set."""
 
@@ -75,6 +104,16 @@ def test_every_variable_that_compose_sets_is_claimed_by_the_service(service: str
     claimed = set(settings_class(service).variables())
 
     assert set(environment(service)) - claimed == set()
+
+
+def test_every_setting_reaches_its_service_or_is_said_not_to() -> None:
+    """In .env it would be silently without effect."""
+    left_out = {f"TAILRACE_{name}" for names in NOT_PASSED for name in names.split()} | {"QDRANT_API_KEY"}
+    claimed = {service: set(settings_class(service).variables()) for service in PORTS}
+    missing = {service: names - set(environment(service)) for service, names in claimed.items()}
+
+    assert {service: names - left_out for service, names in missing.items()} == {service: set() for service in PORTS}
+    assert left_out - set().union(*missing.values()) == set(), "named without need"
 
 
 @pytest.mark.parametrize("service", PORTS)

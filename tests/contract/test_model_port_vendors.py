@@ -111,6 +111,24 @@ async def test_thoughts_are_heard_before_the_text_and_billed_with_it(subject: Su
     assert (usage.output_tokens, estimated) == (9, False)
 
 
+@pytest.mark.parametrize(("reasoning", "thoughts"), [("Let me see. Ports have numbers.", 6), ("", 0)])
+async def test_thoughts_are_told_as_a_part_of_the_output(subject: Subject, provider: Provider, reasoning: str, thoughts: int) -> None:
+    """By each vendor in another field; nothing is counted twice."""
+    provider.default = Behaviour(reasoning=reasoning, text="It is 8080.")
+    made = await asked(subject)
+    usage, _ = made.usage(prompt())
+
+    assert (made.reasoning_tokens, usage.output_tokens) == (thoughts, thoughts + 3)
+
+
+async def test_who_was_asked_and_what_it_calls_its_answer_is_known(subject: Subject, provider: Provider) -> None:
+    """For the trace: each vendor says it elsewhere."""
+    made = await asked(subject)
+
+    assert made.address == "127.0.0.1"
+    assert made.response_id and provider.records[-1].request_id.removeprefix("req_") in made.response_id
+
+
 async def test_nobody_is_asked_to_show_thoughts_that_nobody_hears(subject: Subject, provider: Provider) -> None:
     """Showing costs time, and with Claude the thinking itself is only begun for it."""
     await asked(subject, Heard(reasons=False))

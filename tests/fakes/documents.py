@@ -153,6 +153,25 @@ def scanned_pdf() -> bytes:
     )
 
 
+def half_scanned_pdf(pages: str) -> bytes:
+    """Pages of text (`t`), pictures (`p`) and empty ones (`e`), in this order."""
+    picture = zlib.compress(b"\x00" * 100)
+    draws = {"t": "BT /F 12 Tf 50 700 Td (Words that stand on a page of text.) Tj ET", "p": "600 0 0 800 0 0 cm /P Do", "e": ""}
+    kids = " ".join(f"{5 + 2 * number} 0 R" for number in range(len(pages)))
+    objects: list[str | bytes] = [
+        "<</Type/Catalog/Pages 2 0 R>>",
+        f"<</Type/Pages/Kids[{kids}]/Count {len(pages)}>>",
+        "<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
+        b"<</Type/XObject/Subtype/Image/Width 10/Height 10/BitsPerComponent 8/ColorSpace/DeviceGray/Filter/FlateDecode/Length %d>>"
+        b"stream\n" % len(picture) + picture + b"\nendstream",
+    ]
+    for number, kind in enumerate(pages):
+        resources = "<</Font<</F 3 0 R>>/XObject<</P 4 0 R>>>>"
+        objects.append(f"<</Type/Page/Parent 2 0 R/MediaBox[0 0 600 800]/Contents {6 + 2 * number} 0 R/Resources{resources}>>")
+        objects.append(f"<</Length {len(draws[kind])}>>stream\n{draws[kind]}\nendstream")
+    return pdf_of(objects)
+
+
 def locked_pdf() -> bytes:
     """A PDF that no known password opens."""
     secret = "00" * 32

@@ -8,6 +8,7 @@ import contextlib
 import itertools
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,8 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
     """Models that no budget can pay."""
     affordable: int = 1_000_000
     """Most output tokens that the budget can pay for."""
+    affordable_of: dict[str, int] = field(default_factory=dict)
+    """The same for single models, where it is another number."""
     credit_nanousd: int = 10_000_000_000
     """What each lease lends; 0 = none is lent."""
     leases: dict[str, ledger_pb.LendCreditRequest] = field(default_factory=dict)
@@ -168,6 +171,8 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
     """How many reservations meet a ledger that has too much to do."""
     keeping: asyncio.Event = field(default_factory=asyncio.Event)
     """While it is not set, turns arrive and are not kept yet."""
+    deleted: dict[str, datetime] = field(default_factory=dict)
+    """When a conversation was deleted; at "", when the user was erased."""
     away: bool = False
     reject: str = ""
     recording: bool = True
@@ -185,7 +190,7 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
         if self.lent_elsewhere:
             self.lent_elsewhere -= 1
             raise BudgetExhausted("it is lent", needed_nanousd=5, left_nanousd=2, lent_nanousd=3, scope="tenant")
-        granted = min(request.output_tokens_max, self.affordable)
+        granted = min(request.output_tokens_max, self.affordable_of.get(request.model, self.affordable))
         if self.broke or request.model in self.too_dear or granted < (request.output_tokens_min or request.output_tokens_max):
             raise BudgetExhausted("nothing is left", needed_nanousd=1, left_nanousd=0, scope="tenant")
         price = PRICES.get(request.model)
@@ -268,7 +273,9 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
         operation, asker = self.operations.get(request.operation_id), current_principal()
         if operation is None or (operation.tenant, operation.user) != (asker.tenant, asker.user):
             raise NotFound("no such operation", kind="operation")
-        return ledger_pb.GetOperationResponse(operation=operation)
+        turns = self.turns.get(operation.session_id, ()) if request.with_turn else ()
+        turn = next((turn for turn in turns if turn.answer_id == request.operation_id), None)
+        return ledger_pb.GetOperationResponse(operation=operation, turn=turn)
 
     async def ListTurns(self, request: ledger_pb.ListTurnsRequest, context: grpc.aio.ServicerContext) -> None:
         turns = self.branch(request.session_id, request.until_answer_id)
@@ -287,6 +294,10 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
         await self.keeping.wait()
         turns = self.turns.get(request.session_id, [])
         parents = {turn.answer_id: turn.parent_answer_id for turn in turns}
+        deleted_at = max((self.deleted[name] for name in (request.session_id, "") if name in self.deleted), default=None)
+        if deleted_at is not None and deleted_at >= request.turn.created_at.ToDatetime(UTC):
+            self.turned_away += 1
+            raise NotFound("the conversation was deleted", kind="turn")
         if not {request.replaces, request.asked_after} - {""} <= parents.keys():
             self.turned_away += 1
             raise NotFound("the conversation has no such turn", kind="turn")
@@ -301,6 +312,12 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
                 break
             unsummarised += 1
         return ledger_pb.AppendTurnResponse(ordinal=len(turns), unsummarised=unsummarised)
+
+    def delete(self, session_id: str = "") -> None:
+        """Forget a conversation; without one all that the user has."""
+        self.deleted[session_id] = datetime.now(UTC)
+        for forgotten in [session_id] if session_id else list(self.turns):
+            self.turns.pop(forgotten, None)
 
     def branch(self, session_id: str, until: str = "") -> list[ledger_pb.Turn]:
         """The turns that lead to an answer, or to the one kept last."""

@@ -270,9 +270,11 @@ async def answered(
     limits: ToolLimits | None = None,
     events: EventLog | None = None,
     world: _Yes | None = None,
+    health: Health | None = None,
     deadline_s: float = 60.0,
 ) -> Told:
     """Answer `asked`, or a question that may use all of `tools`, to its end."""
+    health = health or Health(lambda: 0.0, lambda: 0.0)
     tools, yes, pending = list(tools), world or _Yes(), pending or Pending()
     asked = asked or question(server_tools=tuple(tool.spec.name for tool in tools))
     toolset = Toolset(Toolbox(tools, sources, confirmed), pending, confirmations or Confirmations(Words()), limits or ToolLimits())
@@ -282,8 +284,8 @@ async def answered(
         *(anything, anything, anything, anything),
         {"scripted": model},
         *(AfterWork(), _Clock(), read_templates("answer.v1"), bounds, anything),
-        *(Errands(anything, anything, {}, (), Tariff(anything), _Clock(), lambda: ""), None),
-        *(Health(lambda: 0.0, lambda: 0.0), read_template(CONTINUE_FILE), Shadows("", lambda: "", lambda: 1.0), toolset),
+        *(Errands(anything, anything, {}, tuple, Tariff(anything), health, _Clock(), lambda: ""), None),
+        *(health, read_template(CONTINUE_FILE), Shadows("", lambda: "", lambda: 1.0), toolset),
     )
     log = EventLog(asked.answer_id) if events is None else events  # an empty log is falsy
     await produce(asked, kit, log)

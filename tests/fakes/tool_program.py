@@ -1,6 +1,7 @@
 """An MCP server that is a program, of the revision of 2025-11-25. Imports nothing of others, so that it starts fast.
 
-Its first argument chooses its manners: `good`; `dies` at a call; `floods` instead of answering a call; `stays`, with a child, although
+Its first argument chooses its manners: `good`; `dies` at a call; `floods` instead of answering a call; `silent` when it is asked
+for its tools; `late`, which begins once there is a file `go` beside its notes; `stays`, with a child, although
 its input is closed and it was asked to go.
 """
 
@@ -38,6 +39,8 @@ print("Welcome, people.", flush=True)
 if MANNERS == "stays":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     note(f"began {subprocess.Popen(['sleep', '600']).pid}")
+while MANNERS == "late" and not (Path(NOTES).parent / "go").exists():
+    time.sleep(0.01)
 for line in sys.stdin:
     asked = json.loads(line)
     if "id" not in asked:
@@ -47,6 +50,9 @@ for line in sys.stdin:
         told = {"protocolVersion": "2025-11-25", "capabilities": {"tools": {}}, "serverInfo": {"name": "tests", "version": "1"}}
         answer["result"] = told
     elif asked["method"] == "tools/list":
+        note("asked 1")
+        if MANNERS == "silent":
+            continue
         answer["result"] = {"tools": [TOOL]}
     elif asked["method"] == "tools/call":
         content = called(asked["params"].get("arguments", {}).get("what", ""))

@@ -20,6 +20,8 @@ class ToolServer:
     sessions_only: bool = False
     """Speak as servers did before 2026-07-28."""
     away: bool = False
+    silent: bool = False
+    """Never answer what tools there are."""
     flood: int = 0
     """Bytes to answer every request with instead."""
     methods: list[str] = field(default_factory=list)
@@ -81,6 +83,8 @@ async def tool_server(**behaviour: Any) -> AsyncIterator[ToolServer]:
         seen.methods.append(asked.get("method", scope["method"]))
         if seen.away:
             return await reply(503, b"")
+        if seen.silent and seen.methods[-1] == "tools/list":
+            await asyncio.Event().wait()
         if seen.flood:
             return await reply(200, b"[" + b" " * seen.flood + b"]")
         if seen.sessions_only and asked.get("method") == "server/discover":

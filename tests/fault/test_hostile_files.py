@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import io
+import json
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ import pytest
 from services.chassis.errors import DocumentRejected
 from services.retrieval.domain import Upload
 from services.retrieval.parsing import Limits, ParserPool
+from tests.fakes import confined
 
 RSS_MIB_MAX = 512
 SECONDS_MAX = 30
@@ -188,8 +190,24 @@ async def test_who_stops_waiting_ends_the_reading_and_the_pool_leaves_no_process
     await until(lambda: not children() - before, 5)
 
 
-async def test_a_parser_reaches_neither_network_nor_files(pool: ParserPool) -> None:
-    """What a document names is not opened: an include directive shows as text or not at all."""
+async def test_a_parser_reaches_neither_network_nor_files_nor_other_programs(tmp_path: Path) -> None:
+    """Code that runs where files are read tries each door, through Python and past it, and finds all of them closed."""
+    program = Path(confined.__file__)
+    environ = {"PYTHONPATH": str(program.parents[2]), "PATH": os.environ["PATH"]}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "tests.fakes.confined", str(os.getpid()), str(tmp_path), env=environ, stdout=asyncio.subprocess.PIPE
+    )
+    said, _ = await process.communicate()
+    outcomes = json.loads(said)
+
+    assert process.returncode == 0
+    assert outcomes.pop("import a module") == outcomes.pop("start a thread") == "done"
+    assert outcomes == dict.fromkeys(confined.REFUSED if sys.platform == "linux" else confined.REFUSED_TO_PYTHON, "refused")
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_what_a_document_names_is_not_opened(pool: ParserPool) -> None:
+    """Neither files nor addresses: an include directive shows as text or not at all."""
     text = "Title\n=====\n\n.. include:: /etc/passwd\n\n.. image:: http://127.0.0.1:1/x.png\n\nThe end.\n"
     extracted = await pool.parse(Upload(text.encode(), source_uri="include.rst"))
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import msgspec
 import pytest
+from google.protobuf.struct_pb2 import Struct
 
 from bench.script import Behaviour, Record, ScriptedCall
-from services.chassis.errors import DomainError
+from services.chassis.errors import DomainError, PriceUnknown
 from services.local.stores import Valkey
 from tailrace.ledger.v1 import ledger_service_pb2 as ledger_pb
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as pb
@@ -292,8 +293,10 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def test_matrix_in_the_docs_is_current() -> None:
-    """What is promised to people is what is tested."""
+def test_matrix_in_the_docs_is_current(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is promised to people is what is tested. The table is printed, so that whoever runs the tests sees what they hold."""
+    with capsys.disabled():
+        print(f"\n{table()}")
     found = re.search(r"<!-- fault matrix -->\n(.*?)\n<!-- end -->", DOCS.read_text(encoding="utf-8"), re.DOTALL)
 
     assert found is not None
@@ -476,6 +479,35 @@ async def test_budget_that_cannot_pay_the_tier_may_pay_a_cheaper_one(claude: Wor
     assert [(choice.tier, choice.reason) for choice in reply.done.choices] == [("thrifty", "first"), ("alone", "budget")]
 
 
+async def test_a_model_without_a_price_is_passed_over(claude: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is given away, and the tier's other models are asked; only if none has a price is that the answer's end."""
+    monkeypatch.delitem(PRICES, "claude-haiku-5-5")
+    reply = await claude.ask(QUESTION, cache=pb.CACHE_MODE_OFF)
+    monkeypatch.delitem(PRICES, "claude-sonnet-5-5")
+    with pytest.raises(PriceUnknown):
+        await claude.ask(QUESTION, cache=pb.CACHE_MODE_OFF)
+
+    assert [(choice.model, choice.reason) for choice in reply.done.choices] == [
+        ("claude-haiku-5-5", "first"),
+        ("claude-sonnet-5-5", "no_price"),
+    ]
+    assert [record.model for record in claude.provider.records] == ["claude-sonnet-5-5"]
+
+
+@pytest.mark.parametrize(
+    ("dear", "cheap", "model", "written"), [(300, 4_000, "claude-haiku-5-5", 1_000), (300, 400, "claude-haiku-5-5", 400)]
+)
+async def test_a_whole_answer_of_the_cheaper_tier_is_better_than_a_short_one_of_the_dear(
+    claude: World, dear: int, cheap: int, model: str, written: int
+) -> None:
+    """Nothing is shortened while there is a cheaper way; the last way is, if it must be."""
+    claude.ledger.affordable_of = {"claude-sonnet-5-5": dear, "claude-haiku-5-5": cheap}
+    claude.behave(tokens=2_000)
+    reply = await claude.ask(QUESTION, tier="thrifty", max_output_tokens=1_000)
+
+    assert (reply.done.model, reply.done.usage.output_tokens) == (model, written)
+
+
 async def test_models_file_is_read_again_when_it_changes_and_a_broken_one_changes_nothing(claude: World, tmp_path: Path) -> None:
     """Nothing is restarted for a change, and nothing stops for a mistake."""
     path = Path(claude.settings.models_file)
@@ -514,6 +546,22 @@ async def test_shadow_answer_is_unseen_and_booked_on_its_own_tenant_with_what_it
     assert int(facts["cost_nanousd"]) == mine.cost_nanousd > 0
     assert (facts["other_groundedness"], facts["similarity"]) == ("1.000", "1.000") and "groundedness" not in facts
     assert b"8080" not in shadow.SerializeToString()
+
+
+async def test_shadow_answer_that_does_not_satisfy_the_schema_has_not_passed(claude: World) -> None:
+    """An answer to somebody would have ended in an error: a tier that writes such is not as good as the other."""
+    schema = Struct()
+    schema.update({"type": "object", "properties": {"port": {"type": "integer"}}, "required": ["port"]})
+    claude.provider.rules = [
+        (b"claude-sonnet-5-5", Behaviour(text='{"port": "8080"}')),
+        (b"claude-haiku-5-5", Behaviour(text='{"port": 8080}')),
+    ]
+    reply = await claude.ask(QUESTION, tier="watched", output_schema=schema)
+    await until(lambda: len(claude.ledger.operations) == 2)
+    (shadow,) = (operation for operation in claude.ledger.operations.values() if operation.tenant == "shadow")
+    facts = next(dict(step.facts) for step in shadow.steps if step.name == "compare")
+
+    assert (reply.done.verdict, facts["verdict"], facts["other_verdict"]) == ("passed", "passed", "output_invalid")
 
 
 async def test_shadow_answer_that_fails_or_is_refused_touches_nobody(claude: World) -> None:

@@ -9,6 +9,7 @@ import sqlite3
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -236,6 +237,26 @@ async def test_usage_lost_on_disconnect(claude: World) -> None:
     assert abs(operation.usage.output_tokens - record.output_tokens) <= 2
 
 
+@pytest.mark.parametrize("whole", [False, True])
+async def test_key_is_asked_again_after_its_line_was_lost(claude: World, whole: bool) -> None:
+    """Within the grace it is the same answer, also for who waits for one whole document; after it the key runs again. Nobody cancelled."""
+    claude.behave(tokens=30, tokens_per_s=100)
+    fields = {"idempotency_key": f"lost-{whole}", "cancel_on_disconnect": whole, "cache": pb.CACHE_MODE_OFF}
+    left = await _ask_and_leave(claude, **fields)
+    assert (await claude.ask(QUESTION, **fields)).answer_id == left.answer_id
+
+    claude.behave(tokens=1000, tokens_per_s=100)
+    fields["idempotency_key"] = f"left-{whole}"
+    left = await _ask_and_leave(claude, **fields)
+    operation = await claude.booked(left.answer_id)
+    claude.behave(tokens=30)
+    again = await claude.ask(QUESTION, **fields)
+
+    assert (operation.status, operation.error_reason) == ("cancelled", "ANSWER_ABANDONED")
+    assert again.answer_id != left.answer_id
+    assert again.done.verdict == "passed"
+
+
 async def test_silence_is_filled_with_heartbeats_that_take_no_number(claude: World) -> None:
     """A heartbeat repeats the last number."""
     claude.behave(ttft_ms=400)
@@ -277,6 +298,38 @@ async def test_log_that_was_forgotten_is_gone_and_not_unknown(tmp_path: Path, va
                 await running.resume(reply.answer_id)
         with pytest.raises(NotFound):
             await running.resume(reply.answer_id, principal=BOB)
+
+
+@pytest.mark.parametrize("fields", [{}, {"server_tools": ["calculator"]}])
+async def test_key_gets_its_answer_again_when_the_log_is_gone(tmp_path: Path, valkey: Valkey, fields: dict[str, Any]) -> None:
+    """Text, cited passages, citations and receipt, from the books; no provider is asked. The events themselves stay gone."""
+    asked = {"idempotency_key": f"gone-{len(fields)}", "cache": pb.CACHE_MODE_OFF, **fields}
+    async with world(tmp_path, valkey.url, TAILRACE_ORCHESTRATOR_LOGS_KEPT_S="0") as running:
+        first = await running.ask(QUESTION, **asked)
+        await running.booked(first.answer_id)
+        with pytest.raises(AnswerLogGone):
+            while True:  # here it goes at once, in Redis with the next flush
+                await running.resume(first.answer_id)
+        again = await running.ask(QUESTION, **asked)
+        records = await running.records()
+        with pytest.raises(IdempotencyConflict):
+            await running.ask("How long do holds live?", **asked)
+    kept, was = again.done, pb.Done()
+    was.CopyFrom(first.done)
+    was.ClearField("choices")
+    citations = [event.citation for event in first.events if event.HasField("citation")]
+    if fields:
+        was.ClearField("groundedness")
+        was.ClearField("sentences_judged")
+        for citation in citations:
+            citation.ClearField("support")
+    duration_ms, kept.duration_ms = kept.duration_ms, was.duration_ms  # what is booked was taken a moment before
+
+    assert (again.answer_id, again.text) == (first.answer_id, first.text)
+    assert [event.citation for event in again.events if event.HasField("citation")] == citations != []
+    assert kept == was
+    assert 0 < duration_ms <= was.duration_ms
+    assert len(records) == 1
 
 
 async def test_same_idempotency_key_is_the_same_answer(claude: World) -> None:

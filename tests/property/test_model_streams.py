@@ -92,7 +92,17 @@ def read(reading: type[Reading], chunks: list[bytes]) -> tuple[Draft, list[tuple
 def facts(draft: Draft) -> tuple[Any, ...]:
     """Everything that is told and booked of a draft, but for how its text was cut."""
     counts = (draft.input_tokens, draft.output_tokens, draft.cache_read_tokens, draft.cache_write_tokens, draft.usage_is_final)
-    return (draft.text, draft.deltas, draft.calls, draft.reasoned, draft.model, draft.request_id, draft.finish_reason, *counts)
+    return (
+        draft.text,
+        draft.deltas,
+        draft.calls,
+        draft.reasoned,
+        draft.called,
+        draft.model,
+        draft.request_id,
+        draft.finish_reason,
+        *counts,
+    )
 
 
 @pytest.mark.parametrize("name", SPEAKERS)

@@ -41,7 +41,7 @@ PRICE_MAX = 10**13
 
 STATUSES = ("done", "failed", "cancelled")
 STEP_STATUSES = ("done", "skipped", "failed")
-PURPOSES = ("", "rewrite", "shadow", "summary", "title")
+PURPOSES = ("", "embed", "rewrite", "shadow", "summary", "title")
 VERDICTS = ("", "miss", "exact", "semantic", "coalesced", "off")
 PLAN_NAME = re.compile(r"[a-z0-9_-]{1,64}")
 CACHE_SCOPES = ("", "tenant", "user", "off")

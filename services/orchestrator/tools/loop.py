@@ -4,7 +4,7 @@ What a tool does is not known here, nor how a provider writes a call. What tools
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from services.chassis.telemetry import StepRecord, span
 from services.orchestrator.attempts import first_draft
 from services.orchestrator.compose import MESSAGE_OVERHEAD_TOKENS, fenced_question, fenced_result, tokens_max
 from services.orchestrator.domain import Draft, Message, Prompt, Suspended, ToolCall, ToolConfirmation, ToolResult, ToolSpec
-from services.orchestrator.json_schema import Schema, SchemaRefused, ValueRefused, parse_object
+from services.orchestrator.json_schema import Schema, SchemaRefused, ValueRefused, parse_object, require_bounded
 from services.orchestrator.run import Run
 from services.orchestrator.tools.intake import results_for
 from services.orchestrator.tools.toolbox import CALL_ID_CHARACTERS_MAX, Allowed, Bench, Handed, Judged, Output, Refused, ToolFailed
@@ -32,6 +32,8 @@ CALLS_MAX = 64
 IMAGE_TOKENS_MAX = 8_192
 """More than any provider makes of one picture, however large it is."""
 TOOL_OVERHEAD_TOKENS = 128
+RESULT_NODES_MAX = 50_000
+"""Values in what a tool returns as JSON, where it promises a shape: a server may send megabytes of them."""
 TIME_SHARE = 0.5
 """Of the time that is left, how much a call may take: the model needs the rest to answer."""
 CALLING = frozenset({"tool_use", "end_turn", "stop_sequence", ""})
@@ -43,6 +45,8 @@ class _Used:
     """What the tools of an answer have taken so far."""
 
     rounds: int = 0
+    calls: int = 0
+    """Without those that were passed over."""
     bytes: int = 0
     call_ids: set[str] = field(default_factory=set)
 
@@ -55,8 +59,9 @@ class _Made:
     fenced: ToolResult
 
 
-async def draft_with_tools(run: Run, prompt: Prompt) -> Draft:
-    """The draft that ends the answer: the model's text, or calls of the client's tools, which end it with `tool_use`.
+async def draft_with_tools(run: Run, prompt: Prompt) -> tuple[Draft, Prompt]:
+    """The draft that ends the answer: the model's text, or calls of the client's tools, which end it with `tool_use`. With it the prompt
+    that it is the answer to: with pictures, and all that tools returned.
 
     Raises what `first_draft` raises, ModelFailed if the model calls on when it may no more, Unavailable or Overloaded if an answer that
     must wait for its client cannot be kept.
@@ -71,22 +76,25 @@ async def draft_with_tools(run: Run, prompt: Prompt) -> Draft:
     while True:
         draft = await first_draft(run, prompt)
         if not draft.calls or draft.finish_reason not in CALLING:
-            return draft
-        calls = _numbered(draft.calls[: min(CALLS_PER_ROUND_MAX, CALLS_MAX - len(used.call_ids))], used)
+            return draft, prompt
+        calls = _numbered(draft.calls, used)
+        taken = calls[: min(CALLS_PER_ROUND_MAX, CALLS_MAX - used.calls)]
         used.rounds += 1
-        judged = await asyncio.to_thread(_judge, bench, calls)  # a stranger's schema may take its time, and other streams go on
+        used.calls += len(taken)
+        judged = await asyncio.to_thread(_judge, bench, taken)  # a stranger's schema may take its time, and other streams go on
         for verdict in judged:
             run.events.append(_readable(verdict.call))
         made = await _make(run, judged, used)
+        results = [each.fenced for each in made if each is not None] + [_passed_over(call) for call in calls[len(taken) :]]
         prompt = _spoken(prompt, draft, calls)
         if any(isinstance(verdict, Handed) for verdict in judged):
-            await _suspend(run, prompt, [each.fenced for each in made if each is not None])
+            await _suspend(run, prompt, results)
             draft.finish_reason = "tool_use"
-            return draft
+            return draft, prompt
         run.begin_paragraph()
-        prompt = _answered(prompt, [each.fenced for each in made if each is not None])
+        prompt = _answered(prompt, results)
         if not bench.specs:  # no provider takes calls of tools it was not told of
-            prompt = _plain(prompt)
+            prompt = without_tools(prompt)
         if reason := _spent(run, prompt, used):
             return await _last(run, prompt, reason)
 
@@ -164,6 +172,12 @@ def _numbered(calls: Sequence[ToolCall], used: _Used) -> list[ToolCall]:
     return found
 
 
+def _passed_over(call: ToolCall) -> ToolResult:
+    """What the model hears of a call that is one too many. Readers hear nothing: it is neither made nor anybody's to make."""
+    reason = f"not called: {CALLS_PER_ROUND_MAX} calls at once and {CALLS_MAX} in all are the most there are"
+    return ToolResult(call.call_id, call.name, fenced_result(reason), failed=True)
+
+
 def _readable(call: ToolCall) -> ToolCall:
     """The call as an event, which holds JSON or nothing."""
     try:
@@ -238,7 +252,7 @@ async def _outcome(run: Run, verdict: Allowed) -> tuple[str, Output]:
             output = await verdict.tool.call(verdict.arguments, run.question)
         if (promised := verdict.tool.output_schema) is not None:
             try:
-                Schema(promised).check(output.structured)
+                await asyncio.to_thread(_check_result, promised, output.structured)  # as with arguments: it may take its time
             except (ValueRefused, SchemaRefused) as error:
                 return "wrong_result", Output(f"the tool returned something else than it promises: {error}")
         return "done", output
@@ -251,6 +265,12 @@ async def _outcome(run: Run, verdict: Allowed) -> tuple[str, Output]:
     except Exception as error:  # a tool is anybody's code; its text may hold anybody's words
         log.error("tool_failed_unexpectedly", tool=verdict.call.name, error=type(error).__name__)
         return "failed", Output("the tool failed")
+
+
+def _check_result(promised: Mapping[str, Any], structured: object) -> None:
+    """Raises ValueRefused, SchemaRefused."""
+    require_bounded(structured, RESULT_NODES_MAX)
+    Schema(promised).check(structured)
 
 
 def _time_for(wanted_s: float) -> float:
@@ -282,7 +302,7 @@ def _answered(prompt: Prompt, results: Sequence[ToolResult]) -> Prompt:
     return _with(prompt, Message("tool", results=tuple(results)))
 
 
-def _plain(prompt: Prompt) -> Prompt:
+def without_tools(prompt: Prompt) -> Prompt:
     """The prompt with calls and results told in words, for a model that shall not call: every provider takes that, from any other."""
     messages: list[Message] = []
     for message in prompt.messages:
@@ -301,8 +321,10 @@ def _spent(run: Run, prompt: Prompt, used: _Used) -> str:
     limits = run.kit.tools.limits
     if used.rounds >= limits.rounds_max:
         return f"{limits.rounds_max} rounds are the most there are"
-    if len(used.call_ids) >= CALLS_MAX:
+    if used.calls >= CALLS_MAX:
         return f"{CALLS_MAX} calls are the most there are"
+    if limits.cost_nanousd_max and run.cost_nanousd >= limits.cost_nanousd_max:
+        return "the answer has cost as much as it may"
     if used.bytes >= limits.results_bytes_max:
         return "the results have reached their bound"
     if prompt.input_tokens_max + limits.result_bytes_max > _room(run):
@@ -310,14 +332,22 @@ def _spent(run: Run, prompt: Prompt, used: _Used) -> str:
     return ""
 
 
-async def _last(run: Run, prompt: Prompt, reason: str) -> Draft:
+async def _last(run: Run, prompt: Prompt, reason: str) -> tuple[Draft, Prompt]:
     """Tell the model once that no call may follow, and let it answer. Raises ModelFailed if it calls all the same."""
-    told = _with(_plain(prompt), Message("user", f"<tool_limit>\nNo tool may be called any more: {reason}. Answer now.\n</tool_limit>"))
+    told = _with(
+        without_tools(prompt), Message("user", f"<tool_limit>\nNo tool may be called any more: {reason}. Answer now.\n</tool_limit>")
+    )
     merged = (*told.messages[:-2], Message("user", f"{told.messages[-2].text}\n{told.messages[-1].text}"))
-    draft = await first_draft(run, replace(told, messages=merged))
+    told = replace(told, messages=merged)
+    draft = await first_draft(run, told)
+    require_no_calls(draft)
+    return draft, told
+
+
+def require_no_calls(draft: Draft) -> None:
+    """Raise ModelFailed if a model calls that was given no tools."""
     if draft.calls and draft.finish_reason in CALLING:
         raise ModelFailed("the model called a tool after it was told not to", cause="tool_calls")
-    return draft
 
 
 async def _suspend(run: Run, prompt: Prompt, results: Sequence[ToolResult]) -> None:

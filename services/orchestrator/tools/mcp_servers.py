@@ -6,7 +6,9 @@ and each call has a connection of its own, so that no session, and nothing a ser
 of a server's revision is kept, so that one without sessions is asked once and not twice.
 """
 
+import asyncio
 import contextlib
+import contextvars
 import logging
 import os
 import re
@@ -29,7 +31,7 @@ from services.chassis.errors import Unavailable
 from services.orchestrator.compose import tool_description
 from services.orchestrator.domain import Question, ToolSpec
 from services.orchestrator.json_schema import Schema, SchemaRefused, closed
-from services.orchestrator.tools.mcp_process import ServerProcess
+from services.orchestrator.tools.mcp_process import START_S, ServerProcess
 from services.orchestrator.tools.mcp_session import CONNECTIONS_MAX, RESPONSE_BYTES_MAX, US, Session, first_of, greet, settled
 from services.orchestrator.tools.toolbox import NAME, Output, Tool, ToolFailed
 
@@ -41,8 +43,11 @@ PAGES_MAX = 16
 DESCRIPTION_CHARACTERS_MAX = 2_000
 EVENT_BYTES_MAX = 1024 * 1024
 CONNECT_S, READ_S = 5.0, 60.0
+LIST_S = 5.0
+"""How long a server may take to tell what tools it has, and how long the first answers wait for it before their model is asked. A program
+may take START_S longer, behind them."""
 AWAY_S = 5.0
-"""How long a server that could not be reached is left alone before its tools are asked for again."""
+"""How long a server that could not be reached, or kept silent, is left alone before its tools are asked for again."""
 _SERVER_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,23}")
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _UNNAMABLE = re.compile(r"[^A-Za-z0-9_-]")
@@ -204,9 +209,13 @@ class McpServer:
         self._tools: Mapping[str, Tool] = {}
         self._listed_at: float | None = None
         self._away_until = 0.0
+        self._listing: asyncio.Task[None] | None = None
 
     async def aclose(self) -> None:
         """Close connections, and end the process of a program."""
+        if self._listing is not None:
+            self._listing.cancel()
+            await asyncio.wait({self._listing})
         await self._client.aclose()
         if self._process is not None:
             await self._process.aclose()
@@ -220,32 +229,43 @@ class McpServer:
         return self._settings.tools is None or tool in {_UNNAMABLE.sub("_", name) for name in self._settings.tools}
 
     async def tools(self) -> Mapping[str, Tool]:
-        """The list, at most `list_life_s` old; an older one while the server is away, whose calls fail then."""
-        if self._listed_at is not None and self._now() - self._listed_at < self._settings.list_life_s:
-            return self._tools
-        if self._now() >= self._away_until:
-            try:
-                self._tools, self._listed_at = await self._listed(), self._now()
-            except (Unavailable, ToolFailed):
-                self._away_until = self._now() + AWAY_S
+        """The list. One older than `list_life_s` is made anew behind the answers, which go on with the old one; the first is waited for."""
+        is_old = self._listed_at is None or self._now() - self._listed_at >= self._settings.list_life_s
+        if is_old and self._listing is None and self._now() >= self._away_until:
+            # Of nobody's answer: whoever asked may leave, and the others wait for the same one.
+            self._listing = asyncio.create_task(self._list(), name="tool list", context=contextvars.Context())
+        if self._listed_at is None and self._listing is not None:
+            await asyncio.wait({self._listing}, timeout=LIST_S)
         if self._listed_at is None:
             raise Unavailable("the tool server cannot be reached", dependency=self.name)
         return self._tools
+
+    async def _list(self) -> None:
+        try:
+            async with asyncio.timeout(LIST_S if self._process is None else START_S + LIST_S):
+                tools = await self._listed()
+            self._tools, self._listed_at = tools, self._now()
+        except Exception as error:  # whatever a server says, or does not say
+            log.warning("tools_not_listed", server=self.name, error=type(error).__name__)
+            self._away_until = self._now() + AWAY_S
+        finally:
+            self._listing = None
 
     async def _listed(self) -> "dict[str, McpTool]":
         found: dict[str, McpTool] = {}
         async with self._connected() as session:
             cursor: str | None = None
-            for _ in range(PAGES_MAX):
-                params = mcp_types.PaginatedRequestParams(cursor=cursor) if cursor else None
-                page = await session.list_tools(params=params)
-                for listed in page.tools:
-                    tool = self._tool(listed)
-                    if tool is not None and tool.spec.name not in found and len(found) < LISTED_MAX:
-                        found[tool.spec.name] = tool
-                cursor = page.next_cursor
-                if not cursor:
-                    break
+            async with asyncio.timeout(LIST_S):
+                for _ in range(PAGES_MAX):
+                    params = mcp_types.PaginatedRequestParams(cursor=cursor) if cursor else None
+                    page = await session.list_tools(params=params)
+                    for listed in page.tools:
+                        tool = self._tool(listed)
+                        if tool is not None and tool.spec.name not in found and len(found) < LISTED_MAX:
+                            found[tool.spec.name] = tool
+                    cursor = page.next_cursor
+                    if not cursor:
+                        break
         if missing := self._settings.confirm - {"*", *(tool.name for tool in found.values())}:
             log.warning("confirmed_tools_missing", server=self.name, tools=sorted(missing))
         return found

@@ -82,6 +82,8 @@ class ToolLimits:
     confirm_s: float = 60.0
     result_bytes_max: int = 16_384
     results_bytes_max: int = 131_072
+    cost_nanousd_max: int = 0
+    """0 = none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -248,6 +248,12 @@ def _archive(found: str) -> Exception:
     return rejected(f"{found} is not opened; send the files in it one by one", cause="archive", type=found)
 
 
+def is_known_by_name(name: str) -> bool:
+    """Whether a file is called like one of a format that is read. What it is, its content says."""
+    path = PurePosixPath(name.lower())
+    return path.suffix in BY_EXTENSION or path.suffix in source_code.BY_EXTENSION or path.name in source_code.BY_NAME
+
+
 def extension_of(upload: Upload) -> str:
     """The end of the name, in small letters, with its dot; empty if it has none."""
     return PurePosixPath(_name(upload)).suffix.lower()

@@ -49,6 +49,7 @@ class Outcome(msgspec.Struct, array_like=True):
     """Each heading path once."""
     blocks: list[tuple[int, int, int, int]] = []
     """Kind, start, end, path; kind and path by number."""
+    unread_pages: list[int] = []
 
     @classmethod
     def of(cls, extracted: Extracted, peak_mib: int) -> "Outcome":
@@ -65,6 +66,7 @@ class Outcome(msgspec.Struct, array_like=True):
             page_starts=list(extracted.page_starts),
             paths=list(numbers),
             blocks=blocks,
+            unread_pages=list(extracted.unread_pages),
         )
 
     @classmethod
@@ -87,7 +89,9 @@ class Outcome(msgspec.Struct, array_like=True):
             blocks.append(Block(_KINDS[kind], start, end, self.paths[path]))
         if any(not 0 <= start <= len(self.text) for start in self.page_starts) or self.page_starts != sorted(self.page_starts):
             raise ValueError("a page that lies outside the text")
-        return Extracted(self.text, tuple(blocks), self.media_type, self.title, tuple(self.page_starts))
+        if any(not 0 < page <= len(self.page_starts) for page in self.unread_pages) or self.unread_pages != sorted(set(self.unread_pages)):
+            raise ValueError("a page that is not there")
+        return Extracted(self.text, tuple(blocks), self.media_type, self.title, tuple(self.page_starts), tuple(self.unread_pages))
 
 
 TASK = msgspec.msgpack.Decoder(Task)

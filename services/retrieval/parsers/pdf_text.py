@@ -8,7 +8,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pypdfium2 as pdfium
@@ -44,6 +44,9 @@ SLANT_MAX = 0.2
 """Radians that the letters of a line may lean."""
 NO_TEXT_CHARACTERS_A_PAGE = 2
 """Scans may carry a stray sign or a page number."""
+
+FORM_DEPTH_MAX = 3
+"""How deep a scan lies in drawings within drawings."""
 
 _ERRORS_PASSWORD = (pdfium_c.FPDF_ERR_PASSWORD, pdfium_c.FPDF_ERR_SECURITY)
 _LINE_END = re.compile(r"\r\n|\r|\n")
@@ -83,6 +86,7 @@ def parse_pdf(content: bytes) -> Extracted:
             raise rejected("the PDF has too many pages", cause="too_large", pages_max=PAGES_MAX)
         title = words_of(document.get_metadata_value("Title"))
         pages = [_lines_of_page(document, number) for number in range(len(document))]
+        unread = [number + 1 for number, lines in enumerate(pages) if _says_nothing(lines) and _is_picture(document, number)]
     except pdfium.PdfiumError:
         raise rejected("the PDF is broken", cause="malformed") from None
     finally:
@@ -97,7 +101,7 @@ def parse_pdf(content: bytes) -> Extracted:
         outline.page()
         for paragraph in _paragraphs(lines):
             _write(outline, paragraph, levels)
-    return outline.extracted(MEDIA_TYPE, title)
+    return replace(outline.extracted(MEDIA_TYPE, title), unread_pages=tuple(unread))
 
 
 def _opened(content: bytes) -> pdfium.PdfDocument:
@@ -126,6 +130,22 @@ def _lines_of_page(document: pdfium.PdfDocument, number: int) -> list[_Line]:
             return _in_reading_order(list(_lines(text_page)))
         finally:
             text_page.close()
+    finally:
+        page.close()
+
+
+def _says_nothing(lines: list[_Line]) -> bool:
+    return sum(len(line.text) for line in lines) <= NO_TEXT_CHARACTERS_A_PAGE
+
+
+def _is_picture(document: pdfium.PdfDocument, number: int) -> bool:
+    """Whether the page shows what no text says; one that cannot be loaded counts as such, an empty one does not."""
+    try:
+        page = document[number]
+    except pdfium.PdfiumError:
+        return True
+    try:
+        return any(True for _ in page.get_objects(filter=[pdfium_c.FPDF_PAGEOBJ_IMAGE], max_depth=FORM_DEPTH_MAX))
     finally:
         page.close()
 

@@ -10,6 +10,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.chassis import errors, telemetry
+from services.chassis import server as chassis_server
 from services.chassis.channel import Caller, open_channel
 from services.chassis.deadline import current_deadline
 from services.chassis.passport import Passport
@@ -21,6 +22,7 @@ from tailrace.retrieval.v1 import retrieval_service_pb2_grpc as rpc
 ALICE = Principal("acme", "alice", frozenset({"user"}))
 PASSPORT = Passport(b"a-key-of-enough-length")
 NAME = "tailrace.retrieval.v1.RetrievalService"
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class Scripted(rpc.RetrievalServiceServicer):
@@ -196,6 +198,44 @@ async def test_health_names_the_dependency_that_is_away() -> None:
     states = {name: entry.status == health_pb2.HealthCheckResponse.SERVING for name, entry in listed.statuses.items()}
     assert states == {"dependency.qdrant": False, "dependency.disk": True, "": False, NAME: False}
     await server.stop(0, 0)
+
+
+async def test_where_strangers_ask_health_says_whether_and_not_why() -> None:
+    """A dependency is as unknown as any other name."""
+    server = Server(passport_identity(PASSPORT), reflect=False, tells_dependencies=False)
+    server.add(rpc.add_RetrievalServiceServicer_to_server, Scripted(), NAME)
+    async with open_channel(f"127.0.0.1:{await server.start('127.0.0.1', 0)}") as channel:
+        await server.ready({"qdrant": False, "disk": True})
+        stub = health_pb2_grpc.HealthStub(channel)
+        listed = await stub.List(health_pb2.HealthListRequest())
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Check(health_pb2.HealthCheckRequest(service="dependency.qdrant"))
+    await server.stop(0, 0)
+
+    assert {name: entry.status for name, entry in listed.statuses.items()} == dict.fromkeys(("", NAME), NOT_SERVING)
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_watches_of_health_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is left makes room; a check needs none."""
+    monkeypatch.setattr(chassis_server, "WATCHES_MAX", 2)
+    async with running(Scripted()) as (server, channel):
+        stub = health_pb2_grpc.HealthStub(channel)
+        watches = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(2)]
+        first = [(await watch.read()).status for watch in watches]
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Watch(health_pb2.HealthCheckRequest()).read()
+        checked = await stub.Check(health_pb2.HealthCheckRequest())
+        watches[0].cancel()
+        async with asyncio.timeout(5):
+            while True:
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    again = await stub.Watch(health_pb2.HealthCheckRequest()).read()
+                    break
+        await server.stop(0, 0)
+
+    assert [*first, checked.status, again.status] == [NOT_SERVING] * 4
+    assert errors.restore("OVERLOADED", "", {}, "").code == caught.value.code().name
 
 
 @pytest.mark.parametrize("cls", errors.leaves().values(), ids=lambda cls: cls.__name__)

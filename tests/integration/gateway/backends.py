@@ -233,6 +233,8 @@ class FakeLedger(LedgerServiceServicer):
         self.keys: dict[str, Principal] = {}
         self.watched: Script = []
         self.operations = [ledger.ListOperationsResponse(operation=ledger.Operation(operation_id=ANSWER))]
+        self.booked = ledger.Operation(operation_id=ANSWER, cost_nanousd=7_500_000)
+        """What is known of ANSWER. Without a status it has not ended."""
         self.usage: list[Any] = []
         self.exported: Script = []
         self.budget = ledger.Budget(scope="user", subject="ada", period="day", limit_nanousd=1_500_000_000, spent_nanousd=1)
@@ -262,7 +264,7 @@ class FakeLedger(LedgerServiceServicer):
         self.seen.note("GetOperation", request)
         if request.operation_id != ANSWER:
             raise NotFound("no such operation", kind="operation")
-        reply = ledger.GetOperationResponse(operation=ledger.Operation(operation_id=ANSWER, cost_nanousd=7_500_000))
+        reply = ledger.GetOperationResponse(operation=self.booked)
         if request.with_turn:
             reply.turn.CopyFrom(ledger.Turn(answer_id=ANSWER, question="Why?", text="Because [1].", complete=True))
         return reply

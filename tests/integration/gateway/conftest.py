@@ -15,7 +15,8 @@ from services.gateway.config import Settings
 from services.gateway.wiring import EdgeServer, build
 from services.local.issuer import Issuer
 from services.local.stores import Valkey
-from tests.integration.gateway.backends import KEY, Behind, running_behind
+from tailrace.ledger.v1 import ledger_service_pb2 as ledger
+from tests.integration.gateway.backends import ANSWER, KEY, Behind, running_behind
 
 
 @dataclass
@@ -79,6 +80,7 @@ def front(shared_front: Front) -> Front:
     behind.ledger.watched, behind.ledger.usage, behind.ledger.keys = [], [], {}
     behind.ledger.requests_per_minute = 1_000_000
     behind.ledger.plan.Clear()
+    behind.ledger.booked = ledger.Operation(operation_id=ANSWER, cost_nanousd=7_500_000)
     return shared_front
 
 

@@ -320,6 +320,66 @@ async def test_stopping_ends_every_stream_with_a_word(front: Front, valkey: Valk
     assert [end["data"]["reason"] for end in ends] == ["ANSWER_INTERRUPTED", "UNAVAILABLE"]
 
 
+async def test_stopping_tells_those_who_have_heard_nothing_yet_to_come_back(front: Front, valkey: Valkey, tmp_path: Path) -> None:
+    """Whole documents that take longer than the grace, streams before their first event, and bodies that are still on their way."""
+    front.behind.orchestrator.script = [forever]
+    settings = settings_for(front.behind, tmp_path, valkey.url, TAILRACE_JWKS_FILE=str(front.jwks))
+
+    async with build(settings) as service, started(service, "127.0.0.1"):
+        assert isinstance(service.server, EdgeServer)
+        headers = {"authorization": f"Bearer {front.token()}"}
+        base = f"http://127.0.0.1:{service.server.http.port}"
+        async with httpx.AsyncClient(base_url=base, headers=headers, trust_env=False) as client:
+            asking = [
+                asyncio.create_task(client.post("/v1/answers", json={"question": "?", "stream": False})),
+                asyncio.create_task(client.post("/v1/answers", json={"question": "?"})),
+            ]
+            reader, writer = await asyncio.open_connection("127.0.0.1", service.server.http.port)
+            head = f"POST /v1/answers HTTP/1.1\r\nhost: x\r\nauthorization: {headers['authorization']}\r\ncontent-length: 100\r\n\r\n"
+            writer.write(head.encode() + b'{"question": ')
+            async with asyncio.timeout(5):
+                while front.behind.seen.count("Answer") < 2:  # noqa: ASYNC110 - calls of another server make it true
+                    await asyncio.sleep(0.01)
+            began = asyncio.get_running_loop().time()
+            await asyncio.wait_for(service.server.stop(0, 0.2), 5)
+            took_s = asyncio.get_running_loop().time() - began
+            responses = await asyncio.gather(*asking)
+            unread = await asyncio.wait_for(reader.read(), 5)
+            writer.close()
+
+    assert took_s < 2
+    assert unread.startswith(b"HTTP/1.1 503 ")
+    assert b'"reason":"UNAVAILABLE"' in unread
+    for response in responses:
+        assert problem_of(response, 503, "UNAVAILABLE")["retryable"] is True
+        assert response.headers["retry-after"] == "1"
+        assert response.headers["x-content-type-options"] == "nosniff"
+
+
+async def test_stopping_ends_every_grpc_stream_with_a_word(front: Front, valkey: Valkey, tmp_path: Path) -> None:
+    """Before the grace is over and the connection with it: an answer is interrupted, anything else is to be asked again."""
+    front.behind.orchestrator.script = [accepted(), forever]
+    front.behind.retrieval.hits = [forever]
+    settings = settings_for(front.behind, tmp_path, valkey.url, TAILRACE_JWKS_FILE=str(front.jwks))
+    async with build(settings) as service, started(service, "127.0.0.1") as port:
+        metadata = (("authorization", f"Bearer {front.token()}"),)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stub = GatewayServiceStub(channel)
+            answer = stub.Answer(orchestrator.AnswerRequest(question="?"), metadata=metadata)
+            search = stub.Search(retrieval.SearchRequest(query="?"), metadata=metadata)
+            assert (await answer.read()).HasField("accepted")
+            reading = [asyncio.create_task(call.read()) for call in (answer, search)]
+            async with asyncio.timeout(5):
+                while not front.behind.seen.count("Search"):  # noqa: ASYNC110 - a call of another server makes it true
+                    await asyncio.sleep(0.01)
+            await asyncio.wait_for(service.server.stop(0, 0.5), 5)
+            errors = await asyncio.gather(*reading, return_exceptions=True)
+
+    told = [from_rpc_error(error, "gateway") for error in errors if isinstance(error, grpc.aio.AioRpcError)]
+    assert [error.reason for error in told] == ["ANSWER_INTERRUPTED", "UNAVAILABLE"]
+    assert all("the server is stopping" in error.detail for error in told)
+
+
 async def test_without_redis_requests_are_limited_by_the_process(front: Front, tmp_path: Path) -> None:
     """Not refused, not unlimited; readiness names what is missing."""
     front.behind.ledger.requests_per_minute = 2

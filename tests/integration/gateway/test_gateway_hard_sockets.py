@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 import ssl
 import time
 from collections.abc import AsyncIterator
@@ -10,16 +11,18 @@ from pathlib import Path
 import grpc
 import httpx
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.chassis.config import SettingsError
 from services.chassis.lifecycle import started
 from services.chassis.passport import Passport
 from services.chassis.principal import Principal
 from services.gateway.http_listener import HttpListener
-from services.gateway.wiring import EdgeServer, build
+from services.gateway.wiring import SERVICE_NAME, EdgeServer, build
 from services.local.processes import grpc_health
 from services.local.stores import Valkey, free_port
 from tailrace.gateway.v1.gateway_service_pb2_grpc import GatewayServiceStub
+from tailrace.ledger.v1 import ledger_service_pb2 as ledger
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
 from tests.certificates import Authority
 from tests.integration.gateway.backends import KEY, accepted, done
@@ -91,6 +94,29 @@ async def test_a_refused_request_keeps_its_connection_if_its_body_had_come(
             writer.write(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
             assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
     writer.close()
+
+
+async def test_a_download_that_nobody_takes_is_cut(front: Front, valkey: Valkey, tmp_path: Path) -> None:
+    """The call behind it ends after the stall time, and the connection is closed in the middle of the file."""
+    session = ledger.Session(session_id="s-1", title="x" * 60_000)
+    front.behind.ledger.exported = [ledger.ExportSessionsResponse(session=session)] * 2000
+    async with gateway(front, valkey, tmp_path, TAILRACE_WRITE_STALL_S="0.3") as server:
+        with contextlib.closing(socket.socket()) as plug:
+            plug.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            plug.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(plug, ("127.0.0.1", server.http.port))
+            head = f"GET /v1/sessions:export HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {front.token()}\r\n\r\n"
+            await loop.sock_sendall(plug, head.encode())
+            async with asyncio.timeout(5):
+                await front.behind.seen.cancelled.wait()
+                read = bytearray()
+                with contextlib.suppress(ConnectionResetError):
+                    while piece := await loop.sock_recv(plug, 1 << 16):
+                        read += piece
+
+    assert read.startswith(b"HTTP/1.1 200 ")
+    assert b'"complete":true' not in read
 
 
 async def test_connections_of_one_peer_are_bounded_and_given_back(front: Front, valkey: Valkey, tmp_path: Path) -> None:
@@ -191,7 +217,9 @@ async def test_in_production_metrics_are_not_served_to_strangers(front: Front, v
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await channel.unary_unary("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")(b"")
+            health = await health_pb2_grpc.HealthStub(channel).List(health_pb2.HealthListRequest())
 
+    assert set(health.statuses) == {"", SERVICE_NAME}
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 

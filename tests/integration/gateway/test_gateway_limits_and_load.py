@@ -17,10 +17,11 @@ from services.chassis.principal import Principal
 from services.chassis.status import from_rpc_error
 from services.gateway.wiring import EdgeServer, build
 from services.local.stores import Valkey
+from tailrace.common.v1 import common_pb2 as common
 from tailrace.gateway.v1.gateway_service_pb2_grpc import GatewayServiceStub
 from tailrace.ledger.v1 import ledger_service_pb2 as ledger
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
-from tests.integration.gateway.backends import accepted, done, forever
+from tests.integration.gateway.backends import ANSWER, accepted, delta, done, forever
 from tests.integration.gateway.conftest import Front, problem_of, settings_for, unique_user, until
 
 
@@ -67,7 +68,10 @@ async def test_tokens_are_reserved_then_corrected_by_the_receipt(front: Front) -
 
 
 async def test_answers_at_the_same_time_are_limited_over_both_fronts(front: Front) -> None:
-    """One that is read holds its place, over HTTP as over gRPC; one that is resumed holds none; one that ends frees it."""
+    """One holds its place while it runs, whether or not who asked still reads, over HTTP as over gRPC; its end frees it.
+
+    A resumed stream holds none of its own.
+    """
     front.behind.ledger.plan.concurrent_answers = 1
     front.behind.orchestrator.script = [accepted(), forever]
     front.behind.orchestrator.resumed = [accepted(), forever]
@@ -88,6 +92,15 @@ async def test_answers_at_the_same_time_are_limited_over_both_fronts(front: Fron
             refused = problem_of(await client.post("/v1/answers", json={"question": "?"}), 429, "RATE_LIMITED")
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await ask_by_grpc()
+        looked = front.behind.seen.count("GetOperation")
+
+        async def looked_again() -> bool:
+            return front.behind.seen.count("GetOperation") > looked
+
+        await until(looked_again)
+        left = problem_of(await client.post("/v1/answers", json={"question": "?"}), 429, "RATE_LIMITED")
+        front.behind.ledger.booked.status = "cancelled"
+        await client.post(f"/v1/answers/{ANSWER}/cancel")
 
         async def free() -> bool:
             with contextlib.suppress(grpc.aio.AioRpcError):
@@ -97,8 +110,28 @@ async def test_answers_at_the_same_time_are_limited_over_both_fronts(front: Fron
         assert await until(free)
 
     assert (refused["limit_kind"], refused["limit_scope"]) == ("concurrency", "user")
+    assert left["limit_kind"] == "concurrency"
     error = from_rpc_error(caught.value, "gateway")
     assert (error.reason, error.metadata["limit_kind"], error.retry_after_ms) == ("RATE_LIMITED", "concurrency", 1000)
+
+
+async def test_tokens_of_an_answer_that_was_left_are_what_the_books_say(front: Front) -> None:
+    """Leaving just before the receipt does not make it cheap: the difference is charged as soon as it is booked."""
+    front.behind.ledger.plan.tokens_per_minute = 100_000
+    front.behind.orchestrator.script = [accepted(), forever]
+    receipt = done(1)
+    receipt.done.usage.Clear()
+    async with front.client(unique_user()) as client:
+        async with client.stream("POST", "/v1/answers", json={"question": "Why?"}) as left:
+            await anext(left.aiter_bytes())
+        front.behind.ledger.booked.MergeFrom(ledger.Operation(status="done", usage=common.Usage(input_tokens=80_000, output_tokens=900)))
+        front.behind.orchestrator.script = [receipt]
+
+        async def charged() -> bool:
+            response = await client.post("/v1/answers", json={"question": "Why?"})
+            return int(response.headers["x-ratelimit-remaining-tokens"]) < 20_000
+
+        assert await until(charged)
 
 
 async def test_an_api_key_has_its_own_limit_and_the_tenant_its_own(front: Front) -> None:
@@ -161,6 +194,76 @@ async def test_deadline_and_priority_are_passed_on(front: Front, client: httpx.A
     assert 6_000 < called.deadline_ms < 8_000
     assert from_rpc_error(caught.value, "gateway").metadata["field"] == "deadline_ms"
     assert front.behind.seen.last("Answer")[0].deadline_ms == 7_000
+
+
+async def test_one_user_cannot_take_all_resumed_streams(front: Front) -> None:
+    """As many as the plan lets answers run and at least 16, over all fronts together; others still have theirs."""
+    front.behind.ledger.plan.concurrent_answers = 1
+    front.behind.orchestrator.resumed = [accepted(), forever]
+    user = unique_user()
+    metadata = (("authorization", f"Bearer {front.token(user)}"),)
+    path = f"/v1/answers/{ANSWER}/events"
+    async with (
+        front.client(user) as client,
+        front.client(unique_user()) as other,
+        contextlib.AsyncExitStack() as streams,
+        grpc.aio.insecure_channel(f"127.0.0.1:{front.grpc_port}") as channel,
+    ):
+        stub = GatewayServiceStub(channel)
+        resume = orchestrator.ResumeAnswerRequest(answer_id=ANSWER)
+        opened = [await streams.enter_async_context(client.stream("GET", path)) for _ in range(15)]
+        call = stub.ResumeAnswer(resume, metadata=metadata)
+        assert (await call.read()).HasField("accepted")
+        refused = problem_of(await client.get(path), 429, "RATE_LIMITED")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.ResumeAnswer(resume, metadata=metadata).read()
+        async with other.stream("GET", path) as of_other:
+            assert of_other.status_code == 200
+        call.cancel()
+
+        async def free() -> bool:
+            async with client.stream("GET", path) as again:
+                return again.status_code == 200
+
+        assert await until(free)
+
+    assert {response.status_code for response in opened} == {200}
+    assert (refused["limit_kind"], refused["limit_scope"], refused["limit"]) == ("resumes", "user", "16")
+    assert from_rpc_error(caught.value, "gateway").metadata["limit_kind"] == "resumes"
+
+
+async def test_one_user_cannot_take_all_watches(front: Front) -> None:
+    """Of whatever is watched, together."""
+    front.behind.ledger.watched = [forever]
+    live = {"accept": "text/event-stream"}
+    async with front.client(unique_user()) as client, front.client(unique_user()) as other, contextlib.AsyncExitStack() as streams:
+        for _ in range(16):
+            watched = await streams.enter_async_context(client.stream("GET", "/v1/infrastructure", headers=live))
+            assert watched.status_code == 200
+        for path in ("/v1/infrastructure", "/v1/operations:watch", "/v1/jobs/job-1"):
+            refused = problem_of(await client.get(path, headers=live), 429, "RATE_LIMITED")
+            assert (refused["limit_kind"], refused["limit"]) == ("watches", "16")
+        async with other.stream("GET", "/v1/infrastructure", headers=live) as of_other:
+            assert of_other.status_code == 200
+
+    assert front.behind.seen.count("WatchOperations") == front.behind.seen.count("WatchIngestionJob") == 0
+
+
+async def test_a_grpc_reader_that_takes_nothing_is_let_go(front: Front, tmp_path: Path, valkey: Valkey) -> None:
+    """What it was sent is there if it reads on, then why it was let go; the call behind it ends at once."""
+    front.behind.orchestrator.script = [accepted(), *(delta(number, "x" * 60_000) for number in range(2, 1000)), done(1000)]
+    async with gateway(front, tmp_path, valkey.url, TAILRACE_WRITE_STALL_S="0.3") as (_, target):
+        async with grpc.aio.insecure_channel(target) as channel:
+            metadata = (("authorization", f"Bearer {front.token(unique_user())}"),)
+            call = GatewayServiceStub(channel).Answer(orchestrator.AnswerRequest(question="?"), metadata=metadata)
+            assert (await call.read()).HasField("accepted")
+            async with asyncio.timeout(5):
+                await front.behind.seen.cancelled.wait()
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                while await call.read() is not grpc.aio.EOF:
+                    pass
+
+    assert from_rpc_error(caught.value, "gateway").reason == "ANSWER_INTERRUPTED"
 
 
 async def test_a_full_gateway_sheds_at_once_whoever_asks(front: Front, tmp_path: Path, valkey: Valkey) -> None:

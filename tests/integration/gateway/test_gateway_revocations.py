@@ -157,6 +157,25 @@ async def test_the_list_is_bounded_and_ended_entries_leave(gateways: Gateways, m
     assert [await here.holds("acme", "ada", f"t-{number}", NOW) for number in range(5)] == [True, False, False, True, True]
 
 
+async def test_a_tenant_that_fills_its_share_leaves_the_others_theirs(gateways: Gateways, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name, and not by what a name begins with; what is there can still be renewed, and time makes room."""
+    monkeypatch.setattr(revocations, "TENANT_MAX", 2)
+    here = gateways.one()
+    for tenant in ("acme", "acme2", 'acme","x', "acm"):
+        for number in range(2):
+            await here.revoke_token(tenant, f"t-{number}", NOW + 60)
+            await here.revoke_user(tenant, f"u-{number}")
+        with pytest.raises(Overloaded) as of_tokens:
+            await here.revoke_token(tenant, "t-2", NOW + 60)
+        with pytest.raises(Overloaded):
+            await here.revoke_user(tenant, "u-2")
+        await here.revoke_token(tenant, "t-1", NOW + 90)
+        assert of_tokens.value.metadata["bound"] == "2"
+
+    gateways.now += 61
+    await here.revoke_token("acme", "t-2", gateways.now + 60)
+
+
 async def test_the_hot_path_asks_redis_nothing(gateways: Gateways) -> None:
     """10,000 looks, not one command more than the looking itself."""
     here, watcher = gateways.one(), gateways.one()

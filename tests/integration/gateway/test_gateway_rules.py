@@ -1,5 +1,7 @@
 """Who may call what: every route and every RPC of the edge, by every kind of caller, through the real gateway."""
 
+import contextlib
+import re
 from typing import Any
 
 import grpc
@@ -9,11 +11,12 @@ from google.protobuf.message_factory import GetMessageClass
 
 from services.chassis.principal import SCOPES, Principal
 from services.gateway.app import OPERATIONS, PROBES, ROUTES, SOCKETS
+from services.gateway.limiter import Kind
 from services.gateway.rules import ADMIN, ROUTE_RULES, RPC_RULES, Rule
 from tailrace.gateway.v1 import gateway_service_pb2
 from tailrace.gateway.v1.gateway_service_pb2_grpc import GatewayServiceStub
 from tests.integration.gateway.backends import ANSWER, accepted, done
-from tests.integration.gateway.conftest import Front, problem_of
+from tests.integration.gateway.conftest import Front, problem_of, unique_user
 
 VALUES = {"{id}": "x", "{scope}": "user", "{user}": "ada", "{name}": "free", "{kind}": "users"}
 METHODS = list(gateway_service_pb2.DESCRIPTOR.services_by_name["GatewayService"].methods)
@@ -112,6 +115,89 @@ async def test_every_rpc_asks_every_caller_for_what_its_rule_says(front: Front, 
             refused = await code(metadata) is grpc.StatusCode.PERMISSION_DENIED
             assert refused != may(RPC_RULES[method.name], role, scopes), (role, scopes)
             assert not (refused and reached(front, role, scopes))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+async def test_every_rpc_ends_with_its_ids_and_with_the_limits_that_were_asked(front: Front, method: Any) -> None:
+    """As responses over HTTP begin with them; also what is refused, by whom- or whatever."""
+    front.behind.orchestrator.script = front.behind.orchestrator.resumed = [accepted(), done(2)]
+    token = front.token(unique_user(), roles=("user", "admin"))
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{front.grpc_port}") as channel:
+        call = getattr(GatewayServiceStub(channel), method.name)
+
+        async def ending(request: Any, *metadata: tuple[str, str]) -> dict[str, Any]:
+            made = call(iter([request]) if method.client_streaming else request, metadata=metadata, timeout=10)
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                if method.server_streaming:
+                    async for _ in made:
+                        pass
+            assert await made.code() is not grpc.StatusCode.DEADLINE_EXCEEDED
+            return dict(await made.trailing_metadata())
+
+        refused = await ending(request_of(method), ("x-request-id", "mine-1"))
+        good = await ending(request_of(method), ("authorization", f"Bearer {token}"), ("x-request-id", "not fit for a log"))
+        front.behind.ledger.requests_per_minute = 1
+        async with front.client(unique_user()) as limited:
+            token = limited.headers["authorization"].removeprefix("Bearer ")
+            await limited.post("/v1/search", json={"query": "q"})
+            over = await ending(request_of(method), ("authorization", f"Bearer {token}"))
+
+    for told in (refused, good, over):
+        assert told["x-request-id"] == told["request-id"]
+        assert "x-trace-id" in told
+    assert refused["x-request-id"] == "mine-1"
+    assert re.fullmatch("[0-9a-f]{32}", good["x-request-id"])
+    rule = RPC_RULES[method.name]
+    if rule.limited or rule.answers:
+        assert int(good["x-ratelimit-remaining-requests"]) == 999_999
+        assert (over["x-ratelimit-limit-requests"], over["x-ratelimit-remaining-requests"]) == ("1", "0")
+        assert "grpc-status-details-bin" in over
+
+
+async def test_everything_that_somebody_asks_for_counts_and_is_refused_beyond_its_limit(front: Front) -> None:
+    """Ten reads for each request of the plan, over both fronts; what is refused reaches nothing behind the gateway."""
+    front.behind.ledger.requests_per_minute = 1
+    used_up: dict[Kind, str] = {}
+    for kind, times, path in ((Kind.READS, 10, "/v1/session"), (Kind.REQUESTS, 1, "/v1/search")):
+        used_up[kind] = front.token(unique_user(), roles=("user", "admin"))
+        async with httpx.AsyncClient(base_url=front.url, headers=bearer(used_up[kind]), trust_env=False) as client:
+            for left in reversed(range(times)):
+                response = await (client.get(path) if kind is Kind.READS else client.post(path, json={"query": "q"}))
+                assert (response.status_code, response.headers[f"x-ratelimit-remaining-{kind}"]) == (200, str(left))
+    front.behind.seen.calls.clear()
+    refused = {}
+
+    async with httpx.AsyncClient(base_url=front.url, trust_env=False) as client:
+        for route in (*ROUTES, *SOCKETS):
+            if not route.rule.open:
+                token = used_up[route.rule.counts or Kind.REQUESTS]
+                asked = {"question": "?"} if route.rule.answers else None
+                response = await client.request(route.method, concrete(route.path), json=asked, headers=bearer(token) | upgrade(route))
+                refused[f"{route.method} {route.path}"] = problem_of(response, 429, "RATE_LIMITED")["limit_kind"]
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{front.grpc_port}") as channel:
+        for method in METHODS:
+            token = used_up[RPC_RULES[method.name].counts or Kind.REQUESTS]
+            request = request_of(method)
+            made = getattr(GatewayServiceStub(channel), method.name)(
+                iter([request]) if method.client_streaming else request, metadata=tuple(bearer(token).items()), timeout=10
+            )
+            assert await made.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            refused[method.name] = dict(await made.trailing_metadata()).keys() & {f"x-ratelimit-limit-{kind}" for kind in Kind}
+
+    assert {name for name, _, _ in front.behind.seen.calls} <= {"GetEntitlements"}
+    expected = {name: rule.counts or Kind.REQUESTS for name, rule in ROUTE_RULES.items() if not rule.open}
+    assert refused == expected | {name: {f"x-ratelimit-limit-{rule.counts or Kind.REQUESTS}"} for name, rule in RPC_RULES.items()}
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {token}"}
+
+
+def upgrade(route: Any) -> dict[str, str]:
+    """What makes a request the handshake that a socket's route wants."""
+    if route not in SOCKETS:
+        return {}
+    return {"connection": "upgrade", "upgrade": "websocket", "sec-websocket-version": "13", "sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ=="}
 
 
 def request_of(method: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 
 from services.chassis.config import SettingsError
+from services.chassis.errors import BudgetExhausted, ModelOverloaded
 from services.chassis.lifecycle import started
-from services.gateway.browser import COOKIE_TOKEN_BYTES_MAX, Browser
+from services.gateway import websocket
+from services.gateway.browser import ALLOWED_HEADERS, API_POLICY, COOKIE_TOKEN_BYTES_MAX, Browser
 from services.gateway.wiring import EdgeServer, build
 from services.local.stores import Valkey
+from tailrace.ledger.v1 import ledger_service_pb2 as ledger
 from tests.integration.gateway.backends import ANSWER, accepted, delta, done
-from tests.integration.gateway.conftest import Front, problem_of, settings_for
+from tests.integration.gateway.conftest import Front, problem_of, settings_for, unique_user
 from tests.integration.gateway.test_gateway_answers import blocks_of
 
 OWN = {"x-tailrace-request": "page", "sec-fetch-site": "same-origin"}
@@ -171,6 +175,7 @@ async def listed(shared_front: Front, valkey: Valkey, tmp_path_factory: pytest.T
         tmp_path_factory.mktemp("listed"),
         valkey.url,
         TAILRACE_CORS_ORIGINS=f"{APP}, http://localhost:3000",
+        TAILRACE_GATEWAY_LOOP_LAG_MAX_S="60",  # this loop stands still between two tests
         TAILRACE_JWKS_FILE=str(shared_front.jwks),
     )
     async with build(settings) as service, started(service, "127.0.0.1"):
@@ -200,6 +205,57 @@ async def test_a_listed_origin_may_call_with_a_token_and_never_with_the_cookie(f
         assert response.headers["access-control-allow-origin"] == APP
         assert response.headers["vary"] == "origin"
         assert "access-control-allow-credentials" not in response.headers
+
+
+SAFELISTED = {"cache-control", "content-length", "content-type", "date"}
+"""Fetch shows these anyway, but for `date`, which says nothing of ours."""
+FOR_BROWSERS = {"connection", "set-cookie", "transfer-encoding", "vary", "x-accel-buffering"}
+"""For what stands between us and the script."""
+
+
+async def test_a_script_of_a_listed_origin_sees_every_header_that_a_response_carries(front: Front, listed: str) -> None:
+    """What is hidden by mistake cannot be acted on; what is exposed is carried by something."""
+    behind, token = front.behind, {"authorization": f"Bearer {front.token(unique_user(), roles=('user', 'admin'))}"}
+    behind.ledger.plan.tokens_per_minute = 1_000_000
+    behind.ledger.operations[0].next_page_token = "next"
+    behind.ledger.exported = [ledger.ExportSessionsResponse(session=ledger.Session(session_id="s-1"))]
+    receipt = done(2)
+    receipt.done.usage.Clear()
+    async with httpx.AsyncClient(base_url=listed, trust_env=False, headers={"origin": APP}) as client:
+        anonymous = await client.get("/v1/models")
+        client.headers.update(token)
+        behind.orchestrator.script = [accepted(), receipt]
+        responses = [
+            anonymous,
+            await client.post("/v1/answers", json={"question": "Why?"}),
+            await client.post("/v1/answers", json={"question": "Why?", "stream": False}),
+            await client.post("/v1/documents?wait=false", json={"title": "t", "text": "x"}),
+            await client.get("/v1/operations?format=csv"),
+            await client.get("/v1/sessions/s-1/export"),
+            await client.put("/v1/answers"),
+            await client.post("/v1/session"),
+            await client.get("/readyz"),
+        ]
+        behind.orchestrator.script = [ModelOverloaded("busy", provider="p")]
+        responses.append(await client.post("/v1/answers", json={"question": "Why?"}))
+        behind.orchestrator.script = [BudgetExhausted("empty")]
+        responses.append(await client.post("/v1/answers", json={"question": "Why?"}))
+    behind.ledger.operations[0].next_page_token = ""
+
+    exposed = set(anonymous.headers["access-control-expose-headers"].split(", "))
+    own = {name.decode() for name, _ in (*Browser(secure=True).security_headers, API_POLICY)}
+    carried = {name for response in responses for name in response.headers if not name.startswith("access-control-")}
+    assert carried - own - SAFELISTED - FOR_BROWSERS == exposed
+
+
+def test_a_script_of_a_listed_origin_may_send_every_header_that_is_read() -> None:
+    """Found where the edge asks for one by name. The rest are the browser's own, or those that only our page sends."""
+    sources = Path(websocket.__file__).parent.glob("*.py")
+    read = {name for source in sources for name in re.findall(r'[.]header\("([a-z-]+)"', source.read_text())}
+    of_browsers = {"content-length", "host", "if-none-match", "origin"}
+
+    assert read - of_browsers <= set(ALLOWED_HEADERS.decode().split(", "))
+    assert {"request-timeout", "idempotency-key"} <= read
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,22 @@ async def test_tools_pictures_and_results_reach_the_orchestrator(front: Front) -
     assert [("c1", "rain", True)] == [(result.call_id, result.text, result.failed) for result in request.tool_results]
 
 
+async def test_an_answer_that_goes_on_is_asked_with_the_tools_of_its_plan(front: Front) -> None:
+    """Which ones it began with is known further in, and the plan may have lost them since. Other calls carry no such list."""
+    front.behind.orchestrator.script = [accepted(), done(2)]
+    front.behind.ledger.plan.tools[:] = ["calculator", "github__*"]
+    try:
+        async with front.client(uuid.uuid4().hex) as client:
+            await client.post("/v1/answers", json={"continues": "answer-1", "tool_results": [{"call_id": "c1"}]})
+            _, going_on = front.behind.seen.last("Answer")
+            await client.post("/v1/answers", json={"question": "x"})
+            _, asking = front.behind.seen.last("Answer")
+    finally:
+        front.behind.ledger.plan.ClearField("tools")
+
+    assert (going_on.tools, asking.tools) == (frozenset({"calculator", "github__*"}), None)
+
+
 async def test_an_answer_that_goes_on_needs_no_question(front: Front, client: httpx.AsyncClient) -> None:
     """The results are what is said; any other body still needs one."""
     front.behind.orchestrator.script = [accepted(), done(2)]

@@ -189,7 +189,7 @@ async def test_a_page_of_others_cannot_use_the_cookie(origin: str) -> None:
 
     def handshake(**headers: str) -> Exchange:
         pairs = [(name.encode(), value.encode()) for name, value in {"host": "127.0.0.1:8080", **headers}.items()]
-        return Exchange({"method": "GET", "headers": pairs}, nothing, nothing, request_id="r", body_stall_s=1)
+        return Exchange({"method": "GET", "headers": pairs}, nothing, nothing, request_id="r", body_stall_s=1, write_stall_s=1)
 
     with pytest.raises(NotAllowed):
         refuse_foreign_page(handshake(cookie="session=x", origin=origin))
@@ -251,19 +251,49 @@ async def test_calls_on_one_socket_are_bounded(front: Front) -> None:
 
 
 async def test_every_ask_counts_in_the_plans_limit(front: Front) -> None:
-    """As over HTTP, in the same window; resuming does not count."""
+    """As over HTTP, in the same window; the first text says how it stands. Resuming does not count."""
     front.behind.ledger.requests_per_minute = 2
     front.behind.orchestrator.script = front.behind.orchestrator.resumed = [accepted(), done(2)]
     user = unique_user()
     async with opened(front, authorization=f"Bearer {front.token(user)}") as socket, front.client(user) as client:
         assert (await client.post("/v1/answers", json={"question": "?"})).status_code == 200
-        ends = []
+        firsts, ends = [], []
         for kind in ("ask", "ask", "resume"):
             await say(socket, kind, **({"question": "?"} if kind == "ask" else {"answer_id": ANSWER}))
-            ends.append((await heard_until(socket, "done", "error"))[-1])
+            texts = await heard_until(socket, "done", "error")
+            firsts.append(texts[0])
+            ends.append(texts[-1])
 
     assert [end["type"] for end in ends] == ["done", "error", "done"]
+    assert [first.get("limits", {}).get("x-ratelimit-remaining-requests") for first in firsts] == ["0", "0", None]
     assert (ends[1]["data"]["reason"], ends[1]["data"]["status"]) == ("RATE_LIMITED", 429)
+
+
+@pytest.mark.parametrize(
+    ("message", "request_id"),
+    [
+        ('{"type": "ask", "question": 1, "request_id": "r-1"}', "r-1"),
+        ('{"type": "ask", "question": " ", "request_id": "r-2"}', "r-2"),
+        ('{"type": "run", "request_id": "r-3"}', "r-3"),
+        ('{"type": "ask", "request_id": 7}', ""),
+        ('{"type": "ask", "request_id": "%s"}' % ("r" * 129), ""),
+        ("[", ""),
+        (b"binary", ""),
+    ],
+)
+async def test_a_message_that_cannot_be_read_counts_as_a_request_and_keeps_its_id(
+    front: Front, message: str | bytes, request_id: str
+) -> None:
+    """Else it would be a way to ask without end, and nobody would know which ask was meant."""
+    front.behind.ledger.requests_per_minute = 1
+    async with opened(front, authorization=f"Bearer {front.token(unique_user())}") as socket:
+        await socket.send(message)
+        first = await heard(socket)
+        await socket.send(message)
+        second = await heard(socket)
+
+    assert [text["data"]["reason"] for text in (first, second)] == ["REQUEST_INVALID", "RATE_LIMITED"]
+    assert [text["request_id"] for text in (first, second)] == [request_id] * 2
 
 
 async def test_a_key_that_was_revoked_asks_nothing_more(front: Front) -> None:

@@ -62,6 +62,7 @@ class Ledger:
     caller: Caller
     stop: Callable[[], None]
     """Ends the endless calls, as a stop signal would."""
+    port: int = 0
 
     async def ask(self, method: str, request: Any, principal: Principal) -> Any:
         return await self.caller.unary(getattr(self.stub, method), request, principal=principal, timeout_s=20)
@@ -106,7 +107,7 @@ async def running(url: str, **more: str) -> AsyncIterator[Ledger]:
             channel = open_channel(f"127.0.0.1:{port}")
             try:
                 caller = Caller("ledger", Passport(INTERNAL_KEY.encode()))
-                yield Ledger(url, ledger_service_pb2_grpc.LedgerServiceStub(channel), caller, service.stopping)
+                yield Ledger(url, ledger_service_pb2_grpc.LedgerServiceStub(channel), caller, service.stopping, port)
             finally:
                 await channel.close()
         service.stopping()

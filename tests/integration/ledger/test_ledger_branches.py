@@ -2,6 +2,7 @@
 
 import asyncio
 import uuid
+from datetime import UTC, datetime
 from typing import Any
 
 import asyncpg
@@ -9,8 +10,11 @@ import pytest
 
 from services.chassis.errors import IdempotencyConflict, NotFound, RequestInvalid
 from services.chassis.principal import Principal
+from services.chassis.wire import timestamp
+from services.ledger.postgres_conversations import PostgresConversations
+from services.ledger.postgres_database import opened
 from tailrace.ledger.v1 import ledger_service_pb2 as pb
-from tests.integration.ledger.ledger_kit import Ledger, operation
+from tests.integration.ledger.ledger_kit import Ledger, attempt, operation
 
 
 async def say(ledger: Ledger, who: Principal, question: str, *, session: str = "s1", replaces: str = "", answer_id: str = "") -> Any:
@@ -343,3 +347,100 @@ async def test_a_turn_of_a_conversation_that_was_deleted_is_not_kept(ledger: Led
     anew = await append(late)
 
     assert (again.ordinal, left, anew.ordinal) == (2, [], 1)
+
+
+async def test_what_was_asked_before_a_conversation_was_deleted_does_not_begin_it_anew(
+    ledger: Ledger, ann: Principal, bob: Principal
+) -> None:
+    """Two first answers, and a question that names no turn; what is asked afterwards does, and so does anybody else's."""
+    asked_at, session_id = datetime.now(UTC), "s10"
+
+    async def append(who: Principal, created_at: datetime) -> int:
+        turn = pb.Turn(answer_id=str(uuid.uuid4()), question="q", text="a", complete=True, created_at=timestamp(created_at))
+        return (await ledger.ask("AppendTurn", pb.AppendTurnRequest(session_id=session_id, turn=turn), who)).ordinal
+
+    await append(ann, asked_at)
+    await ledger.ask("DeleteSession", pb.DeleteSessionRequest(session_id=session_id), ann)
+    with pytest.raises(NotFound):
+        await append(ann, asked_at)
+    assert await branch(ledger, ann, session=session_id) == []
+
+    assert [await append(bob, asked_at), await append(ann, datetime.now(UTC))] == [1, 1]
+
+
+async def test_a_turn_that_waits_while_its_conversation_is_deleted_is_not_kept(ledger: Ledger, ann: Principal) -> None:
+    """It waits for the same lock, looks once it has it, and sees what happened meanwhile."""
+    asked_at = datetime.now(UTC)
+    await say(ledger, ann, "q", session="s11")
+    connection = await asyncpg.connect(ledger.url)
+    try:
+        async with connection.transaction():
+            assert await connection.fetchval("SELECT delete_session($1, $2, 's11')", ann.tenant, ann.user)
+            turn = pb.Turn(answer_id=str(uuid.uuid4()), question="q", text="a", complete=True, created_at=timestamp(asked_at))
+            late = asyncio.create_task(ledger.ask("AppendTurn", pb.AppendTurnRequest(session_id="s11", turn=turn), ann))
+            record = asyncio.create_task(ledger.record(first := operation(ann, session_id="s11", created_at=timestamp(asked_at))))
+            await until_waiting(ledger.url, 2)
+        with pytest.raises(NotFound):
+            await late
+        await record
+    finally:
+        await connection.close()
+
+    assert await branch(ledger, ann, session="s11") == []
+    assert await session_of(ledger, ann, first.operation_id) == ""
+
+
+async def test_a_record_that_is_being_written_loses_the_session_that_is_deleted_meanwhile(ledger: Ledger, ann: Principal) -> None:
+    """Deleting waits for it. Sent again, it is what it was; and one that comes later is booked without the session from the start."""
+    asked_at = datetime.now(UTC)
+    await say(ledger, ann, "q", session="s12")
+    records = [operation(ann, session_id="s12", created_at=timestamp(asked_at), attempts=[attempt()]) for _ in range(3)]
+    connection = await asyncpg.connect(ledger.url)
+    try:
+        async with connection.transaction():
+            await connection.execute("SELECT FROM users WHERE tenant = $1 AND user_id = $2 FOR KEY SHARE", ann.tenant, ann.user)
+            deleting = asyncio.create_task(ledger.ask("DeleteSession", pb.DeleteSessionRequest(session_id="s12"), ann))
+            await until_waiting(ledger.url, 1)
+            assert not deleting.done()
+        await deleting
+    finally:
+        await connection.close()
+    acks = [*await ledger.record(records[0]), *await ledger.record(records[1], records[2]), *await ledger.record(records[0])]
+
+    assert [(ack.duplicate, ack.rejected_reason) for ack in acks] == [(False, ""), (False, ""), (False, ""), (True, "")]
+    assert {await session_of(ledger, ann, record.operation_id) for record in records} == {""}
+
+
+async def test_deletions_are_forgotten_after_a_day(ledger: Ledger, ann: Principal) -> None:
+    """Then nothing of what was deleted can be on its way any more."""
+    for session_id in ("s13", "s14"):
+        await say(ledger, ann, "q", session=session_id)
+        await ledger.ask("DeleteSession", pb.DeleteSessionRequest(session_id=session_id), ann)
+    async with opened(ledger.url, connections_max=1, wait_s=5) as database:
+        await database.run(
+            lambda connection: connection.execute(
+                "UPDATE deleted_sessions SET deleted_at = now() - interval '25 hours' WHERE digest = digest_of_session($1, $2, 's13')",
+                ann.tenant,
+                ann.user,
+            )
+        )
+        forgotten = await PostgresConversations(database).forget_deletions()
+        left = await database.value("SELECT count(*) FROM deleted_sessions WHERE tenant = $1", ann.tenant)
+
+    assert (forgotten, left) == (1, 1)
+
+
+async def session_of(ledger: Ledger, who: Principal, operation_id: str) -> str:
+    return str((await ledger.ask("GetOperation", pb.GetOperationRequest(operation_id=operation_id), who)).operation.session_id)
+
+
+async def until_waiting(url: str, waiting: int) -> None:
+    """Until so many connections to the database wait for a lock."""
+    connection = await asyncpg.connect(url)
+    query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    try:
+        async with asyncio.timeout(10):
+            while await connection.fetchval(query) < waiting:  # noqa: ASYNC110 - what is waited for is in the database
+                await asyncio.sleep(0.01)
+    finally:
+        await connection.close()

@@ -4,6 +4,7 @@ import asyncio
 import secrets
 import uuid
 from collections import Counter
+from datetime import UTC, datetime
 from typing import Any
 
 import asyncpg
@@ -11,6 +12,7 @@ import pytest
 
 from services.chassis.errors import NotAllowed, NotFound, Overloaded
 from services.chassis.principal import Principal
+from services.chassis.wire import timestamp
 from services.ledger.postgres_database import opened
 from services.ledger.postgres_sums import PostgresSums
 from services.ledger.roller import roll_all
@@ -84,6 +86,25 @@ async def test_content_goes_and_money_stays_without_a_name(ledger: Ledger, boss:
     assert (await ledger.ask("GetEntitlements", pb.GetEntitlementsRequest(), again)).plan.name == "free"
     request = pb.PutBudgetRequest(scope="user", subject=name, period="month", limit_nanousd=1)
     assert (await ledger.ask("PutBudget", request, boss)).budget.spent_nanousd == 0
+
+
+async def test_the_words_of_an_answer_that_was_under_way_do_not_come_back(ledger: Ledger, boss: Principal) -> None:
+    """Its user was erased while it ran: its turn comes too late, and leaves no trace either, not even of who it was."""
+    name, words = (f"{kind}-{secrets.token_hex(8)}" for kind in ("user", "words"))
+    ann, asked_at = Principal(boss.tenant, name), datetime.now(UTC)
+
+    async def append(created_at: datetime) -> None:
+        turn = pb.Turn(answer_id=str(uuid.uuid4()), question=words, text=words, complete=True, created_at=timestamp(created_at))
+        await ledger.ask("AppendTurn", pb.AppendTurnRequest(session_id=words, turn=turn), ann)
+
+    await append(asked_at)
+    await ledger.ask("EraseUser", pb.EraseUserRequest(user=name), boss)
+    with pytest.raises(NotFound):
+        await append(asked_at)
+    assert await traces(ledger.url, name, words) == {}
+
+    await append(datetime.now(UTC))  # by somebody else of the same id
+    assert set(await traces(ledger.url, name, words)) == {"users", "sessions", "turns"}
 
 
 async def test_everything_that_is_kept_is_exported_and_nothing_of_others(

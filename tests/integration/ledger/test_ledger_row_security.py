@@ -20,7 +20,7 @@ from tests.integration.ledger.ledger_kit import HAIKU, RECORDER, Ledger, attempt
 
 TABLES = {
     *("tenants", "users", "plans", "subscriptions", "api_keys", "prices", "budgets", "spending", "holds", "entries"),
-    *("chain_heads", "chain_links", "operations", "attempts", "steps", "sessions", "turns"),
+    *("chain_heads", "chain_links", "operations", "attempts", "steps", "sessions", "turns", "deleted_sessions"),
 }
 VIEWS = {"members", "postings_booked", "balances"}
 
@@ -35,6 +35,9 @@ async def live(ledger: Ledger, user: Principal) -> None:
     price = common_pb2.Price(provider="acme", model=f"m-{user.tenant}", input_nanousd_per_mtok=1, source="a test")
     await ledger.ask("PutPrice", pb.PutPriceRequest(price=price), boss)
     await ledger.ask("PutBudget", pb.PutBudgetRequest(scope="user", subject=user.user, period="day", limit_nanousd=10**12), boss)
+    turn = pb.Turn(answer_id=str(uuid.uuid4()), question="q", text="a", complete=True)
+    await ledger.ask("AppendTurn", pb.AppendTurnRequest(session_id="s0", turn=turn), user)
+    await ledger.ask("DeleteSession", pb.DeleteSessionRequest(session_id="s0"), user)
     turn = pb.Turn(answer_id=str(uuid.uuid4()), question="q", text="a", complete=True)
     await ledger.ask("AppendTurn", pb.AppendTurnRequest(session_id="s1", turn=turn), user)
     record = operation(user, attempts=[attempt()])

@@ -332,6 +332,18 @@ async def test_budget_that_cannot_pay_stops_before_the_provider(claude: World) -
     assert (operation.status, operation.error_reason, len(operation.attempts)) == ("failed", "BUDGET_EXHAUSTED", 0)
 
 
+async def test_the_receipt_says_how_much_of_the_output_was_reasoning(claude: World) -> None:
+    """As a part of it: it is paid once."""
+    claude.behave(reasoning="Ports have numbers.", text="It is 8080 [1].")
+    reply = await claude.ask("Which port does the gateway listen on?", cache=pb.CACHE_MODE_OFF)
+    operation = await claude.booked(reply.answer_id)
+    generated = next(event.step.facts for event in reply.events if event.step.name == "generate" and event.step.status == "done")
+
+    assert (reply.done.reasoning_tokens, reply.done.usage.output_tokens) == (3, 7)
+    assert generated["reasoning_tokens"] == "3"
+    assert reply.done.cost_nanousd == operation.cost_nanousd == PRICES["claude-haiku-5-5"].cost_nanousd(usage_value(reply.done.usage))
+
+
 async def test_answer_is_made_as_short_as_the_budget_can_pay(claude: World) -> None:
     """The provider is given the bound that was granted, the step `hold` says so, and the answer costs no more than was held."""
     claude.ledger.affordable = 300

@@ -8,6 +8,8 @@ from typing import Any
 
 import orjson
 import pytest
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.struct_pb2 import Struct
 
 from bench.script import Behaviour
 from services.chassis.errors import NotAllowed, NotFound, RequestInvalid
@@ -328,10 +330,11 @@ async def kept(running: World, answer_id: str) -> Any:
 async def test_an_administrator_of_the_tenant_sees_what_was_sent(claude: World) -> None:
     """Word for word, for each call; nobody else does, and another tenant's administrator finds nothing."""
     reply = await claude.ask(PORT, session_id="s1")
-    (sent,) = (await kept(claude, reply.answer_id)).prompts
+    sent = (await kept(claude, reply.answer_id)).prompts[0]
     body = orjson.loads(next(body for body in claude.provider.prompts if b"<passages>" in body))
 
-    assert (sent.attempt, sent.model) == (1, "claude-haiku-5-5")
+    assert (sent.attempt, sent.model, sent.purpose, sent.operation_id) == (1, "claude-haiku-5-5", "", "")
+    assert sent.output_tokens_max == body["max_tokens"] and not sent.tools and not sent.HasField("output_schema")
     assert sent.template == step(reply, "compose")["template"]
     assert sent.system == text_of(body["system"])
     assert [(message.role, message.text) for message in sent.messages] == [
@@ -344,6 +347,52 @@ async def test_an_administrator_of_the_tenant_sees_what_was_sent(claude: World) 
     for who, answer_id in ((Principal("other", "root", frozenset({"admin"})), reply.answer_id), (ROOT, str(uuid.uuid4()))):
         with pytest.raises(NotFound):
             await prompts(claude, answer_id, who)
+
+
+async def test_all_that_a_provider_was_told_is_seen(claude: World) -> None:
+    """Tools, schema, bound and effort, as they were in the request; a picture is named."""
+    tool = pb.ToolDefinition(name="weather", description="of a town")
+    tool.input_schema.update({"type": "object", "properties": {"days": {"type": "integer"}}})
+    schema = Struct()
+    schema.update({"type": "object", "properties": {"port": {"type": "integer"}}, "required": ["port"], "additionalProperties": False})
+    claude.behave(text='{"port": 8080}')
+    picture = pb.Image(media_type="image/png", data=b"\x89PNG\r\n\x1a\n")
+    reply = await claude.ask(
+        PORT,
+        tier="smart",
+        tools=[tool],
+        output_schema=schema,
+        images=[picture],
+        reasoning=True,
+        max_output_tokens=300,
+        cache=pb.CACHE_MODE_OFF,
+    )
+    sent = (await kept(claude, reply.answer_id)).prompts[0]
+    body = orjson.loads(next(body for body in claude.provider.prompts if b"<passages>" in body))
+
+    assert (sent.output_tokens_max, sent.effort) == (body["max_tokens"], body["output_config"]["effort"]) == (300, "low")
+    assert [(each.name, each.description, dict(each.input_schema)["type"]) for each in sent.tools] == [("weather", "of a town", "object")]
+    assert MessageToDict(sent.output_schema) == body["output_config"]["format"]["schema"]
+    assert "[picture: image/png, 8 bytes]" in sent.messages[-1].text
+
+
+async def test_small_calls_are_seen_with_the_answer_they_were_made_for(claude: World) -> None:
+    """The rewritten question with the answer; the title, which comes later, beside it; each with the operation it is booked as."""
+    says(claude, REWRITE, text="Which port does the ledger listen on?")
+    says(claude, TITLE, text="Ports")
+    first = await claude.ask(PORT, session_id="s1")
+    await until(lambda: claude.ledger.turns.get("s1"))
+    second = await claude.ask("And which one does the ledger have?", session_id="s1")
+    (title,), (rewritten,) = await errands(claude, "title"), await errands(claude, "rewrite")
+    async with asyncio.timeout(10):
+        while len(beside := (await kept(claude, first.answer_id)).prompts) < 2:  # noqa: ASYNC110 - it is on the other side of a socket
+            await asyncio.sleep(0.01)
+    told = (await kept(claude, second.answer_id)).prompts
+
+    assert [(each.purpose, each.operation_id) for each in beside] == [("", ""), ("title", title.operation_id)]
+    assert [(each.purpose, each.operation_id) for each in told] == [("rewrite", rewritten.operation_id), ("", "")]
+    assert "And which one does the ledger have?" in told[0].messages[-1].text
+    assert told[0].template.startswith("rewrite") and told[0].output_tokens_max == 256
 
 
 async def test_prompts_go_with_their_user(claude: World) -> None:
@@ -406,18 +455,35 @@ async def test_a_tier_of_its_own_template_has_a_cache_of_its_own(tmp_path: Path,
     assert step(plain, "compose")["template"].startswith("answer.v1-")
 
 
-async def test_a_conversation_that_is_deleted_while_an_answer_of_it_runs_does_not_begin_anew(claude: World) -> None:
-    """The answer reaches its reader and is booked; nothing of it is kept."""
+@pytest.mark.parametrize("erased", [False, True], ids=["deleted", "erased"])
+@pytest.mark.parametrize(
+    "question", ["And which one does the ledger have?", "Which port does the ledger listen on?"], ids=["leaning", "alone"]
+)
+async def test_a_conversation_that_is_deleted_while_an_answer_of_it_runs_does_not_begin_anew(
+    claude: World, question: str, erased: bool
+) -> None:
+    """The answer reaches its reader and is booked; nothing of it is kept. What is asked afterwards is."""
     await claude.ask(PORT, session_id="s1")
     await until(lambda: claude.ledger.turns.get("s1"))
     claude.ledger.keeping.clear()
-    reply = await claude.ask("And which one does the ledger have?", session_id="s1")
-    del claude.ledger.turns["s1"]
+    reply = await claude.ask(question, session_id="s1")
+    claude.ledger.delete("" if erased else "s1")
     claude.ledger.keeping.set()
-    await claude.booked(reply.answer_id)
-    later = await claude.ask(PORT, session_id="s2")
-    await until(lambda: claude.ledger.turns.get("s2"))
     await until(lambda: claude.ledger.turned_away)
+    await claude.booked(reply.answer_id)
+    assert (reply.kinds[-1], claude.ledger.turns) == ("done", {})
 
-    assert reply.kinds[-1] == later.kinds[-1] == "done"
+    await claude.ask(PORT, session_id="s1")
+    await until(lambda: len(claude.ledger.turns.get("s1", [])) == 1)
+
+
+async def test_of_two_first_answers_the_later_one_does_not_bring_back_what_was_deleted(claude: World) -> None:
+    """Neither knew of any turn when it was asked."""
+    claude.ledger.keeping.clear()
+    replies = await asyncio.gather(claude.ask(PORT, session_id="s1"), claude.ask("Who wrote the ledger?", session_id="s1"))
+    claude.ledger.delete("s1")
+    claude.ledger.keeping.set()
+    await until(lambda: claude.ledger.turned_away == 2)
+
+    assert [reply.kinds[-1] for reply in replies] == ["done", "done"]
     assert "s1" not in claude.ledger.turns

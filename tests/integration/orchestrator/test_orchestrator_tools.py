@@ -2,12 +2,13 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from services.chassis.errors import NotFound, RequestInvalid
+from services.chassis.errors import NotAllowed, NotFound, RequestInvalid
 from services.local.stores import Valkey
 from services.orchestrator.claude_model import ClaudeModel
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as pb
@@ -82,6 +83,54 @@ async def test_a_clients_tool_is_called_by_the_client_and_goes_on_at_another_rep
     assert model.prompts[1].messages[-1].results[0].name == "weather" and [spec.name for spec in model.prompts[1].tools] == ["weather"]
     schema = model.prompts[0].tools[0].input_schema["properties"]["days"]
     assert schema == {"type": "integer", "maximum": 5} and isinstance(schema["maximum"], int)
+
+
+async def test_what_went_on_with_a_clients_tool_does_not_bring_back_a_deleted_conversation(
+    pair: tuple[World, World], model: ScriptedModel
+) -> None:
+    """An answer that goes on reads no history, and so names no turn that was there."""
+    one, two = pair
+    model.script = [call("weather", "w", town="Oslo"), "Cold."]
+    first = await one.ask(QUESTION, tools=[weather()], session_id="talk")
+    one.ledger.keeping.clear()
+    second = await two.ask("", continues=first.answer_id, tool_results=[pb.ToolResult(call_id="w", text="minus 3")])
+    one.ledger.delete("talk")
+    one.ledger.keeping.set()
+    await until(lambda: one.ledger.turned_away)
+
+    assert second.text == "Cold." and one.ledger.turns == {}
+
+
+async def test_an_answer_goes_on_with_what_its_plan_still_has(pair: tuple[World, World], model: ScriptedModel) -> None:
+    """It was suspended with tools of ours; whoever has lost them since is told before anything is asked or paid."""
+    one, two = pair
+    model.script = [call("weather", "w", town="Oslo"), "Cold."]
+    first = await one.ask(QUESTION, tools=[weather()], server_tools=["calculator"])
+    goes_on: dict[str, Any] = {"continues": first.answer_id, "tool_results": [pb.ToolResult(call_id="w", text="minus 3")]}
+    with pytest.raises(NotAllowed) as refused:
+        await two.ask("", principal=replace(ALICE, tools=frozenset({"current_time"})), **goes_on)
+    asked = len(model.prompts)
+    reply = await two.ask("", principal=replace(ALICE, tools=frozenset({"calculator"})), **goes_on)
+
+    assert (refused.value.metadata["needs"], asked, reply.text) == ("calculator", 1, "Cold.")
+
+
+async def test_new_tools_of_an_answer_that_goes_on_have_names_of_their_own(pair: tuple[World, World], model: ScriptedModel) -> None:
+    """Those that it keeps are there too: no model is told of two tools by one name."""
+    one, two = pair
+    model.script = [call("weather", "w", town="Oslo"), call("weather", "w", town="Oslo")]
+    ours = await one.ask(QUESTION, tools=[weather()], server_tools=["calculator"])
+    theirs = await one.ask(QUESTION, tools=[weather(), pb.ToolDefinition(name="current_time")])
+    results = [pb.ToolResult(call_id="w", text="minus 3")]
+    for first, fields in (
+        (ours, {"tools": [pb.ToolDefinition(name="calculator")]}),
+        (theirs, {"server_tools": ["current_time"]}),
+    ):
+        with pytest.raises(RequestInvalid) as raised:
+            await two.ask("", continues=first.answer_id, tool_results=results, **fields)
+        assert raised.value.field.startswith("tools[") and "each name once" in raised.value.metadata["bound"]
+
+    assert len(model.prompts) == 2
 
 
 async def test_nobody_else_goes_on_with_an_answer(pair: tuple[World, World], model: ScriptedModel) -> None:

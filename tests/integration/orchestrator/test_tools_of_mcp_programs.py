@@ -73,8 +73,40 @@ async def test_a_program_is_started_once_serves_many_calls_and_sees_nothing_of_o
     assert program.noted("ended") == [pid] and not lives(pid)
 
 
-async def test_a_server_of_the_package_is_spoken_to(tmp_path: Path) -> None:
+async def test_a_program_that_keeps_silent_is_not_waited_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has greeted, and never says what tools it has. Its process stays, and is asked again later."""
+    monkeypatch.setattr("services.orchestrator.tools.mcp_servers.LIST_S", 1.0)
+    program = Program(tmp_path, "silent")
+    async with asyncio.timeout(20):
+        while len(program.noted("asked")) < 2:
+            ends = await asyncio.gather(program.server.tools(), program.server.tools(), return_exceptions=True)
+            assert [type(end) for end in ends] == [Unavailable] * 2
+            program.clock.at += 6
+    await program.server.aclose()
+
+    assert len(program.noted("began")) == 1
+
+
+async def test_a_program_that_starts_slowly_is_listed_behind_the_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those who asked meanwhile go on without it."""
+    monkeypatch.setattr("services.orchestrator.tools.mcp_servers.LIST_S", 0.3)
+    program = Program(tmp_path, "late")
+    with pytest.raises(Unavailable):
+        await program.server.tools()
+    (program.notes.parent / "go").touch()
+    async with asyncio.timeout(20):
+        while True:
+            with contextlib.suppress(Unavailable):
+                tools = await program.server.tools()
+                break
+    await program.server.aclose()
+
+    assert set(tools) == {"prog__look"} and len(program.noted("began")) == 1
+
+
+async def test_a_server_of_the_package_is_spoken_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As most programs are made, in the newest revision it knows."""
+    monkeypatch.setattr("services.orchestrator.tools.mcp_servers.LIST_S", 60.0)  # it may take its time to start, and we wait
     script, file = tmp_path / "server.py", tmp_path / "mcp.toml"
     script.write_text(REAL)
     file.write_text(f"[servers.prog]\ncommand = {json.dumps([sys.executable, str(script)])}\n")

@@ -9,6 +9,7 @@ import pytest
 from services.chassis.errors import Unavailable
 from services.orchestrator.tools.mcp_servers import McpServer, ServerSettings, read_servers
 from services.orchestrator.tools.toolbox import ToolFailed, ToolLimits
+from tests.fakes.orchestrator_world import until
 from tests.fakes.scripted_model import ScriptedModel, answered, call, question
 from tests.fakes.tool_server import ToolServer, tool_server
 
@@ -128,6 +129,43 @@ async def test_a_server_that_is_not_there_is_left_alone_for_a_while() -> None:
     await nobody.aclose()
 
 
+async def test_a_server_that_keeps_silent_is_waited_for_once_and_not_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By all who ask at the time together; it is left alone then, and is there again as soon as it speaks."""
+    monkeypatch.setattr("services.orchestrator.tools.mcp_servers.LIST_S", 0.2)
+    clock = Hand()
+    async with tool_server(silent=True) as seen:
+        server = source(seen, clock)
+        async with asyncio.timeout(10):
+            ends = await asyncio.gather(*(server.tools() for _ in range(4)), server.tools(), return_exceptions=True)
+            told = await answered(ScriptedModel(["without"]), sources=[server], asked=question(server_tools=("files__add",)))
+        asked, seen.silent = seen.methods.count("tools/list"), False
+        clock.at += 6
+        back = await server.tools()
+        await server.aclose()
+
+    assert [type(end) for end in ends] == [Unavailable] * 5
+    assert (asked, told.text) == (1, "without") and "files__add" in back
+
+
+async def test_nobody_waits_for_a_list_that_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old one serves as long as the server keeps silent, and nothing is left running when we end."""
+    monkeypatch.setattr("services.orchestrator.tools.mcp_servers.LIST_S", 600.0)
+    clock = Hand()
+    async with tool_server() as seen:
+        server = source(seen, clock)
+        await server.tools()
+        seen.silent = True
+        clock.at += 301
+        async with asyncio.timeout(10):
+            lists = [await server.tools() for _ in range(3)]
+            await until(lambda: seen.methods.count("tools/list") == 2)
+            lists.append(await server.tools())
+            await server.aclose()
+
+    assert all("files__add" in tools for tools in lists) and seen.methods.count("tools/list") == 2
+    assert not [task for task in asyncio.all_tasks() if task.get_name() == "tool list"]
+
+
 async def test_a_server_that_floods_is_cut() -> None:
     """What it sends is bounded, however it calls it."""
     async with tool_server(flood=6 * 1024 * 1024) as seen:
@@ -142,9 +180,14 @@ async def test_a_list_is_asked_for_again_when_it_is_old(seen: ToolServer) -> Non
     """And not before."""
     clock = Hand()
     server = source(seen, clock, list_life_s=10.0)
-    for at in (0, 9, 11):
+    for at in (0, 9):
         clock.at = 1_000.0 + at
         await server.tools()
+    assert seen.methods.count("tools/list") == 1
+    clock.at += 2
+    old = await server.tools()
+    await until(lambda: server._tools is not old)
+    assert await server.tools() is not old
     await server.aclose()
 
     assert seen.methods.count("tools/list") == 2

@@ -22,7 +22,7 @@ from services.retrieval.domain import Chunk, Document, SearchMode, document_id
 from services.retrieval.edge_bm25 import EdgeBm25
 from services.retrieval.edge_store import EdgeStore
 from services.retrieval.encoding_spaces import Encodings, Standing
-from services.retrieval.ports import DOCUMENTS, SYSTEM_TENANT, Embedded, Filter, Fusion, Vectors, VectorStore
+from services.retrieval.ports import DOCUMENTS, SYSTEM_TENANT, Embedded, Filter, Fusion, Unpayable, Vectors, VectorStore
 from services.retrieval.qdrant_store import QdrantStore
 from services.retrieval.reencoding import Reencoding
 from services.retrieval.registry import Registry
@@ -323,6 +323,20 @@ async def test_an_embedder_that_cannot_be_opened_leaves_the_words(store: VectorS
             pass
         for text in (LIONS, "comets return"):
             assert text == (await two.search(text, SearchMode.DENSE))[0]
+
+
+async def test_an_embedder_that_cannot_be_paid_now_leaves_the_words(store: VectorStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ledger may be away for a minute; who asks for meaning alone is told."""
+    await filled(store)
+
+    async def unpayable(_: str) -> Vectors:
+        raise Unpayable("the ledger is away", dependency="ledger")
+
+    async with process(store, "one") as one:
+        monkeypatch.setattr(one.embedder, "embed_question", unpayable)
+        assert LIONS == (await one.search("lions hunt zebras"))[0]
+        with pytest.raises(Unpayable):
+            await one.search("lions hunt zebras", SearchMode.DENSE)
 
 
 async def test_another_language_of_words_is_a_move_as_well(store: VectorStore) -> None:

@@ -15,6 +15,7 @@ from services.chassis.principal import Principal
 from services.retrieval.ingest import DOCUMENT_BYTES_MAX
 from tailrace.retrieval.v1 import retrieval_service_pb2 as pb
 from tailrace.retrieval.v1 import retrieval_service_pb2_grpc as pb_grpc
+from tests.fakes.documents import half_scanned_pdf
 from tests.integration.retrieval.retrieval_kit import Retrieval, stages, upload
 
 GUIDE = """# Timeouts
@@ -25,6 +26,17 @@ The default timeout is five seconds of network inactivity.
 
 A pool keeps at most one hundred connections.
 """
+
+
+async def test_a_half_scanned_document_says_which_pages_are_missing(retrieval: Retrieval, ann: Principal) -> None:
+    """While it is taken in, when it comes again, and ever after."""
+    files: dict[str, bytes | str] = {"half.pdf": half_scanned_pdf("tpptp"), "whole.pdf": half_scanned_pdf("tt")}
+    first, again = await retrieval.ingest(ann, files), await retrieval.ingest(ann, files)
+    rows = await retrieval.stream("ListDocuments", pb.ListDocumentsRequest(), ann)
+
+    for told, stage in ((first, "indexed"), (again, "unchanged")):
+        assert {"half.pdf": "2-3, 5", "whole.pdf": ""} == {row.name: row.unread_pages for row in told if row.stage == stage}
+    assert {"half.pdf": "2-3, 5", "whole.pdf": ""} == {row.document.source_uri: row.document.unread_pages for row in rows}
 
 
 async def test_a_document_goes_through_all_stages_and_is_found_with_exact_offsets(retrieval: Retrieval, ann: Principal) -> None:

@@ -15,9 +15,11 @@ from qdrant_client import AsyncQdrantClient
 
 from services.chassis.afterwork import AfterWork
 from services.chassis.clock import SystemClock
-from services.chassis.errors import DocumentRejected, NotFound, Unavailable
+from services.chassis.errors import DocumentRejected, NotFound, Overloaded, Unavailable
 from services.chassis.principal import Principal
+from services.chassis.server import MESSAGE_BYTES_MAX
 from services.local.stores import Valkey
+from services.retrieval import ingest, rpc
 from services.retrieval.access import everything_of
 from services.retrieval.domain import Extracted, Progress, Stage, Upload
 from services.retrieval.edge_bm25 import EdgeBm25
@@ -25,7 +27,7 @@ from services.retrieval.edge_store import EdgeStore
 from services.retrieval.ingest import Buffer, Ingestion, Pipeline
 from services.retrieval.jobs import Claim, JobStore, Owner, Taken, Told
 from services.retrieval.parsers import read
-from services.retrieval.ports import CHUNKS, DOCUMENTS, SYSTEM_TENANT, Filter
+from services.retrieval.ports import CHUNKS, DOCUMENTS, SYSTEM_TENANT, Filter, Space
 from services.retrieval.qdrant_store import QdrantStore
 from services.retrieval.redis_jobs import RedisJobs
 from services.retrieval.registry import Registry
@@ -53,8 +55,15 @@ async def store_of(valkey: Valkey, **settings: Any) -> AsyncIterator[RedisJobs]:
 
 
 async def hand_in(store: RedisJobs, job_id: str, index: int, content: bytes = b"text", *, staged: bool = False) -> Taken:
+    room = await store.reserve(job_id, index, len(content))
+    return await put(store, job_id, index, content, staged=staged) if room.taken is Taken.TAKEN else room.taken
+
+
+async def put(store: RedisJobs, job_id: str, index: int, content: bytes = b"text", *, staged: bool = False) -> Taken:
+    """A document that room was asked for."""
     upload = Upload(b"", source_uri=f"{index}.txt")
-    return await store.add(job_id, upload, Progress(index, upload.name, Stage.RECEIVED, bytes=len(content)), [content], staged=staged)
+    received = Progress(index, upload.name, Stage.RECEIVED, bytes=len(content))
+    return Taken.TAKEN if await store.add(job_id, upload, received, [content], staged=staged) else Taken.CLOSED
 
 
 async def begun(store: RedisJobs, owner: Owner, documents: int) -> str:
@@ -174,6 +183,96 @@ async def test_a_full_store_says_so_and_one_job_cannot_fill_it(own: Valkey) -> N
         assert 0 == await store.retry(one, None)
 
 
+async def test_room_that_one_replica_has_reserved_is_not_given_by_another(own: Valkey) -> None:
+    """Nor twice to one job: whoever asks again has only the last."""
+    async with store_of(own, bytes_max=100) as here, store_of(own, bytes_max=100) as there:
+        one, two = str(uuid.uuid4()), str(uuid.uuid4())
+        await here.begin(one, ANN)
+        await there.begin(two, BOB)
+        asked = [(await store.reserve(job, 0, 60)).taken for store, job in ((here, one), (here, one), (there, two))]
+
+        assert [Taken.TAKEN, Taken.TAKEN, Taken.FULL] == asked
+        assert Taken.TAKEN == await put(here, one, 0, b"x" * 60)
+        assert Taken.FULL == (await there.reserve(two, 0, 60)).taken
+        assert Taken.TAKEN == (await there.reserve(two, 0, 40)).taken
+
+
+@pytest.mark.parametrize("end", ["close", "cancel", "death"])
+async def test_room_that_was_reserved_for_nothing_is_given_back(own: Valkey, end: str) -> None:
+    """However its job ends; and what comes after that is not kept, and leaves nothing."""
+    async with store_of(own, bytes_max=100, lease_s=0.2) as dying, store_of(own, bytes_max=100) as living:
+        one, two = str(uuid.uuid4()), str(uuid.uuid4())
+        await dying.begin(one, ANN)
+        await living.begin(two, BOB)
+        await dying.reserve(one, 0, 100)
+        before = (await living.reserve(two, 0, 100)).taken
+        if end == "close":
+            await living.close(one, commit=True)
+        elif end == "cancel":
+            await living.cancel(one, None)
+        async with asyncio.timeout(10):
+            while (after := (await living.reserve(two, 0, 100)).taken) is not Taken.TAKEN:
+                await living.beat()
+                await asyncio.sleep(0.02)
+
+        assert (Taken.FULL, Taken.TAKEN) == (before, after)
+        assert Taken.CLOSED == await put(dying, one, 0, b"x" * 100)
+        async with redis.Redis.from_url(own.url) as client:
+            assert [] == await client.keys("*content*")
+
+
+def receiving(store: RedisJobs) -> Ingestion:
+    """An ingestion whose workers stand still."""
+    new_id = lambda: str(uuid.uuid4())  # noqa: E731
+    return Ingestion(cast(Pipeline, None), store, AfterWork(), new_id, workers=0, lease_s=30.0, buffer=Buffer(10**9))
+
+
+async def test_a_document_that_waits_for_room_is_sent_once(own: Valkey) -> None:
+    """However long its job has its share; the store hears short questions only, and fewer and fewer of them."""
+    content = b"x" * 400_000
+    async with store_of(own, bytes_max=10**6) as store, redis.Redis.from_url(own.url) as client:
+        job = await receiving(store).begin(ANN, detach=False)
+        assert Taken.TAKEN == await hand_in(store, job.job_id, 0, content)
+        await client.config_resetstat()
+        waiting = asyncio.create_task(
+            job.add(Upload(b"", source_uri="1.txt"), Progress(1, "1.txt", Stage.RECEIVED, bytes=400_000), [content], staged=False)
+        )
+        asked = 0
+        async with asyncio.timeout(30):
+            while asked < 6:
+                asked = (await client.info("commandstats")).get("cmdstat_evalsha", {}).get("calls", 0)
+                await asyncio.sleep(0.02)
+        while_waiting = (await client.info("stats"))["total_net_input_bytes"]
+        await store.record([at(await claimed(store), Stage.INDEXED)])
+        async with asyncio.timeout(10):
+            assert await waiting
+        at_the_end = (await client.info("stats"))["total_net_input_bytes"]
+
+    assert while_waiting < 100_000
+    assert 400_000 < at_the_end < 500_000
+
+
+async def test_who_waits_for_room_while_nothing_moves_is_refused_at_last(own: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as any ingestion tells progress it waits on."""
+    monkeypatch.setattr(ingest, "STILL_WAIT_S", 0.5)
+    async with store_of(own, bytes_max=100) as store:
+        job = await receiving(store).begin(ANN, detach=False)
+        assert Taken.TAKEN == await hand_in(store, job.job_id, 0, b"x" * 50)
+        other = await begun(store, BOB, 1)
+        theirs = next(claim for claim in (await claimed(store), await claimed(store)) if claim.job_id == other)
+        upload, received = Upload(b"", source_uri="1.txt"), Progress(1, "1.txt", Stage.RECEIVED, bytes=50)
+        waiting = asyncio.create_task(job.add(upload, received, [b"x" * 50], staged=False))
+        for done in range(10):
+            await store.record([at(theirs, Stage.CHUNKED, chunks_done=done)])
+            await asyncio.sleep(0.2)
+        patient = not waiting.done()
+        with pytest.raises(Overloaded):
+            async with asyncio.timeout(30):
+                await waiting
+
+    assert patient
+
+
 async def test_too_many_jobs_are_refused_and_old_ones_forgotten(own: Valkey) -> None:
     """Nothing of a forgotten job is left behind."""
     async with store_of(own, jobs_max=1, kept_s=0.0) as store:
@@ -212,6 +311,37 @@ async def test_jobs_are_seen_by_their_user_and_by_admins_alone(retrieval: Retrie
         assert await retrieval.ask(f"{name}IngestionJob", request(job_id=job_id), admin)
 
 
+async def test_a_large_job_is_shown_in_replies_of_bounded_size(
+    retrieval: Retrieval, ann: Principal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Together they are whole and in order, and each goes on where the one before ended."""
+    names = [f"{number} " + "字" * 1000 for number in range(5)]
+    job_id = (await retrieval.ingest(ann, dict.fromkeys(names, "")))[0].job_id
+    monkeypatch.setattr(rpc, "JOB_BYTES_MAX", 7_000)
+    replies, first = [], 0
+    while not replies or first:
+        request = pb.GetIngestionJobRequest(job_id=job_id, first_document=first)
+        replies.append(await retrieval.ask("GetIngestionJob", request, ann))
+        first = replies[-1].next_document
+
+    assert [2, 2, 1] == [len(reply.documents) for reply in replies]
+    assert names == [row.name for reply in replies for row in reply.documents]
+    assert {5} == {reply.summary.documents for reply in replies}
+
+
+def test_documents_with_the_longest_names_fit_into_a_message() -> None:
+    """Ten thousand with names of 1024 characters of four bytes, all of them failed."""
+    row = pb.IngestDocumentsResponse(
+        job_id=str(uuid.uuid4()), index=9_999, name="😀" * 1024, error_detail="x" * 500, unread_pages="1" * 200
+    )
+    reply = pb.GetIngestionJobResponse(documents=rpc._rows_that_fit([row] * 10_000))
+    ordinary = pb.IngestDocumentsResponse(job_id=row.job_id, index=9_999, name="a folder/of ordinary/names.md", document_id=row.job_id)
+
+    assert reply.ByteSize() < MESSAGE_BYTES_MAX - 1024 * 1024
+    assert len(reply.documents) > 1000
+    assert 10_000 == len(rpc._rows_that_fit([ordinary] * 10_000))
+
+
 @pytest.mark.filterwarnings("ignore:Payload indexes have no effect")
 async def test_two_replicas_that_change_one_document_leave_one_version_and_no_orphan(own: Valkey) -> None:
     """Each has a registry of its own on one store. What was received last stays, whoever is quicker; no chunk of another is left."""
@@ -232,6 +362,58 @@ async def test_two_replicas_that_change_one_document_leave_one_version_and_no_or
         assert "v7" == latest.content_sha256
         assert (3, 0) == (await vectors.count(CHUNKS, Filter(TENANT)), await vectors.count(DOCUMENTS, intents))
         assert [f"v7 {ordinal}" for ordinal in range(3)] == [row.chunk.text for row in await registries[1].chunks(latest, 0, 9)]
+    await vectors.close()
+
+
+class StandingStill:
+    """A store as a process sees it that stands still before one of its writes, as under SIGSTOP, until it is let go."""
+
+    def __init__(self, store: QdrantStore, space: Space) -> None:
+        self._store, self._space = store, space
+        self.stands, self.goes_on = asyncio.Event(), asyncio.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        work = getattr(self._store, name)
+
+        async def call(space: Space, *args: Any, **kwargs: Any) -> Any:
+            if (name, space) == ("upsert", self._space) and not self.stands.is_set():
+                self.stands.set()
+                await self.goes_on.wait()
+            return await work(space, *args, **kwargs)
+
+        return call
+
+
+@pytest.mark.filterwarnings("ignore:Payload indexes have no effect")
+@pytest.mark.parametrize("change", ["replace", "delete"])
+async def test_a_replica_that_stood_still_undoes_nothing_that_came_after_it(own: Valkey, change: str) -> None:
+    """Its turn ran out in the middle of a change and another wrote a later version: that stays, whole, and alone."""
+    vectors = QdrantStore(AsyncQdrantClient(":memory:"), 2, "any")
+    await vectors.prepare()
+    async with store_of(own) as one, store_of(own) as other, redis.Redis.from_url(own.url) as client:
+        still = StandingStill(vectors, CHUNKS if change == "replace" else DOCUMENTS)
+        sleeper, awake = Registry(cast(Any, still), SystemClock(), turn=one.turn), Registry(vectors, SystemClock(), turn=other.turn)
+        if change == "delete":
+            first, *rest = draft("v0")
+            await awake.replace(first, *rest)
+        document, *rest = draft("v1")
+        id_ = document.document_id
+        work = sleeper.replace(replace(document, received=1), *rest) if change == "replace" else sleeper.delete(TENANT, id_)
+        stopped = asyncio.create_task(work)
+        await still.stands.wait()
+        (turn,) = await client.keys("*turn:*")
+        await client.delete(turn)  # what the lease does after its time
+        later, *rest = draft("v2")
+        await awake.replace(replace(later, received=2), *rest)
+        still.goes_on.set()
+        with pytest.raises(Unavailable):
+            await stopped
+        latest = await awake.document(everything_of(TENANT), id_)
+
+        assert "v2" == latest.content_sha256
+        assert [f"v2 {ordinal}" for ordinal in range(3)] == [row.chunk.text for row in await awake.chunks(latest, 0, 9)]
+        intents = Filter(SYSTEM_TENANT, equal={"kind": "intent"})
+        assert (3, 0) == (await vectors.count(CHUNKS, Filter(TENANT)), await vectors.count(DOCUMENTS, intents))
     await vectors.close()
 
 

@@ -1,9 +1,11 @@
 """The signed principal: only what we signed, whole, once and lately."""
 
+from dataclasses import replace
+
 import pytest
 
 from services.chassis import passport as module
-from services.chassis.errors import NotAuthenticated
+from services.chassis.errors import NotAllowed, NotAuthenticated
 from services.chassis.passport import PRINCIPAL_KEY, SIGNATURE_KEY, Passport
 from services.chassis.principal import Principal
 from tailrace.common.v1 import common_pb2
@@ -12,9 +14,26 @@ ALICE = Principal("acme", "alice", frozenset({"user"}))
 ours = Passport(b"a-key-of-enough-length")
 
 
-def test_a_signed_principal_comes_back_as_it_was() -> None:
-    """check(sign(p)) == p."""
-    assert ours.check(ours.sign(ALICE)) == ALICE
+@pytest.mark.parametrize("tools", [None, frozenset(), frozenset({"calculator", "github__*"})])
+def test_a_signed_principal_comes_back_as_it_was(tools: frozenset[str] | None) -> None:
+    """check(sign(p)) == p. A plan without tools is not one that nobody knows."""
+    everything = Principal("acme", "alice", frozenset({"user"}), "k", frozenset({"answers"}), frozenset({"g"}), "pro", frozenset({"fast"}))
+    for principal in (ALICE, replace(everything, cache_scope="user", tools=tools)):
+        assert ours.check(ours.sign(principal)) == principal
+
+
+@pytest.mark.parametrize(
+    ("tools", "allowed"),
+    [(None, True), ((), False), (("calculator",), True), (("*",), True), (("files__*",), False), (("calculator__*",), True)],
+)
+def test_a_plan_has_the_tools_that_it_names(tools: tuple[str, ...] | None, allowed: bool) -> None:
+    """By name, by server, or all; nothing is held against somebody whose plan is not known here."""
+    principal = replace(ALICE, tools=None if tools is None else frozenset(tools))
+    if allowed:
+        principal.require_tools(["calculator"])
+    else:
+        with pytest.raises(NotAllowed):
+            principal.require_tools(["calculator"])
 
 
 def test_another_keys_signature_is_refused() -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 from services.chassis.errors import ModelFailed, Unavailable
 from services.chassis.principal import Principal
 from services.gateway import limits
-from services.gateway.limiter import Charge, Correction, LocalLimiter, Outcome
+from services.gateway.limiter import Charge, Correction, Kind, LocalLimiter, Outcome
 from services.gateway.limits import Allowance, Entitlements, Fallback, LimitReached, Limits, Metered, ReservedTokens
 from services.gateway.memo import Memo
 from tailrace.common.v1 import common_pb2
@@ -162,6 +162,118 @@ async def test_answers_at_the_same_time_are_counted_while_they_run() -> None:
     await guard.drain(1)
 
 
+class Books:
+    """Books in which answers are entered as a test says."""
+
+    def __init__(self) -> None:
+        self.used: dict[str, int] = {}
+        self.asked: list[tuple[str, str]] = []
+
+    async def __call__(self, principal: Principal, answer_id: str) -> int | None:
+        self.asked.append((principal.user, answer_id))
+        return self.used.get(answer_id)
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while True:
+            if true():
+                return
+            await asyncio.sleep(0)
+
+
+@pytest.fixture
+def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The books are looked at without a pause that a test would feel."""
+    monkeypatch.setattr(limits, "LOOK_PAUSES_S", (0.001,))
+
+
+async def test_an_answer_that_was_left_counts_until_the_books_say_that_it_ended(quick_looks: None) -> None:
+    """Leaving makes no room: it runs on. Its lease is renewed meanwhile, and what it used is charged in the end."""
+    store, books = Store(), Books()
+    guard = Limits(store, Plans(user=Allowance(answers=1, tokens=100)), 60, booked=books)
+    async with guard.answering(ADA, 60, lasts_s=300) as admission:
+        admission.answer_id = "a-1"
+    await until(lambda: len(books.asked) > 2)
+    store.now_us += 20_000_000
+    await guard.renew()
+    store.now_us += 20_000_000
+    while_it_runs = await refusal_of(guard, ADA)
+    books.used["a-1"] = 10
+    await until(lambda: not guard.followed)
+    async with guard.answering(ADA, 90) as admission:
+        admission.tokens_used, admission.ended = 90, True
+    await guard.drain(1)
+
+    assert while_it_runs["limit_kind"] == "concurrency"
+    assert set(books.asked) == {("ada", "a-1")}
+
+
+async def test_what_may_have_ended_an_answer_makes_the_books_be_looked_at_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cancel, or a resumed stream that is over, need not wait for the next look."""
+    monkeypatch.setattr(limits, "LOOK_PAUSES_S", (0.0, 3600.0))
+    books = Books()
+    guard = Limits(Store(), Plans(user=Allowance(answers=1)), 60, booked=books)
+    async with guard.answering(ADA, 1, lasts_s=300) as admission:
+        admission.answer_id = "a-1"
+    await until(lambda: len(books.asked) == 1)
+    books.used["a-1"] = 0
+    guard.look_at("a-2")
+    guard.look_at("a-1")
+    await until(lambda: not guard.followed)
+    await guard.drain(1)
+
+    async with guard.answering(ADA, 1):
+        pass
+
+
+@pytest.mark.parametrize(("detached_s", "lasts_s", "goes_on"), [(0.001, 300, True), (300, 0.001, True), (300, 300, False)])
+async def test_an_answer_that_was_left_counts_no_longer_than_it_can_run(detached_s: float, lasts_s: float, goes_on: bool) -> None:
+    """One whose id nobody knows cannot be resumed; none outlives its deadline; one that leaving cancels is over."""
+    guard = Limits(Store(), Plans(user=Allowance(answers=1)), 60, detached_s=detached_s)
+    async with guard.answering(ADA, 1, lasts_s=lasts_s, goes_on=goes_on):
+        pass
+    await until(lambda: not guard.followed)
+    await guard.drain(1)
+
+    async with guard.answering(ADA, 1):
+        pass
+
+
+async def test_of_an_answer_that_ended_without_a_receipt_the_books_say_what_it_used(quick_looks: None) -> None:
+    """Cancelled, or failed midway: its place is free at once, its tokens when they are known."""
+    store, books = Store(), Books()
+    guard = Limits(store, Plans(user=Allowance(answers=1, tokens=100)), 60, booked=books)
+    async with guard.answering(ADA, 60) as admission:
+        admission.answer_id, admission.ended = "a-1", True
+    await until(lambda: len(books.asked) > 2)
+    async with guard.answering(ADA, 40) as admission:
+        admission.tokens_used, admission.ended = 40, True
+    before = await refusal_of(guard, ADA, 1)
+    books.used["a-1"] = 7
+    await until(lambda: not guard.followed)
+    async with guard.answering(ADA, 53) as admission:
+        admission.tokens_used, admission.ended = 53, True
+    after = await refusal_of(guard, ADA, 1)
+    await guard.drain(1)
+
+    assert (before["limit_kind"], after["limit_kind"]) == ("tokens", "tokens")
+
+
+async def test_the_end_does_not_wait_for_answers_that_were_left() -> None:
+    """Their leases end by themselves: nobody renews them."""
+    store, tasks = Store(), asyncio.all_tasks()
+    guard = Limits(store, Plans(user=Allowance(answers=1)), 60)
+    async with guard.answering(ADA, 1, lasts_s=300) as admission:
+        admission.answer_id = "a-1"
+    await refusal_of(guard, ADA)
+    await guard.drain(60)
+    await guard.renew()
+
+    assert asyncio.all_tasks() == tasks
+    assert store.renewed == []
+
+
 async def test_the_lease_of_a_gateway_that_died_ends() -> None:
     """Nobody renews it, so its place is free after a while."""
     store = Store()
@@ -238,20 +350,29 @@ def test_no_two_subjects_share_a_key_and_a_tenants_keys_share_a_slot() -> None:
     """Names may hold what separates them elsewhere."""
     odd = [("a", "b:c"), ("a:b", "c"), ("a}", "b"), ("a", "}b"), ("a", "b"), ("A", "b")]
     given = Entitlements(Allowance(1, 1, 1), Allowance(1, 1, 1), Allowance(1, 1, 1))
-    keys = {charge.key for tenant, user in odd for charge in limits._charges(Principal(tenant, user, api_key_id=user), given, 5)}
+    principals = [Principal(tenant, user, api_key_id=user) for tenant, user in odd]
+    keys = {charge.key for principal in principals for charge in limits._charges(principal, given, Kind.REQUESTS, 5)}
+    keys |= {charge.key for principal in principals for charge in limits._charges(principal, given, Kind.READS)}
     tenants = {tenant for tenant, _ in odd}
 
-    assert len(keys) == 2 * 3 * len(odd) + 3 * len(tenants)
+    assert len(keys) == 2 * 4 * len(odd) + 4 * len(tenants)
     assert len({key.partition("}")[0] for key in keys}) == len(tenants)
 
 
-def test_what_is_reserved_grows_with_the_question_and_the_bound() -> None:
-    """The default output only where the request sets none."""
+def test_what_is_reserved_grows_with_all_that_is_read_and_with_the_bound_of_what_is_written() -> None:
+    """The default output only where the request sets none. A picture counts as one, not by its bytes."""
     reserved = ReservedTokens(1000, 200)
+    asked = orchestrator.AnswerRequest
+    schema = {"type": "object", "description": "x" * 3000}
+    tool = orchestrator.ToolDefinition(name="t", description="x" * 3000)
+    result = orchestrator.ToolResult(call_id="c", text="x" * 3000)
 
-    assert reserved.of("a" * 30, None) == 1210
-    assert reserved.of("", 7) == 1007
-    assert reserved.of("", -5) == 1000
+    assert reserved.of(asked(question="a" * 30)) == 1210
+    assert reserved.of(asked(max_output_tokens=7)) == 1007
+    assert reserved.of(asked(max_output_tokens=-5)) == 1000
+    assert reserved.of(asked(images=[orchestrator.Image(data=b"x" * 9_000_000)])) == 1200 + limits.IMAGE_TOKENS
+    for part in ({"tools": [tool]}, {"tool_results": [result]}, {"output_schema": schema}):
+        assert 2200 < reserved.of(asked(**part)) < 2300  # type: ignore[arg-type]
 
 
 class Events:
@@ -271,7 +392,7 @@ class Events:
 
 
 USAGE = common_pb2.Usage(input_tokens=1, output_tokens=20, cache_read_tokens=300, cache_write_tokens=4000)
-ACCEPTED = orchestrator.AnswerEvent(accepted=orchestrator.Accepted())
+ACCEPTED = orchestrator.AnswerEvent(answer_id="a-1", accepted=orchestrator.Accepted())
 
 
 @pytest.mark.parametrize(

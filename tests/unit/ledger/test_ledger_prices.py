@@ -92,7 +92,7 @@ def test_cache_prices_are_the_stated_multiples_of_the_input_price() -> None:
     """Writes 1.25 and 2 times, reads 0.05 times on Opus 5.5 and Sonnet 5.5 (from 7 October on) and 0.10 times elsewhere."""
     for known in PriceBook(NUMBERED).all_in_force("t", NOW):
         price = known.price
-        if price.provider in ("openai", "gemini"):
+        if price.provider in ("openai", "gemini", "voyage"):
             continue
         share = 20 if price.model in ("claude-opus-5-5", "claude-sonnet-5-5") else 10
 
@@ -124,8 +124,16 @@ def test_gemini_costs_twice_as_much_once_its_introduction_is_over(model: str, la
 
 def test_a_cached_token_of_an_embedding_costs_what_any_does() -> None:
     """Embeddings have no cache: whoever reports a token there anyway does not get it for nothing."""
-    for model, usd in (("text-embedding-3-small", "0.02"), ("text-embedding-3-large", "0.13")):
-        price = PriceBook(NUMBERED).in_force("t", "openai", model, NOW).price
+    for provider, model, usd in (
+        ("openai", "text-embedding-3-small", "0.02"),
+        ("openai", "text-embedding-3-large", "0.13"),
+        ("openai", "text-embedding-ada-002", "0.10"),
+        ("gemini", "gemini-embedding-001", "0.15"),
+        ("voyage", "voyage-3-large", "0.18"),
+        ("voyage", "voyage-3.5", "0.06"),
+        ("voyage", "voyage-3.5-lite", "0.02"),
+    ):
+        price = PriceBook(NUMBERED).in_force("t", provider, model, NOW).price
 
         for usage in (Usage(1_000_000), Usage(cache_read_tokens=1_000_000), Usage(cache_write_tokens=1_000_000)):
             assert price.cost_nanousd(usage) == nanousd(usd)
@@ -134,6 +142,7 @@ def test_a_cached_token_of_an_embedding_costs_what_any_does() -> None:
 NEWER = {
     *("extractive", "claude-fable-5-1", "claude-opus-5-5", "claude-opus-5", "claude-sonnet-5-5", "claude-haiku-5-5", "claude-haiku-4-5"),
     *("gpt-6.2-astra", "gpt-6.2-sol", "gpt-6.1-terra", "gpt-6-luna", "gemini-4-argon", "gemini-3.8-flash"),
+    *("gemini-embedding-001", "voyage-3.5", "voyage-3.5-lite"),
 }
 """What the collected list does not know, because it is of September 2025 or because the model is our own."""
 

@@ -19,10 +19,13 @@ class Noting:
         self.asked.set()
         return None
 
+    async def forget_deletions(self) -> None:
+        """There are none."""
+
 
 async def test_leases_wait_longer_than_holds() -> None:
     holds, credit = Noting(), Noting()
-    sweeping = sweep_forever(holds, credit, interval_ms=600_000, grace_ms=0, lease_grace_ms=300_000)  # type: ignore[arg-type]
+    sweeping = sweep_forever(holds, credit, Noting(), interval_ms=600_000, grace_ms=0, lease_grace_ms=300_000)  # type: ignore[arg-type]
     task = asyncio.create_task(sweeping)
     await credit.asked.wait()
     task.cancel()

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import tailrace
 from services.local import command
-from services.local.command import SUFFIXES, app, fact, found, passed_over, printable, usd
+from services.local.command import app, fact, found, passed_over, printable, usd
 from services.orchestrator import spool
 from tailrace.ledger.v1 import ledger_service_pb2
 
@@ -216,8 +216,28 @@ def test_what_documents_hold_stays_on_its_line() -> None:
     assert printable("a\r\n\tb\u202e\x1b[31mc\x00") == "a b [31mc"
 
 
-def test_folders_give_what_the_service_reads() -> None:
-    """Every format it knows by a suffix, but logs, which grow; and nothing that it does not know."""
-    from services.retrieval.parsers.detection import BY_EXTENSION
+def test_folders_give_what_the_service_reads(tmp_path: Path) -> None:
+    """Every format and language it knows by a name, but logs, which grow; and nothing that it does not know."""
+    from services.retrieval.parsers import detection, source_code
 
-    assert BY_EXTENSION.keys() - {".log"} == SUFFIXES
+    known = {f"x{suffix}" for suffix in detection.BY_EXTENSION.keys() | source_code.BY_EXTENSION.keys()} | source_code.BY_NAME.keys()
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    for name in known | {"x.bin", "x", "README", "x.md.bak"}:
+        (folder / name).write_text("text")
+    (folder / "Upper.PY").write_text("text")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "Dockerfile").write_text("text")
+
+    assert {name.removeprefix("docs/") for name, _ in found([str(folder)])} == known - {"x.log"} | {"Upper.PY", "sub/Dockerfile"}
+    assert {"x.py", "x.go", "x.js", "x.yaml", "makefile"} <= known
+
+
+def test_what_others_wrote_is_not_taken_from_a_folder_of_code(tmp_path: Path) -> None:
+    """Packages and what is made from code stay out, wherever they lie."""
+    for name in ("a.py", "web/node_modules/b/c.js", "venv/lib/site-packages/d.py", "__pycache__/e.py"):
+        path = tmp_path / "code" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("text")
+
+    assert [name for name, _ in found([str(tmp_path / "code")])] == ["code/a.py"]

@@ -66,6 +66,20 @@ async def test_children_start_after_what_they_need_and_stop_before_it(tmp_path: 
     assert events == ["second stopped", "first stopped", "store stopped"]
 
 
+async def test_a_child_that_was_killed_is_gone_before_the_next_one_is_there(tmp_path: Path) -> None:
+    """A store finds its own lock taken otherwise, and does not start."""
+    child = Sleeper("worker", tmp_path, [])
+    await child.start()
+    former, ends = child.process, list[int | None]()
+    assert former is not None
+    child.spawned = lambda _: ends.append(former.returncode)
+    child.kill()
+    await child.start()
+    await child.stop()
+
+    assert ends == [-signal.SIGKILL]
+
+
 async def test_a_killed_child_is_started_again_and_the_event_is_said(tmp_path: Path) -> None:
     """kill -9 of a child leads to a new process and to words that name the child and the signal."""
     said: list[str] = []

@@ -1,67 +1,235 @@
-"""Folders and a collection in step: what changed goes in, what was deleted goes, and an absence loses neither."""
+"""Folders and a collection in step: what changed goes in, what was deleted goes, and neither an absence nor a restart loses any of it."""
 
+import json
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+
 import tailrace
-from services.local.watching import Files, Watch
+from services.local.watching import PAUSE_S_MAX, Files, Seen, Watch
 
 
 @dataclass
 class Service:
-    """A collection that may be away."""
+    """A collection that may be away, or break off after some documents."""
 
-    away: bool = False
+    away: tailrace.TailraceError | None = None
+    ends_after: int | None = None
     documents: dict[str, str] = field(default_factory=dict)
     sent: list[set[str]] = field(default_factory=list)
+    forgotten: list[dict[str, str]] = field(default_factory=list)
 
-    async def send(self, files: Files) -> set[str]:
+    async def send(self, files: Files) -> AsyncIterator[tuple[str, str]]:
         self._ask()
         self.sent.append(set(files))
-        self.documents.update({name: path.read_text() for name, path in files.items()})
-        return set(files)
+        for place, (name, path) in enumerate(files.items()):
+            if place == self.ends_after:
+                raise tailrace.Interrupted("cut")
+            self.documents[name] = path.read_text()
+            yield name, f"id of {name}"
 
-    async def forget(self, names: set[str]) -> None:
+    async def forget(self, documents: Mapping[str, str]) -> None:
         self._ask()
-        for name in names:
-            del self.documents[name]
+        self.forgotten.append(dict(documents))
+        for name in documents:
+            self.documents.pop(name, None)
 
     def _ask(self) -> None:
         if self.away:
-            raise tailrace.Unavailable("away")
+            raise self.away
 
 
-def watching(folder: Path, service: Service, said: list[str]) -> Watch:
-    return Watch(lambda: {path.name: path for path in sorted(folder.iterdir())}, service.send, service.forget, said.append)
+@dataclass
+class World:
+    """A folder, a service, and what outlives a watch."""
+
+    folder: Path
+    notes: Path
+    service: Service = field(default_factory=Service)
+    said: list[str] = field(default_factory=list)
+    pauses: list[float] = field(default_factory=list)
+
+    def watch(self) -> Watch:
+        async def pause(seconds: float) -> None:
+            self.pauses.append(seconds)
+
+        def look() -> Files:
+            return {path.name: path for path in sorted(self.folder.iterdir())}
+
+        return Watch(look, self.service.send, self.service.forget, self.said.append, Seen(self.notes), pause)
+
+    def write(self, **texts: str) -> None:
+        for name, text in texts.items():
+            (self.folder / name).write_text(text)
 
 
-async def test_changed_files_are_sent_and_deleted_ones_deleted(tmp_path: Path) -> None:
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    (tmp_path / "folder").mkdir()
+    return World(tmp_path / "folder", tmp_path / "notes.json")
+
+
+async def test_changed_files_are_sent_and_deleted_ones_deleted(world: World) -> None:
     """Once each; what others have put there stays."""
-    service = Service(documents={"foreign.md": "theirs"})
-    watch = watching(tmp_path, service, [])
-    (tmp_path / "a.md").write_text("a")
-    (tmp_path / "b.md").write_text("b")
+    world.service.documents["foreign"] = "theirs"
+    watch = world.watch()
+    world.write(a="a", b="b")
     await watch.step()
     await watch.step()
-    (tmp_path / "a.md").write_text("changed")
-    (tmp_path / "b.md").unlink()
-    await watch.step()
-
-    assert service.sent == [{"a.md", "b.md"}, {"a.md"}]
-    assert service.documents == {"foreign.md": "theirs", "a.md": "changed"}
-
-
-async def test_what_happens_while_the_service_is_away_is_done_when_it_is_back(tmp_path: Path) -> None:
-    """It is said, and nothing is forgotten."""
-    service, said = Service(), []
-    watch = watching(tmp_path, service, said)
-    (tmp_path / "a.md").write_text("a")
-    await watch.step()
-    service.away = True
-    (tmp_path / "a.md").unlink()
-    (tmp_path / "b.md").write_text("b")
-    await watch.step()
-    service.away = False
+    world.write(a="changed")
+    (world.folder / "b").unlink()
     await watch.step()
 
-    assert (service.documents, len(said)) == ({"b.md": "b"}, 1)
+    assert world.service.sent == [{"a", "b"}, {"a"}]
+    assert world.service.documents == {"foreign": "theirs", "a": "changed"}
+    assert world.service.forgotten == [{"b": "id of b"}]
+
+
+async def test_what_happens_while_the_service_is_away_is_done_when_it_is_back(world: World) -> None:
+    """It is said once, and nothing is forgotten."""
+    watch = world.watch()
+    world.write(a="a")
+    await watch.step()
+    world.service.away = tailrace.Unavailable("away")
+    (world.folder / "a").unlink()
+    world.write(b="b")
+    await watch.step()
+    await watch.step()
+    world.service.away = None
+    await watch.step()
+
+    assert (world.service.documents, world.said) == ({"b": "b"}, ["away; trying again"])
+
+
+@pytest.mark.parametrize("kind", [cls for cls in tailrace.TailraceError.__subclasses__() if cls.retryable])
+async def test_every_refusal_that_passes_by_itself_is_outlived_for_as_long_as_it_says(
+    world: World, kind: type[tailrace.TailraceError]
+) -> None:
+    """The wait it names is kept, and none is longer than the bound."""
+    watch = world.watch()
+    world.write(a="a")
+    for waits_ms in ("2500", str(10**9)):
+        world.service.away = kind("not now", metadata={"retry_after_ms": waits_ms})
+        await watch.step()
+    world.service.away = None
+    await watch.step()
+
+    assert world.pauses == [2.5, PAUSE_S_MAX]
+    assert world.service.documents == {"a": "a"}
+
+
+async def test_a_refusal_that_does_not_pass_ends_the_watch(world: World) -> None:
+    """A wrong token is not tried for ever."""
+    world.service.away = tailrace.NotAuthenticated("who?")
+    world.write(a="a")
+
+    with pytest.raises(tailrace.NotAuthenticated):
+        await world.watch().step()
+
+
+async def test_a_stream_that_breaks_off_is_gone_on_with_and_not_begun_again(world: World) -> None:
+    """What came to its end before is not sent twice."""
+    watch = world.watch()
+    world.write(a="a", b="b", c="c")
+    world.service.ends_after = 2
+    await watch.step()
+    world.service.ends_after = None
+    await watch.step()
+
+    assert world.service.sent == [{"a", "b", "c"}, {"c"}]
+
+
+async def test_what_is_deleted_while_no_watch_runs_is_deleted_by_the_next(world: World) -> None:
+    """By the id it was known by; what others have put there stays."""
+    world.service.documents["foreign"] = "theirs"
+    world.write(a="a", b="b")
+    await world.watch().step()
+    (world.folder / "b").unlink()
+    await world.watch().step()
+    await world.watch().step()
+
+    assert world.service.documents == {"foreign": "theirs", "a": "a"}
+    assert world.service.forgotten == [{"b": "id of b"}]
+
+
+async def test_a_file_whose_sending_was_cut_off_is_known_to_the_next_watch(world: World) -> None:
+    """It may have become a document: the watch died before it heard of it."""
+
+    class Killed(BaseException):
+        pass
+
+    async def killed(files: Files) -> AsyncIterator[tuple[str, str]]:
+        raise Killed
+        yield "", ""
+
+    world.write(a="a", b="b")
+    watch = world.watch()
+    watch.send = killed
+    with pytest.raises(Killed):
+        await watch.step()
+    (world.folder / "b").unlink()
+    await world.watch().step()
+
+    assert world.service.forgotten == [{"b": ""}]
+
+
+async def test_a_folder_that_is_not_there_any_more_deletes_nothing(world: World) -> None:
+    """An empty folder at the start is a disk that is not mounted; it is said once, and ends as soon as there is a file."""
+    world.write(a="a", b="b")
+    await world.watch().step()
+    for path in world.folder.iterdir():
+        path.unlink()
+    watch = world.watch()
+    await watch.step()
+    await watch.step()
+    kept = dict(world.service.documents)
+    world.write(a="a")
+    await watch.step()
+
+    assert kept == {"a": "a", "b": "b"}
+    assert world.said == ["no file is left of 2 documents: they are kept until there is one again"]
+    assert world.service.documents == {"a": "a"}
+
+
+async def test_the_last_file_of_a_folder_is_deleted_while_it_is_watched(world: World) -> None:
+    """Then it was seen to go."""
+    watch = world.watch()
+    world.write(a="a")
+    await watch.step()
+    (world.folder / "a").unlink()
+    await watch.step()
+
+    assert world.service.documents == {}
+
+
+async def test_a_document_that_failed_once_keeps_the_id_it_had(world: World) -> None:
+    """A version that could not be read does not make the one before it unknown."""
+    seen = Seen(world.notes)
+    seen.add("a", "id of a")
+    seen.add("a")
+    seen.keep()
+
+    assert Seen(world.notes).without(()) == {"a": "id of a"}
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"a": 1, "b": "id"', "\x00"])
+def test_notes_that_are_none_of_ours_are_as_good_as_none(world: World, text: str) -> None:
+    """They never stop a watch."""
+    world.notes.write_text(text)
+
+    assert Seen(world.notes).without(()) == {}
+
+
+def test_notes_are_for_one_server_collection_and_folder_and_for_their_owner_alone(tmp_path: Path) -> None:
+    """What was seen for one collection is never deleted from another."""
+    one = Seen.of(tmp_path / "watches", "here", "default", "/docs")
+    one.add("a", "id")
+    one.keep()
+    (file,) = (tmp_path / "watches").iterdir()
+
+    assert Seen.of(tmp_path / "watches", "here", "default", "/docs").without(()) == {"a": "id"}
+    for what in (("there", "default", "/docs"), ("here", "notes", "/docs"), ("here", "default", "/other")):
+        assert Seen.of(tmp_path / "watches", *what).without(()) == {}
+    assert (file.stat().st_mode & 0o777, json.loads(file.read_text())) == (0o600, {"a": "id"})

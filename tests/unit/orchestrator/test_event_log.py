@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from services.chassis.errors import AnswerCancelled, ModelFailed, Overloaded
-from services.orchestrator.domain import StepChange, TextDelta
+from services.orchestrator.domain import Reasoned, StepChange, TextDelta
 from services.orchestrator.log import RESERVED_EVENTS, EventLog
 
 
@@ -52,20 +52,32 @@ async def test_cancelled_reader_leaves_the_log_as_it_was() -> None:
     assert [entry.sequence for entry in await reader.next(10)] == [1]
 
 
-def test_text_beyond_the_bounds_is_refused_and_the_end_still_fits() -> None:
-    """Nothing is dropped silently, and an answer that filled its log can say so."""
+@pytest.mark.parametrize("piece", [TextDelta, Reasoned])
+def test_words_beyond_the_bounds_are_refused_and_the_end_still_fits(piece: type[TextDelta | Reasoned]) -> None:
+    """Text and thoughts alike. Nothing is dropped silently, and an answer that filled its log can say so."""
     small = EventLog("a", bytes_max=10)
-    small.append(TextDelta("12345"))
+    small.append(piece("12345"))
     with pytest.raises(ModelFailed):
-        small.append(TextDelta("ünfall"))
+        small.append(piece("ünfall"))
     few = EventLog("a", events_max=RESERVED_EVENTS + 1)
-    few.append(TextDelta("x"))
+    few.append(piece("x"))
     with pytest.raises(ModelFailed):
-        few.append(TextDelta("x"))
+        few.append(piece("x"))
     few.append(StepChange("generate", "failed", 0, 0, {}))
     few.end(ModelFailed())
 
-    assert (len(small), len(few)) == (1, 2)
+    assert (len(small), small.bytes, len(few)) == (1, 5, 2)
+
+
+@pytest.mark.parametrize("piece", [TextDelta, Reasoned])
+def test_words_are_passed_on_from_the_first_on(piece: type[TextDelta | Reasoned]) -> None:
+    """What was shown to somebody here must outlive this process, and be seen elsewhere."""
+    log, told = EventLog("a"), list[int]()
+    log.on_change = lambda events: told.append(len(events))
+    log.append(StepChange("generate", "running", 0, 0, {}))
+    log.append(piece("hm"))
+
+    assert told == [2]
 
 
 async def test_readers_are_bounded() -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from services.chassis.config import SettingsError
 from services.chassis.errors import DomainError, ModelFailed, ModelMisconfigured, ModelOverloaded
 from services.orchestrator.config import OrchestratorSettings
-from services.orchestrator.domain import Candidate, Draft, Message, Prompt
+from services.orchestrator.domain import Candidate, Draft, Message, Prompt, ToolSpec
 from services.orchestrator.models_file import MODELS_FILE
 from services.orchestrator.openai_chat_model import OpenAiChatModel
 from services.orchestrator.openai_responses_model import OpenAiResponsesModel
@@ -194,9 +195,25 @@ def test_when_all_keys_are_bad_the_one_whose_time_ends_first_is_asked_and_no_oth
     assert (alone.take(), error.metadata.get("other_key")) == (0, None)
 
 
-@pytest.mark.parametrize("error", [ModelFailed(), ModelOverloaded(status=529), ModelOverloaded(status=503), ModelMisconfigured(status=404)])
+@pytest.mark.parametrize("status", [{"status": 401}, {"status": 402}, {"status": 403}, {"status": 400}, {"status": 429}, {}])
+def test_a_key_that_is_not_accepted_is_changed_however_that_is_said(status: dict[str, int]) -> None:
+    """Gemini answers 400, an account without credit 429; in a stream there is no status."""
+    keys, error = ProviderKeys(2, Time()), ModelMisconfigured(**status)
+    keys.note(0, error)
+
+    assert keys.take() == 1
+    assert error.metadata["other_key"] == "True"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(ModelFailed(), ModelOverloaded(), ModelOverloaded(status=529), ModelOverloaded(status=503)),
+        *(ModelMisconfigured(status=404), ModelMisconfigured(status=301), ModelMisconfigured(status=308)),
+    ],
+)
 def test_what_is_not_the_keys_fault_does_not_change_the_key(error: DomainError) -> None:
-    """An overload hits all keys alike, and a model that is not there is there for none."""
+    """An overload hits all keys alike, and a model that is not there, or an address that has changed, is so for all."""
     keys = ProviderKeys(2, Time())
     keys.note(0, error)
 
@@ -243,9 +260,11 @@ async def test_openais_own_words_are_kept_from_servers_that_may_not_know_them(ur
     responses = OpenAiResponsesModel(("k",), url, connect_s=1, first_token_s=1, stall_s=1)
     told = chat.request(asked, Candidate("openai", "m", 10, 10), 7, draft)
     new, old = (responses.request(asked, Candidate("openai", model, 10, 10), 7, draft) for model in ("gpt-6-luna", "gpt-5.5"))
+    calling = responses.request(replace(asked, tools=(ToolSpec("t", "", {}),)), Candidate("openai", "gpt-6-luna", 10, 10), 7, draft)
     await chat.aclose()
     await responses.aclose()
 
     assert told[bound] == 7 and len(told.keys() & {"max_tokens", "max_completion_tokens"}) == 1
     assert ("stream_options" in new, "prompt_cache_options" in new, "prompt_cache_options" in old) == (is_openai, is_openai, False)
     assert ("prompt_cache_breakpoint" in new["input"][0]["content"][0]) == is_openai
+    assert "prompt_cache_options" not in calling  # the next round reads all of this one, which OpenAI keeps by itself

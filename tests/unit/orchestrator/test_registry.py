@@ -2,13 +2,15 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any, Literal, TypeVar
 
 import pytest
 
 from services.chassis.errors import (
+    AnswerAbandoned,
     AnswerCancelled,
     AnswerInterrupted,
     AnswerLogGone,
@@ -20,8 +22,21 @@ from services.chassis.errors import (
     Overloaded,
     Unavailable,
 )
+from services.chassis.money import Usage
 from services.chassis.principal import Principal
-from services.orchestrator.domain import Candidate, Claim, Image, Priority, Question, TextDelta
+from services.orchestrator.domain import (
+    BookedAnswer,
+    CacheReceipt,
+    Candidate,
+    Claim,
+    Done,
+    Image,
+    Priority,
+    Question,
+    SharedAnswer,
+    TextDelta,
+    Turn,
+)
 from services.orchestrator.log import Entry, EventLog
 from services.orchestrator.mirrors import Mirrors
 from services.orchestrator.publisher import Publisher
@@ -29,6 +44,7 @@ from services.orchestrator.registry import Bounds, Elsewhere, Kept, Produce, Reg
 from services.orchestrator.rpc import new_answer_id
 from tests.fakes.shared_logs import MemoryLogs
 
+T = TypeVar("T")
 Make = Callable[..., "Replica"]
 ALICE, BOB = Principal("acme", "alice"), Principal("acme", "bob")
 
@@ -68,10 +84,14 @@ class Replica:
         async def knows(principal: Principal, answer_id: str) -> bool:
             return (principal.user, answer_id) in booked
 
+        async def look_up(principal: Principal, answer_id: str) -> BookedAnswer | None:
+            return self.books.get(answer_id) if await knows(principal, answer_id) else None
+
+        self.books: dict[str, BookedAnswer] = {}
         self.name, self.logs = name, logs
         self.publisher = Publisher(logs, name, lambda _, entry: _payload(entry), kept_s=60, bytes_max=2**20, intervals_s=(0.001, 0.001))
         mirrors = Mirrors(logs, 5, wait_s=0.01)
-        self.answers = Registry(producer, logs, self.publisher, mirrors, knows, name, Bounds(**values))  # type: ignore[arg-type]
+        self.answers = Registry(producer, logs, self.publisher, mirrors, knows, look_up, name, Bounds(**values))  # type: ignore[arg-type]
         self.tasks = [asyncio.create_task(work) for work in (self.publisher.run_forever(), self.answers.listen_forever())]
         logs.alive.add(name)
 
@@ -204,9 +224,9 @@ async def test_stop_that_the_maker_did_not_hear_reaches_it_with_its_next_words(r
 
 
 async def test_oldest_ended_answers_go_first_when_there_are_too_many(producer: Producer, replica: Make) -> None:
-    """By number and by events; what only the books know is told to its owner as gone, and to nobody else at all."""
+    """By number, by events and by bytes; what only the books know is told to its owner as gone, and to nobody else at all."""
     producer.go.set()
-    for bounds in ({"kept_max": 2}, {"ended_events_max": 2}):
+    for bounds in ({"kept_max": 2}, {"ended_events_max": 2}, {"ended_bytes_max": 2}):
         one = replica("r1", {("alice", "a")}, **bounds)
         for answer_id in ("a", "b", "c"):
             await asyncio.gather((await began(one.answers, question(answer_id))).task)
@@ -257,6 +277,47 @@ async def test_key_begins_anew_only_what_another_try_may_heal(producer: Producer
     assert producer.asked == (["a", "b0", "b1"] if again else ["a"])
 
 
+def booked(status: Literal["done", "failed", "cancelled"], reason: str = "", text: str = "") -> BookedAnswer:
+    created = datetime(2026, 1, 1, tzinfo=UTC)
+    receipt = Done("a", "", Usage(), 5, "m", "p", "fast", "end_turn", CacheReceipt("miss"), "t", False, "passed", 1.0, 2.0)
+    return BookedAnswer(status, reason, "s", created, receipt, Turn("a", "q", text, (), created, True) if text else None)
+
+
+@pytest.mark.parametrize(
+    ("kept", "again", "failure"),
+    [
+        (booked("failed", "MODEL_STALLED"), True, None),
+        (booked("cancelled", "ANSWER_ABANDONED"), True, None),
+        (booked("done", text="forty two"), False, None),
+        (booked("done"), False, AnswerLogGone),
+        (booked("failed", "MODEL_REFUSED"), False, ModelRefused),
+        (booked("cancelled", "ANSWER_CANCELLED"), False, AnswerCancelled),
+    ],
+)
+async def test_key_stands_for_its_answer_when_the_log_is_gone(
+    producer: Producer, replica: Make, kept: BookedAnswer, again: bool, failure: type[DomainError] | None
+) -> None:
+    """By what is booked: it begins anew what another try may heal, and is told again what there was, whatever that was."""
+    one = replica("r1", {("alice", "a")})
+    one.books["a"] = kept
+    await one.logs.claim(("acme", "alice"), "k", Claim("a", b"1"))
+    found = await one.answers.begin(question("b", key="k"), b"1")
+    await asyncio.sleep(0)
+    assert producer.asked == (["b"] if again else [])
+    assert isinstance(found, Kept) is again
+    if again:
+        return
+    async with one.answers.reading(found, 0) as (events, reader):
+        told = [entry.event for entry in await reader.next(1)]
+
+    assert events.ended
+    assert failure is type(events.failure) if failure else events.failure is None
+    assert [event.text for event in told if isinstance(event, TextDelta)] == (["forty two"] if failure is None else [])
+    if failure:
+        assert events.failure is not None
+        assert events.failure.metadata == ({"answer_id": "a", "outcome": "done"} if failure is AnswerLogGone else {"answer_id": "a"})
+
+
 async def test_key_of_a_replica_that_is_gone_begins_anew(producer: Producer, replica: Make) -> None:
     """Not before: while its maker lives, the same key waits for the same answer."""
     here, there = replica("r1"), replica("r2")
@@ -274,6 +335,144 @@ async def test_key_whose_answer_never_came_to_be_begins_anew(replica: Make) -> N
     await one.logs.claim(("acme", "alice"), "k", Claim("never", b"1"))
 
     assert isinstance(await one.answers.begin(question("a", key="k"), b"1"), Kept)
+
+
+class SlowLogs(MemoryLogs):
+    """Waits in the first call of one name until it is let go: before the call is done, or when it is done and not told yet."""
+
+    def __init__(self, call: str, *, done: bool) -> None:
+        super().__init__()
+        self.call, self.done = call, done
+        self.arrived, self.go = asyncio.Event(), asyncio.Event()
+
+    async def _slowly(self, call: str, work: Awaitable[T]) -> T:
+        if call != self.call or self.arrived.is_set():
+            return await work
+        result = await work if self.done else None
+        self.arrived.set()
+        await self.go.wait()
+        return result if self.done else await work  # type: ignore[return-value]
+
+    async def register(self, *args: Any) -> None:
+        await self._slowly("register", super().register(*args))
+
+    async def claim(self, *args: Any) -> Claim | None:
+        return await self._slowly("claim", super().claim(*args))
+
+    async def claim_again(self, *args: Any) -> bool:
+        return await self._slowly("claim_again", super().claim_again(*args))
+
+    async def look_up(self, answer_id: str) -> SharedAnswer | None:
+        return await self._slowly("look_up", super().look_up(answer_id))
+
+    async def is_alive(self, replica: str) -> bool:
+        return await self._slowly("is_alive", super().is_alive(replica))
+
+    async def interrupt(self, *args: Any) -> bool:
+        return await self._slowly("interrupt", super().interrupt(*args))
+
+
+@pytest.mark.parametrize("call", ["register", "claim", "look_up", "is_alive", "interrupt", "claim_again"])
+@pytest.mark.parametrize("done", [False, True])
+async def test_key_whose_asker_leaves_in_the_middle_of_beginning_has_an_answer(producer: Producer, call: str, done: bool) -> None:
+    """At whatever step: whoever asks again with the key, at whatever replica, has something to read, and only one answer is made."""
+    owner = ("acme", "alice")
+    logs = SlowLogs(call, done=done)
+    await MemoryLogs.register(logs, "old", owner, "gone")
+    await MemoryLogs.claim(logs, owner, "k", Claim("old", b"1"))
+    here, there = Replica(producer, logs, "r1"), Replica(producer, logs, "r2")
+    try:
+        asking = asyncio.create_task(here.answers.begin(question("a", key="k"), b"1"))
+        await logs.arrived.wait()
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        logs.go.set()
+        await until(lambda: producer.asked == ["a"])
+        for one in (there, here):
+            found = await one.answers.begin(question(f"b-{one.name}", key="k"), b"1")
+            async with one.answers.reading(found, 0) as (_, reader):
+                assert await reader.next(2)
+
+        assert producer.asked == ["a"]
+    finally:
+        here.close()
+        there.close()
+
+
+async def test_answer_whose_asker_left_before_it_began_is_stopped_after_the_grace(producer: Producer) -> None:
+    """Nobody has ever read it, so nobody could leave it."""
+    logs = SlowLogs("claim", done=True)
+    here = Replica(producer, logs, "r1", detach_grace_s=0.02)
+    try:
+        asking = asyncio.create_task(here.answers.begin(question("a", key="k"), b"1"))
+        await logs.arrived.wait()
+        asking.cancel()
+        logs.go.set()
+        await until(lambda: producer.asked == ["a"])
+        await until(lambda: here.answers.running == 0)
+    finally:
+        here.close()
+
+
+class UnsureLogs(MemoryLogs):
+    """Lets a key stand for an answer, and does not live to say so."""
+
+    unsure = True
+
+    async def claim(self, *args: Any) -> Claim | None:
+        return await self._unsurely(super().claim(*args))
+
+    async def claim_again(self, *args: Any) -> bool:
+        return await self._unsurely(super().claim_again(*args))
+
+    async def _unsurely(self, work: Awaitable[T]) -> T:
+        done = await work
+        if self.unsure and done in (None, True):
+            self.away = True
+            self._ask()
+        return done
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize("again_at", [0, 1])
+async def test_key_begins_anew_after_nobody_could_say_what_it_stands_for(producer: Producer, earlier: bool, again_at: int) -> None:
+    """The asker was told that it failed: what the key may stand for was never begun, and never will be."""
+    owner, logs = ("acme", "alice"), UnsureLogs()
+    if earlier:
+        await MemoryLogs.register(logs, "old", owner, "gone")
+        await MemoryLogs.claim(logs, owner, "k", Claim("old", b"1"))
+    replicas = [Replica(producer, logs, name) for name in ("r1", "r2")]
+    try:
+        with pytest.raises(Unavailable):
+            await replicas[0].answers.begin(question("a", key="k"), b"1")
+        logs.away = logs.unsure = False
+        assert logs.claims[owner, "k"].answer_id == "a"
+        assert await replicas[0].publisher.flushed(5) == 0
+
+        assert isinstance(await replicas[again_at].answers.begin(question("b", key="k"), b"1"), Kept)
+        await until(lambda: producer.asked == ["b"])
+    finally:
+        for one in replicas:
+            one.close()
+
+
+async def test_drain_waits_for_what_is_only_just_beginning(producer: Producer) -> None:
+    """It ends as interrupted, and is not left without an end."""
+    logs = SlowLogs("claim", done=True)
+    here = Replica(producer, logs, "r1")
+    try:
+        asking = asyncio.create_task(here.answers.begin(question("a", key="k"), b"1"))
+        await logs.arrived.wait()
+        draining = asyncio.create_task(here.answers.drain(0.2))
+        await asyncio.sleep(0)
+        logs.go.set()
+        found = await asking
+        assert isinstance(found, Kept)
+
+        assert await draining == 1
+        assert isinstance(found.events.failure, AnswerInterrupted)
+    finally:
+        here.close()
 
 
 async def test_without_the_shared_logs_a_key_is_refused_and_all_else_goes_on(replica: Make) -> None:
@@ -308,6 +507,35 @@ async def test_what_nobody_waits_for_makes_room(replica: Make) -> None:
     await until(lambda: one.answers.running == 4)
 
     assert await began(one.answers, question("f"))
+
+
+@pytest.mark.parametrize(("bounds", "admitted"), [({"answers_per_user_max": 3}, 3), ({"answers_max": 4}, 4), ({}, 2)])
+async def test_bounds_hold_while_many_begin_at_once_with_keys(
+    producer: Producer, replica: Make, monkeypatch: pytest.MonkeyPatch, bounds: dict[str, int], admitted: int
+) -> None:
+    """Of one user, of all, and of pictures: what is about to begin has its place already."""
+    monkeypatch.setattr("services.orchestrator.registry.PICTURE_BYTES_MAX", 250)
+    one, images = replica("r1", **bounds), (Image("image/png", bytes(100)),) if not bounds else ()
+    asked = [replace(question(f"a{n}", key=f"k{n}"), images=images) for n in range(8)]
+    found = await asyncio.gather(*(one.answers.begin(this, b"1") for this in asked), return_exceptions=True)
+
+    assert [type(this) for this in found] == [Kept] * admitted + [Overloaded] * (8 - admitted)
+
+
+async def test_what_does_not_begin_gives_its_place_back(producer: Producer, replica: Make) -> None:
+    """A key that stands for another answer or another body, and a store that is away, take nobody's place."""
+    one = replica("r1", answers_max=2, answers_per_user_max=2)
+    first = await began(one.answers, question("a", key="k"))
+    for n in range(3):
+        assert await one.answers.begin(question(f"b{n}", key="k"), b"1") is first
+        with pytest.raises(IdempotencyConflict):
+            await one.answers.begin(question(f"c{n}", key="k"), b"2")
+        one.logs.away = True
+        with pytest.raises(Unavailable):
+            await one.answers.begin(question(f"d{n}", key="k"), b"1")
+        one.logs.away = False
+
+    assert await began(one.answers, question("e"))
 
 
 async def test_answer_stopped_before_its_first_step_still_has_an_end(replica: Make) -> None:
@@ -380,10 +608,42 @@ async def test_last_reader_that_leaves_ends_what_nobody_can_come_back_to(replica
         assert kept.task.cancelled()
 
 
-async def test_answer_that_is_read_elsewhere_goes_on(replica: Make) -> None:
-    """The grace is over only when nobody reads it anywhere."""
+@pytest.mark.parametrize("on_disconnect", [True, False])
+async def test_key_finds_its_answer_again_after_its_line_was_lost(replica: Make, producer: Producer, on_disconnect: bool) -> None:
+    """Also the answer of a caller who waits for one whole document: that retry is what a key is for."""
+    answers = replica().answers
+    kept = await began(answers, question("a", key="k", on_disconnect=on_disconnect))
+    async with answers.reading(kept, 0):
+        pass
+    await asyncio.sleep(0.02)
+
+    assert await answers.begin(question("b", key="k", on_disconnect=on_disconnect), b"1") is kept
+    assert not kept.task.done()
+
+
+@pytest.mark.parametrize("on_disconnect", [True, False])
+async def test_key_of_an_answer_that_nobody_came_back_to_begins_anew(replica: Make, producer: Producer, on_disconnect: bool) -> None:
+    """It was stopped because nobody read it, not because its owner said so; what its owner stopped stays stopped."""
+    here, there = replica("r1", detach_grace_s=0.01), replica("r2")
+    kept = await began(here.answers, question("a", key="k", on_disconnect=on_disconnect))
+    async with here.answers.reading(kept, 0):
+        pass
+    await until(kept.task.done)
+    assert isinstance(kept.events.failure, AnswerAbandoned)
+    assert await here.publisher.flushed(5) == 0
+    again = await there.answers.begin(question("b", key="k", on_disconnect=on_disconnect), b"1")
+    assert isinstance(again, Kept)
+    assert await there.answers.cancel(ALICE, "b")
+
+    assert await there.answers.begin(question("c", key="k", on_disconnect=on_disconnect), b"1") is again
+    assert producer.asked == ["a", "b"]
+
+
+@pytest.mark.parametrize("on_disconnect", [True, False])
+async def test_answer_that_is_read_elsewhere_goes_on(replica: Make, on_disconnect: bool) -> None:
+    """The grace is over only when nobody reads it anywhere; where there is none, a reader elsewhere is not cut either."""
     here, there = replica("r1", detach_grace_s=0.02), replica("r2")
-    kept = await began(here.answers, question("a"))
+    kept = await began(here.answers, question("a", on_disconnect=on_disconnect))
     await until(lambda: "a" in here.logs.answers)
     async with there.answers.reading(await there.answers.find(ALICE, "a"), 0):
         async with here.answers.reading(kept, 0):

@@ -1,6 +1,8 @@
 """The rounds between a model and its tools: what is called, what the model is told, and where it ends."""
 
 import asyncio
+import json
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +22,7 @@ from services.orchestrator.domain import (
     ToolSpec,
 )
 from services.orchestrator.log import EventLog
+from services.orchestrator.tools import loop
 from services.orchestrator.tools.confirmations import Confirmations
 from services.orchestrator.tools.toolbox import Output, ToolFailed, ToolLimits
 from tests.fakes.orchestrator_world import until
@@ -45,6 +48,31 @@ async def test_calls_of_one_round_run_side_by_side_and_the_model_answers_with_th
     assert [1, 2] == told.world.reserved == [attempt.attempt for attempt in told.world.records[0].attempts]
     assert ["done", "done"] == [step.facts["outcome"] for step in told.steps("tool")]
     assert told.events[-1].finish_reason == "end_turn" and isinstance(told.events[-1], Done)
+
+
+@pytest.mark.parametrize(
+    ("structured", "reason"),
+    [
+        ({"values": [0] * 60_000}, "more than 50000 values"),
+        ({"values": json.loads("[" * 30 + "]" * 30)}, "nested deeper than 24 levels"),
+    ],
+)
+async def test_a_large_result_is_checked_beside_the_event_loop_and_within_bounds(
+    structured: Any, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server may send megabytes, and its own schema asks for the work: other streams go on."""
+    threads: list[bool] = []
+    check = loop.require_bounded
+    monkeypatch.setattr(
+        loop,
+        "require_bounded",
+        lambda *arguments: (threads.append(threading.current_thread() is threading.main_thread()), check(*arguments)),
+    )
+    tool = FakeTool("look", Output("ok", structured), output_schema={"type": "object", "properties": {"values": {"type": "array"}}})
+    told = await answered(ScriptedModel([call("look"), "no luck"]), [tool])
+
+    assert told.text == "no luck" and told.results[0].failed and reason in told.results[0].text
+    assert threads == [False]
 
 
 async def test_no_text_of_calls_or_results_is_in_a_step() -> None:
@@ -250,6 +278,18 @@ async def test_results_are_cut_and_have_a_bound_together() -> None:
     assert told.text == "enough" and "the results have reached their bound" in model.prompts[-1].messages[-1].text
 
 
+@pytest.mark.parametrize(("cost_nanousd_max", "rounds"), [(31, 3), (30, 2), (1, 1), (0, 8)])
+async def test_what_an_answer_costs_is_bounded_whoever_pays(cost_nanousd_max: int, rounds: int) -> None:
+    """Each call costs 15 nano-USD. Once that much is spent the model is told, and answers in one call more; no budget is needed for it."""
+    model = ScriptedModel([*[call("look")] * rounds, "That is all I found."])
+    told = await answered(model, [FakeTool("look")], limits=ToolLimits(cost_nanousd_max=cost_nanousd_max))
+
+    assert told.failure is None and told.text == "That is all I found."
+    assert sum(attempt.cost_nanousd for attempt in told.world.records[0].attempts) == 15 * (rounds + 1)
+    reason = "the answer has cost as much as it may" if cost_nanousd_max else "8 rounds are the most there are"
+    assert reason in model.prompts[-1].messages[-1].text and model.prompts[-1].tools == ()
+
+
 async def test_money_ends_the_loop_with_a_typed_error() -> None:
     """Each round is a provider call with a hold; what was used before is booked."""
     world = _Yes()
@@ -266,6 +306,22 @@ async def test_too_many_calls_at_once_are_cut_and_ids_are_made_unique() -> None:
     told = await answered(ScriptedModel([[call("look", "same")] * 40, [call("look", "same")], "ok"]), [tool])
 
     assert len(tool.got) == 17 == len({result.call_id for result in told.results})
+
+
+@pytest.mark.parametrize("handed", [False, True])
+async def test_calls_that_are_too_many_are_answered_with_the_reason(handed: bool) -> None:
+    """The model may make them in the next round. Readers, and a client whose calls they were, hear nothing of them."""
+    tool, asked = FakeTool("look"), question(server_tools=("look",), tools=(ToolSpec("ask", "", {"type": "object"}),))
+    model = ScriptedModel([[*(call("ask" if handed else "look", f"c{n}") for n in range(20))], "ok"])
+    told = await answered(model, [tool], asked=asked)
+    prompt = told.pending.kept["answer-1"].prompt if handed else model.prompts[1]
+    calling = prompt.messages[-1] if handed else prompt.messages[-2]
+    results = told.pending.kept["answer-1"].results if handed else prompt.messages[-1].results
+
+    assert [f"c{n}" for n in range(20)] == [made.call_id for made in calling.calls]
+    assert [f"c{n}" for n in range(16 if handed else 0, 20)] == [result.call_id for result in results]
+    assert all(result.failed and "16 calls at once" in result.text for result in results[-4:])
+    assert len(told.of(ToolCall)) == 16 and len(tool.got) == len(told.results) == (0 if handed else 16)
 
 
 async def test_answers_with_tools_are_neither_taken_from_the_cache_nor_kept() -> None:
@@ -382,3 +438,38 @@ async def test_cancelling_stops_the_calls() -> None:
         await answering
 
     assert tool.running == 0
+
+
+async def test_what_is_repaired_still_has_pictures_and_what_tools_returned() -> None:
+    """The model that wrote the wrong JSON is asked again about all it was shown, in words, and may call nothing more."""
+    image = Image("image/png", b"\x89PNG\r\n\x1a\n")
+    schema = {"type": "object", "properties": {"degrees": {"type": "integer"}}, "required": ["degrees"]}
+    tool = FakeTool("look", "it is 21 degrees")
+    model = ScriptedModel([call("look"), '{"degrees": "mild"}', '{"degrees": 21}'])
+    asked = question(server_tools=("look",), images=(image,), output_schema=schema, whole=True)
+    told = await answered(model, [tool], asked=asked)
+
+    again = model.prompts[2]
+    assert told.failure is None and told.text == '{"degrees": 21}'
+    assert (again.tools, again.output_schema) == ((), schema)
+    assert [message.images for message in again.messages if message.images] == [(image,)]
+    assert "it is 21 degrees" in "".join(message.text for message in again.messages)
+    assert "That does not satisfy" in again.messages[-1].text and "not of type 'integer'" in again.messages[-1].text
+    assert not any(message.calls or message.results for message in again.messages)
+
+
+async def test_a_model_that_calls_instead_of_repairing_ends_the_answer() -> None:
+    """An empty text would be no JSON either."""
+    asked = question(server_tools=("look",), output_schema={"type": "object"}, whole=True)
+    told = await answered(ScriptedModel(["[]", call("look")]), [FakeTool("look")], asked=asked)
+
+    assert isinstance(told.failure, ModelFailed) and told.text == ""
+
+
+async def test_a_route_that_holds_back_is_repaired_like_an_answer_in_one_piece() -> None:
+    """Nobody has read anything, so nothing has to be unsaid."""
+    schema = {"type": "object", "properties": {"degrees": {"type": "integer"}}, "required": ["degrees"]}
+    route = Route("fast", (CANDIDATE,), holds_back=True)
+    told = await answered(ScriptedModel(['{"degrees": "mild"}', '{"degrees": 21}']), asked=question(output_schema=schema, route=route))
+
+    assert told.failure is None and told.text == '{"degrees": 21}'

@@ -10,7 +10,7 @@ def ranking(**scores: float) -> list[Record]:
     return [Record(name, {}, score) for name, score in scores.items()]
 
 
-@pytest.mark.parametrize("mode", ["dbsf", "rrf"])
+@pytest.mark.parametrize("mode", ["linear", "dbsf", "rrf"])
 def test_what_both_rankings_name_comes_first(mode: str) -> None:
     """And each candidate says where each ranking had it."""
     best, *others = fused(ranking(meaning=0.9, both=0.8, far=0.1), ranking(words=9.0, both=8.0, off=1.0), 0.5, mode)
@@ -27,6 +27,33 @@ def test_a_ranking_without_weight_orders_nothing() -> None:
     assert ["a", "b", "c"] == [hit.id for hit in hits][:3]
 
 
+def test_a_unit_of_cosine_is_worth_so_much_in_words() -> None:
+    """However far apart the others of a ranking are, and however many words the question has."""
+    dense = ranking(near=0.7, far=0.6, others=0.1)
+
+    def first(words: float, worth: float) -> str:
+        return fused(dense, ranking(far=words, near=1.0), 0.5, brought=2, worth=worth)[0].id
+
+    assert ("near", "far") == (first(1.0 + 5.9, 60.0), first(1.0 + 6.1, 60.0))
+    assert ("near", "far") == (first(1.0 + 2.9, 30.0), first(1.0 + 3.1, 30.0))
+
+
+def test_who_is_missing_in_a_ranking_that_was_cut_may_be_as_good_as_its_last() -> None:
+    """In one that holds all there is it has none of the words."""
+    dense, sparse = ranking(meant=0.7, said=0.5), ranking(said=9.0, other=8.0)
+    order = {brought: [hit.id for hit in fused(dense, sparse, 0.5, brought=brought, worth=20.0)] for brought in (2, 3)}
+
+    assert order == {2: ["meant", "said", "other"], 3: ["said", "other", "meant"]}
+
+
+def test_the_order_of_an_embedder_nobody_has_measured_follows_its_own_spread() -> None:
+    """Some embedders call everything alike: what tells candidates apart counts, and not how little that is."""
+    sparse = ranking(b=3.0, a=2.0, d=1.0)
+    narrow, wide = ranking(a=0.802, b=0.801, c=0.8), ranking(a=0.6, b=0.5, c=0.4)
+
+    assert [hit.id for hit in fused(narrow, sparse, 0.5)] == [hit.id for hit in fused(wide, sparse, 0.5)]
+
+
 def test_rankings_of_one_or_of_equals_do_not_divide_by_nothing() -> None:
     """No spread says nothing; ties go by id, whatever order they came in."""
     assert ["a", "b"] == [hit.id for hit in fused(ranking(b=1.0, a=1.0), [], 0.5)]
@@ -37,7 +64,7 @@ def test_rankings_of_one_or_of_equals_do_not_divide_by_nothing() -> None:
     assert [0.25] * 2 == [hit.score for hit in fused(ranking(a=0.0, b=5e-324), [], 0.5)]
 
 
-@pytest.mark.parametrize("mode", ["dbsf", "rrf"])
+@pytest.mark.parametrize("mode", ["linear", "dbsf", "rrf"])
 def test_the_best_few_are_the_first_of_all(mode: str) -> None:
     """As they are when every candidate is asked for."""
     dense = ranking(**{f"d{number % 7}{number}": 1 / (1 + number) for number in range(40)}, both=0.3)

@@ -7,6 +7,7 @@ from services.retrieval.parsers import read
 from tests.fakes.documents import (
     WORD,
     book,
+    half_scanned_pdf,
     opendocument,
     pdf,
     row,
@@ -135,6 +136,14 @@ def test_a_book_is_read_in_its_own_order() -> None:
     assert blocks(extracted) == [(H, "One"), (P, "at first"), (H, "Two"), (P, "later")]
     assert paths(extracted)["later"] == ("Two",)
     assert extracted.title == "The book"
+
+
+@pytest.mark.parametrize(("pages", "unread"), [("tt", ()), ("tpetpp", (2, 5, 6)), ("pt", (1,)), ("tee", ())])
+def test_a_pdf_says_which_of_its_pages_are_pictures(pages: str, unread: tuple[int, ...]) -> None:
+    """Nothing on them will be found; an empty page hides nothing."""
+    extracted = told(half_scanned_pdf(pages), "a.pdf")
+
+    assert (unread, len(pages)) == (extracted.unread_pages, len(extracted.page_starts))
 
 
 def test_pdf_has_pages_headings_and_whole_words() -> None:

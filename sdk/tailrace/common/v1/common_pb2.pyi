@@ -37,6 +37,7 @@ class Principal(_message.Message):
     PLAN_FIELD_NUMBER: _builtins.int
     TIERS_FIELD_NUMBER: _builtins.int
     CACHE_SCOPE_FIELD_NUMBER: _builtins.int
+    TOOLS_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     """The tenant every query is bound to. 1-128 characters."""
     user: _builtins.str
@@ -69,6 +70,12 @@ class Principal(_message.Message):
     def tiers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Tiers the plan may use. Empty = all, or not known. At most 32 of at most 64 characters."""
 
+    @_builtins.property
+    def tools(self) -> Global___PlanTools:
+        """The suite's own tools that the plan may use, where that has to be looked at further in: with an answer that goes on, whose tools only
+        the orchestrator knows. Unset = not known here.
+        """
+
     def __init__(
         self,
         *,
@@ -82,14 +89,37 @@ class Principal(_message.Message):
         plan: _builtins.str = ...,
         tiers: _abc.Iterable[_builtins.str] | None = ...,
         cache_scope: _builtins.str = ...,
+        tools: Global___PlanTools | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["issued_at", b"issued_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["issued_at", b"issued_at", "tools", b"tools"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key_id", b"api_key_id", "cache_scope", b"cache_scope", "groups", b"groups", "issued_at", b"issued_at", "plan", b"plan", "roles", b"roles", "scopes", b"scopes", "tenant", b"tenant", "tiers", b"tiers", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key_id", b"api_key_id", "cache_scope", b"cache_scope", "groups", b"groups", "issued_at", b"issued_at", "plan", b"plan", "roles", b"roles", "scopes", b"scopes", "tenant", b"tenant", "tiers", b"tiers", "tools", b"tools", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Principal: _TypeAlias = Principal  # noqa: Y015
+
+@_typing.final
+class PlanTools(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names, `server__*` for all tools of an MCP server, or `*` for all. At most 64; none = none may be used."""
+
+    def __init__(
+        self,
+        *,
+        names: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["names", b"names"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanTools: _TypeAlias = PlanTools  # noqa: Y015
 
 @_typing.final
 class Usage(_message.Message):

@@ -43,7 +43,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_MODEL_UNKNOWN: _ErrorReason.ValueType  # 21
     """The model is not configured or has no capability for this request. {"metadata": {"model": "x"}}"""
     ERROR_REASON_ANSWER_LOG_GONE: _ErrorReason.ValueType  # 22
-    """The events of this answer are no longer kept. {"metadata": {"answer_id": "…"}}"""
+    """The events of this answer are no longer kept. `outcome` is how it ended, where that was looked up: `done`.
+    {"metadata": {"answer_id": "…", "outcome": "done"}}
+    """
     ERROR_REASON_HOLD_ALREADY_SETTLED: _ErrorReason.ValueType  # 30
     """A hold that was settled before. {"metadata": {"hold_id": "…"}}"""
     ERROR_REASON_HOLD_ALREADY_VOIDED: _ErrorReason.ValueType  # 31
@@ -53,7 +55,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_IDEMPOTENCY_CONFLICT: _ErrorReason.ValueType  # 33
     """The same idempotency key with another body. {"metadata": {"key": "…"}}"""
     ERROR_REASON_RATE_LIMITED: _ErrorReason.ValueType  # 40
-    """Too many requests in the window. Comes with RetryInfo. {"metadata": {"limit": "60", "window_ms": "60000", "retry_after_ms": "1200"}}"""
+    """Too much in the window, or too much open at the same time, for a user, a tenant or an API key. Comes with RetryInfo. `window_ms` only of
+    what has a window. {"metadata": {"limit_kind": "requests", "limit_scope": "user", "limit": "60", "window_ms": "60000", "retry_after_ms": "1200"}}
+    """
     ERROR_REASON_BUDGET_EXHAUSTED: _ErrorReason.ValueType  # 41
     """The budget has not enough left for the worst case. What is lent of it, as a precaution, is being called back.
     {"metadata": {"needed_nanousd": "…", "left_nanousd": "…", "lent_nanousd": "…", "scope": "tenant", "resets_at": "…"}}
@@ -79,6 +83,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_OUTPUT_INVALID: _ErrorReason.ValueType  # 57
     """What the model wrote does not satisfy the schema that was asked for. `keyword` is the place in that schema, as a JSON pointer, or `json`.
     {"metadata": {"keyword": "/properties/name/type"}}
+    """
+    ERROR_REASON_ANSWER_ABANDONED: _ErrorReason.ValueType  # 58
+    """The answer, which has an idempotency key, was stopped because nobody was reading it any more. The key begins it again.
+    {"metadata": {"answer_id": "…"}}
     """
     ERROR_REASON_UNAVAILABLE: _ErrorReason.ValueType  # 60
     """A store or service this call needs is away. Comes with RetryInfo. {"metadata": {"dependency": "postgres"}}"""
@@ -108,7 +116,9 @@ ERROR_REASON_NOT_FOUND: ErrorReason.ValueType  # 20
 ERROR_REASON_MODEL_UNKNOWN: ErrorReason.ValueType  # 21
 """The model is not configured or has no capability for this request. {"metadata": {"model": "x"}}"""
 ERROR_REASON_ANSWER_LOG_GONE: ErrorReason.ValueType  # 22
-"""The events of this answer are no longer kept. {"metadata": {"answer_id": "…"}}"""
+"""The events of this answer are no longer kept. `outcome` is how it ended, where that was looked up: `done`.
+{"metadata": {"answer_id": "…", "outcome": "done"}}
+"""
 ERROR_REASON_HOLD_ALREADY_SETTLED: ErrorReason.ValueType  # 30
 """A hold that was settled before. {"metadata": {"hold_id": "…"}}"""
 ERROR_REASON_HOLD_ALREADY_VOIDED: ErrorReason.ValueType  # 31
@@ -118,7 +128,9 @@ ERROR_REASON_HOLD_ALREADY_EXPIRED: ErrorReason.ValueType  # 32
 ERROR_REASON_IDEMPOTENCY_CONFLICT: ErrorReason.ValueType  # 33
 """The same idempotency key with another body. {"metadata": {"key": "…"}}"""
 ERROR_REASON_RATE_LIMITED: ErrorReason.ValueType  # 40
-"""Too many requests in the window. Comes with RetryInfo. {"metadata": {"limit": "60", "window_ms": "60000", "retry_after_ms": "1200"}}"""
+"""Too much in the window, or too much open at the same time, for a user, a tenant or an API key. Comes with RetryInfo. `window_ms` only of
+what has a window. {"metadata": {"limit_kind": "requests", "limit_scope": "user", "limit": "60", "window_ms": "60000", "retry_after_ms": "1200"}}
+"""
 ERROR_REASON_BUDGET_EXHAUSTED: ErrorReason.ValueType  # 41
 """The budget has not enough left for the worst case. What is lent of it, as a precaution, is being called back.
 {"metadata": {"needed_nanousd": "…", "left_nanousd": "…", "lent_nanousd": "…", "scope": "tenant", "resets_at": "…"}}
@@ -144,6 +156,10 @@ ERROR_REASON_ANSWER_INTERRUPTED: ErrorReason.ValueType  # 56
 ERROR_REASON_OUTPUT_INVALID: ErrorReason.ValueType  # 57
 """What the model wrote does not satisfy the schema that was asked for. `keyword` is the place in that schema, as a JSON pointer, or `json`.
 {"metadata": {"keyword": "/properties/name/type"}}
+"""
+ERROR_REASON_ANSWER_ABANDONED: ErrorReason.ValueType  # 58
+"""The answer, which has an idempotency key, was stopped because nobody was reading it any more. The key begins it again.
+{"metadata": {"answer_id": "…"}}
 """
 ERROR_REASON_UNAVAILABLE: ErrorReason.ValueType  # 60
 """A store or service this call needs is away. Comes with RetryInfo. {"metadata": {"dependency": "postgres"}}"""

@@ -453,7 +453,7 @@ class Attempt(_message.Message):
     error_reason: _builtins.str
     """Name of an ErrorReason if it failed."""
     first_token_ms: _builtins.float
-    """Call to first text, milliseconds. 0 if none came."""
+    """Call to first output, be it text, reasoning or a tool call, milliseconds. 0 if none came."""
     duration_ms: _builtins.float
     """How long it took, milliseconds."""
     estimated: _builtins.bool
@@ -538,7 +538,7 @@ class Operation(_message.Message):
     trace_id: _builtins.str
     """W3C trace id, 32 hex digits."""
     status: _builtins.str
-    """`done`, `failed` or `cancelled`."""
+    """`done`, `failed` or `cancelled`: its owner stopped it, or nobody read it any more."""
     tier: _builtins.str
     """Tier asked of."""
     model: _builtins.str
@@ -548,7 +548,7 @@ class Operation(_message.Message):
     finish_reason: _builtins.str
     """See tailrace.orchestrator.v1.Done.finish_reason."""
     error_reason: _builtins.str
-    """Name of an ErrorReason if it failed."""
+    """Name of an ErrorReason if it was not done. Of what was cancelled, `ANSWER_ABANDONED` says that its idempotency key may begin it again."""
     cost_nanousd: _builtins.int
     """Sum over the attempts, nano-USD. Filled in by the ledger."""
     estimated: _builtins.bool
@@ -563,7 +563,7 @@ class Operation(_message.Message):
     """API key it came with. Empty for a token."""
     purpose: _builtins.str
     """What it was for, if not for an answer: `rewrite`, `summary` or `title` of a conversation, whose tier is empty then,
-    or `shadow` for a second answer that measures the choice of tier.
+    `shadow` for a second answer that measures the choice of tier, or `embed` for a call of an embedder that costs money.
     """
     @_builtins.property
     def usage(self) -> _common_pb2.Usage:
@@ -851,7 +851,7 @@ class QueryUsageRequest(_message.Message):
     @_builtins.property
     def group_by(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Any of `day`, `hour`, `tenant`, `user`, `key`, `session`, `model`, `tier`, `step`, `cache`, `purpose`. At most 4. Empty = one total
-        row. A purpose is `answer`, `title`, `summary`, `rewrite` or `shadow`.
+        row. A purpose is `answer`, `title`, `summary`, `rewrite`, `shadow` or `embed`.
         Days and hours are in UTC. More than 10000 groups are refused.
         """
 
@@ -2218,12 +2218,14 @@ class AppendTurnRequest(_message.Message):
     replaces: _builtins.str
     """The answer whose place it takes: it follows what that one followed. NOT_FOUND if the conversation does not have it."""
     asked_after: _builtins.str
-    """An answer that the conversation had when this one was asked. NOT_FOUND if it has it no more: one that was deleted while an answer of it
-    ran does not begin anew. Empty = it was new then.
+    """An answer that the conversation had when this one was asked, if one is known. NOT_FOUND if it has it no more, however long ago that was
+    deleted.
     """
     @_builtins.property
     def turn(self) -> Global___Turn:
-        """The turn."""
+        """The turn. NOT_FOUND if its conversation or its user was deleted at its `created_at` or later: what was deleted while an answer ran does not
+        begin anew. That is known for a day.
+        """
 
     def __init__(
         self,

@@ -195,7 +195,9 @@ class AnswerRequest(_message.Message):
     idempotency_key: _builtins.str
     """The same key with the same body is the same answer. At most 256 characters; empty = none."""
     cancel_on_disconnect: _builtins.bool
-    """Nobody can resume this answer, so a disconnect is a cancel. For callers that wait for one whole document."""
+    """Nobody can resume this answer, so a disconnect is a cancel. For callers that wait for one whole document. Not looked at where there is
+    an `idempotency_key`: with that one can ask again.
+    """
     priority: Global___Priority.ValueType
     """What is turned away first when there is too much to do."""
     deadline_ms: _builtins.int
@@ -770,6 +772,7 @@ class Done(_message.Message):
     CHOICES_FIELD_NUMBER: _builtins.int
     GROUNDEDNESS_FIELD_NUMBER: _builtins.int
     SENTENCES_JUDGED_FIELD_NUMBER: _builtins.int
+    REASONING_TOKENS_FIELD_NUMBER: _builtins.int
     answer_id: _builtins.str
     """The answer's id."""
     text_sha256: _builtins.str
@@ -788,7 +791,7 @@ class Done(_message.Message):
     """True if any count is our estimate, because the provider did not report it."""
     verdict: _builtins.str
     """`passed`, or what the checks found: `cut`, `refused`, `empty`, `repeated`, `context_overflow`, `citation_unknown`, `ungrounded`,
-    `schema`, `prompt_leaked` or `unsafe_markdown`.
+    `prompt_leaked` or `unsafe_markdown`.
     """
     first_token_ms: _builtins.float
     """Accepted to the first text, in milliseconds."""
@@ -800,6 +803,8 @@ class Done(_message.Message):
     """Share of the judged sentences that their passages bear out, 0-1. Unset = none was judged."""
     sentences_judged: _builtins.int
     """Number of sentences that were judged."""
+    reasoning_tokens: _builtins.int
+    """How many of `usage.output_tokens` were reasoning, as the provider counts them; 0 where it does not. They are paid as output."""
     @_builtins.property
     def usage(self) -> _common_pb2.Usage:
         """Tokens used by all attempts together; all 0 on a cache hit."""
@@ -832,10 +837,11 @@ class Done(_message.Message):
         choices: _abc.Iterable[Global___Choice] | None = ...,
         groundedness: _builtins.float | None = ...,
         sentences_judged: _builtins.int = ...,
+        reasoning_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_groundedness", b"_groundedness", "cache", b"cache", "groundedness", b"groundedness", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_groundedness", b"_groundedness", "answer_id", b"answer_id", "cache", b"cache", "choices", b"choices", "cost_nanousd", b"cost_nanousd", "duration_ms", b"duration_ms", "estimated", b"estimated", "finish_reason", b"finish_reason", "first_token_ms", b"first_token_ms", "groundedness", b"groundedness", "model", b"model", "provider", b"provider", "sentences_judged", b"sentences_judged", "text_sha256", b"text_sha256", "tier", b"tier", "trace_id", b"trace_id", "usage", b"usage", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_groundedness", b"_groundedness", "answer_id", b"answer_id", "cache", b"cache", "choices", b"choices", "cost_nanousd", b"cost_nanousd", "duration_ms", b"duration_ms", "estimated", b"estimated", "finish_reason", b"finish_reason", "first_token_ms", b"first_token_ms", "groundedness", b"groundedness", "model", b"model", "provider", b"provider", "reasoning_tokens", b"reasoning_tokens", "sentences_judged", b"sentences_judged", "text_sha256", b"text_sha256", "tier", b"tier", "trace_id", b"trace_id", "usage", b"usage", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__groundedness: _TypeAlias = _typing.Literal["groundedness"]  # noqa: Y015
     _WhichOneofArgType__groundedness: _TypeAlias = _typing.Literal["_groundedness", b"_groundedness"]  # noqa: Y015
@@ -861,7 +867,9 @@ class Choice(_message.Message):
     tier: _builtins.str
     """Tier it was chosen from."""
     reason: _builtins.str
-    """`asked`, `first`, `weighted`, `easy`, `hard`, `budget`, `context`, `capability`, `plan`, `fell_over`, `escalated` or `continued`."""
+    """`asked`, `first`, `weighted`, `easy`, `hard`, `budget`, `context`, `capability`, `plan`, `fell_over`, `escalated`, `continued` or
+    `no_price`: the one before it has no price, and was not asked.
+    """
     difficulty: _builtins.float
     """How hard the question looked, 0-1. Unset = not measured."""
     def __init__(
@@ -1026,7 +1034,7 @@ class GetPromptsResponse(_message.Message):
     PROMPTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___SentPrompt]:
-        """One for each provider call, in order."""
+        """One for each provider call, in the order in which they ended: those of the answer, and the small ones made for it and its conversation."""
 
     def __init__(
         self,
@@ -1111,7 +1119,7 @@ class ExportPromptsResponse(_message.Message):
     """The answer they were sent for; empty for one that a former version kept."""
     @_builtins.property
     def prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___SentPrompt]:
-        """One for each provider call, in order."""
+        """One for each provider call, as in GetPromptsResponse."""
 
     def __init__(
         self,
@@ -1136,6 +1144,12 @@ class SentPrompt(_message.Message):
     TEMPLATE_FIELD_NUMBER: _builtins.int
     SYSTEM_FIELD_NUMBER: _builtins.int
     MESSAGES_FIELD_NUMBER: _builtins.int
+    TOOLS_FIELD_NUMBER: _builtins.int
+    OUTPUT_SCHEMA_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_MAX_FIELD_NUMBER: _builtins.int
+    EFFORT_FIELD_NUMBER: _builtins.int
+    PURPOSE_FIELD_NUMBER: _builtins.int
+    OPERATION_ID_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     """Attempt's number, from 1."""
     model: _builtins.str
@@ -1144,9 +1158,25 @@ class SentPrompt(_message.Message):
     """Name of the template, with its hash."""
     system: _builtins.str
     """Instructions."""
+    output_tokens_max: _builtins.int
+    """Most tokens that could be written. 0 = kept by a former version."""
+    effort: _builtins.str
+    """How much reasoning was asked for, as `low`. Empty = nothing was said of it."""
+    purpose: _builtins.str
+    """What a small call for the conversation was made for: `rewrite`, `title` or `summary`. Empty = the answer."""
+    operation_id: _builtins.str
+    """Operation that a small call is booked as. Empty = the answer's own."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___SentMessage]:
         """The messages, in order."""
+
+    @_builtins.property
+    def tools(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolDefinition]:
+        """The tools that could be called, in order."""
+
+    @_builtins.property
+    def output_schema(self) -> _struct_pb2.Struct:
+        """JSON Schema that the answer had to satisfy. Unset = none. It stands in the last message too, and goes to providers that can be bound to it."""
 
     def __init__(
         self,
@@ -1156,10 +1186,16 @@ class SentPrompt(_message.Message):
         template: _builtins.str = ...,
         system: _builtins.str = ...,
         messages: _abc.Iterable[Global___SentMessage] | None = ...,
+        tools: _abc.Iterable[Global___ToolDefinition] | None = ...,
+        output_schema: _struct_pb2.Struct | None = ...,
+        output_tokens_max: _builtins.int = ...,
+        effort: _builtins.str = ...,
+        purpose: _builtins.str = ...,
+        operation_id: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["output_schema", b"output_schema"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "messages", b"messages", "model", b"model", "system", b"system", "template", b"template"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "effort", b"effort", "messages", b"messages", "model", b"model", "operation_id", b"operation_id", "output_schema", b"output_schema", "output_tokens_max", b"output_tokens_max", "purpose", b"purpose", "system", b"system", "template", b"template", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -744,6 +744,7 @@ class IngestDocumentsResponse(_message.Message):
     ERROR_REASON_FIELD_NUMBER: _builtins.int
     ERROR_DETAIL_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
+    UNREAD_PAGES_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The ingestion this belongs to."""
     index: _builtins.int
@@ -768,6 +769,10 @@ class IngestDocumentsResponse(_message.Message):
     """Set when the stage is `failed`: what is wrong, for people."""
     attempt: _builtins.int
     """How often work on it was begun, from 1; more than 1 after a retry or after a worker died. 0 = not begun."""
+    unread_pages: _builtins.str
+    """Pages that are pictures, so that nothing on them is found, such as `2-4, 9`. Empty = none, or not known yet. At most 200 characters;
+    a longer list ends with `…`.
+    """
     def __init__(
         self,
         *,
@@ -783,10 +788,11 @@ class IngestDocumentsResponse(_message.Message):
         error_reason: _builtins.str = ...,
         error_detail: _builtins.str = ...,
         attempt: _builtins.int = ...,
+        unread_pages: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bytes", b"bytes", "chunks_done", b"chunks_done", "chunks_total", b"chunks_total", "document_id", b"document_id", "error_detail", b"error_detail", "error_reason", b"error_reason", "index", b"index", "job_id", b"job_id", "name", b"name", "stage", b"stage", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bytes", b"bytes", "chunks_done", b"chunks_done", "chunks_total", b"chunks_total", "document_id", b"document_id", "error_detail", b"error_detail", "error_reason", b"error_reason", "index", b"index", "job_id", b"job_id", "name", b"name", "stage", b"stage", "unread_pages", b"unread_pages", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -857,16 +863,20 @@ class GetIngestionJobRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
+    FIRST_DOCUMENT_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """Which ingestion."""
+    first_document: _builtins.int
+    """Index of the first document to send. >= 0."""
     def __init__(
         self,
         *,
         job_id: _builtins.str = ...,
+        first_document: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_document", b"first_document", "job_id", b"job_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -881,13 +891,16 @@ class GetIngestionJobResponse(_message.Message):
     DOCUMENTS_FIELD_NUMBER: _builtins.int
     CREATED_AT_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
+    NEXT_DOCUMENT_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """Which ingestion."""
     status: _builtins.str
     """`receiving`, `running` or `ended`."""
+    next_document: _builtins.int
+    """Where to go on with `first_document`. 0 = these were the last."""
     @_builtins.property
     def documents(self) -> _containers.RepeatedCompositeFieldContainer[Global___IngestDocumentsResponse]:
-        """Latest progress of each document."""
+        """Latest progress of each document, in the order they came. A reply holds fewer if all would make it too large (8 MiB)."""
 
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp:
@@ -895,7 +908,7 @@ class GetIngestionJobResponse(_message.Message):
 
     @_builtins.property
     def summary(self) -> Global___IngestionSummary:
-        """All documents together."""
+        """All documents together, those of other replies included."""
 
     def __init__(
         self,
@@ -905,10 +918,11 @@ class GetIngestionJobResponse(_message.Message):
         documents: _abc.Iterable[Global___IngestDocumentsResponse] | None = ...,
         created_at: _timestamp_pb2.Timestamp | None = ...,
         summary: Global___IngestionSummary | None = ...,
+        next_document: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "documents", b"documents", "job_id", b"job_id", "status", b"status", "summary", b"summary"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "documents", b"documents", "job_id", b"job_id", "next_document", b"next_document", "status", b"status", "summary", b"summary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1186,6 +1200,7 @@ class Document(_message.Message):
     LANGUAGE_FIELD_NUMBER: _builtins.int
     PAGES_FIELD_NUMBER: _builtins.int
     EMBEDDER_ID_FIELD_NUMBER: _builtins.int
+    UNREAD_PAGES_FIELD_NUMBER: _builtins.int
     document_id: _builtins.str
     """Made from tenant, collection and source_uri, so the same again is a new version."""
     title: _builtins.str
@@ -1212,6 +1227,8 @@ class Document(_message.Message):
     """Pages. 0 = it has none."""
     embedder_id: _builtins.str
     """Embedder its vectors are from."""
+    unread_pages: _builtins.str
+    """Pages that are pictures, so that nothing on them is found; see IngestDocumentsResponse.unread_pages. Empty = none, or not known."""
     @_builtins.property
     def indexed_at(self) -> _timestamp_pb2.Timestamp:
         """When this version was indexed."""
@@ -1243,10 +1260,11 @@ class Document(_message.Message):
         language: _builtins.str = ...,
         pages: _builtins.int = ...,
         embedder_id: _builtins.str = ...,
+        unread_pages: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "indexed_at", b"indexed_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "bytes", b"bytes", "characters", b"characters", "chunks", b"chunks", "collection", b"collection", "content_sha256", b"content_sha256", "document_id", b"document_id", "embedder_id", b"embedder_id", "indexed_at", b"indexed_at", "language", b"language", "media_type", b"media_type", "metadata", b"metadata", "pages", b"pages", "source_uri", b"source_uri", "title", b"title", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "bytes", b"bytes", "characters", b"characters", "chunks", b"chunks", "collection", b"collection", "content_sha256", b"content_sha256", "document_id", b"document_id", "embedder_id", b"embedder_id", "indexed_at", b"indexed_at", "language", b"language", "media_type", b"media_type", "metadata", b"metadata", "pages", b"pages", "source_uri", b"source_uri", "title", b"title", "unread_pages", b"unread_pages", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -122,7 +122,8 @@ async def _draft_of(run: Run, prompt: Prompt, route: Route) -> Draft:
             return await _draft_of(run, prompt, cheaper)
         except PriceUnknown as unpriced:
             log.error("model_without_price", provider=candidate.provider, model=candidate.model)
-            if not (left := [other for other in route.candidates if other not in asked]):
+            left = [other for other in route.candidates if other not in asked and not (so_far and other.provider == EXTRACTIVE)]
+            if not left:
                 raise failed or unpriced from None
             candidate, reason = first_choice(left, health), "no_price"
             continue

@@ -51,6 +51,10 @@ bench-routing: setup ## show what the regret report finds of a scripted choice o
 bench-ledger: setup ## measure reserve and settle, and how fast a spool drains
 	$(BIN)/python -m bench.ledger $(ARGS)
 
+prove-ledger: setup ## hold the ledger against its model 2,000 times and send it 10,000 records again and again; half an hour
+	LEDGER_MODEL_RUNS=2000 LEDGER_SENDS=10000 $(BIN)/python -m pytest -q --hypothesis-show-statistics \
+		tests/property/test_ledger_model.py tests/integration/ledger/test_ledger_sends.py
+
 bench-usage: setup ## usage questions over 5 million operations, with bars; ARGS="--operations 100000" shortens
 	$(BIN)/python -m bench.usage $(ARGS)
 
@@ -72,4 +76,4 @@ soak: setup ## mixed load for ten minutes, MINUTES=480 for a night; print what g
 clean: ## remove .venv and caches, but not the data in .tailrace
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-.PHONY: help setup run test check fmt proto bench bench-streams bench-money bench-routing bench-ledger bench-usage bench-adapters bench-vendors bench-retrieval bench-checks soak clean
+.PHONY: help setup run test check fmt proto bench bench-streams bench-money bench-routing bench-ledger prove-ledger bench-usage bench-adapters bench-vendors bench-retrieval bench-checks soak clean

@@ -304,8 +304,14 @@ class AsyncClient:
 
     async def job(self, job_id: str) -> tuple[values.Job, tuple[values.Progress, ...]]:
         """An ingestion as it stands now, and the latest of each document."""
-        response = await _unary(self._call(self._stub.GetIngestionJob, retrieval.GetIngestionJobRequest(job_id=job_id)))
-        return values.job(response), tuple(values.progress(row) for row in response.documents)
+        rows: list[values.Progress] = []
+        first = 0
+        while True:
+            request = retrieval.GetIngestionJobRequest(job_id=job_id, first_document=first)
+            response = await _unary(self._call(self._stub.GetIngestionJob, request))
+            rows += map(values.progress, response.documents)
+            if (first := response.next_document) == 0:
+                return values.job(response), tuple(rows)
 
     async def watch_job(self, job_id: str) -> AsyncIterator[values.Progress]:
         """An ingestion's progress from its beginning, then live until it has ended."""

@@ -124,7 +124,7 @@ class AnswerCancelled(TailraceError):
 
 
 class Interrupted(TailraceError):
-    reasons, codes, retryable = ("ANSWER_INTERRUPTED",), (grpc.StatusCode.ABORTED,), True
+    reasons, codes, retryable = ("ANSWER_INTERRUPTED", "ANSWER_ABANDONED"), (grpc.StatusCode.ABORTED,), True
 
 
 class ServerFailed(TailraceError):

@@ -9,7 +9,7 @@ DomainError
 ├── RateLimited, Overloaded, BudgetExhausted, PriceUnknown     not now, or not for this money
 ├── ModelOverloaded, ModelRefused, ModelFailed, ModelStalled, ModelMisconfigured   the provider
 ├── OutputInvalid                                              what the model wrote is not of the shape that was asked for
-├── AnswerCancelled, AnswerInterrupted                         the answer's own end
+├── AnswerCancelled, AnswerInterrupted, AnswerAbandoned        the answer's own end
 ├── Unavailable, DeadlineTooShort                              a dependency, or time
 ├── Internal                                                   our bug: no text, only a trace id
 └── RemoteError                                                a status that none of the above names
@@ -159,6 +159,12 @@ class AnswerCancelled(DomainError):
 
 class AnswerInterrupted(DomainError):
     reason, code, title, retryable = "ANSWER_INTERRUPTED", "ABORTED", "The answer was interrupted", True
+
+
+class AnswerAbandoned(DomainError):
+    """Nobody was reading the answer any more. Not its owner's word: its idempotency key may begin it again."""
+
+    reason, code, title, retryable = "ANSWER_ABANDONED", "ABORTED", "Nobody was reading the answer any more", True
 
 
 class Unavailable(DomainError):

@@ -120,9 +120,11 @@ async def put_price(exchange: Exchange, kit: Kit) -> None:
 
 async def api_keys(exchange: Exchange, kit: Kit) -> None:
     """GET /v1/admin/api-keys"""
-    exchange.query(())
-    rows = await kit.backends.ledger.rows(kit.backends.ledger.stub.ListApiKeys, ledger.ListApiKeysRequest())
-    await exchange.respond_json({"api_keys": [render.plain(row.key) for row in rows]})
+    size, token = page(exchange.query({"page_size", "page_token"}))
+    request = ledger.ListApiKeysRequest(page_size=size, page_token=token)
+    rows = await kit.backends.ledger.rows(kit.backends.ledger.stub.ListApiKeys, request)
+    listed = [render.plain(row.key) for row in rows]
+    await exchange.respond_json({"api_keys": listed, "next_page_token": rows[-1].next_page_token if rows else ""})
 
 
 async def create_api_key(exchange: Exchange, kit: Kit) -> None:

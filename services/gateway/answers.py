@@ -4,7 +4,6 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from services.chassis.errors import AnswerInterrupted, RequestInvalid
-from services.chassis.principal import current_principal
 from services.gateway import bodies, deadlines, render
 from services.gateway.answer_stream import AnswerStream
 from services.gateway.bridge import Bridge
@@ -17,16 +16,13 @@ from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
 
 async def ask(exchange: Exchange, kit: Kit) -> None:
     """POST /v1/answers"""
-    try:
+    async with kit.counting_unreadable():
         exchange.query(())
         # Only pictures make a question large, so a large one says early that it has some.
         content = await exchange.json(larger_with=b'"images"', larger_bytes_max=bodies.ANSWER_BYTES_MAX)
         body = bodies.parse(content, bodies.AnswerBody)
         request = body.message(_idempotency_key(exchange))
         asked_ms = deadlines.requested_ms(exchange.header("request-timeout"))
-    except RequestInvalid:
-        await kit.limits.admit(current_principal())  # what cannot be read is a request all the same
-        raise
     async with kit.answering(request, asked_ms) as (admission, timeout_s):
         exchange.extra_headers += admission.headers
         async with AnswerStream(kit.backends.orchestrator, request, timeout_s=timeout_s) as events:

@@ -273,8 +273,8 @@ class Edge:
         rule.check(principal)
         exchange.principal = principal
         set_current(principal)
-        if rule.limited:
-            exchange.extra_headers += (await self._kit.limits.admit(principal)).headers
+        if (kind := rule.counts) is not None:
+            exchange.extra_headers += (await self._kit.limits.admit(principal, kind)).headers
 
     async def _admit_as(self, exchange: Exchange, method: str, raw_path: bytes) -> None:
         """Admit what came in a message as if it had come over the route; the credential is looked at again, as it may have ended."""

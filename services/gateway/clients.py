@@ -9,7 +9,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.chassis.channel import Caller, open_channel
-from services.chassis.errors import DomainError, NotFound, Overloaded, Unavailable
+from services.chassis.errors import DomainError, Internal, NotFound, Overloaded, Unavailable
 from services.chassis.passport import Passport
 from services.chassis.principal import Principal
 from services.chassis.tls import MutualTls
@@ -70,13 +70,13 @@ class Peer:
             self._hop.in_flight -= 1
 
     async def rows(self, method: Any, request: Any, *, timeout_s: float = 10.0, principal: Principal | None = None) -> list[Any]:
-        """Every message of a short stream. At most ROWS_MAX are taken."""
+        """Every message of a short stream. Raises Internal if it is none: what has more than ROWS_MAX must be asked for by pages."""
         rows: list[Any] = []
         async with self.stream(method, request, timeout_s=timeout_s, principal=principal) as messages:
             async for message in messages:
+                if len(rows) == ROWS_MAX:
+                    raise Internal(f"{self.name} sent more than {ROWS_MAX} rows")
                 rows.append(message)
-                if len(rows) >= ROWS_MAX:
-                    break
         return rows
 
     def observe(self, began: float, error: DomainError | None) -> None:

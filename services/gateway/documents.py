@@ -78,10 +78,10 @@ async def search(exchange: Exchange, kit: Kit) -> None:
 
 async def job(exchange: Exchange, kit: Kit) -> None:
     """GET /v1/jobs/{id}"""
-    exchange.query(())
+    first = number(exchange.query({"first_document"}), "first_document", 0, 10_000_000)
     job_id, stub = exchange.params["id"], kit.backends.retrieval.stub
     if not exchange.accepts("text/event-stream"):
-        request = retrieval.GetIngestionJobRequest(job_id=job_id)
+        request = retrieval.GetIngestionJobRequest(job_id=job_id, first_document=first)
         await exchange.respond_json(render.plain(await kit.backends.retrieval.unary(stub.GetIngestionJob, request)))
         return
     watch = retrieval.WatchIngestionJobRequest(job_id=job_id)

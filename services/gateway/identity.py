@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from jwt.exceptions import PyJWTError
 from jwt.utils import base64url_decode
 
+from services.chassis.ending import ended
 from services.chassis.errors import DomainError, NotAuthenticated, Unavailable
 from services.chassis.principal import ROLES, Principal
 from services.gateway.memo import Memo
@@ -40,12 +41,12 @@ RSA_BITS_MIN = 2048
 SECRET_BYTES_MIN = 32
 REFRESH_S = 300.0
 """Keys are read anew after this, so that a withdrawn key ends."""
-UNKNOWN_KEY_PAUSE_S = 10.0
-"""A flood of made-up key ids may cause one reading of the keys in this time."""
-NO_KEYS_PAUSE_S = 0.5
-"""As long as there are no keys at all, they are looked for this often."""
+READ_PAUSE_S = 10.0
+"""Between two readings at least: neither a source that fails nor a flood of made-up key ids has the issuer asked more often."""
+FILE_PAUSE_S = 0.5
+"""As `READ_PAUSE_S` of a local file, which asks nobody and may be written just after the start."""
 READ_TIMEOUT_S = 5.0
-"""For the whole key set, however slowly it drips: callers wait meanwhile."""
+"""For the whole key set, however slowly it drips: who has no known key waits meanwhile."""
 DOCUMENT_BYTES_MAX = 256 * 1024
 
 
@@ -148,61 +149,72 @@ class SharedSecret:
 class PublishedKeys:
     """A key set that is published somewhere: read when needed, kept, read again when it is old or a token names a key it lacks.
 
-    While it cannot be read, the keys known so far go on.
+    Who is there with a known key waits for no reading: that goes on beside. While the set cannot be read, the keys known so far go on.
+    It is read at most once in `pause_s`, however often and by whomever it is asked for. Call `close` at the end.
     """
 
-    def __init__(self, read: Callable[[], Awaitable[bytes]], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, read: Callable[[], Awaitable[bytes]], clock: Callable[[], float] = time.monotonic, *, pause_s: float = READ_PAUSE_S
+    ) -> None:
         self._read = read
         self._clock = clock
+        self._pause_s = pause_s
         self._keys: tuple[VerificationKey, ...] = ()
         self._tried_at = -math.inf
         self._due_at = -math.inf
         self._readable = True
-        self._lock = asyncio.Lock()
+        self._reading: asyncio.Task[None] | None = None
 
     async def find(self, kid: str, algorithm: str) -> VerificationKey | None:
-        if self._clock() >= self._due_at:
-            await self._refresh(lambda: self._clock() >= self._due_at)
+        reading = self._begin_reading() if self._clock() >= self._due_at else self._reading
         key = self._pick(kid, algorithm)
         # While they are being read, what is known is out of date: the first tokens of a new key come together.
-        if key is None and (self._lock.locked() or self._may_ask_for_unknown()):
-            await self._refresh(self._may_ask_for_unknown)
+        if key is None and (reading := reading or self._begin_reading()) is not None:
+            await asyncio.wait([reading])
             key = self._pick(kid, algorithm)
-        if not self._keys:
-            raise Unavailable("the token issuer's keys cannot be read", dependency="jwks", retry_after_ms=1000)
+        self._require_keys()
         return key
 
     async def probe(self) -> None:
-        if self._clock() >= self._due_at:
-            await self._refresh(lambda: self._clock() >= self._due_at)
-        if not self._keys:
-            raise Unavailable("the token issuer's keys cannot be read", dependency="jwks")
+        reading = self._begin_reading() if self._clock() >= self._due_at else self._reading
+        if not self._keys and reading is not None:
+            await asyncio.wait([reading])
+        self._require_keys()
 
-    def _may_ask_for_unknown(self) -> bool:
-        return self._clock() - self._tried_at >= UNKNOWN_KEY_PAUSE_S
+    async def close(self) -> None:
+        """Give up a reading that is under way."""
+        if self._reading is not None:
+            await ended(self._reading)
 
     def _pick(self, kid: str, algorithm: str) -> VerificationKey | None:
         fitting = [key for key in self._keys if (key.kid == kid if kid else key.algorithm == algorithm)]
         return fitting[0] if len(fitting) == 1 else None
 
-    async def _refresh(self, still_wanted: Callable[[], bool]) -> None:
-        """Read the keys, unless somebody else just did while we waited for our turn."""
-        async with self._lock:
-            if not still_wanted():
-                return
+    def _require_keys(self) -> None:
+        if not self._keys:
+            raise Unavailable("the token issuer's keys cannot be read", dependency="jwks", retry_after_ms=1000)
+
+    def _begin_reading(self) -> "asyncio.Task[None] | None":
+        """Begin to read the keys, unless somebody did; return the reading under way. None if it is too soon for another."""
+        if self._reading is None and self._clock() - self._tried_at >= self._pause_s:
             self._tried_at = self._clock()
-            try:
-                async with asyncio.timeout(READ_TIMEOUT_S):
-                    self._keys = parse_jwks(await self._read())
-                self._due_at, readable = self._clock() + REFRESH_S, True
-            except Exception as error:
-                pause_s = UNKNOWN_KEY_PAUSE_S if self._keys else NO_KEYS_PAUSE_S
-                self._due_at, readable = self._clock() + pause_s, False
-                if self._readable:
-                    log.warning("keys_unreadable", error=type(error).__name__, known=len(self._keys))
-            if readable and not self._readable:
-                log.info("keys_readable_again", known=len(self._keys))
-            self._readable = readable
+            self._reading = asyncio.create_task(self._refresh(), name="read-keys")
+        return self._reading
+
+    async def _refresh(self) -> None:
+        try:
+            async with asyncio.timeout(READ_TIMEOUT_S):
+                self._keys = parse_jwks(await self._read())
+            self._due_at, readable = self._clock() + REFRESH_S, True
+        except Exception as error:
+            self._due_at, readable = self._clock() + self._pause_s, False
+            if self._readable:
+                log.warning("keys_unreadable", error=type(error).__name__, known=len(self._keys))
+        finally:
+            self._reading = None
+        if readable and not self._readable:
+            log.info("keys_readable_again", known=len(self._keys))
+        self._readable = readable
 
 
 def keys_in_file(path: Path) -> Callable[[], Awaitable[bytes]]:

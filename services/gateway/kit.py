@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Coroutine, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+from services.chassis.errors import DomainError
 from services.chassis.principal import current_principal, set_current
 from services.gateway import deadlines
 from services.gateway.answer_stream import AnswerStream
@@ -39,6 +40,7 @@ class Kit:
     shedding: Shedding
     resumes: Places
     watches: Places
+    sockets: Places
     metrics: Metrics
     timing: Timing
     answer_timeout_s: float
@@ -59,6 +61,15 @@ class Kit:
         finally:
             gauge.dec()
             self.metrics.stream_ends.labels(route, bridge.end).inc()
+
+    @contextlib.asynccontextmanager
+    async def counting_unreadable(self) -> AsyncIterator[None]:
+        """Count what the block refuses to read as a request of the current principal: else it would be a way to ask without end."""
+        try:
+            yield
+        except DomainError:
+            await self.limits.admit(current_principal())
+            raise
 
     @contextlib.asynccontextmanager
     async def answering(self, request: orchestrator.AnswerRequest, asked_ms: int | None) -> AsyncIterator[tuple[Admission, float]]:

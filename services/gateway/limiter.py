@@ -25,6 +25,7 @@ class Kind(StrEnum):
     """What is limited."""
 
     REQUESTS = "requests"
+    READS = "reads"
     TOKENS = "tokens"
     CONCURRENCY = "concurrency"
 

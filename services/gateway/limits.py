@@ -27,6 +27,8 @@ log = structlog.get_logger(__name__)
 
 PLAN_AGE_MAX_S = 5.0
 """How long a changed plan may go unnoticed."""
+READS_PER_REQUEST = 10
+"""How many reads a plan gives for each of its requests: looking is cheaper than asking, and a page looks often."""
 SUBJECTS_MAX = 10_000
 BYTES_PER_TOKEN = 3
 IMAGE_TOKENS = 1600
@@ -198,9 +200,9 @@ class Limits:
         self._news: dict[str, asyncio.Event] = {}
         """By answer that is looked after: set when it may have ended."""
 
-    async def admit(self, principal: Principal) -> Admission:
-        """Admit one request. Raises LimitReached."""
-        return await self._admit(_charges(principal, await self.entitlements(principal), None))
+    async def admit(self, principal: Principal, kind: Kind = Kind.REQUESTS) -> Admission:
+        """Admit one request, or one read. Raises LimitReached."""
+        return await self._admit(_charges(principal, await self.entitlements(principal), kind))
 
     @contextlib.asynccontextmanager
     async def answering(
@@ -209,9 +211,9 @@ class Limits:
         """Admit one answer that may use `tokens`, and count it as under way inside the block. Raises LimitReached.
 
         After the block what it used corrects the reservation, in the background: nobody waits for that. An answer that was left before
-        its end and `goes_on` without a reader counts on until it has ended, at most `lasts_s`.
+        its end counts on until it has ended, at most `lasts_s`; if it had not said its id, only if it `goes_on` without a reader.
         """
-        admission = await self._admit(_charges(principal, await self.entitlements(principal), max(1, tokens)))
+        admission = await self._admit(_charges(principal, await self.entitlements(principal), Kind.REQUESTS, max(1, tokens)))
         if admission.lease_keys:
             self._held[admission.lease] = admission.lease_keys
         try:
@@ -220,7 +222,8 @@ class Limits:
             admission.ended = True
             raise
         finally:
-            self._conclude(principal, admission, lasts_s if goes_on and not admission.ended else 0.0)
+            may_run = not admission.ended and (goes_on or bool(admission.answer_id))  # with its id it can be read elsewhere
+            self._conclude(principal, admission, lasts_s if may_run else 0.0)
 
     def look_at(self, answer_id: str) -> None:
         """Look now whether an answer has ended that was left before its end, if it is one of those."""
@@ -314,8 +317,10 @@ class Limits:
         """Settle an admission now, and later again if more is known then. `lasts_s` is how long its answer may go on."""
         holds_on = bool(lasts_s and admission.lease_keys)
         if holds_on or (admission.answer_id and admission.reserved and admission.tokens_used is None):
-            with contextlib.suppress(Overloaded):  # a copy: what is settled now must not see what is found out later
+            try:  # with a copy: what is settled now must not see what is found out later
                 self._following.spawn(self._follow(principal, replace(admission), lasts_s), "follow-answer")
+            except Overloaded:
+                self._held.pop(admission.lease, None)  # then the lease ends by itself, and the reservation stays
         if not holds_on:
             self._held.pop(admission.lease, None)
             with contextlib.suppress(Overloaded):  # then the lease ends by itself, and the reservation stays
@@ -381,18 +386,18 @@ class Limits:
         return int(self._clock() * 1e6)
 
 
-def _charges(principal: Principal, given: Entitlements, tokens: int | None) -> list[Charge]:
-    """Every limit that must admit; `tokens` is None for what is not an answer."""
+def _charges(principal: Principal, given: Entitlements, kind: Kind, tokens: int | None = None) -> list[Charge]:
+    """Every limit that must admit a request or a read; `tokens` is None for what is not an answer."""
     subjects = [("user", given.user, principal.user), ("tenant", given.tenant, "")]
     if principal.api_key_id:
         subjects.append(("key", given.key, principal.api_key_id))
     charges = []
     for scope, allowance, name in subjects:
-        asked = [(Kind.REQUESTS, allowance.requests, 1)]
+        asked = [(kind, allowance.requests * (READS_PER_REQUEST if kind is Kind.READS else 1), 1)]
         if tokens is not None:
             asked += [(Kind.TOKENS, allowance.tokens, tokens), (Kind.CONCURRENCY, allowance.answers, 1)]
         charges += [
-            Charge(_key(principal.tenant, scope, name, kind), kind, scope, limit, amount) for kind, limit, amount in asked if limit > 0
+            Charge(_key(principal.tenant, scope, name, each), each, scope, limit, amount) for each, limit, amount in asked if limit > 0
         ]
     return charges
 
@@ -410,7 +415,7 @@ def _digest(name: str) -> str:
 def _headers(charges: list[Charge], outcome: Outcome) -> list[tuple[bytes, bytes]]:
     """What a response says about the windows: of each kind the one that would refuse first."""
     headers = []
-    for kind in (Kind.REQUESTS, Kind.TOKENS):
+    for kind in (Kind.REQUESTS, Kind.READS, Kind.TOKENS):
         of_kind = [(charge, verdict) for charge, verdict in zip(charges, outcome.verdicts, strict=True) if charge.kind is kind]
         if of_kind:
             charge, verdict = min(of_kind, key=lambda pair: (pair[1].allowed, pair[1].remaining))

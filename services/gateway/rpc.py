@@ -161,9 +161,9 @@ class GatewayService(gateway_service_pb2_grpc.GatewayServiceServicer):
     async def _admit(self, rpc: str, context: Any) -> None:
         principal, rule = current_principal(), RPC_RULES[rpc]
         rule.check(principal)
-        if rule.limited:
+        if (kind := rule.counts) is not None:
             with _telling_refusals(context):
-                _tell(context, (await self._kit.limits.admit(principal)).headers)
+                _tell(context, (await self._kit.limits.admit(principal, kind)).headers)
 
     async def _relay(self, peer: Peer, method: Any, request: Any, context: Any, timeout_s: float) -> None:
         """Write on what comes. When the caller leaves, this is cancelled, and leaving the block cancels the call behind it."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from services.chassis.errors import NotAllowed
 from services.chassis.principal import Principal
+from services.gateway.limiter import Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +19,19 @@ class Rule:
     scope: str = ""
     """What a narrowed API key must have been made for; empty = nothing in particular."""
     limited: bool = False
-    """Whether it counts towards the plan's request limit."""
+    """Whether it counts towards the plan's request limit. What neither does nor `answers` is a read, of which a plan gives many more."""
     answers: bool = False
     """Whether all limits of the plan must admit it, and is turned away first when there is too much to do. Its endpoint asks, since it
     knows how much is wanted."""
     open: bool = False
     """Whether anybody may call, unknown callers too."""
+
+    @property
+    def counts(self) -> Kind | None:
+        """What it counts as before its endpoint runs; None if its endpoint sees to that, or if nobody is known who could be counted."""
+        if self.open or self.answers:
+            return None
+        return Kind.REQUESTS if self.limited else Kind.READS
 
     def check(self, principal: Principal) -> None:
         """Raise NotAllowed unless `principal` satisfies the rule."""

@@ -21,7 +21,7 @@ from services.gateway.browser import Browser
 from services.gateway.clients import Backends, connected
 from services.gateway.config import Settings
 from services.gateway.http_listener import HttpListener
-from services.gateway.identity import AllKeys, Identity, Keys, PublishedKeys, SharedSecret, Tokens, keys_at_url, keys_in_file
+from services.gateway.identity import FILE_PAUSE_S, AllKeys, Identity, Keys, PublishedKeys, SharedSecret, Tokens, keys_at_url, keys_in_file
 from services.gateway.kit import Kit
 from services.gateway.limits import Fallback, Limits, ReservedTokens
 from services.gateway.metrics import Metrics
@@ -44,6 +44,8 @@ WATCHES_PER_USER_MAX = 16
 """The page has two a window. The ledger has room for 500 of all users, and retrieval for 128."""
 STREAMS_SHARE = 0.9
 """Of the drain's grace, how much belongs to gRPC streams that go on; the rest is for telling them that they do not."""
+SOCKETS_PER_USER_MAX = 16
+"""Each carries 16 answers, and may hold 24 MiB of what was asked."""
 SETTLE_S = 3.0
 """How long the end waits for what streams leave to be settled."""
 
@@ -143,6 +145,7 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
             ),
             resumes=Places("resumes", RESUMES_PER_USER_MAX),
             watches=Places("watches", WATCHES_PER_USER_MAX),
+            sockets=Places("sockets", SOCKETS_PER_USER_MAX),
             metrics=metrics,
             timing=Timing(settings.heartbeat_s, settings.write_stall_s),
             answer_timeout_s=settings.answer_deadline_s,
@@ -219,12 +222,16 @@ def _backends(settings: Settings, metrics: Metrics) -> contextlib.AbstractAsyncC
 
 @contextlib.asynccontextmanager
 async def _keys(settings: Settings) -> AsyncIterator[Keys]:
-    sources: list[Keys] = []
+    secrets: list[Keys] = []
     if secret := settings.jwt_hs256_secret.get_secret_value():
-        sources.append(SharedSecret(secret.encode()))
-    if settings.jwks_file is not None:
-        sources.append(PublishedKeys(keys_in_file(settings.jwks_file)))
-    async with httpx.AsyncClient(timeout=5.0, follow_redirects=False) as client:
+        secrets.append(SharedSecret(secret.encode()))
+    async with contextlib.AsyncExitStack() as stack:
+        published = []
+        if settings.jwks_file is not None:
+            published.append(PublishedKeys(keys_in_file(settings.jwks_file), pause_s=FILE_PAUSE_S))
         if settings.jwks_url:
-            sources.append(PublishedKeys(keys_at_url(client, settings.jwks_url)))
-        yield AllKeys(sources)
+            client = await stack.enter_async_context(httpx.AsyncClient(timeout=5.0, follow_redirects=False))
+            published.append(PublishedKeys(keys_at_url(client, settings.jwks_url)))
+        for keys in published:
+            stack.push_async_callback(keys.close)
+        yield AllKeys([*secrets, *published])

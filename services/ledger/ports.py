@@ -193,11 +193,14 @@ class People(Protocol):
         ...
 
     async def plans(self, tenant: str) -> Sequence[Plan]:
-        """The plans of a tenant: its own, and the common ones it has not replaced."""
+        """The plans of a tenant: its own, of which there are few, and the common ones it has not replaced."""
         ...
 
     async def put_plan(self, tenant: str, plan: Plan) -> None:
-        """Add a plan to a tenant or change it; one with a common plan's name replaces that for this tenant alone."""
+        """Add a plan to a tenant or change it; one with a common plan's name replaces that for this tenant alone.
+
+        Raises RequestInvalid for one too many.
+        """
         ...
 
     async def subscribe(self, tenant: str, user: str, plan: str, *, at_period_end: bool) -> Member:
@@ -252,11 +255,14 @@ class Prices(Protocol):
     """What models cost."""
 
     async def list_in_force(self, tenant: str) -> Sequence[ListedPrice]:
-        """What `tenant` pays now, one price a model."""
+        """What `tenant` pays now, one price a model. It has few models of its own."""
         ...
 
     async def put(self, tenant: str, price: Price, valid_from: datetime | None) -> ListedPrice:
-        """Add a version for `tenant`, from `valid_from` or now on. The same figures as are in force add nothing."""
+        """Add a version for `tenant`, from `valid_from` or now on. The same figures as are in force add nothing.
+
+        Raises RequestInvalid for one model too many.
+        """
         ...
 
 
@@ -269,8 +275,8 @@ class Keys(Protocol):
         """Make a key and return it with its secret. Raises Overloaded if the tenant has too many."""
         ...
 
-    async def list(self, tenant: str) -> Sequence[ApiKey]:
-        """Keys of a tenant, oldest first, ended ones too."""
+    async def page(self, tenant: str, *, size: int, after: tuple[datetime, str] | None) -> Page[ApiKey]:
+        """Keys of a tenant, oldest first, ended ones too, made after `after`."""
         ...
 
     async def revoke(self, tenant: str, key_id: str) -> None:

@@ -12,6 +12,7 @@ from services.chassis.clock import Clock
 from services.chassis.errors import NotAuthenticated, NotFound, Overloaded
 from services.chassis.principal import Principal
 from services.ledger.domain import ApiKey
+from services.ledger.paging import Page
 from services.ledger.postgres_database import Connection, Database
 
 KEYS_OF_TENANT_MAX = 10_000
@@ -45,11 +46,16 @@ class PostgresKeys:
 
         return _key_of(await self._database.of(tenant).run(work)), secret
 
-    async def list(self, tenant: str) -> Sequence[ApiKey]:
+    async def page(self, tenant: str, *, size: int, after: tuple[datetime, str] | None) -> Page[ApiKey]:
+        beyond = "" if after is None else " AND (created_at, key_id) > ($3, $4)"
         rows = await self._database.of(tenant).fetch(
-            f"SELECT {_COLUMNS} FROM api_keys WHERE tenant = $1 ORDER BY created_at, key_id", tenant
+            f"SELECT {_COLUMNS} FROM api_keys WHERE tenant = $1{beyond} ORDER BY created_at, key_id LIMIT $2",
+            tenant,
+            size + 1,
+            *(after or ()),
         )
-        return [_key_of(row) for row in rows]
+        last = rows[size - 1] if len(rows) > size else None
+        return Page([_key_of(row) for row in rows[:size]], (last["created_at"], last["key_id"]) if last else None)
 
     async def revoke(self, tenant: str, key_id: str) -> None:
         revoked = await self._database.of(tenant).value(

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from dataclasses import astuple
 from typing import Any
 
-from services.chassis.errors import NotFound
+from services.chassis.errors import NotFound, RequestInvalid
 from services.ledger.domain import Limits, Member, Plan
 from services.ledger.paging import Page
 from services.ledger.postgres_database import Connection, Database
 
+PLANS_OF_TENANT_MAX = 1_000
+"""A tenant's own: the list of plans is not paged."""
 PLAN_COLUMNS = (
     *("requests_per_minute", "tokens_per_minute", "concurrent_answers", "monthly_budget_nanousd", "tiers"),
     *("tenant_requests_per_minute", "tenant_tokens_per_minute", "tenant_concurrent_answers"),
@@ -74,7 +76,15 @@ class PostgresPeople:
         return [_plan_of(row) for row in rows]
 
     async def put_plan(self, tenant: str, plan: Plan) -> None:
-        await self._database.of(tenant).value(PUT_PLAN, *plan_row(tenant, plan))
+
+        async def work(connection: Connection) -> None:
+            async with connection.transaction():
+                others = await connection.fetchval("SELECT count(*) FROM plans WHERE tenant = $1 AND name <> $2", tenant, plan.name)
+                if others >= PLANS_OF_TENANT_MAX:
+                    raise RequestInvalid("the tenant has too many plans", field="plan.name", bound=f"{PLANS_OF_TENANT_MAX} plans")
+                await connection.fetchval(PUT_PLAN, *plan_row(tenant, plan))
+
+        await self._database.of(tenant).run(work)
 
     async def subscribe(self, tenant: str, user: str, plan: str, *, at_period_end: bool) -> Member:
 

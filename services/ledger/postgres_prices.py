@@ -5,11 +5,13 @@ from datetime import datetime
 from typing import Any
 
 from services.chassis.clock import Clock
-from services.chassis.errors import PriceUnknown
+from services.chassis.errors import PriceUnknown, RequestInvalid
 from services.chassis.money import Price
 from services.ledger.postgres_database import Connection, Database
 from services.ledger.prices import ListedPrice, PriceBook
 
+MODELS_OF_TENANT_MAX = 1_000
+"""Models that a tenant may have prices of its own for: the list of prices is not paged."""
 _COLUMNS = (
     "price_id, tenant, provider, model, version, valid_from, input_nanousd_per_mtok, output_nanousd_per_mtok,"
     " cache_read_nanousd_per_mtok, cache_write_5m_nanousd_per_mtok, cache_write_1h_nanousd_per_mtok,"
@@ -88,6 +90,10 @@ class PostgresPrices:
                 except PriceUnknown:
                     known = None
                 if known is None or known.tenant != tenant or known.figures != listed.figures:
+                    others = book.models_of(tenant) - {(price.provider, price.model)}
+                    if len(others) >= MODELS_OF_TENANT_MAX:
+                        bound = f"{MODELS_OF_TENANT_MAX} models"
+                        raise RequestInvalid("the tenant has prices of too many models", field="price.model", bound=bound)
                     await append_price(connection, listed)
 
         await self._database.run(work)

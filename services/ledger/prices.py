@@ -71,6 +71,10 @@ class PriceBook:
         """Every version, in no order."""
         return self._by_id.values()
 
+    def models_of(self, tenant: str) -> set[tuple[str, str]]:
+        """Provider and name of the models that `tenant` has prices of its own for."""
+        return {(listed.price.provider, listed.price.model) for listed in self._by_id.values() if listed.tenant == tenant}
+
     def version(self, price_id: int) -> ListedPrice | None:
         """A stored version, or None if this book is older than it."""
         return self._by_id.get(price_id)

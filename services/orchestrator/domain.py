@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, Self
 
-from services.chassis.errors import AnswerInterrupted, DomainError
+from services.chassis.errors import DomainError
 from services.chassis.money import Price, Usage
 from services.chassis.principal import Principal
 
@@ -673,12 +673,6 @@ class Recorded:
 
 
 Event = Accepted | StepChange | PassagesFound | TextDelta | Reasoned | ToolCall | ToolConfirmation | ToolResult | Citation | Done | Recorded
-
-
-class AnswerLeft(AnswerInterrupted):
-    """Nobody was reading the answer any more. Its key may begin it again, which a cancel by its owner forbids; it is booked as cancelled
-    all the same, because nothing failed. Beyond this process it is an AnswerInterrupted.
-    """
 
 
 @dataclass(frozen=True, slots=True)

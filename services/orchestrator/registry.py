@@ -15,6 +15,7 @@ from uuid import UUID
 import structlog
 
 from services.chassis.errors import (
+    AnswerAbandoned,
     AnswerCancelled,
     AnswerInterrupted,
     AnswerLogGone,
@@ -26,7 +27,7 @@ from services.chassis.errors import (
     Unavailable,
 )
 from services.chassis.principal import Principal
-from services.orchestrator.domain import AnswerLeft, BookedAnswer, Claim, Question, SharedAnswer
+from services.orchestrator.domain import BookedAnswer, Claim, Question, SharedAnswer
 from services.orchestrator.log import EventLog, Reader
 from services.orchestrator.mirrors import Mirrors, interrupted
 from services.orchestrator.ports import SharedLogs
@@ -209,7 +210,7 @@ class Registry:
             booked = await self._booked(question.principal, answer_id)
             if booked is None:
                 raise
-            return Retold(retold(question, booked))
+            return Retold(await asyncio.to_thread(retold, question, booked))  # a long text has many sentences to judge
 
     @contextlib.contextmanager
     def _given_up_unless_told(self, question: Question, fingerprint: bytes) -> Iterator[None]:
@@ -401,7 +402,7 @@ class Registry:
         if followed:
             self._look_later(kept, FOLLOWED_ELSEWHERE_S)
         elif kept.question.idempotency_key:
-            _stop(kept, AnswerLeft("nobody was reading the answer any more; ask again", answer_id=kept.question.answer_id))
+            _stop(kept, AnswerAbandoned("nobody was reading the answer any more; ask again", answer_id=kept.question.answer_id))
         else:
             _stop(kept, None)
 

@@ -47,4 +47,4 @@ def _failure(booked: BookedAnswer) -> DomainError:
     answer_id = booked.receipt.answer_id
     if booked.status != "done":
         return restore(booked.error_reason, "", {"answer_id": answer_id}, "INTERNAL")
-    return AnswerLogGone("the answer was done, but its words are no longer kept", answer_id=answer_id, status=booked.status)
+    return AnswerLogGone("the answer was done, but its words are no longer kept", answer_id=answer_id, outcome=booked.status)

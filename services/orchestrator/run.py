@@ -13,14 +13,13 @@ import structlog
 from services.chassis import telemetry
 from services.chassis.afterwork import AfterWork
 from services.chassis.clock import Clock
-from services.chassis.errors import AnswerCancelled, DomainError, OutputInvalid
+from services.chassis.errors import AnswerAbandoned, AnswerCancelled, DomainError, OutputInvalid
 from services.chassis.money import Usage
 from services.chassis.telemetry import StepRecord, Trail
 from services.orchestrator.citations import CitationReader
 from services.orchestrator.compose import Template, shown
 from services.orchestrator.domain import (
     Accepted,
-    AnswerLeft,
     Attempt,
     CachedAnswer,
     CacheReceipt,
@@ -356,7 +355,7 @@ class Run:
     def record(self, failure: DomainError | None, *running: Attempt) -> OperationRecord:
         """What is booked, with the attempts that are `running`. The step that books it is in it too, with the time it had taken so far."""
         attempts = (*self.attempts, *running)
-        status = "done" if failure is None else "cancelled" if isinstance(failure, AnswerCancelled | AnswerLeft) else "failed"
+        status = "done" if failure is None else "cancelled" if isinstance(failure, AnswerAbandoned | AnswerCancelled) else "failed"
         steps = [_change(step) for step in self.trail.steps if step.status != "running"]
         steps += [
             StepChange(step.name, "done", step.started_ms, round(self.trail.elapsed_ms - step.started_ms, 3), {})

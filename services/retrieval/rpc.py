@@ -65,6 +65,9 @@ CHUNKS_MAX = 1000
 CHUNKS_BYTES_MAX = 2 * 1024 * 1024
 """Bytes of chunk texts in one reply, well below the size of a message."""
 
+JOB_BYTES_MAX = 8 * 1024 * 1024
+"""Bytes of documents' progress in one reply: of ten thousand with ordinary names all, of those with the longest some."""
+
 _MODES = {
     pb.SEARCH_MODE_UNSPECIFIED: SearchMode.HYBRID,
     pb.SEARCH_MODE_HYBRID: SearchMode.HYBRID,
@@ -155,12 +158,16 @@ class RetrievalServicer(pb_grpc.RetrievalServiceServicer):
 
     async def GetIngestionJob(self, request: pb.GetIngestionJobRequest, context: grpc.aio.ServicerContext) -> pb.GetIngestionJobResponse:
         job = await self._ingestion.job(_reader(current_principal()), request.job_id)
+        first = _within(request.first_document, "first_document", 0, 2**31 - 1)
+        rows = [_progress_message(job.job_id, row) for row in await self._ingestion.store.latest(job.job_id) if row.index >= first]
+        fitting = _rows_that_fit(rows)
         return pb.GetIngestionJobResponse(
             job_id=job.job_id,
             status=job.status,
-            documents=[_progress_message(job.job_id, event) for event in await self._ingestion.store.latest(job.job_id)],
+            documents=fitting,
             created_at=_moment_message(job.created_us),
             summary=_summary_message(job),
+            next_document=rows[len(fitting)].index if len(fitting) < len(rows) else 0,
         )
 
     async def WatchIngestionJob(self, request: pb.WatchIngestionJobRequest, context: grpc.aio.ServicerContext) -> None:  # type: ignore[override]
@@ -420,6 +427,15 @@ def _as_many_as_fit(chunks: Sequence[StoredChunk]) -> list[StoredChunk]:
             break
         fitting.append(chunk)
     return fitting
+
+
+def _rows_that_fit(rows: Sequence[pb.IngestDocumentsResponse]) -> Sequence[pb.IngestDocumentsResponse]:
+    size = 0
+    for place, row in enumerate(rows):
+        size += row.ByteSize() + 8
+        if place and size > JOB_BYTES_MAX:
+            return rows[:place]
+    return rows
 
 
 def _answer_value(message: pb.CachedAnswer, principal: Principal) -> CachedAnswer:

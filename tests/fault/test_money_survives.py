@@ -6,11 +6,13 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import httpx
 import pytest
 
 from bench.budgets import budget
+from bench.full_disk import NotMounted, full, small_disk
 from bench.ground import PLAN, TENANTS, Ground, Outcome, ground, seed_of_run
 from bench.money import away, ledgers, orchestrators, postgres
 
@@ -62,6 +64,18 @@ async def test_a_killed_database_leaves_true_books(made: Ground) -> None:
     outcome = await postgres(made, 2)
     holds(outcome)
     assert outcome.notes["exact"] >= 20
+
+
+async def test_full_disks_of_the_spools_refuse_what_is_new_and_lose_nothing(made: Ground, tmp_path: Path) -> None:
+    """What was running when they filled up is done once there is room, and every provider call is booked."""
+    try:
+        with small_disk(tmp_path / "tried"):
+            pass
+    except NotMounted as error:
+        pytest.skip(f"no file system of its own size can be mounted here: {error}")
+    outcome = await full(made, 3)
+    holds(outcome)
+    assert outcome.notes["spools that were full"] == 2
 
 
 async def test_a_changed_plan_is_seen_at_every_gateway_within_five_seconds(made: Ground) -> None:

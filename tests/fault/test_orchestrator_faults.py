@@ -252,7 +252,7 @@ async def test_key_is_asked_again_after_its_line_was_lost(claude: World, whole: 
     claude.behave(tokens=30)
     again = await claude.ask(QUESTION, **fields)
 
-    assert (operation.status, operation.error_reason) == ("cancelled", "ANSWER_INTERRUPTED")
+    assert (operation.status, operation.error_reason) == ("cancelled", "ANSWER_ABANDONED")
     assert again.answer_id != left.answer_id
     assert again.done.verdict == "passed"
 

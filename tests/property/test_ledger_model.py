@@ -138,7 +138,7 @@ TestHoldsFollowTheModel.settings = settings(max_examples=100, stateful_step_coun
 
 
 RUNS = int(os.environ.get("LEDGER_MODEL_RUNS", "40"))
-"""Runs on the real database; `LEDGER_MODEL_RUNS=2000` is the full proof, in which every run has all its steps."""
+"""Runs on the real database; `LEDGER_MODEL_RUNS=2000` is the full proof, of `make prove-ledger`, in which every run has all its steps."""
 STEPS = 30
 RUNS_PER_DATABASE = 25
 """After so many runs the next one gets fresh books, because each run ends with an audit of everything there is."""

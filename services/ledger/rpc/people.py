@@ -4,7 +4,7 @@ from services.chassis.clock import Clock
 from services.chassis.errors import NotAllowed, RequestInvalid
 from services.chassis.principal import Principal, current_principal
 from services.chassis.telemetry import span
-from services.ledger.paging import key_of, token_of
+from services.ledger.paging import key_of, moment_and_id, token_of
 from services.ledger.ports import Keys, People
 from services.ledger.rpc import checks, messages
 from services.ledger.rpc.callers import Writer, admin, service
@@ -91,12 +91,14 @@ class PeopleRpcs:
             key, secret = await self._keys.create(principal.tenant, user, name, roles, scopes, expires_at)
         return pb.CreateApiKeyResponse(key=messages.key_message(key), secret=secret)
 
-    async def ListApiKeys(self, _: pb.ListApiKeysRequest, context: Writer) -> None:
-        principal = admin()
+    async def ListApiKeys(self, request: pb.ListApiKeysRequest, context: Writer) -> None:
+        principal, size = admin(), checks.size(request.page_size, 1000, 1000)
+        after = moment_and_id(request.page_token)
         with span("ledger.keys"):
-            keys = await self._keys.list(principal.tenant)
-        for key in keys:
-            await context.write(pb.ListApiKeysResponse(key=messages.key_message(key)))
+            page = await self._keys.page(principal.tenant, size=size, after=after)
+        for place, key in enumerate(page.rows, 1):
+            token = token_of(page.last) if place == len(page.rows) else ""
+            await context.write(pb.ListApiKeysResponse(key=messages.key_message(key), next_page_token=token))
 
     async def RevokeApiKey(self, request: pb.RevokeApiKeyRequest, _: object) -> pb.RevokeApiKeyResponse:
         principal, key_id = admin(), checks.text(request.key_id, "key_id", 64, empty=False)

@@ -36,14 +36,24 @@ class PrivacyRpcs:
         await context.write(pb.ExportUserResponse(user=messages.user_message(member)))
         for plan, started_at, ended_at in await self._privacy.subscriptions(principal.tenant, user):
             await context.write(pb.ExportUserResponse(subscription=messages.past_subscription_message(user, plan, started_at, ended_at)))
-        for key in await self._keys.list(principal.tenant):
-            if key.user == user:
-                await context.write(pb.ExportUserResponse(api_key=messages.key_message(key)))
         owner = Principal(principal.tenant, user)
+        async for response in self._keys_of(owner):
+            await context.write(response)
         async for response in self._conversations_of(owner):
             await context.write(response)
         async for response in self._operations_of(owner):
             await context.write(response)
+
+    async def _keys_of(self, owner: Principal) -> AsyncIterator[pb.ExportUserResponse]:
+        after = None
+        while True:
+            page = await self._keys.page(owner.tenant, size=PAGE, after=after)
+            for key in page.rows:
+                if key.user == owner.user:
+                    yield pb.ExportUserResponse(api_key=messages.key_message(key))
+            if page.last is None:
+                return
+            after = page.rows[-1].created_at, page.rows[-1].key_id
 
     async def _conversations_of(self, owner: Principal) -> AsyncIterator[pb.ExportUserResponse]:
         """Each conversation, then all turns in the order of conversation and position, then the summaries."""

@@ -354,7 +354,7 @@ class FakeLedger(LedgerServiceServicer):
 
     async def ListApiKeys(self, request: Any, context: Any) -> None:
         self.seen.note("ListApiKeys", request)
-        await context.write(ledger.ListApiKeysResponse(key=ledger.ApiKey(key_id="k-1")))
+        await context.write(ledger.ListApiKeysResponse(key=ledger.ApiKey(key_id="k-1"), next_page_token="more"))
 
     async def RevokeApiKey(self, request: Any, context: Any) -> Any:
         self.seen.note("RevokeApiKey", request)

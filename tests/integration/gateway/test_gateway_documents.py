@@ -279,7 +279,12 @@ async def test_a_job_is_shown_as_json_or_followed_as_a_stream(front: Front, clie
     shown = (await client.get("/v1/jobs/job-1")).json()
     followed = blocks_of((await client.get("/v1/jobs/job-1", headers={"accept": "text/event-stream"})).text)
 
-    assert (shown["job_id"], shown["status"]) == ("job-1", "running")
+    await client.get("/v1/jobs/job-1?first_document=7000")
+    refused = await client.get("/v1/jobs/job-1?first_document=-1")
+
+    assert (shown["job_id"], shown["status"], shown["next_document"]) == ("job-1", "running", 0)
+    assert [0, 7000] == [request.first_document for name, request, _ in front.behind.seen.calls if name == "GetIngestionJob"]
+    assert problem_of(refused, 400, "REQUEST_INVALID")["field"] == "first_document"
     assert [event["event"] for event in followed] == ["progress", "done"]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from services.gateway import clients
 from tailrace.common.v1 import common_pb2 as common
 from tailrace.ledger.v1 import ledger_service_pb2 as ledger
 from tests.integration.gateway.backends import ANSWER, forever
@@ -164,6 +165,23 @@ async def test_plans_prices_keys_and_users_are_kept(front: Front, admin: httpx.A
     forget, asker = front.behind.seen.last("ForgetAnswers")
     assert (asker.tenant, asker.user, asker.roles, forget.collection) == ("acme", "ada", frozenset({"user"}), "")
     assert front.behind.seen.last("EraseUser")[0].user == "ada"
+
+
+async def test_keys_are_asked_for_and_told_by_pages(front: Front, admin: httpx.AsyncClient) -> None:
+    reply = await admin.get("/v1/admin/api-keys", params={"page_size": 1, "page_token": "here"})
+    asked, _ = front.behind.seen.last("ListApiKeys")
+
+    assert (asked.page_size, asked.page_token) == (1, "here")
+    assert ([key["key_id"] for key in reply.json()["api_keys"]], reply.json()["next_page_token"]) == (["k-1"], "more")
+
+
+async def test_a_list_that_is_too_long_is_an_error_and_not_cut(
+    front: Front, admin: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a list that looks whole would be believed."""
+    monkeypatch.setattr(clients, "ROWS_MAX", 0)
+
+    problem_of(await admin.get("/v1/admin/prices"), 500, "INTERNAL")
 
 
 async def test_a_user_is_exported_line_by_line_with_a_last_one_that_says_it_is_whole(front: Front, admin: httpx.AsyncClient) -> None:

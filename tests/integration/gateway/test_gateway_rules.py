@@ -11,6 +11,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from services.chassis.principal import SCOPES, Principal
 from services.gateway.app import OPERATIONS, PROBES, ROUTES, SOCKETS
+from services.gateway.limiter import Kind
 from services.gateway.rules import ADMIN, ROUTE_RULES, RPC_RULES, Rule
 from tailrace.gateway.v1 import gateway_service_pb2
 from tailrace.gateway.v1.gateway_service_pb2_grpc import GatewayServiceStub
@@ -151,6 +152,52 @@ async def test_every_rpc_ends_with_its_ids_and_with_the_limits_that_were_asked(f
         assert int(good["x-ratelimit-remaining-requests"]) == 999_999
         assert (over["x-ratelimit-limit-requests"], over["x-ratelimit-remaining-requests"]) == ("1", "0")
         assert "grpc-status-details-bin" in over
+
+
+async def test_everything_that_somebody_asks_for_counts_and_is_refused_beyond_its_limit(front: Front) -> None:
+    """Ten reads for each request of the plan, over both fronts; what is refused reaches nothing behind the gateway."""
+    front.behind.ledger.requests_per_minute = 1
+    used_up: dict[Kind, str] = {}
+    for kind, times, path in ((Kind.READS, 10, "/v1/session"), (Kind.REQUESTS, 1, "/v1/search")):
+        used_up[kind] = front.token(unique_user(), roles=("user", "admin"))
+        async with httpx.AsyncClient(base_url=front.url, headers=bearer(used_up[kind]), trust_env=False) as client:
+            for left in reversed(range(times)):
+                response = await (client.get(path) if kind is Kind.READS else client.post(path, json={"query": "q"}))
+                assert (response.status_code, response.headers[f"x-ratelimit-remaining-{kind}"]) == (200, str(left))
+    front.behind.seen.calls.clear()
+    refused = {}
+
+    async with httpx.AsyncClient(base_url=front.url, trust_env=False) as client:
+        for route in (*ROUTES, *SOCKETS):
+            if not route.rule.open:
+                token = used_up[route.rule.counts or Kind.REQUESTS]
+                asked = {"question": "?"} if route.rule.answers else None
+                response = await client.request(route.method, concrete(route.path), json=asked, headers=bearer(token) | upgrade(route))
+                refused[f"{route.method} {route.path}"] = problem_of(response, 429, "RATE_LIMITED")["limit_kind"]
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{front.grpc_port}") as channel:
+        for method in METHODS:
+            token = used_up[RPC_RULES[method.name].counts or Kind.REQUESTS]
+            request = request_of(method)
+            made = getattr(GatewayServiceStub(channel), method.name)(
+                iter([request]) if method.client_streaming else request, metadata=tuple(bearer(token).items()), timeout=10
+            )
+            assert await made.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            refused[method.name] = dict(await made.trailing_metadata()).keys() & {f"x-ratelimit-limit-{kind}" for kind in Kind}
+
+    assert {name for name, _, _ in front.behind.seen.calls} <= {"GetEntitlements"}
+    expected = {name: rule.counts or Kind.REQUESTS for name, rule in ROUTE_RULES.items() if not rule.open}
+    assert refused == expected | {name: {f"x-ratelimit-limit-{rule.counts or Kind.REQUESTS}"} for name, rule in RPC_RULES.items()}
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {token}"}
+
+
+def upgrade(route: Any) -> dict[str, str]:
+    """What makes a request the handshake that a socket's route wants."""
+    if route not in SOCKETS:
+        return {}
+    return {"connection": "upgrade", "upgrade": "websocket", "sec-websocket-version": "13", "sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ=="}
 
 
 def request_of(method: Any) -> Any:

@@ -10,6 +10,7 @@ import pytest
 from services.chassis.errors import DomainError, IdempotencyConflict, NotAllowed, NotAuthenticated, NotFound, PriceUnknown, RequestInvalid
 from services.chassis.principal import Principal
 from services.chassis.wire import timestamp
+from services.ledger import postgres_people, postgres_prices
 from tailrace.common.v1 import common_pb2
 from tailrace.ledger.v1 import ledger_service_pb2 as pb
 from tests.integration.ledger.ledger_kit import RECORDER, Ledger, operation
@@ -197,6 +198,50 @@ async def test_an_api_key_acts_as_its_user_until_it_ends(ledger: Ledger, boss: P
     assert made.secret not in str(row)
     default = await ledger.ask("CreateApiKey", pb.CreateApiKeyRequest(name="svc", user="robot"), boss)
     assert list(default.key.roles) == ["service"]
+
+
+async def test_keys_are_listed_a_page_at_a_time(ledger: Ledger, boss: Principal, stranger: Principal) -> None:
+    """Oldest first, each once, and the last page says that it is."""
+    made = [await ledger.ask("CreateApiKey", pb.CreateApiKeyRequest(name=f"key {n}", user="robot"), boss) for n in range(5)]
+    await ledger.ask("CreateApiKey", pb.CreateApiKeyRequest(name="theirs", user="robot"), stranger)
+    pages, token = [], ""
+    while not pages or token:
+        rows = await ledger.rows("ListApiKeys", pb.ListApiKeysRequest(page_size=2, page_token=token), boss)
+        pages.append([row.key.key_id for row in rows])
+        token = rows[-1].next_page_token
+    whole = await ledger.rows("ListApiKeys", pb.ListApiKeysRequest(), boss)
+
+    assert [len(page) for page in pages] == [2, 2, 1]
+    assert [key_id for page in pages for key_id in page] == [key.key.key_id for key in made] == [row.key.key_id for row in whole]
+    assert whole[-1].next_page_token == ""
+    with pytest.raises(RequestInvalid):
+        await ledger.rows("ListApiKeys", pb.ListApiKeysRequest(page_size=1001), boss)
+
+
+async def test_lists_without_pages_are_kept_short(ledger: Ledger, boss: Principal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan or a priced model too many is refused; those that are there can still be changed."""
+    monkeypatch.setattr(postgres_people, "PLANS_OF_TENANT_MAX", 2)
+    monkeypatch.setattr(postgres_prices, "MODELS_OF_TENANT_MAX", 2)
+
+    def plan(n: int, limit: int = 1) -> pb.PutPlanRequest:
+        made = pb.PutPlanRequest(plan=TEAM)
+        made.plan.name, made.plan.requests_per_minute = f"own-{n}", limit
+        return made
+
+    async def put(n: int, limit: int = 1) -> None:
+        await ledger.ask("PutPlan", plan(n, limit), boss)
+        price = common_pb2.Price(provider="p", model=f"m-{n}", input_nanousd_per_mtok=limit, output_nanousd_per_mtok=1)
+        await ledger.ask("PutPrice", pb.PutPriceRequest(price=price), boss)
+
+    await put(1)
+    await put(2)
+    await put(2, limit=7)
+    with pytest.raises(RequestInvalid) as refused_plan:
+        await ledger.ask("PutPlan", plan(3), boss)
+    with pytest.raises(RequestInvalid) as refused_price:
+        await ledger.ask("PutPrice", pb.PutPriceRequest(price=common_pb2.Price(provider="p", model="m-3", input_nanousd_per_mtok=1)), boss)
+
+    assert (refused_plan.value.field, refused_price.value.field) == ("plan.name", "price.model")
 
 
 async def test_turns_are_numbered_once_each(ledger: Ledger, ann: Principal) -> None:

@@ -15,8 +15,9 @@ from tailrace.common.v1 import common_pb2
 from tailrace.ledger.v1 import ledger_service_pb2 as pb
 from tests.integration.ledger.ledger_kit import Ledger, attempt, operation, value
 
-SENDS = int(os.environ.get("LEDGER_SENDS", "600"))
-"""How much is sent in all; `LEDGER_SENDS=10000` is the full proof."""
+SENDS_BRIEF = 600
+SENDS = int(os.environ.get("LEDGER_SENDS", SENDS_BRIEF))
+"""How much is sent in all; `LEDGER_SENDS=10000` is the full proof, of `make prove-ledger`."""
 SENDS_OF_EACH = 50
 STREAMS = 8
 KINDS = ("held", "unheld", "settled", "twice")
@@ -58,8 +59,8 @@ async def sent(ledger: Ledger, records: list[pb.Operation]) -> list[pb.RecordOpe
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(0 if SENDS > 600 else 120)
-async def test_each_operation_is_booked_once_whatever_is_sent(ledger: Ledger, ann: Principal) -> None:
+@pytest.mark.timeout(0 if SENDS > SENDS_BRIEF else 120)
+async def test_each_operation_is_booked_once_whatever_is_sent(ledger: Ledger, ann: Principal, capsys: pytest.CaptureFixture[str]) -> None:
     """Duplicates, in any order, on streams side by side, and all again afterwards mixed with other bodies under the same ids: one row each,
     each charged once, every repetition acknowledged, every other body refused."""
     chance = random.Random(SENDS)
@@ -96,6 +97,10 @@ async def test_each_operation_is_booked_once_whatever_is_sent(ledger: Ledger, an
     assert await value(ledger.url, "SELECT count(*) FROM operations WHERE tenant = $1", ann.tenant) == len(records)
     spent = "SELECT spent_nanousd FROM spending WHERE tenant = $1 AND scope = 'tenant' AND period = 'month'"
     assert await value(ledger.url, spent, ann.tenant) == costs.total()
+    if SENDS > SENDS_BRIEF:
+        with capsys.disabled():
+            altered, sent_in_all = taken.count(False), len(first) + len(again)
+            print(f"\n{sent_in_all:,} records sent, {altered:,} altered ones refused, {len(records):,} operations booked")
 
 
 OTHERS = (

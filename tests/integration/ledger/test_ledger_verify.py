@@ -277,7 +277,7 @@ TAMPERINGS = {
     "an operation's model": (
         "UPDATE operations o SET model = 'another' WHERE NOT EXISTS (SELECT FROM usage_unrolled u WHERE u.operation_id = o.operation_id)"
         " RETURNING ''",
-        "usage_days ",
+        "usage_hours ",
     ),
     **{
         f"the sums in {table}": (
@@ -286,10 +286,10 @@ TAMPERINGS = {
         )
         for table in ("usage_hours", "usage_days", "usage_user_days")
     },
-    "sums taken away": ("DELETE FROM usage_user_days RETURNING ''", "says of its operations: operations 0, not"),
+    "sums taken away": ("DELETE FROM usage_user_days RETURNING ''", ": says operations 0, not"),
     "an operation that is in the sums": (
         "INSERT INTO usage_unrolled SELECT tenant, operation_id, created_at FROM operations ON CONFLICT DO NOTHING RETURNING ''",
-        "usage_days tenant=",
+        "usage_hours tenant=",
     ),
 }
 

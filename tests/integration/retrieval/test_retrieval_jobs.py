@@ -17,8 +17,9 @@ from services.chassis.afterwork import AfterWork
 from services.chassis.clock import SystemClock
 from services.chassis.errors import DocumentRejected, NotFound, Overloaded, Unavailable
 from services.chassis.principal import Principal
+from services.chassis.server import MESSAGE_BYTES_MAX
 from services.local.stores import Valkey
-from services.retrieval import ingest
+from services.retrieval import ingest, rpc
 from services.retrieval.access import everything_of
 from services.retrieval.domain import Extracted, Progress, Stage, Upload
 from services.retrieval.edge_bm25 import EdgeBm25
@@ -308,6 +309,37 @@ async def test_jobs_are_seen_by_their_user_and_by_admins_alone(retrieval: Retrie
         with pytest.raises(NotFound):
             await retrieval.ask(f"{name}IngestionJob", request(job_id=job_id), bob)
         assert await retrieval.ask(f"{name}IngestionJob", request(job_id=job_id), admin)
+
+
+async def test_a_large_job_is_shown_in_replies_of_bounded_size(
+    retrieval: Retrieval, ann: Principal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Together they are whole and in order, and each goes on where the one before ended."""
+    names = [f"{number} " + "字" * 1000 for number in range(5)]
+    job_id = (await retrieval.ingest(ann, dict.fromkeys(names, "")))[0].job_id
+    monkeypatch.setattr(rpc, "JOB_BYTES_MAX", 7_000)
+    replies, first = [], 0
+    while not replies or first:
+        request = pb.GetIngestionJobRequest(job_id=job_id, first_document=first)
+        replies.append(await retrieval.ask("GetIngestionJob", request, ann))
+        first = replies[-1].next_document
+
+    assert [2, 2, 1] == [len(reply.documents) for reply in replies]
+    assert names == [row.name for reply in replies for row in reply.documents]
+    assert {5} == {reply.summary.documents for reply in replies}
+
+
+def test_documents_with_the_longest_names_fit_into_a_message() -> None:
+    """Ten thousand with names of 1024 characters of four bytes, all of them failed."""
+    row = pb.IngestDocumentsResponse(
+        job_id=str(uuid.uuid4()), index=9_999, name="😀" * 1024, error_detail="x" * 500, unread_pages="1" * 200
+    )
+    reply = pb.GetIngestionJobResponse(documents=rpc._rows_that_fit([row] * 10_000))
+    ordinary = pb.IngestDocumentsResponse(job_id=row.job_id, index=9_999, name="a folder/of ordinary/names.md", document_id=row.job_id)
+
+    assert reply.ByteSize() < MESSAGE_BYTES_MAX - 1024 * 1024
+    assert len(reply.documents) > 1000
+    assert 10_000 == len(rpc._rows_that_fit([ordinary] * 10_000))
 
 
 @pytest.mark.filterwarnings("ignore:Payload indexes have no effect")

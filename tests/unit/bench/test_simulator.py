@@ -180,6 +180,11 @@ async def test_a_client_that_leaves_is_seen_at_once_and_billed_for_what_was_made
     async with client.messages.stream(**asked()) as stream:
         async for _ in stream.text_stream:
             break
+
+    async def closed() -> bool:  # its side of the line is heard of first
+        return (await only_record(provider, "client_closed")).closed_s is not None
+
+    await until(closed, 5)
     record = await only_record(provider, "client_closed")
 
     assert 1 <= record.output_tokens < 100

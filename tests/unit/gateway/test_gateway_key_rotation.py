@@ -12,7 +12,7 @@ import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
-from services.chassis.errors import NotAuthenticated
+from services.chassis.errors import NotAuthenticated, Unavailable
 from services.gateway import identity
 from services.gateway.identity import PublishedKeys, Tokens, keys_at_url, keys_in_file
 from tests.unit.gateway.test_gateway_identity import CLAIMS, Clock, Published, b64, document, jwk_of, signed
@@ -102,7 +102,7 @@ async def test_keys_rotate_fifty_times_under_load_and_no_good_token_is_refused(w
             new = Signer(number)
             publish(document(old.public, new.public))
             await load.go_on()
-            clock.now += identity.UNKNOWN_KEY_PAUSE_S
+            clock.now += identity.READ_PAUSE_S
             load.good = [old, new]
             await load.go_on()
             load.good = [new]
@@ -134,7 +134,7 @@ async def test_the_first_tokens_of_a_new_key_wait_for_the_reading_that_one_of_th
     await tokens.principal(old.token)
     content[0] = document(old.public, new.public)
     gate.clear()
-    clock.now += identity.UNKNOWN_KEY_PAUSE_S
+    clock.now += identity.READ_PAUSE_S
     asked = []
     for _ in range(20):
         asked.append(asyncio.create_task(tokens.principal(new.token)))
@@ -173,7 +173,7 @@ async def test_a_flood_of_made_up_key_ids_costs_one_reading_in_ten_seconds() -> 
         clock.now += 0.5
         if clock.now >= published_at:
             source.content = document(old.public, new.public)
-        usable = [old, new] if clock.now >= published_at + identity.UNKNOWN_KEY_PAUSE_S else [old]
+        usable = [old, new] if clock.now >= published_at + identity.READ_PAUSE_S else [old]
         for signer in usable:
             assert (await tokens.principal(signer.token)).user == signer.kid
             good += 1
@@ -181,13 +181,12 @@ async def test_a_flood_of_made_up_key_ids_costs_one_reading_in_ten_seconds() -> 
     assert refused == FLOOD
     assert good > 250
     gaps = [later - earlier for earlier, later in itertools.pairwise(read_at)]
-    assert min(gaps) >= identity.UNKNOWN_KEY_PAUSE_S
-    assert len(read_at) <= 1 + 100 / identity.UNKNOWN_KEY_PAUSE_S
+    assert min(gaps) >= identity.READ_PAUSE_S
+    assert len(read_at) <= 1 + 100 / identity.READ_PAUSE_S
 
 
-async def test_a_source_that_never_ends_its_reply_does_not_hold_the_known_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading has a bound in time."""
-    monkeypatch.setattr(identity, "READ_TIMEOUT_S", 0.02)
+async def test_a_source_that_hangs_holds_up_no_known_key_and_ends_with_the_process() -> None:
+    """Who has one waits for nothing; who has none waits no longer than a reading may take."""
     clock, key = Clock(), Signer(1)
     hangs = False
 
@@ -196,10 +195,30 @@ async def test_a_source_that_never_ends_its_reply_does_not_hold_the_known_keys(m
             await asyncio.Event().wait()
         return document(key.public)
 
-    tokens = tokens_by(read, clock)
+    keys = PublishedKeys(read, clock)
+    tokens = Tokens(keys, issuer="issuer", audience="tailrace", leeway_s=30)
     await tokens.principal(key.token)
-    hangs = True
+    before, hangs = asyncio.all_tasks(), True
     clock.now += identity.REFRESH_S
+    for _ in range(3):
+        async with asyncio.timeout(identity.READ_TIMEOUT_S / 5):
+            assert (await tokens.principal(key.token)).user == key.kid
+            await keys.probe()
+    reading = asyncio.all_tasks() - before
+    await keys.close()
+
+    assert len(reading) == 1
+    assert asyncio.all_tasks() == before
+
+
+async def test_a_source_that_never_ends_its_reply_does_not_hold_those_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading has a bound in time."""
+    monkeypatch.setattr(identity, "READ_TIMEOUT_S", 0.02)
+
+    async def read() -> bytes:
+        await asyncio.Event().wait()
+        return b""
 
     async with asyncio.timeout(5):
-        assert (await tokens.principal(key.token)).user == key.kid
+        with pytest.raises(Unavailable):
+            await tokens_by(read, Clock()).principal(Signer(1).token)

@@ -142,7 +142,7 @@ def test_a_cached_token_of_an_embedding_costs_what_any_does() -> None:
 NEWER = {
     *("extractive", "claude-fable-5-1", "claude-opus-5-5", "claude-opus-5", "claude-sonnet-5-5", "claude-haiku-5-5", "claude-haiku-4-5"),
     *("gpt-6.2-astra", "gpt-6.2-sol", "gpt-6.1-terra", "gpt-6-luna", "gemini-4-argon", "gemini-3.8-flash"),
-    *("gemini-embedding-001", "voyage-3.5", "voyage-3.5-lite", "voyage-3-large"),
+    *("gemini-embedding-001", "voyage-3.5", "voyage-3.5-lite"),
 }
 """What the collected list does not know, because it is of September 2025 or because the model is our own."""
 

@@ -43,8 +43,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_MODEL_UNKNOWN: _ErrorReason.ValueType  # 21
     """The model is not configured or has no capability for this request. {"metadata": {"model": "x"}}"""
     ERROR_REASON_ANSWER_LOG_GONE: _ErrorReason.ValueType  # 22
-    """The events of this answer are no longer kept. `status` is how it ended, where that was looked up: `done`.
-    {"metadata": {"answer_id": "…", "status": "done"}}
+    """The events of this answer are no longer kept. `outcome` is how it ended, where that was looked up: `done`.
+    {"metadata": {"answer_id": "…", "outcome": "done"}}
     """
     ERROR_REASON_HOLD_ALREADY_SETTLED: _ErrorReason.ValueType  # 30
     """A hold that was settled before. {"metadata": {"hold_id": "…"}}"""
@@ -84,6 +84,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """What the model wrote does not satisfy the schema that was asked for. `keyword` is the place in that schema, as a JSON pointer, or `json`.
     {"metadata": {"keyword": "/properties/name/type"}}
     """
+    ERROR_REASON_ANSWER_ABANDONED: _ErrorReason.ValueType  # 58
+    """The answer, which has an idempotency key, was stopped because nobody was reading it any more. The key begins it again.
+    {"metadata": {"answer_id": "…"}}
+    """
     ERROR_REASON_UNAVAILABLE: _ErrorReason.ValueType  # 60
     """A store or service this call needs is away. Comes with RetryInfo. {"metadata": {"dependency": "postgres"}}"""
     ERROR_REASON_DEADLINE_TOO_SHORT: _ErrorReason.ValueType  # 61
@@ -112,8 +116,8 @@ ERROR_REASON_NOT_FOUND: ErrorReason.ValueType  # 20
 ERROR_REASON_MODEL_UNKNOWN: ErrorReason.ValueType  # 21
 """The model is not configured or has no capability for this request. {"metadata": {"model": "x"}}"""
 ERROR_REASON_ANSWER_LOG_GONE: ErrorReason.ValueType  # 22
-"""The events of this answer are no longer kept. `status` is how it ended, where that was looked up: `done`.
-{"metadata": {"answer_id": "…", "status": "done"}}
+"""The events of this answer are no longer kept. `outcome` is how it ended, where that was looked up: `done`.
+{"metadata": {"answer_id": "…", "outcome": "done"}}
 """
 ERROR_REASON_HOLD_ALREADY_SETTLED: ErrorReason.ValueType  # 30
 """A hold that was settled before. {"metadata": {"hold_id": "…"}}"""
@@ -152,6 +156,10 @@ ERROR_REASON_ANSWER_INTERRUPTED: ErrorReason.ValueType  # 56
 ERROR_REASON_OUTPUT_INVALID: ErrorReason.ValueType  # 57
 """What the model wrote does not satisfy the schema that was asked for. `keyword` is the place in that schema, as a JSON pointer, or `json`.
 {"metadata": {"keyword": "/properties/name/type"}}
+"""
+ERROR_REASON_ANSWER_ABANDONED: ErrorReason.ValueType  # 58
+"""The answer, which has an idempotency key, was stopped because nobody was reading it any more. The key begins it again.
+{"metadata": {"answer_id": "…"}}
 """
 ERROR_REASON_UNAVAILABLE: ErrorReason.ValueType  # 60
 """A store or service this call needs is away. Comes with RetryInfo. {"metadata": {"dependency": "postgres"}}"""

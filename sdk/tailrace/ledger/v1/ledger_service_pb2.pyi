@@ -548,7 +548,7 @@ class Operation(_message.Message):
     finish_reason: _builtins.str
     """See tailrace.orchestrator.v1.Done.finish_reason."""
     error_reason: _builtins.str
-    """Name of an ErrorReason if it was not done. Of what was cancelled, `ANSWER_INTERRUPTED` says that its idempotency key may begin it again."""
+    """Name of an ErrorReason if it was not done. Of what was cancelled, `ANSWER_ABANDONED` says that its idempotency key may begin it again."""
     cost_nanousd: _builtins.int
     """Sum over the attempts, nano-USD. Filled in by the ledger."""
     estimated: _builtins.bool
@@ -1470,6 +1470,8 @@ Global___EraseUserResponse: _TypeAlias = EraseUserResponse  # noqa: Y015
 
 @_typing.final
 class ListPlansRequest(_message.Message):
+    """The list is not paged: a tenant has at most 1000 plans of its own."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -2457,6 +2459,8 @@ Global___ExportSessionsResponse: _TypeAlias = ExportSessionsResponse  # noqa: Y0
 
 @_typing.final
 class ListPricesRequest(_message.Message):
+    """The list is not paged: a tenant has prices of its own for at most 1000 models."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -2664,12 +2668,21 @@ Global___CreateApiKeyResponse: _TypeAlias = CreateApiKeyResponse  # noqa: Y015
 class ListApiKeysRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """How many, 1-1000. 0 = 1000."""
+    page_token: _builtins.str
+    """Where to go on. Empty = the start."""
     def __init__(
         self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2680,6 +2693,9 @@ class ListApiKeysResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     KEY_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Set on the last row if there are more."""
     @_builtins.property
     def key(self) -> Global___ApiKey:
         """One key."""
@@ -2688,10 +2704,11 @@ class ListApiKeysResponse(_message.Message):
         self,
         *,
         key: Global___ApiKey | None = ...,
+        next_page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "next_page_token", b"next_page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -863,16 +863,20 @@ class GetIngestionJobRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
+    FIRST_DOCUMENT_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """Which ingestion."""
+    first_document: _builtins.int
+    """Index of the first document to send. >= 0."""
     def __init__(
         self,
         *,
         job_id: _builtins.str = ...,
+        first_document: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_document", b"first_document", "job_id", b"job_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -887,13 +891,16 @@ class GetIngestionJobResponse(_message.Message):
     DOCUMENTS_FIELD_NUMBER: _builtins.int
     CREATED_AT_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
+    NEXT_DOCUMENT_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """Which ingestion."""
     status: _builtins.str
     """`receiving`, `running` or `ended`."""
+    next_document: _builtins.int
+    """Where to go on with `first_document`. 0 = these were the last."""
     @_builtins.property
     def documents(self) -> _containers.RepeatedCompositeFieldContainer[Global___IngestDocumentsResponse]:
-        """Latest progress of each document."""
+        """Latest progress of each document, in the order they came. A reply holds fewer if all would make it too large (8 MiB)."""
 
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp:
@@ -901,7 +908,7 @@ class GetIngestionJobResponse(_message.Message):
 
     @_builtins.property
     def summary(self) -> Global___IngestionSummary:
-        """All documents together."""
+        """All documents together, those of other replies included."""
 
     def __init__(
         self,
@@ -911,10 +918,11 @@ class GetIngestionJobResponse(_message.Message):
         documents: _abc.Iterable[Global___IngestDocumentsResponse] | None = ...,
         created_at: _timestamp_pb2.Timestamp | None = ...,
         summary: Global___IngestionSummary | None = ...,
+        next_document: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "documents", b"documents", "job_id", b"job_id", "status", b"status", "summary", b"summary"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "documents", b"documents", "job_id", b"job_id", "next_document", b"next_document", "status", b"status", "summary", b"summary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -102,12 +102,16 @@ ADMIN_CALLS: list[tuple[str, str, str, Any]] = [
     ("api key", "DELETE", "/v1/admin/api-keys/{}", None),
 ]
 _OF_A_REQUEST = {"trace_id", "request_id", "instance"}
-_HEADERS_OF_A_REQUEST = {"x-request-id", "request-id", "x-trace-id", "date", "x-ratelimit-remaining-requests", "x-ratelimit-reset-requests"}
+_HEADERS_OF_A_REQUEST = {"x-request-id", "request-id", "x-trace-id", "date"}
 
 
 def said(response: httpx.Response, asked: str) -> tuple[int, dict[str, str], Any]:
     """All of a response that does not name the request itself."""
-    headers = {name: value for name, value in response.headers.items() if name not in _HEADERS_OF_A_REQUEST}
+    headers = {
+        name: value
+        for name, value in response.headers.items()
+        if name not in _HEADERS_OF_A_REQUEST and not name.startswith(("x-ratelimit-remaining-", "x-ratelimit-reset-"))
+    }
     text = response.text.replace(asked, "<id>")
     body = json.loads(text) if text else None
     if isinstance(body, dict):

@@ -107,7 +107,7 @@ class Exchange:
         """The body, piece by piece. Raises PayloadTooLarge, RequestTimeout (for a silence, or less than the least rate), ClientLeft."""
         declared = self.header("content-length")
         if declared.isdecimal() and len(declared) <= 18 and int(declared) > bytes_max:
-            raise _too_large(bytes_max, field)
+            raise too_large(bytes_max, field)
         # Only waiting for the client counts: what we take to work on a piece is not its fault.
         total, waited_s, loop = 0, 0.0, asyncio.get_running_loop()
         while not self._body_ended:
@@ -125,7 +125,7 @@ class Exchange:
             if body := message.get("body", b""):
                 total += len(body)
                 if total > bytes_max:
-                    raise _too_large(bytes_max, field)
+                    raise too_large(bytes_max, field)
                 yield body
 
     async def body(self, bytes_max: int = JSON_BYTES_MAX, field: str = "body") -> bytes:
@@ -146,7 +146,7 @@ class Exchange:
             small = len(body) <= bytes_max
             body += chunk
             if small and len(body) > bytes_max and larger_with not in body:
-                raise _too_large(bytes_max, "body")
+                raise too_large(bytes_max, "body")
         return bytes(body)
 
     async def until_client_leaves(self) -> None:
@@ -248,5 +248,6 @@ class Exchange:
                     self._body_ended = message["type"] == "http.disconnect" or not message.get("more_body", False)
 
 
-def _too_large(bytes_max: int, field: str) -> PayloadTooLarge:
+def too_large(bytes_max: int, field: str) -> PayloadTooLarge:
+    """Of what has more than `bytes_max`."""
     return PayloadTooLarge(f"at most {bytes_max} bytes are accepted", field=field, bound_bytes=bytes_max)

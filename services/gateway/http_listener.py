@@ -22,6 +22,8 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from services.chassis import telemetry
 from services.chassis.errors import DomainError, Overloaded, RateLimited, RequestInvalid
 from services.gateway import problems
+from services.gateway.bodies import ANSWER_BYTES_MAX
+from services.gateway.exchange import BODY_BYTES_PER_S_MIN
 from services.gateway.request_ids import id_headers, request_id_of
 
 log = structlog.get_logger(__name__)
@@ -36,9 +38,8 @@ KEEP_ALIVE_S = 75
 
 LINGER_S = 10.0
 """How long a closed connection may take to take what was written to it; then it is cut, and its memory freed."""
-SOCKET_MESSAGE_BYTES_MAX = 64 * 1024
 SOCKET_PING_S = 20.0
-"""Between two pings of an idle WebSocket, and how long each may stay unanswered."""
+"""Between two pings of an idle WebSocket, and how long each may stay unanswered by a client that sends nothing else."""
 CONNECTIONS_MAX = 10_000
 """Open at the same time, whoever they come from: each costs some memory before a word was said."""
 RETRY_AFTER_MS = 1000
@@ -168,12 +169,27 @@ class _SocketProtocol(WebSocketsSansIOProtocol):
     def __init__(self, *args: Any, peers: _Peers, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._peers = peers
+        self._came = 0
+        """Bytes since the latest ping."""
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._peers.leave(self.transport)
         super().connection_lost(exc)
 
+    def send_keepalive_ping(self) -> None:
+        self._came = 0
+        super().send_keepalive_ping()
+
+    def keepalive_timeout(self) -> None:
+        """End a client that is silent. One that sends a long message answers only after it; it must be as quick as a body."""
+        if self._came < SOCKET_PING_S * BODY_BYTES_PER_S_MIN:
+            super().keepalive_timeout()
+            return
+        self.pong_timer = self.pending_ping_payload = None
+        self.schedule_ping()
+
     def data_received(self, data: bytes) -> None:
+        self._came += len(data)
         super().data_received(data)
         if self.conn.handshake_exc is not None and not self.handshake_initiated and not self.transport.is_closing():
             self.transport.write(
@@ -219,7 +235,7 @@ class HttpListener:
             app,
             http=functools.partial(_Protocol, peers=peers),  # type: ignore[arg-type]
             ws=functools.partial(_SocketProtocol, peers=peers),  # type: ignore[arg-type]
-            ws_max_size=SOCKET_MESSAGE_BYTES_MAX,
+            ws_max_size=ANSWER_BYTES_MAX,
             ws_ping_interval=SOCKET_PING_S,
             ws_ping_timeout=SOCKET_PING_S,
             # What is a kilobyte on the wire is a kilobyte in memory.

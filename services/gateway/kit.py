@@ -40,6 +40,7 @@ class Kit:
     shedding: Shedding
     resumes: Places
     watches: Places
+    sockets: Places
     metrics: Metrics
     timing: Timing
     answer_timeout_s: float

@@ -211,7 +211,7 @@ class Limits:
         """Admit one answer that may use `tokens`, and count it as under way inside the block. Raises LimitReached.
 
         After the block what it used corrects the reservation, in the background: nobody waits for that. An answer that was left before
-        its end and `goes_on` without a reader counts on until it has ended, at most `lasts_s`.
+        its end counts on until it has ended, at most `lasts_s`; if it had not said its id, only if it `goes_on` without a reader.
         """
         admission = await self._admit(_charges(principal, await self.entitlements(principal), Kind.REQUESTS, max(1, tokens)))
         if admission.lease_keys:
@@ -222,7 +222,8 @@ class Limits:
             admission.ended = True
             raise
         finally:
-            self._conclude(principal, admission, lasts_s if goes_on and not admission.ended else 0.0)
+            may_run = not admission.ended and (goes_on or bool(admission.answer_id))  # with its id it can be read elsewhere
+            self._conclude(principal, admission, lasts_s if may_run else 0.0)
 
     def look_at(self, answer_id: str) -> None:
         """Look now whether an answer has ended that was left before its end, if it is one of those."""
@@ -316,8 +317,10 @@ class Limits:
         """Settle an admission now, and later again if more is known then. `lasts_s` is how long its answer may go on."""
         holds_on = bool(lasts_s and admission.lease_keys)
         if holds_on or (admission.answer_id and admission.reserved and admission.tokens_used is None):
-            with contextlib.suppress(Overloaded):  # a copy: what is settled now must not see what is found out later
+            try:  # with a copy: what is settled now must not see what is found out later
                 self._following.spawn(self._follow(principal, replace(admission), lasts_s), "follow-answer")
+            except Overloaded:
+                self._held.pop(admission.lease, None)  # then the lease ends by itself, and the reservation stays
         if not holds_on:
             self._held.pop(admission.lease, None)
             with contextlib.suppress(Overloaded):  # then the lease ends by itself, and the reservation stays

@@ -20,11 +20,12 @@ from opentelemetry.trace import SpanKind
 
 from services.chassis import telemetry
 from services.chassis.errors import AnswerInterrupted, DomainError, NotAllowed, Overloaded, RequestInvalid, Unavailable
+from services.chassis.principal import current_principal
 from services.chassis.status import unexpected
 from services.gateway import bodies, problems, render
 from services.gateway.answer_stream import AnswerStream
 from services.gateway.bodies import AskFrame, CancelFrame, ConfirmFrame, PingFrame, ResumeFrame
-from services.gateway.exchange import ClientLeft, Exchange, Receive, Send
+from services.gateway.exchange import JSON_BYTES_MAX, ClientLeft, Exchange, Receive, Send, too_large
 from services.gateway.kit import Kit
 from services.gateway.limits import LimitReached, Metered
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
@@ -36,6 +37,8 @@ Word = CancelFrame | ConfirmFrame
 CALLS_MAX = 16
 """Asks and resumes under way on one socket. Words about them, `cancel` and `confirm`, have as much room again: else nobody could end what
 fills the socket."""
+BYTES_MAX = 24 * 1024 * 1024
+"""Of all messages under way on one socket: room for one as large as any may be, and for small ones beside it."""
 LAST_WORDS_S = 1.0
 """How long the end of a socket may take that is closed from our side."""
 SERVICE_RESTART = 1012
@@ -58,8 +61,9 @@ async def converse(exchange: Exchange, kit: Kit) -> None:
     refuse_foreign_page(exchange)
     if kit.draining.is_set():
         raise Unavailable("the server is stopping; connect again", dependency="gateway")
-    receive, send = await exchange.upgrade()
-    await _Conversation(exchange, kit, receive, send).run()
+    with kit.sockets.held(current_principal()):
+        receive, send = await exchange.upgrade()
+        await _Conversation(exchange, kit, receive, send).run()
 
 
 def refuse_foreign_page(exchange: Exchange) -> None:
@@ -82,6 +86,8 @@ class _Conversation:
         self._receive = receive
         self._raw_send = send
         self._calls: set[asyncio.Task[None]] = set()
+        self._bytes = 0
+        """Of the messages under way."""
         self._turn = asyncio.Lock()
         self._stalled = asyncio.Event()
         self._stopping = False
@@ -114,24 +120,38 @@ class _Conversation:
             message = await self._receive()
             if message["type"] == "websocket.disconnect":
                 return
-            text = message.get("text")
-            try:
-                async with self._kit.counting_unreadable():
-                    if text is None:
-                        raise RequestInvalid("a message is binary", field="message", bound="JSON as text")
-                    frame = cast(bodies.Frame, bodies.parse(text.encode(), cast(type[bodies.Body], bodies.Frame)))
-            except DomainError as error:
-                await self._say_error(error, _tags(_request_id_in(text)))
-                continue
-            if isinstance(frame, PingFrame):
-                await self._say("pong", _tags(frame.request_id))
-            elif len(self._calls) >= (2 * CALLS_MAX if isinstance(frame, Word) else CALLS_MAX):
-                refusal = Overloaded(f"at most {CALLS_MAX} calls at once on a socket", bound=CALLS_MAX, retry_after_ms=1000)
-                await self._say_error(refusal, _tags(frame.request_id))
-            else:
-                call = asyncio.create_task(self._serve(frame), name="socket-call")
-                self._calls.add(call)
-                call.add_done_callback(self._calls.discard)
+            await self._take(message.pop("text", None))  # while the next is waited for, nothing here keeps this one
+
+    async def _take(self, text: str | None) -> None:
+        """Begin what a message asks for, or say why not."""
+        try:
+            async with self._kit.counting_unreadable():
+                if text is None:
+                    raise RequestInvalid("a message is binary", field="message", bound="JSON as text")
+                frame, size = _frame_in(text)
+        except DomainError as error:
+            await self._say_error(error, _tags(_request_id_in(text)))
+            return
+        if isinstance(frame, PingFrame):
+            await self._say("pong", _tags(frame.request_id))
+        elif len(self._calls) >= (2 * CALLS_MAX if isinstance(frame, Word) else CALLS_MAX):
+            refusal = Overloaded(f"at most {CALLS_MAX} calls at once on a socket", bound=CALLS_MAX, retry_after_ms=1000)
+            await self._say_error(refusal, _tags(frame.request_id))
+        elif self._bytes + size > BYTES_MAX:
+            refusal = Overloaded(f"at most {BYTES_MAX} bytes of asks at once on a socket", bound_bytes=BYTES_MAX, retry_after_ms=1000)
+            await self._say_error(refusal, _tags(frame.request_id))
+        else:
+            self._begin(frame, size)
+
+    def _begin(self, frame: AskFrame | ResumeFrame | Word, size: int) -> None:
+        def ended(call: asyncio.Task[None]) -> None:
+            self._calls.discard(call)
+            self._bytes -= size
+
+        self._bytes += size
+        call = asyncio.create_task(self._serve(frame), name="socket-call")
+        self._calls.add(call)
+        call.add_done_callback(ended)
 
     async def _drained(self) -> None:
         """Say that the end is near, then let what is under way end."""
@@ -266,10 +286,18 @@ def _limits(headers: Sequence[tuple[bytes, bytes]]) -> bytes:
     return b',"limits":%s' % orjson.dumps({name.decode(): value.decode() for name, value in headers}) if headers else b""
 
 
+def _frame_in(text: str) -> tuple[bodies.Frame, int]:
+    """A message and its size. Raises RequestInvalid, or PayloadTooLarge as an ask over HTTP: only pictures make one large."""
+    content = text.encode()
+    if len(content) > JSON_BYTES_MAX and b'"images"' not in content[:JSON_BYTES_MAX]:
+        raise too_large(JSON_BYTES_MAX, "message")
+    return cast(bodies.Frame, bodies.parse(content, cast(type[bodies.Body], bodies.Frame))), len(content)
+
+
 def _request_id_in(text: str | None) -> str:
     """The `request_id` of a message that could not be read as what it should be; empty if there is none that can be given back."""
     try:
-        message = orjson.loads(text or "")
+        message = orjson.loads(text if text and len(text) <= JSON_BYTES_MAX else "")
     except ValueError:
         return ""
     found = message.get("request_id") if isinstance(message, dict) else None

@@ -44,6 +44,8 @@ WATCHES_PER_USER_MAX = 16
 """The page has two a window. The ledger has room for 500 of all users, and retrieval for 128."""
 STREAMS_SHARE = 0.9
 """Of the drain's grace, how much belongs to gRPC streams that go on; the rest is for telling them that they do not."""
+SOCKETS_PER_USER_MAX = 16
+"""Each carries 16 answers, and may hold 24 MiB of what was asked."""
 SETTLE_S = 3.0
 """How long the end waits for what streams leave to be settled."""
 
@@ -143,6 +145,7 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
             ),
             resumes=Places("resumes", RESUMES_PER_USER_MAX),
             watches=Places("watches", WATCHES_PER_USER_MAX),
+            sockets=Places("sockets", SOCKETS_PER_USER_MAX),
             metrics=metrics,
             timing=Timing(settings.heartbeat_s, settings.write_stall_s),
             answer_timeout_s=settings.answer_deadline_s,

@@ -167,8 +167,11 @@ def _told_whole(turns: tuple[Turn, ...], summary: Summary | None, turns_max: int
 
 
 async def _history(run: Run, limit: int) -> History:
-    """As the ledger has it. A turn that is to be replaced may be on its way still: an answer's end does not wait long for its turn."""
+    """As the ledger has it. Turns of answers that have ended here, or one that is to be replaced, may be on their way still: an answer's
+    end does not wait long for its turn."""
     asked = run.question
+    if under_way := run.kit.turns_under_way.get(run.conversation):
+        await asyncio.wait(set(under_way), timeout=sum(TURN_WAITS_S))
     for wait_s in TURN_WAITS_S if asked.replaces else ():
         try:
             return await run.kit.ledger.history(asked.session_id, limit, asked.replaces)
@@ -342,29 +345,73 @@ async def record(run: Run, failure: DomainError | None, step: StepRecord) -> Non
         works.append(run.keep_prompts())
     # Whose time is up waits for nothing more.
     await _briefly(run.kit, 0.0 if isinstance(failure, DeadlineTooShort) else BOOKED_WAIT_S, *works, also=booked)
+    if run.pieces:
+        await _spool_turn(run, complete=kept_whole)
     step.note(booked=booked.done(), cost_nanousd=run.cost_nanousd)
 
 
 async def _keep_turn(run: Run, *, complete: bool) -> None:
-    """The words go to the ledger on their own way: the spool holds counts alone."""
+    """The words go to the ledger on their own way. A follow-up that comes meanwhile waits for them; see `_history`."""
+    kept = asyncio.get_running_loop().create_future()
+    under_way = run.kit.turns_under_way.setdefault(run.conversation, set())
+    under_way.add(kept)
+    try:
+        run.turn_is_settled = await _append_turn(run, complete=complete)
+        if run.turn_is_settled and run.turn_is_spooled:
+            await _forget_turn(run)
+    finally:
+        kept.set_result(None)
+        under_way.discard(kept)
+        if not under_way:
+            run.kit.turns_under_way.pop(run.conversation, None)
+
+
+async def _append_turn(run: Run, *, complete: bool) -> bool:
+    """Whether the ledger has the turn, or never will; what it was not there for in all these tries waits on disk, or is lost."""
     asked = run.question
-    asked_after = run.turns[-1].answer_id if run.turns else ""
     for tries in range(TURN_TRIES_MAX):
         try:
             turn = run.turn(complete=complete)
-            kept = await run.kit.ledger.append_turn(asked.session_id, turn, asked.principal, asked.replaces, asked_after)
+            kept = await run.kit.ledger.append_turn(asked.session_id, turn, asked.principal, asked.replaces, _asked_after(run))
             if complete:
                 look_after(run, kept)
-            return
-        except (Unavailable, DeadlineTooShort):
+            return True
+        except (Unavailable, DeadlineTooShort, Overloaded):
             await asyncio.sleep(random.uniform(0.1, min(TURN_WAIT_MAX_S, 0.25 * 2**tries)))  # noqa: S311 - jitter, not a secret
         except NotFound:
             log.info("conversation_deleted_meanwhile", answer_id=asked.answer_id)
-            return
+            return True
         except DomainError as error:
             log.error("turn_rejected", answer_id=asked.answer_id, reason=error.reason)
-            return
-    log.error("turn_lost", answer_id=asked.answer_id, tries=TURN_TRIES_MAX)
+            return True
+    if not run.turn_is_spooled:
+        log.error("turn_lost", answer_id=asked.answer_id, tries=TURN_TRIES_MAX)
+    return False
+
+
+def _asked_after(run: Run) -> str:
+    """The latest turn that the conversation had, if it was read."""
+    return run.turns[-1].answer_id if run.turns else ""
+
+
+async def _spool_turn(run: Run, *, complete: bool) -> None:
+    """Make the turn durable that the ledger has not kept yet: `done` is not to promise more than a crash leaves."""
+    if run.kit.late_turns is None or run.turn_is_settled:
+        return
+    run.turn_is_spooled = True
+    try:
+        await run.kit.late_turns.keep(run.question, run.turn(complete=complete), _asked_after(run))
+    except DomainError as error:
+        run.turn_is_spooled = False
+        log.error("turn_not_durable", answer_id=run.question.answer_id, reason=error.reason)
+
+
+async def _forget_turn(run: Run) -> None:
+    assert run.kit.late_turns is not None
+    try:
+        await run.kit.late_turns.forget(run.question.answer_id)
+    except DomainError as error:  # it is sent once more then, which changes nothing
+        log.warning("late_turn_not_forgotten", answer_id=run.question.answer_id, reason=error.reason)
 
 
 async def _briefly(kit: Toolkit, wait_s: float, *works: Coroutine[Any, Any, None], also: "asyncio.Future[None] | None" = None) -> None:

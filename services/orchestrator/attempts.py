@@ -106,10 +106,10 @@ async def _draft_of(run: Run, prompt: Prompt, route: Route) -> Draft:
         tokens_max = min(
             run.question.output_tokens_max, candidate.output_tokens_max, route.output_tokens_max or candidate.output_tokens_max
         )
-        has_cheaper = route.cheaper is not None and not so_far
+        cheaper = None if so_far else route.cheaper
         output_tokens_max = max(1, tokens_max - tokens_so_far)
         # A whole answer of a cheaper model is better than the beginning of a dear one.
-        call = _Call(run.next_attempt(), candidate, given, output_tokens_max, Draft(run.write), shortens=not has_cheaper)
+        call = _Call(run.next_attempt(), candidate, given, output_tokens_max, Draft(run.write), shortens=cheaper is None)
         try:
             with run.step("hold") as step:
                 await _hold(run, call, step)
@@ -117,12 +117,13 @@ async def _draft_of(run: Run, prompt: Prompt, route: Route) -> Draft:
                 step.note(tier=route.tier, choice=run.choices[-1].reason)
                 await _generate(run, call, step)
         except BudgetExhausted:
-            if route.cheaper is None or not has_cheaper:
+            if cheaper is None:
                 raise
-            return await _draft_of(run, prompt, route.cheaper)
+            return await _draft_of(run, prompt, cheaper)
         except PriceUnknown as unpriced:
             log.error("model_without_price", provider=candidate.provider, model=candidate.model)
-            if not (left := [other for other in route.candidates if other not in asked]):
+            left = [other for other in route.candidates if other not in asked and not (so_far and other.provider == EXTRACTIVE)]
+            if not left:
                 raise failed or unpriced from None
             candidate, reason = first_choice(left, health), "no_price"
             continue

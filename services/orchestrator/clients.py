@@ -8,10 +8,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 import grpc
+import msgspec
+import structlog
+from google.protobuf.message import DecodeError
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.chassis.channel import Caller, Patience
-from services.chassis.errors import DomainError, NotFound, Overloaded, RequestInvalid, Unavailable
+from services.chassis.errors import DeadlineTooShort, DomainError, NotFound, Overloaded, RequestInvalid, Unavailable
 from services.chassis.money import Price
 from services.chassis.principal import Principal
 from services.chassis.wire import price_value, timestamp, usage_message, usage_value
@@ -31,6 +34,7 @@ from services.orchestrator.domain import (
     OperationRecord,
     Passage,
     Payer,
+    Question,
     RecallVerdict,
     StepChange,
     Summary,
@@ -45,6 +49,12 @@ from tailrace.retrieval.v1 import retrieval_service_pb2_grpc as retrieval_rpc
 
 SERVICE = Principal("tailrace", "orchestrator", frozenset({"service"}))
 """Who the orchestrator is when it writes what it alone knows."""
+log = structlog.get_logger(__name__)
+
+LATE_PAUSE_S, LATE_PAUSE_MAX_S = 1.0, 30.0
+"""How long a turn on disk waits before it is tried again: whoever has it in memory tries as well, and sooner."""
+LATE_TURN_S_MAX = 20 * 3600.0
+"""How long it may wait: the ledger knows for a day what was deleted, and a turn that comes later would bring it back."""
 RECALL_TIMEOUT_S = 15.0
 SEARCH_TIMEOUT_S = 15.0
 EMBED_TIMEOUT_S = 15.0
@@ -487,6 +497,10 @@ class RemoteLedger:
 
     async def append_turn(self, session_id: str, turn: Turn, principal: Principal, replaces: str = "", asked_after: str = "") -> KeptTurn:
         request = ledger_pb.AppendTurnRequest(session_id=session_id, turn=_turn_message(turn), replaces=replaces, asked_after=asked_after)
+        return await self.append(request, principal)
+
+    async def append(self, request: ledger_pb.AppendTurnRequest, principal: Principal) -> KeptTurn:
+        """As `append_turn`, of what was written down before."""
         with _named("ledger"):
             reply = await self._caller.unary(self._stub.AppendTurn, request, timeout_s=10, principal=principal)
         return KeptTurn(reply.ordinal, reply.unsummarised)
@@ -556,6 +570,66 @@ class SpooledBooks:
 
     async def record(self, record: OperationRecord) -> "asyncio.Future[None]":
         return await self._spool.append(record.question.answer_id, operation_message(record).SerializeToString())
+
+
+class SpooledTurns:
+    """LateTurns: on our disk, and tried again from there, also by the next process."""
+
+    def __init__(self, spool: Spool, ledger: RemoteLedger) -> None:
+        self._spool, self._ledger = spool, ledger
+
+    async def keep(self, asked: Question, turn: Turn, asked_after: str) -> None:
+        request = ledger_pb.AppendTurnRequest(
+            session_id=asked.session_id, turn=_turn_message(turn), replaces=asked.replaces, asked_after=asked_after
+        )
+        payload = _LATE_TURN.encode(_LateTurn(asked.principal.tenant, asked.principal.user, request.SerializeToString()))
+        await self._spool.keep_turn(turn.answer_id, payload)
+
+    async def forget(self, answer_id: str) -> None:
+        await self._spool.forget_turn(answer_id)
+
+    async def send_forever(self) -> None:
+        """Send what waits, oldest first, for ever. Whatever fails is tried again; the wait grows to LATE_PAUSE_MAX_S."""
+        failures = 0
+        while True:
+            await self._spool.has_turns.wait()
+            await asyncio.sleep(min(LATE_PAUSE_MAX_S, LATE_PAUSE_S * 2**failures))
+            try:
+                while (row := await self._spool.oldest_turn()) is not None:
+                    await self._send(*row)
+                    failures = 0
+            except DomainError as error:
+                failures = min(failures + 1, 10)
+                log.warning("late_turns_wait", reason=error.reason, failures=failures)
+
+    async def _send(self, answer_id: str, payload: bytes, waited_s: float) -> None:
+        """Send one turn, and forget it unless the ledger is away. Raises Unavailable, DeadlineTooShort, Overloaded."""
+        if waited_s > LATE_TURN_S_MAX:
+            log.error("turn_lost", answer_id=answer_id, waited_s=round(waited_s))
+        else:
+            try:
+                late = _LATE_TURN_OF.decode(payload)
+                await self._ledger.append(ledger_pb.AppendTurnRequest.FromString(late.request), Principal(late.tenant, late.user))
+            except (msgspec.MsgspecError, DecodeError):
+                log.error("late_turn_unreadable", answer_id=answer_id)  # of another version
+            except (Unavailable, DeadlineTooShort, Overloaded):
+                raise
+            except NotFound:
+                log.info("conversation_deleted_meanwhile", answer_id=answer_id)
+            except DomainError as error:
+                log.error("turn_rejected", answer_id=answer_id, reason=error.reason)
+        await self._spool.forget_turn(answer_id)
+
+
+class _LateTurn(msgspec.Struct):
+    """A turn on disk, and whose it is."""
+
+    tenant: str
+    user: str
+    request: bytes
+
+
+_LATE_TURN, _LATE_TURN_OF = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(_LateTurn)
 
 
 async def ping(channel: grpc.aio.Channel, dependency: str) -> None:

@@ -147,6 +147,11 @@ class Question:
     """What goes on here; `tool_results` has one result for each of its calls then."""
 
     @property
+    def asked_at(self) -> datetime:
+        """When it was asked what is answered here, however often the answer went on since."""
+        return (self.resumed and self.resumed.asked_at) or self.created_at
+
+    @property
     def uses_tools(self) -> bool:
         """Whether tools may have a part in the answer, which is then true for nobody else and at no other time."""
         return bool(self.tools or self.server_tools or self.resumed)
@@ -339,6 +344,8 @@ class Suspended:
     tools: tuple[ToolSpec, ...]
     """The client's."""
     server_tools: tuple[str, ...]
+    asked_at: datetime | None = None
+    """When its question was asked; None = kept by a former version."""
 
     @property
     def calls(self) -> tuple[ToolCall, ...]:

@@ -208,6 +208,18 @@ class Books(Protocol):
         ...
 
 
+class LateTurns(Protocol):
+    """Where turns wait that the ledger has not kept yet, so that they outlive this process. Raises Unavailable if the disk fails."""
+
+    async def keep(self, asked: Question, turn: Turn, asked_after: str) -> None:
+        """Return once the turn is durable. From then on it is tried again until the ledger has it, or refuses it."""
+        ...
+
+    async def forget(self, answer_id: str) -> None:
+        """The ledger has it, or never will."""
+        ...
+
+
 class ShadowSample(Protocol):
     """Where a sample of answers is made a second time, to be compared."""
 

@@ -1,9 +1,10 @@
 """What is known of one answer while it is made, and how that becomes its receipt and its record. It decides nothing."""
 
+import asyncio
 import functools
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import orjson
@@ -46,7 +47,7 @@ from services.orchestrator.health import Health
 from services.orchestrator.json_watch import JsonWatch
 from services.orchestrator.leaks import instructions
 from services.orchestrator.log import EventLog
-from services.orchestrator.ports import Books, Credit, ExactCache, Ledger, Memory, Model, PromptShelf, ShadowSample
+from services.orchestrator.ports import Books, Credit, ExactCache, LateTurns, Ledger, Memory, Model, PromptShelf, ShadowSample
 from services.orchestrator.standalone import language
 from services.orchestrator.templates import Templates, filled
 from services.orchestrator.tools.toolbox import Toolset
@@ -99,6 +100,10 @@ class Toolkit:
     continuation: Template
     shadows: ShadowSample
     tools: Toolset
+    late_turns: LateTurns | None = None
+    """None = turns wait in memory alone."""
+    turns_under_way: dict[tuple[str, str, str], set[asyncio.Future[None]]] = field(default_factory=dict)
+    """By tenant, user and session: turns of ended answers that the ledger has not kept yet."""
 
 
 class Run:
@@ -116,6 +121,10 @@ class Run:
         """The question as it can be understood without the conversation."""
         self.prompts: list[SentPrompt] = []
         """What was sent, for the answer and for its conversation, if that is kept."""
+        self.turn_is_spooled = False
+        """Whether the turn waits on disk."""
+        self.turn_is_settled = False
+        """Whether the ledger has the turn, or never will."""
         self.are_prompts_kept = False
         """Whether those that are noted now have to be kept again: the answer's own are already."""
         self.passages: tuple[Passage, ...] = ()
@@ -376,7 +385,12 @@ class Run:
         """The turn the conversation keeps: with the passages that are cited, so that its markers can be opened later."""
         cited = tuple(passage for passage in self.passages if passage.number in self.citations.cited)
         asked = self.question
-        return Turn(asked.answer_id, asked.text, self.text, cited, asked.created_at, complete)
+        return Turn(asked.answer_id, asked.text, self.text, cited, asked.asked_at, complete)
+
+    @property
+    def conversation(self) -> tuple[str, str, str]:
+        asked = self.question
+        return asked.principal.tenant, asked.principal.user, asked.session_id
 
     def cacheable(self) -> CachedAnswer:
         """This answer, as it may be served again."""

@@ -5,7 +5,8 @@ process left behind are records. A synced mark takes milliseconds, which a call'
 stands in for it, which the process may die over but not the machine: it is written, and not synced.
 
 One thread owns the database and commits together what waits together, so that a hundred answers that end at once cost one sync.
-Nothing is ever dropped: what the ledger can never book is put aside in a table of its own.
+No record is ever dropped: what the ledger can never book is put aside in a table of its own. Beside the records lie turns of conversations
+that the ledger was too slow or too far away for. They are no money, and what becomes of them is decided elsewhere.
 
 Two failures of the disk are told apart. A full one has written nothing: the write waits until there is room, and meanwhile no new work is
 admitted. After any other failure nobody knows what is on disk, so nothing is tried again until a new process has looked.
@@ -62,6 +63,12 @@ CREATE TABLE IF NOT EXISTS dead_letter (
     reason TEXT NOT NULL,
     detail TEXT NOT NULL,
     rejected_at TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))
+);
+CREATE TABLE IF NOT EXISTS turns ( -- what conversations are to keep, and the ledger has not kept yet
+    turn_id INTEGER PRIMARY KEY AUTOINCREMENT,
+    answer_id TEXT NOT NULL UNIQUE,
+    payload BLOB NOT NULL,
+    written_at REAL NOT NULL -- seconds since 1970
 );
 CREATE TABLE IF NOT EXISTS room (room_id INTEGER PRIMARY KEY, filler BLOB NOT NULL); -- what a disk that was full is tried with
 """
@@ -136,6 +143,10 @@ class Spool:
         """What a former process was making when it ended, with the name of that process. It is in the outbox now."""
         self.depth = self._database.execute("SELECT count(*) FROM outbox").fetchone()[0]
         self.dead_letters = self._database.execute("SELECT count(*) FROM dead_letter").fetchone()[0]
+        self.has_turns = asyncio.Event()
+        """Set while a turn may wait."""
+        if self._database.execute("SELECT EXISTS (SELECT 1 FROM turns)").fetchone()[0]:
+            self.has_turns.set()
         if self.depth:
             self._news.set()
         else:
@@ -205,6 +216,30 @@ class Spool:
         booked = self._booked[record_id] = self._loop.create_future()
         self._news.set()
         return booked
+
+    async def keep_turn(self, answer_id: str, payload: bytes) -> None:
+        """Return once a turn is on disk. Raises Unavailable if the disk fails or is full."""
+        statement = "INSERT OR IGNORE INTO turns (answer_id, payload, written_at) VALUES (?, ?, ?)"
+        await self._written(lambda db: db.execute(statement, (answer_id, payload, time.time())))
+        self.has_turns.set()
+
+    async def oldest_turn(self) -> tuple[str, bytes, float] | None:
+        """A turn that waits: its answer's id, what was kept, and for how many seconds. Raises Unavailable."""
+        self.has_turns.clear()
+        statement = "SELECT answer_id, payload, written_at FROM turns ORDER BY turn_id LIMIT 1"
+        try:
+            row = await self._written(lambda db: db.execute(statement).fetchone())
+        except Unavailable:
+            self.has_turns.set()
+            raise
+        if row is None:
+            return None
+        self.has_turns.set()
+        return str(row[0]), bytes(row[1]), max(0.0, time.time() - row[2])
+
+    async def forget_turn(self, answer_id: str) -> None:
+        """A turn waits no more, if it did. Raises Unavailable."""
+        await self._written(lambda db: db.execute("DELETE FROM turns WHERE answer_id = ?", (answer_id,)))
 
     async def _written_at_last(self, job: Callable[[sqlite3.Connection], Any]) -> Any:
         """As `_written`, but a full disk is waited for: what was begun must not be lost for want of room."""
@@ -409,6 +444,7 @@ def _open(path: Path, wait_s: float = 5) -> sqlite3.Connection:
     database.execute("PRAGMA locking_mode = EXCLUSIVE")
     database.execute("PRAGMA journal_mode = WAL")
     database.execute("PRAGMA synchronous = FULL")
+    database.execute("PRAGMA secure_delete = FAST")  # words that were deleted are not to lie about
     database.executescript(_SCHEMA)
     if "written_at" not in {row[1] for row in database.execute("PRAGMA table_info(outbox)")}:
         database.execute("ALTER TABLE outbox ADD COLUMN written_at REAL NOT NULL DEFAULT 0")

@@ -22,7 +22,7 @@ from services.chassis.passport import Passport
 from services.chassis.server import Server, passport_identity
 from services.orchestrator import providers, spool, spool_gauges
 from services.orchestrator.answer import produce
-from services.orchestrator.clients import RemoteLedger, RemoteMemory, RemoteSearch, SpooledBooks, ping
+from services.orchestrator.clients import RemoteLedger, RemoteMemory, RemoteSearch, SpooledBooks, SpooledTurns, ping
 from services.orchestrator.compose import CONTINUE_FILE, read_template
 from services.orchestrator.config import OrchestratorSettings
 from services.orchestrator.domain import Candidate
@@ -149,6 +149,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
         errands = Errands(
             ledger, books, models, lambda: errand_candidates(router, settings.errands_tier), tariff, health, clock, new_answer_id
         )
+        late_turns = SpooledTurns(outbox, ledger)
         kit = Toolkit(
             memory,
             ledger,
@@ -166,6 +167,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             read_template(CONTINUE_FILE),
             shadows,
             tools,
+            late_turns,
         )
         publisher = Publisher(logs, replica, event_bytes, kept_s=settings.logs_kept_s, bytes_max=settings.logs_bytes_max)
         registry = Registry(
@@ -192,6 +194,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             "cancels": registry.listen_forever(),
             "models file": reload_forever(router, models_file, providers.names_in),
             "interrupted answers": tell_interrupted(logs, outbox.interrupted),
+            "late turns": late_turns.send_forever(),
             "spool gauges": spool_gauges.tell_forever(outbox),
         }
         for name, work in works.items():

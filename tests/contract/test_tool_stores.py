@@ -12,7 +12,7 @@ from services.chassis.errors import Overloaded, Unavailable
 from services.local.stores import Valkey
 from services.orchestrator.domain import Message, Passage, Prompt, Suspended, ToolCall, ToolResult, ToolSpec
 from services.orchestrator.redis_tools import RedisPendingCalls, RedisWords
-from tests.fakes.scripted_model import Pending, Words
+from tests.fakes.scripted_model import NOW, Pending, Words
 
 OWNER = ("acme", "alice")
 
@@ -24,7 +24,7 @@ def suspended(answer_id: str) -> Suspended:
     messages = (Message("user", "q"), calling)
     prompt = Prompt("template-1", "system", messages, "q", (passage,), 123, (spec,), {"type": "object"})
     results = (ToolResult("d", "double", "42", failed=True),)
-    return Suspended(answer_id, OWNER, "session", "default", "fast", "q", prompt, True, results, (spec,), ("double",))
+    return Suspended(answer_id, OWNER, "session", "default", "fast", "q", prompt, True, results, (spec,), ("double",), NOW)
 
 
 @pytest.fixture(params=["memory", "valkey"])

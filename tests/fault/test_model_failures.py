@@ -17,7 +17,7 @@ import pytest
 from google.protobuf.struct_pb2 import Struct
 
 from bench.script import Behaviour, Record, ScriptedCall
-from services.chassis.errors import DomainError, PriceUnknown
+from services.chassis.errors import DomainError, ModelFailed, PriceUnknown
 from services.local.stores import Valkey
 from tailrace.ledger.v1 import ledger_service_pb2 as ledger_pb
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as pb
@@ -309,7 +309,7 @@ models = ["claude-haiku-5-5", "claude-sonnet-5-5"]
 [tiers.alone]
 models = ["claude-haiku-5-5"]
 [tiers.goes_on]
-models = ["claude-haiku-5-5", "claude-sonnet-5-5"]
+models = ["claude-haiku-5-5", "claude-sonnet-5-5", "extractive"]
 continue = true
 [tiers.held]
 models = ["claude-haiku-5-5"]
@@ -477,6 +477,19 @@ async def test_budget_that_cannot_pay_the_tier_may_pay_a_cheaper_one(claude: Wor
 
     assert (reply.done.model, reply.done.tier) == ("claude-haiku-5-5", "thrifty")
     assert [(choice.tier, choice.reason) for choice in reply.done.choices] == [("thrifty", "first"), ("alone", "budget")]
+
+
+async def test_a_text_that_broke_off_is_not_continued_with_quotes_where_the_next_model_has_no_price(
+    claude: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was shown ends in its own failure."""
+    monkeypatch.delitem(PRICES, "claude-sonnet-5-5")
+    only_first(claude, text="It listens on port 8080", fault="cut_after", fault_at=3)
+    read = Reply()
+    with pytest.raises(ModelFailed):
+        await claude.ask(QUESTION, tier="goes_on", cache=pb.CACHE_MODE_OFF, into=read)
+
+    assert read.text == "It listens on"
 
 
 async def test_a_model_without_a_price_is_passed_over(claude: World, monkeypatch: pytest.MonkeyPatch) -> None:

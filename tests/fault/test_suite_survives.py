@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from bench.script import Behaviour
-from services.orchestrator.attempts import MARK_DELTAS_MAX
+from services.orchestrator.attempts import MARK_TOKENS_MAX
 from tests.integration.ledger.ledger_kit import audit
 from tests.suite import SERVICES, Streamed, Suite, ask, events, ingest, running, until
 
@@ -130,17 +130,23 @@ async def test_answers_that_end_while_the_ledger_is_away_are_booked_when_it_retu
     assert [(row["input_tokens"], row["output_tokens"]) for row in rows] == [(record.input_tokens, 60)]
 
 
-async def test_an_answer_whose_orchestrator_is_killed_is_interrupted_and_paid(suite: Suite, client: httpx.AsyncClient) -> None:
+@pytest.mark.parametrize(
+    ("kind", "behaviour"),
+    [("delta", Behaviour(tokens=2000, tokens_per_s=100)), ("reasoning", Behaviour(reasoning="hmm " * 2000, tokens_per_s=100))],
+)
+async def test_an_answer_whose_orchestrator_is_killed_is_interrupted_and_paid(
+    suite: Suite, client: httpx.AsyncClient, kind: str, behaviour: Behaviour
+) -> None:
     """kill -9 in the middle of a stream: the reader is told so by type, what was used is booked from the last mark, what was shown can be
     read again, and the same key begins anew."""
-    await suite.provider.behave(Behaviour(tokens=2000, tokens_per_s=100))
-    body = {"question": "What does Anselm tell of the ferry and its chain?", "cache": "off", "max_output_tokens": 4000}
-    key = {"idempotency-key": "killed-in-the-middle"}
+    await suite.provider.behave(behaviour)
+    body = {"question": "What does Anselm tell of the ferry and its chain?", "cache": "off", "max_output_tokens": 4000, "reasoning": True}
+    key = {"idempotency-key": f"killed-in-the-middle-of-{kind}"}
     read = Streamed()
     async with client.stream("POST", "/v1/answers", json=body, headers=key) as response:
         async for event in events(response):
             read.events.append(event)
-            if len(read.data("delta")) > 100 and "orchestrator" in suite.processes:
+            if len(read.data(kind)) > 100 and "orchestrator" in suite.processes:
                 await suite.kill("orchestrator")
                 await suite.start("orchestrator")
     (record,) = await suite.provider.records()
@@ -154,7 +160,7 @@ async def test_an_answer_whose_orchestrator_is_killed_is_interrupted_and_paid(su
     (operation,) = await suite.rows("SELECT * FROM operations WHERE operation_id = $1::uuid", read.answer_id)
     assert (operation["status"], operation["error_reason"], operation["estimated"]) == ("failed", "ANSWER_INTERRUPTED", True)
     over = hold["output_tokens"] - record.output_tokens
-    assert -MARK_DELTAS_MAX - 10 <= over <= MARK_DELTAS_MAX // 2  # what no mark has told of is expected at half
+    assert -MARK_TOKENS_MAX - 10 <= over <= MARK_TOKENS_MAX // 2  # what no mark has told of is expected at half
     assert hold["input_tokens"] > 0
 
     again = Streamed()
@@ -162,7 +168,7 @@ async def test_an_answer_whose_orchestrator_is_killed_is_interrupted_and_paid(su
         again.events = [event async for event in events(response)]
     assert again.error["reason"] == "ANSWER_INTERRUPTED"
     assert again.events[:-1] == read.events[: len(again.events) - 1]
-    assert len(again.data("delta")) >= len(read.data("delta")) - 64
+    assert len(again.data(kind)) >= len(read.data(kind)) - 64
 
     await suite.provider.behave(Behaviour(tokens=5))
     async with client.stream("POST", "/v1/answers", json=body, headers=key) as response:

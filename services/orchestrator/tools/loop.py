@@ -365,6 +365,7 @@ async def _suspend(run: Run, prompt: Prompt, results: Sequence[ToolResult]) -> N
         results=tuple(results),
         tools=asked.tools,
         server_tools=asked.server_tools,
+        asked_at=asked.asked_at,
     )
     with run.step("suspend") as step:
         try:

@@ -74,7 +74,7 @@ BY_MEDIA_TYPE = {
     "text/rtf": RICH,
 }
 TEXTS = frozenset({MARKDOWN, HTML, PLAIN, STRUCTURED, CSV, TSV, JSON, JSON_LINES, XML, MAIL})
-"""Formats that have no signature: the name and the declared type may tell them apart."""
+"""Formats that have no signature: where the content leaves it open, the name and the declared type tell them apart."""
 
 OTHER_SIGNATURES = (
     (b"\x89PNG\r\n\x1a\n", "PNG image"),
@@ -115,6 +115,9 @@ _ZIP_PARTS = (("word/document.xml", WORD), ("ppt/presentation.xml", SLIDES), ("x
 _MAIN_TYPES = ((b"wordprocessingml.", WORD), (b"presentationml.", SLIDES), (b"spreadsheetml.", SHEETS))
 
 _HTML_START = re.compile(r"\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body)\b", re.IGNORECASE | re.DOTALL)
+_TAG = re.compile(r"</?[A-Za-z][^<>]*>")
+_HTML_FRAGMENT_START = re.compile(r"\s*<(?:p|div|h[1-6]|table|ul|ol|dl|article|section|main|span|pre|blockquote)\b[^<>]*>", re.IGNORECASE)
+_HTML_FRAGMENT_END = re.compile(r"</[a-z][a-z0-9]*>\s*\Z", re.IGNORECASE)
 _XML_START = re.compile(r"\s*<\?xml\b")
 _MARKUP_START = re.compile(r"\s*<[A-Za-z!?]")
 _JSON_START = re.compile(r"\s*[\[{]")
@@ -154,36 +157,55 @@ def binary_format_of(content: bytes) -> str:
 
 
 def text_format_of(upload: Upload, text: str) -> str:
-    """Which kind of text it is. What the name or the declared type says counts where the content agrees with it."""
-    known = BY_EXTENSION.get(extension_of(upload), "")
+    """Which kind of text it is. Content that is sure of itself counts before the name and the declared type, and they before a guess."""
+    extension = extension_of(upload)
+    known = BY_EXTENSION.get(extension, "")
     declared = BY_MEDIA_TYPE.get(_bare(upload.media_type), "")
     named = known if known in TEXTS else declared if declared in TEXTS and declared != PLAIN else known and PLAIN
     head = text[:4096]
-    if named in (MARKDOWN, HTML, STRUCTURED):
+    if sure := _sure_format(text, head, named, code=extension in source_code.BY_EXTENSION):
+        return sure
+    if named == HTML and not _TAG.search(text):
+        return _guessed(text)
+    if named in (PLAIN, MARKDOWN) and not _MARKDOWN_SIGNS.search(text[:20_000]) and is_table(text):
+        return CSV
+    if named in (MARKDOWN, HTML, STRUCTURED, CSV, TSV):
         return named
-    if _HTML_START.match(head):
-        return HTML
-    if named in (JSON, JSON_LINES) and _JSON_START.match(head):
-        return JSON_LINES if is_json_lines(text) and not is_json(text) else JSON
-    if named in (CSV, TSV):
-        return named
-    if _XML_START.match(head) or (named == XML and _MARKUP_START.match(head)):
+    if named == XML and _MARKUP_START.match(head):
         return XML
-    if _is_mail(head, named == MAIL):
-        return MAIL
-    if language := source_code.language_of(_name(upload), extension_of(upload), text):
+    if language := source_code.language_of(_name(upload), extension, text):
         return source_code.MEDIA_TYPE_PREFIX + language
+    if _HTML_FRAGMENT_START.match(head) and _HTML_FRAGMENT_END.search(text[-100:]):
+        return HTML
     if known == PLAIN:
         return PLAIN
     return _guessed(text)
 
 
+def _sure_format(text: str, head: str, named: str, *, code: bool) -> str:
+    """What nothing but its format looks like; empty = the content leaves it open."""
+    if _HTML_START.match(head):
+        return HTML
+    # What is called HTML is read leniently, also if it says to be XML: it often is not quite.
+    if _XML_START.match(head) and named != HTML:
+        return XML
+    if _JSON_START.match(head) and not code:
+        # A log that is not called JSON may go on with lines of another kind.
+        lines = is_json_lines(text) and (named in (JSON, JSON_LINES) or all(map(_is_like_a_record, text.split("\n"))))
+        if is_json(text) or (named in (JSON, JSON_LINES) and not lines):
+            return JSON
+        if lines:
+            return JSON_LINES
+    return MAIL if _is_mail(head, named == MAIL) else ""
+
+
+def _is_like_a_record(line: str) -> bool:
+    line = line.strip()
+    return not line or (line[0] in "{[" and line[-1] in "}]")
+
+
 def _guessed(text: str) -> str:
     """What a text is that neither name nor declared type tell about."""
-    if _JSON_START.match(text) and is_json(text):
-        return JSON
-    if is_json_lines(text):
-        return JSON_LINES
     if _MARKDOWN_SIGNS.search(text[:20_000]):
         return MARKDOWN
     return CSV if is_table(text) else PLAIN

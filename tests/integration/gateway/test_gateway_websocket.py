@@ -1,6 +1,7 @@
 """Answers over a WebSocket: the same events and refusals as over HTTP, several at once, and every way it can end."""
 
 import asyncio
+import base64
 import contextlib
 import json
 import socket
@@ -16,6 +17,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from services.chassis.errors import AnswerCancelled, DomainError, ModelOverloaded, NotAllowed
 from services.chassis.lifecycle import started
 from services.chassis.principal import Principal
+from services.gateway import bodies, http_listener
 from services.gateway.exchange import Exchange
 from services.gateway.websocket import CALLS_MAX, refuse_foreign_page
 from services.gateway.wiring import EdgeServer, build
@@ -227,15 +229,120 @@ async def test_a_bad_message_is_an_error_that_names_its_field(front: Front, mess
     assert front.behind.seen.count("Answer") == 0
 
 
+async def raw_socket(port: int, token: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """An open socket whose bytes are the test's own."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = f"GET {PATH} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {token}\r\nconnection: upgrade\r\nupgrade: websocket\r\n"
+    writer.write(f"{head}sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".encode())
+    assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101 ")
+    return reader, writer
+
+
+def text_head(length: int) -> bytes:
+    """What a masked text of so many bytes begins with; the mask is 0, so that the text itself is sent as it is."""
+    return b"\x81\xff" + length.to_bytes(8, "big") + bytes(4)
+
+
 async def test_a_message_above_the_bound_ends_the_socket(front: Front) -> None:
     """1009, from its length alone."""
-    async with opened(front) as socket:
-        await socket.send("x" * (64 * 1024 + 1))
-        with pytest.raises(ConnectionClosed) as caught:
-            await heard(socket)
+    reader, writer = await raw_socket(front.http_port, front.token())
+    writer.write(text_head(bodies.ANSWER_BYTES_MAX + 1))
+    async with asyncio.timeout(5):
+        closed = await reader.readexactly(4)
+    writer.close()
 
-    assert caught.value.rcvd is not None
-    assert caught.value.rcvd.code == 1009
+    assert (closed[0], int.from_bytes(closed[2:], "big")) == (0x88, 1009)
+
+
+PICTURE = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(4_900_000)).decode()
+
+
+async def test_an_ask_may_bring_what_it_may_over_http(front: Front) -> None:
+    """Pictures and tools; what is large without pictures is refused as over HTTP, and the socket serves on."""
+    front.behind.orchestrator.script = [accepted(), done(2)]
+    pictures = [{"media_type": "image/png", "data": PICTURE}] * 2
+    tools = [{"name": f"t{number}", "description": "x" * 4000, "input_schema": {"type": "object"}} for number in range(60)]
+    async with opened(front) as socket:
+        await say(socket, "ask", request_id="p", question="?", images=pictures, tools=tools)
+        ends = [(await heard_until(socket, "done", "error"))[-1]]
+        asked = front.behind.seen.last("Answer")[0]
+        await say(socket, "ask", request_id="q", question="x" * (1 << 20))
+        ends += [(await heard_until(socket, "done", "error"))[-1]]
+        await say(socket, "ask", request_id="r", question="?")
+        ends += [(await heard_until(socket, "done", "error"))[-1]]
+
+    assert [end["type"] for end in ends] == ["done", "error", "done"]
+    assert (ends[1]["data"]["reason"], ends[1]["data"]["status"]) == ("PAYLOAD_TOO_LARGE", 413)
+    assert ([len(image.data) for image in asked.images], len(asked.tools)) == ([4_900_008] * 2, 60)
+
+
+async def test_what_is_under_way_on_a_socket_is_bounded_in_bytes(front: Front) -> None:
+    """Two of the largest do not fit; small ones do beside one; its end makes room."""
+    front.behind.orchestrator.script = [accepted(), forever]
+    pictures = [{"media_type": "image/png", "data": PICTURE}] * 2
+    async with opened(front) as socket:
+        await say(socket, "ask", request_id="first", question="?", images=pictures)
+        assert (await heard(socket))["type"] == "accepted"
+        await say(socket, "ask", request_id="second", question="?", images=pictures)
+        refused = await heard(socket)
+        front.behind.orchestrator.script = [accepted(), done(2)]
+        await say(socket, "ask", request_id="small", question="?")
+        assert (await heard_until(socket, "done", "error"))[-1]["type"] == "done"
+
+    assert (refused["type"], refused["request_id"], refused["data"]["reason"]) == ("error", "second", "OVERLOADED")
+
+
+async def test_a_client_that_is_busy_with_a_long_message_need_not_answer_pings(
+    front: Front, valkey: Valkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot before its end. One that sends next to nothing is closed as one that is silent."""
+    monkeypatch.setattr(http_listener, "SOCKET_PING_S", 0.2)
+    front.behind.orchestrator.script = [accepted(), done(2)]
+    settings = settings_for(front.behind, tmp_path, valkey.url, TAILRACE_JWKS_FILE=str(front.jwks), TAILRACE_GATEWAY_LOOP_LAG_MAX_S="60")
+    long = json.dumps({"type": "ask", "question": "?", "images": [{"media_type": "image/png", "data": PICTURE[: 1 << 20]}]}).encode()
+    async with build(settings) as service, started(service, "127.0.0.1"):
+        assert isinstance(service.server, EdgeServer)
+        port = service.server.http.port
+        reader, writer = await raw_socket(port, front.token())
+        idle_reader, idle_writer = await raw_socket(port, front.token())
+        idle_writer.write(text_head(len(long)) + b"{")
+        writer.write(text_head(len(long)))
+        for start in range(0, len(long), 1 << 16):
+            writer.write(long[start : start + (1 << 16)])
+            await asyncio.sleep(0.1)
+        async with asyncio.timeout(5):
+            assert b'"type":"accepted"' in await reader.readuntil(b'"data"')
+            idle = await idle_reader.read()
+        for one in (writer, idle_writer):
+            one.close()
+        await service.server.stop(0, 0.2)
+
+    assert b"keepalive ping timeout" in idle
+
+
+async def test_one_user_cannot_take_all_sockets(front: Front) -> None:
+    """The handshake of one too many is refused with a problem; others still have theirs, and one that is closed makes room."""
+    mine = {"authorization": f"Bearer {front.token(unique_user())}"}
+    async with contextlib.AsyncExitStack() as sockets:
+        held = [await sockets.enter_async_context(opened(front, **mine)) for _ in range(16)]
+        with pytest.raises(InvalidStatus) as caught:
+            async with opened(front, **mine):
+                pass
+        async with opened(front, authorization=f"Bearer {front.token(unique_user())}") as other:
+            await say(other, "ping")
+            assert (await heard(other))["type"] == "pong"
+        await held[0].close()
+
+        async def free() -> bool:
+            with contextlib.suppress(InvalidStatus):
+                async with opened(front, **mine):
+                    return True
+            return False
+
+        assert await until(free)
+
+    problem = json.loads(caught.value.response.body or b"")
+    assert (problem["status"], problem["limit_kind"], problem["limit"]) == (429, "sockets", "16")
 
 
 async def test_calls_on_one_socket_are_bounded(front: Front) -> None:

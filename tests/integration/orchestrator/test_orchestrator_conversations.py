@@ -1,6 +1,8 @@
 """Conversations over real channels: follow-ups, branches, summaries, titles, and the prompts that an administrator may see."""
 
 import asyncio
+import contextlib
+import sqlite3
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,7 +20,7 @@ from services.chassis.wire import usage_value
 from services.local.stores import Valkey
 from tailrace.ledger.v1 import ledger_service_pb2 as ledger_pb
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as pb
-from tests.fakes.orchestrator_world import ALICE, BOB, PRICES, Reply, World, until, world
+from tests.fakes.orchestrator_world import ALICE, BOB, PRICES, Reply, World, replica, until, world
 
 PORT = "Which port does the gateway listen on?"
 REWRITE, SUMMARY, TITLE = b"You rewrite the last question", b"You summarise the earlier part", b"You give a conversation a title"
@@ -487,3 +489,46 @@ async def test_of_two_first_answers_the_later_one_does_not_bring_back_what_was_d
 
     assert [reply.kinds[-1] for reply in replies] == ["done", "done"]
     assert "s1" not in claude.ledger.turns
+
+
+async def test_a_follow_up_waits_for_the_turn_that_is_on_its_way(claude: World) -> None:
+    """An answer is done before a slow ledger has its words; whoever asks on at once is still understood."""
+    says(claude, REWRITE, fault="status", status=529)
+    claude.ledger.keeping.clear()
+    await claude.ask(PORT, session_id="s1")
+    seen = Reply()
+    following = asyncio.create_task(claude.ask("And which one does the ledger have?", session_id="s1", into=seen))
+    await until(lambda: "history" in seen.steps())
+    claude.ledger.keeping.set()
+    reply = await following
+
+    assert step(reply, "history")["turns"] == "1"
+    assert PORT.encode() in claude.provider.prompts[-1]
+
+
+async def test_a_turn_outlives_its_process_while_the_ledger_is_away(tmp_path: Path, valkey: Valkey) -> None:
+    """Whoever read `done` finds the conversation again, and nothing waits on disk any more; what was deleted meanwhile stays deleted."""
+    async with world(tmp_path / "one", valkey.url, with_key=False) as one:
+        one.ledger.keeping.clear()
+        async with replica(one, tmp_path / "two") as two:
+            told = [await two.ask(PORT, session_id=session) for session in ("s1", "s2")]
+        one.ledger.delete("s2")
+        assert not one.ledger.turns
+        one.ledger.keeping.set()
+        async with replica(one, tmp_path / "two") as two:
+            await until(lambda: one.ledger.turned_away and one.ledger.turns)
+            kept = one.ledger.turns["s1"][0]
+        with contextlib.closing(sqlite3.connect(two.spool_path)) as spool:
+            left = spool.execute("SELECT count(*) FROM turns").fetchone()
+
+    assert (kept.answer_id, kept.question, kept.text, kept.complete) == (told[0].answer_id, PORT, told[0].text, True)
+    assert list(one.ledger.turns) == ["s1"] and left == (0,)
+
+
+async def test_a_turn_that_the_ledger_keeps_at_once_is_not_written_to_disk(claude: World) -> None:
+    """That would be one more sync for each answer."""
+    await claude.ask(PORT, session_id="s1")
+    assert len(claude.ledger.turns["s1"]) == 1
+    written = b"".join(file.read_bytes() for file in claude.spool_path.parent.iterdir())
+
+    assert b"claude-haiku-5-5" in written and PORT.encode() not in written

@@ -8,16 +8,23 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import cast
 
 import pytest
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
-from services.chassis.errors import Unavailable
+from services.chassis.errors import NotFound, Unavailable
+from services.chassis.principal import Principal
 from services.orchestrator import spool_gauges
+from services.orchestrator.clients import RemoteLedger, SpooledTurns
+from services.orchestrator.domain import KeptTurn, Turn
 from services.orchestrator.spool import Ack, Link, Spool, dead_letters, opened, retry_dead_letters
+from tailrace.ledger.v1 import ledger_service_pb2 as ledger_pb
 from tests.fakes.orchestrator_world import until
+from tests.fakes.scripted_model import question
 
 
 class Books:
@@ -149,6 +156,7 @@ async def main():
         async def writer(name):
             for n in range(100_000):
                 await spool.append(f"{n}", f"{name}-{n}".encode())
+                await spool.keep_turn(f"{name}-{n}", b"words")
                 print(f"{name}-{n}", flush=True)
         await asyncio.gather(*(writer(name) for name in "abcd"))
 
@@ -157,7 +165,7 @@ asyncio.run(main())
 
 
 async def test_killed_process_has_kept_every_record_it_said_it_kept(tmp_path: Path) -> None:
-    """kill -9 in the middle of writing: whatever `append` returned for is there at the next start, and is sent."""
+    """kill -9 in the middle of writing: whatever `append` and `keep_turn` returned for is there at the next start, and is sent."""
     path = tmp_path / "spool.db"
     child = await asyncio.create_subprocess_exec(
         sys.executable, "-c", CHILD, str(path), stdout=asyncio.subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -172,8 +180,10 @@ async def test_killed_process_has_kept_every_record_it_said_it_kept(tmp_path: Pa
     async with opened(path, 100_000) as spool, draining(spool, books):
         assert await spool.flush(30) == 0
         await until(lambda: not spool.depth)
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        turns = {answer_id.encode() for (answer_id,) in database.execute("SELECT answer_id FROM turns")}
 
-    missing = set(said[:-1]) - set(books.booked.values())
+    missing = set(said[:-1]) - (turns & set(books.booked.values()))
     assert not missing
 
 
@@ -376,3 +386,85 @@ async def test_dead_letters_of_a_running_process_are_left_alone(tmp_path: Path) 
     async with opened(tmp_path / "spool.db", 10):
         with pytest.raises(OSError, match="in use"):
             retry_dead_letters(tmp_path / "spool.db")
+
+
+class Conversations:
+    """A ledger that keeps turns, or is away, or refuses those of some answers."""
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[str, str, str]] = []
+        self.away = False
+        self.asked = 0
+        self.refused: dict[str, Exception] = {}
+
+    async def append(self, request: ledger_pb.AppendTurnRequest, principal: Principal) -> KeptTurn:
+        self.asked += 1
+        if self.away:
+            raise Unavailable("postgres is away", dependency="postgres")
+        if (refusal := self.refused.get(request.turn.answer_id)) is not None:
+            raise refusal
+        self.kept.append((principal.tenant, principal.user, request.turn.answer_id))
+        return KeptTurn(len(self.kept), 0)
+
+
+def turn(answer_id: str) -> Turn:
+    return Turn(answer_id, "q", "a", (), datetime(2026, 11, 1, tzinfo=UTC), True)
+
+
+@contextlib.asynccontextmanager
+async def sending(spool: Spool, ledger: Conversations) -> AsyncIterator[SpooledTurns]:
+    turns = SpooledTurns(spool, cast(RemoteLedger, ledger))
+    task = asyncio.create_task(turns.send_forever())
+    try:
+        yield turns
+        assert not task.done()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def until_no_turn_waits(spool: Spool) -> None:
+    async with asyncio.timeout(10):
+        while await spool.oldest_turn() is not None:  # noqa: ASYNC110 - what is waited for is on disk
+            await asyncio.sleep(0.01)
+
+
+async def test_turns_wait_on_disk_until_the_ledger_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In their order, as their users; also when the process ends meanwhile, and whatever a former version left there."""
+    monkeypatch.setattr("services.orchestrator.clients.LATE_PAUSE_S", 0.01)
+    ledger = Conversations()
+    ledger.away = True
+    async with opened(tmp_path / "spool.db", 10) as spool, sending(spool, ledger) as turns:
+        await spool.keep_turn("unreadable", b"?")
+        for number in range(3):
+            await turns.keep(question(session_id=f"s{number}"), turn(f"a{number}"), "")
+        await turns.keep(question(session_id="s0"), turn("a0"), "")  # once more, as somebody who was not sure
+        await until(lambda: ledger.asked > 1)
+    ledger.away, ledger.refused = False, {"a1": NotFound("it was deleted", kind="turn")}
+    async with opened(tmp_path / "spool.db", 10) as spool, sending(spool, ledger):
+        await until_no_turn_waits(spool)
+
+    assert ledger.kept == [("acme", "alice", "a0"), ("acme", "alice", "a2")]
+
+
+async def test_a_turn_that_was_kept_after_all_is_not_sent(tmp_path: Path) -> None:
+    """Who had it in memory was sooner."""
+    ledger = Conversations()
+    async with opened(tmp_path / "spool.db", 10) as spool:
+        turns = SpooledTurns(spool, cast(RemoteLedger, ledger))
+        await turns.keep(question(), turn("a0"), "")
+        await turns.forget("a0")
+
+        assert await spool.oldest_turn() is None
+
+
+async def test_a_turn_that_has_waited_too_long_is_not_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ledger would not know any more whether its conversation was deleted meanwhile."""
+    monkeypatch.setattr("services.orchestrator.clients.LATE_PAUSE_S", 0.01)
+    monkeypatch.setattr("services.orchestrator.clients.LATE_TURN_S_MAX", -1.0)
+    ledger = Conversations()
+    async with opened(tmp_path / "spool.db", 10) as spool, sending(spool, ledger) as turns:
+        await turns.keep(question(), turn("a0"), "")
+        await until_no_turn_waits(spool)
+
+    assert ledger.asked == 0

@@ -85,20 +85,25 @@ async def test_a_clients_tool_is_called_by_the_client_and_goes_on_at_another_rep
     assert schema == {"type": "integer", "maximum": 5} and isinstance(schema["maximum"], int)
 
 
+@pytest.mark.parametrize("deleted", ["while it waits for its client", "while its turn is kept"])
 async def test_what_went_on_with_a_clients_tool_does_not_bring_back_a_deleted_conversation(
-    pair: tuple[World, World], model: ScriptedModel
+    pair: tuple[World, World], model: ScriptedModel, deleted: str
 ) -> None:
-    """An answer that goes on reads no history, and so names no turn that was there."""
+    """It reads no history, and so names no turn that was there; it counts as asked when its question was."""
     one, two = pair
-    model.script = [call("weather", "w", town="Oslo"), "Cold."]
+    model.script = [call("weather", "w", town="Oslo"), call("weather", "v", town="Rome"), "Cold."]
     first = await one.ask(QUESTION, tools=[weather()], session_id="talk")
+    if deleted == "while it waits for its client":
+        one.ledger.delete("talk")
     one.ledger.keeping.clear()
     second = await two.ask("", continues=first.answer_id, tool_results=[pb.ToolResult(call_id="w", text="minus 3")])
-    one.ledger.delete("talk")
+    third = await one.ask("", continues=second.answer_id, tool_results=[pb.ToolResult(call_id="v", text="30")])
+    if deleted == "while its turn is kept":
+        one.ledger.delete("talk")
     one.ledger.keeping.set()
     await until(lambda: one.ledger.turned_away)
 
-    assert second.text == "Cold." and one.ledger.turns == {}
+    assert third.text == "Cold." and one.ledger.turns == {}
 
 
 async def test_an_answer_goes_on_with_what_its_plan_still_has(pair: tuple[World, World], model: ScriptedModel) -> None:

@@ -240,6 +240,35 @@ async def test_an_answer_that_was_left_counts_no_longer_than_it_can_run(detached
         pass
 
 
+async def test_an_answer_that_leaving_cancels_counts_until_its_end_if_it_can_be_read_elsewhere(quick_looks: None) -> None:
+    """Whoever knows its id may have resumed it."""
+    books = Books()
+    guard = Limits(Store(), Plans(user=Allowance(answers=1)), 60, booked=books)
+    async with guard.answering(ADA, 1, lasts_s=300, goes_on=False) as admission:
+        admission.answer_id = "a-1"
+    await until(lambda: len(books.asked) > 2)
+    await refusal_of(guard, ADA)
+    books.used["a-1"] = 0
+    await until(lambda: not guard.followed)
+
+    async with guard.answering(ADA, 1):
+        pass
+    await guard.drain(1)
+
+
+async def test_the_lease_of_an_answer_that_nobody_can_look_after_ends_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where too many were left, one more is not renewed for ever."""
+    monkeypatch.setattr(limits, "FOLLOWED_MAX", 0)
+    store = Store()
+    guard = Limits(store, Plans(user=Allowance(answers=1)), 60)
+    async with guard.answering(ADA, 1, lasts_s=300) as admission:
+        admission.answer_id = "a-1"
+    await guard.renew()
+
+    assert store.renewed == []
+    await refusal_of(guard, ADA)
+
+
 async def test_of_an_answer_that_ended_without_a_receipt_the_books_say_what_it_used(quick_looks: None) -> None:
     """Cancelled, or failed midway: its place is free at once, its tokens when they are known."""
     store, books = Store(), Books()

@@ -145,7 +145,7 @@ def test_an_unsupported_format_is_named_with_those_that_are_supported() -> None:
     [
         (Upload(b"x", source_uri="a.md"), "text/markdown"),
         (Upload(b"<!DOCTYPE html><p>x", source_uri="saved.txt"), "text/html"),
-        (Upload(b"x", source_uri="https://example.org/a.html?x=1"), "text/html"),
+        (Upload(b"<p>x", source_uri="https://example.org/a.html?x=1"), "text/html"),
         (Upload(b"# A\n\nx", title="No name"), "text/markdown"),
         (Upload(b"x", title="Release 1.2", media_type="text/markdown; charset=utf-8"), "text/markdown"),
         (Upload(b"Just words.", title="No name"), "text/plain"),

@@ -312,6 +312,55 @@ def test_content_tells_the_format_before_the_name_does(content: bytes, name: str
     assert media_type == told(content, name).media_type
 
 
+SURE = {
+    "text/html": "<!DOCTYPE html>\n<html><head><title>T</title></head><body><h1>Head</h1><p>Some text.</p></body></html>",
+    "application/xml": '<?xml version="1.0"?>\n<root><item>One</item><item>Two</item></root>',
+    "application/json": '{"name": "Ada", "age": 36}',
+    "application/x-ndjson": '{"name": "Ada"}\n{"name": "Bob"}\n',
+    "message/rfc822": "Received: from a by b\nFrom: ada@a.org\nTo: bob@b.org\nSubject: Hello\nMessage-ID: <1@a>\n\nThe body.\n",
+}
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".html", ".rst", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".eml", ".log", ""])
+@pytest.mark.parametrize("media_type", SURE)
+@pytest.mark.parametrize("declared", ["", "text/markdown", "text/csv"])
+def test_no_name_and_no_declared_type_hides_what_a_text_plainly_is(media_type: str, suffix: str, declared: str) -> None:
+    """But XML that is called HTML is read as leniently as HTML is."""
+    lenient = (media_type, suffix) == ("application/xml", ".html")
+    extracted = read(Upload(SURE[media_type].encode(), source_uri=f"a{suffix}", media_type=declared))
+
+    assert ("text/html" if lenient else media_type) == extracted.media_type
+    assert [] == [sign for sign in ("<p>", "<item>", '{"', "Received:") if sign in extracted.text]
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "media_type"),
+    [
+        ("name,age,city\nAda,36,London\nBob,40,Paris\n", "a.txt", "text/csv"),
+        ("name,age,city\nAda,36,London\nBob,40,Paris\n", "a.md", "text/csv"),
+        ("name,age,city\nAda,36,London\nBob,40,Paris\n", "a.html", "text/csv"),
+        ("# Head\n\nOne.\n\n- a\n- b\n", "a.html", "text/markdown"),
+        ("One paragraph.\n\nAnother < this.\n", "a.html", "text/plain"),
+        ("<h1>Head</h1>\n<p>Some text.</p>\n", "a.txt", "text/html"),
+        ("<h1>Head</h1>\n<p>Some text.</p>\n", "a.json", "text/html"),
+        # What content cannot tell is left to the name.
+        ("# Head\n\nOne.\n\n- a\n- b\n", "a.txt", "text/plain"),
+        ("Just words, no more.\n", "a.md", "text/markdown"),
+        ("<h1>Head</h1>\n\nSome *text*.\n", "a.md", "text/markdown"),
+        ("| a | b |\n|---|---|\n| 1 | 2 |\n", "a.md", "text/markdown"),
+        ("- a, b, c\n- d, e, f\n- g, h, i\n", "a.txt", "text/plain"),
+        ("name\nAda\nBob\n", "a.csv", "text/csv"),
+        ('{"a": 1}\n{"b": 2}\n{"c": 3}\nand then it stopped\n', "a.log", "text/plain"),
+        ('{"a": [1, 2', "a.txt", "text/plain"),
+        ("[link](https://a.example) and more\n", "a.md", "text/markdown"),
+        ('{"a": 1}', "a.yaml", "text/x-yaml"),
+    ],
+)
+def test_a_name_counts_where_the_content_leaves_it_open(content: str, name: str, media_type: str) -> None:
+    """Markdown against plain text, a table of one column, code."""
+    assert media_type == told(content, name).media_type
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "iso-8859-1"])
 def test_xml_is_read_in_the_encoding_that_it_declares(encoding: str) -> None:
     """The declaration counts, a mark more."""

@@ -132,25 +132,30 @@ async def _full(ground: Ground, n: int, disks: dict[str, Path]) -> Outcome:
 async def _small_disks(ground: Ground) -> AsyncIterator[dict[str, Path]]:
     """Every orchestrator started anew with its spool on a small disk, and put back where it was afterwards."""
     await ground.begin()
-    names = [name for name in ground.suite.own if name.startswith("orchestrator")]
-    disks = {}
-    with contextlib.ExitStack() as stack:
-        for name in names:
-            folder = Path(ground.suite.own[name].get("TAILRACE_STATE_DIR", ground.suite.folder)) / "orchestrator"
-            disks[name] = stack.enter_context(small_disk(folder))
-        await _restart(ground, names)
+    suite = ground.suite
+    disks = {
+        name: Path(suite.own[name].get("TAILRACE_STATE_DIR", suite.folder)) / "orchestrator"
+        for name in suite.own
+        if name.startswith("orchestrator")
+    }
+
+    async def stop() -> None:
+        for name in disks:
+            await suite.stop(name)
+
+    async def start() -> None:
+        for name in disks.keys() - suite.processes.keys():
+            await suite.start(name)
+
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(start)
+        for disk in disks.values():
+            stack.enter_context(small_disk(disk))
+        await stop()
+        await start()
+        stack.push_async_callback(stop)
+        await suite.until_all_ready()
         yield disks
-        for name in names:
-            await ground.suite.stop(name)
-    for name in names:
-        await ground.suite.start(name)
-
-
-async def _restart(ground: Ground, names: list[str]) -> None:
-    for name in names:
-        await ground.suite.stop(name)
-        await ground.suite.start(name)
-    await ground.suite.until_all_ready()
 
 
 def _said(ground: Ground, names: Iterable[str], event: str) -> int:

@@ -124,7 +124,10 @@ async def test_whole_books_pass_and_every_law_was_held_against_something(filled:
 
 FIRST = "posting_id = (SELECT min(posting_id) FROM entries WHERE kind = 'settle' AND tenant = 'acme')"
 A_LINK = "tenant = 'acme' AND commit_number = 5"
-SETTLED = "(SELECT hold_id FROM holds WHERE state = 'settled' AND cost_nanousd > 0 ORDER BY created_at, hold_id LIMIT 1)"
+SETTLED = (
+    f"(SELECT hold_id FROM holds WHERE state = 'settled' AND cost_nanousd > 0 AND model = '{HAIKU[1]}'"
+    " ORDER BY created_at, hold_id LIMIT 1)"
+)
 TAMPERINGS = {
     "one amount": (
         f"UPDATE entries SET amount_nanousd = amount_nanousd + 1 WHERE {FIRST} AND account = 'spent' RETURNING posting_id",

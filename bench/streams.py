@@ -351,14 +351,14 @@ async def rolling_restarts(ground: Ground, n: int, names: Sequence[str] = ()) ->
     )
 
 
-async def slow_readers(ground: Ground, n: int) -> Outcome:
-    """`n` readers take one byte a second beside half as many normal ones, which must not notice.
+async def slow_readers(ground: Ground, n: int, tokens: int = NORMAL_TOKENS) -> Outcome:
+    """`n` readers take one byte a second beside half as many normal ones, which must not notice; those read `tokens` each.
 
     What they read was made by then: its making is work that has nothing to do with how slowly it is read.
     """
     await ground.begin()
     provider = ground.suite.provider
-    await provider.behave(Behaviour(ttft_ms=20, tokens=NORMAL_TOKENS, tokens_per_s=NORMAL_PACE))
+    await provider.behave(Behaviour(ttft_ms=20, tokens=tokens, tokens_per_s=NORMAL_PACE))
     await provider.behave(Behaviour(ttft_ms=20, tokens=SLUGGISH_TOKENS), contains="sluggish")
     normal = max(1, n // 2)
 

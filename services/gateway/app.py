@@ -16,10 +16,11 @@ import structlog
 from opentelemetry.trace import SpanKind
 
 from services.chassis import telemetry
+from services.chassis.deadline import current_deadline
 from services.chassis.errors import DomainError, NotFound, Overloaded, Unavailable
 from services.chassis.principal import set_current
 from services.chassis.status import unexpected
-from services.gateway import admin, answers, conversations, documents, infrastructure, records, sessions, websocket
+from services.gateway import admin, answers, conversations, deadlines, documents, infrastructure, records, sessions, websocket
 from services.gateway.browser import API_POLICY, is_preflight
 from services.gateway.exchange import ClientLeft, Exchange, Receive, Send
 from services.gateway.identity import credential_in, has_credential
@@ -119,6 +120,8 @@ SOCKETS = (Route("GET", "/v1/answers/ws", websocket.converse),)
 """Handshakes of WebSockets, with the rule of the handshake; each message follows the rule of its own route above."""
 
 PARAM_BYTES_MAX = 256
+_TIMED_OTHERWISE = (answers.ask, answers.resume, websocket.converse)
+"""An answer's time is the orchestrator's to keep, which ends it by a typed error; who reads one again has no say in it."""
 GOODBYE_S = 0.5
 """How long the end of the process waits for a client to take the word that it is."""
 
@@ -184,6 +187,7 @@ class Edge:
             scope, send = websocket.as_request(scope, send)
         began = time.perf_counter()
         set_current(None)  # a request on a kept connection may start in the context of the one before
+        current_deadline.set(None)
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         request_id = request_id_of(headers.get("x-request-id", ""))
         method, path = scope["method"], scope["path"]
@@ -249,6 +253,8 @@ class Edge:
             with self._kit.shedding.entered() if route.rule.answers else contextlib.nullcontext() as prepared:
                 exchange.prepared = prepared or exchange.prepared
                 await self._admit(exchange, route.rule)
+                if route.endpoint not in _TIMED_OTHERWISE:
+                    current_deadline.set(deadlines.requested(exchange.header("request-timeout")))
                 await route.endpoint(exchange, self._kit)
         except ClientLeft:
             return

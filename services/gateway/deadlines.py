@@ -1,4 +1,4 @@
-"""How long an answer may take: as the caller says, else as the plan says, else as the orchestrator does. It calls nobody."""
+"""How long a request may take: as the caller says; an answer else as the plan says, else as the orchestrator does. It calls nobody."""
 
 import re
 
@@ -18,8 +18,14 @@ def requested_ms(header: str) -> int | None:
     seconds, _, fraction = header.partition(".")
     milliseconds = int(seconds) * 1000 + int(fraction.ljust(3, "0")) if _SECONDS.fullmatch(header) else 0
     if not 1 <= milliseconds <= DEADLINE_MS_MAX:
-        raise RequestInvalid("not a time an answer may take", field="Request-Timeout", bound="0.001 to 3000 seconds, three decimals")
+        raise RequestInvalid("not a time a request may take", field="Request-Timeout", bound="0.001 to 3000 seconds, three decimals")
     return milliseconds
+
+
+def requested(header: str) -> Deadline | None:
+    """The deadline that a `Request-Timeout` header sets from now on; None if it is empty. Raises RequestInvalid."""
+    milliseconds = requested_ms(header)
+    return None if milliseconds is None else Deadline.after(milliseconds / 1000)
 
 
 def answer_ms(message_ms: int | None, asked_ms: int | None, plan_ms: int) -> int | None:

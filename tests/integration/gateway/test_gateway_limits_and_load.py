@@ -196,6 +196,18 @@ async def test_deadline_and_priority_are_passed_on(front: Front, client: httpx.A
     assert front.behind.seen.last("Answer")[0].deadline_ms == 7_000
 
 
+async def test_any_request_may_say_how_long_it_waits(front: Front, client: httpx.AsyncClient) -> None:
+    """The time goes on with the call, and the next request on the same connection has its own."""
+    front.behind.retrieval.hits = [forever]
+    late = await client.post("/v1/search", json={"query": "q"}, headers={"request-timeout": "0.3"})
+    bad = problem_of(await client.get("/v1/documents", headers={"request-timeout": "soon"}), 400, "REQUEST_INVALID")
+    front.behind.retrieval.hits = []
+    again = await client.post("/v1/search", json={"query": "q"})
+
+    assert (late.status_code, again.status_code) == (504, 200), late.text
+    assert bad["field"] == "Request-Timeout"
+
+
 async def test_one_user_cannot_take_all_resumed_streams(front: Front) -> None:
     """As many as the plan lets answers run and at least 16, over all fronts together; others still have theirs."""
     front.behind.ledger.plan.concurrent_answers = 1

@@ -13,6 +13,7 @@ from redis.backoff import NoBackoff
 from services.chassis.ending import ended
 from services.chassis.lifecycle import Service
 from services.chassis.passport import Passport
+from services.chassis.redis_pool import PatientPool
 from services.chassis.server import Identify, Server
 from services.chassis.tls import MutualTls
 from services.gateway.app import OPERATIONS, PROBES, ROUTES, Edge
@@ -102,7 +103,7 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
     async with contextlib.AsyncExitStack() as stack:
         metrics = Metrics()
         backends = await stack.enter_async_context(_backends(settings, metrics))
-        pool = redis.BlockingConnectionPool.from_url(
+        pool = PatientPool.from_url(
             settings.redis_url,
             max_connections=32,
             timeout=1.0,

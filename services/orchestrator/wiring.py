@@ -19,6 +19,7 @@ from services.chassis.ending import ended
 from services.chassis.errors import DomainError, ModelUnknown, NotAllowed
 from services.chassis.lifecycle import Service
 from services.chassis.passport import Passport
+from services.chassis.redis_pool import PatientPool
 from services.chassis.server import Server, passport_identity
 from services.orchestrator import providers, spool, spool_gauges
 from services.orchestrator.answer import produce
@@ -88,7 +89,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
         memory = RemoteMemory(retrieval_channel, Caller(settings.retrieval_target, passport), settings.restart_patience_s)
 
         # No retries here: the cache's own time limit is shorter than they are worth.
-        pool = redis.BlockingConnectionPool.from_url(
+        pool = PatientPool.from_url(
             settings.redis_url.get_secret_value(),
             max_connections=REDIS_CONNECTIONS_MAX,
             timeout=settings.cache_timeout_s,
@@ -102,7 +103,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
         tools = open_tools(settings, stack, search, cache, clock)
 
         # Whoever reads another replica's log, and the listener for cancels, holds a connection that waits.
-        waiting = redis.BlockingConnectionPool.from_url(
+        waiting = PatientPool.from_url(
             settings.redis_url.get_secret_value(),
             max_connections=settings.mirrors_max + 1,
             timeout=settings.logs_timeout_s,

@@ -15,6 +15,7 @@ from services.chassis.clock import Clock, SystemClock
 from services.chassis.config import SettingsError
 from services.chassis.lifecycle import Probe, Service
 from services.chassis.passport import Passport
+from services.chassis.redis_pool import PatientPool
 from services.chassis.server import Server, passport_identity
 from services.retrieval.answer_cache import AnswerCache
 from services.retrieval.clients import LedgerBooks
@@ -129,8 +130,8 @@ async def _reranking(settings: Settings) -> AsyncIterator[Reranking | None]:
 async def _jobs(settings: Settings) -> AsyncIterator[RedisJobs]:
     """The store of jobs, with connections of its own for those who wait."""
 
-    def pool(connections_max: int, timeout_s: float | None) -> redis.BlockingConnectionPool:
-        return redis.BlockingConnectionPool.from_url(
+    def pool(connections_max: int, timeout_s: float | None) -> PatientPool:
+        return PatientPool.from_url(
             settings.redis_url.get_secret_value(),
             max_connections=connections_max,
             timeout=settings.ingest_timeout_s,

@@ -19,6 +19,7 @@ import redis.asyncio as redis
 
 from services.chassis.errors import AnswerCancelled, Internal, PriceUnknown
 from services.chassis.money import Usage
+from services.chassis.redis_pool import PatientPool
 from services.local.stores import Valkey
 from services.orchestrator import answer, attempts
 from services.orchestrator.domain import CachedAnswer, Candidate, Edition, HeldAnswer, Question
@@ -118,7 +119,7 @@ async def test_generator_finalised_by_gc(claude: World) -> None:
 
 async def test_cancelled_command_reply_to_next_user(valkey: Valkey) -> None:
     """A cache look-up that is cancelled in flight leaves no reply on the connection for whoever uses it next."""
-    pool = redis.BlockingConnectionPool.from_url(valkey.url, max_connections=2, timeout=5, retry=None)
+    pool = PatientPool.from_url(valkey.url, max_connections=2, timeout=5, retry=None)
     async with redis.Redis.from_pool(pool) as client:
         cache, chance = RedisCache(client, ttl_s=60, timeout_s=5), random.Random(11)
         question = Question(

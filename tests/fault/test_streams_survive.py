@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from bench.ground import Bar, Ground, Outcome, ground, seed_of_run
-from bench.streams import cancel_storm, cancels, cut_and_resume, disconnects, kills, limits, overload, rolling_restarts, slow_readers
+from bench.ground import Ground, Outcome, ground, seed_of_run
+from bench.streams import cancel_storm, cancels, cut_and_resume, disconnects, kills, limits, rolling_restarts, slow_readers
 from tests.integration.ledger.ledger_kit import audit
 
 pytestmark = pytest.mark.slow
@@ -31,17 +31,11 @@ BUSY = 4
 """How much slower than its bar a figure may be that is a time, or tokens made in it: twenty samples on a machine that does other things are
 no p99."""
 TIMES = ("ms", "tokens")
-GOODPUT_SHARE = 0.6
-"""How much of its bar a rate must reach: two seconds of it are few answers."""
 
 
 def holds(outcome: Outcome) -> None:
-    missed = [bar for bar in outcome.bars if not bar.ok and not _excused(bar)]
+    missed = [bar for bar in outcome.bars if not bar.ok and (bar.unit not in TIMES or bar.figure > BUSY * bar.limit)]
     assert missed == [], f"seed {outcome.seed}: {outcome.notes}"
-
-
-def _excused(bar: Bar) -> bool:
-    return bar.figure <= BUSY * bar.limit if bar.unit in TIMES else bar.unit == "%" and bar.figure >= GOODPUT_SHARE * bar.limit
 
 
 async def test_a_stream_that_is_cut_anywhere_is_read_on_at_another_replica_as_if_it_had_not_been(made: Ground) -> None:
@@ -76,12 +70,6 @@ async def test_a_limit_is_one_limit_however_many_gateways_there_are(made: Ground
 
 async def test_slow_readers_cost_little_and_disturb_nobody(made: Ground) -> None:
     holds(await slow_readers(made, 12, tokens=20))
-
-
-async def test_five_times_the_capacity_is_shed_early_and_the_rest_is_answered(made: Ground) -> None:
-    outcome = await overload(made, 2)
-    holds(outcome)
-    assert outcome.notes["refused"] > 0
 
 
 async def test_a_killed_gateway_or_orchestrator_loses_no_reader_and_no_answer(made: Ground) -> None:

@@ -18,7 +18,7 @@ import structlog
 
 from services.chassis.afterwork import AfterWork
 from services.chassis.deadline import current_deadline
-from services.chassis.errors import DomainError, Overloaded, RateLimited, Unavailable
+from services.chassis.errors import AnswerInterrupted, DomainError, Overloaded, RateLimited, Unavailable
 from services.chassis.principal import Principal
 from services.gateway.limiter import LEASE_US, WINDOW_US, Charge, Correction, Kind, LocalLimiter, Outcome, Verdict
 from services.gateway.memo import Memo
@@ -218,6 +218,8 @@ class Limits:
             self._held[admission.lease] = admission.lease_keys
         try:
             yield admission
+        except AnswerInterrupted:
+            raise  # by this gateway: of its orchestrator's, `Metered` has noted that the answer ended
         except DomainError:
             admission.ended = True
             raise

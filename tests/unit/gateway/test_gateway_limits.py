@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from services.chassis.errors import ModelFailed, Unavailable
+from services.chassis.errors import AnswerInterrupted, ModelFailed, Unavailable
 from services.chassis.principal import Principal
 from services.gateway import limits
 from services.gateway.limiter import Charge, Correction, Kind, LocalLimiter, Outcome
@@ -207,6 +207,24 @@ async def test_an_answer_that_was_left_counts_until_the_books_say_that_it_ended(
 
     assert while_it_runs["limit_kind"] == "concurrency"
     assert set(books.asked) == {("ada", "a-1")}
+
+
+async def test_a_reader_that_takes_nothing_makes_no_room_either(quick_looks: None) -> None:
+    """It is let go by an error of ours, which ends its stream and not its answer."""
+    books = Books()
+    guard = Limits(Store(), Plans(user=Allowance(answers=1)), 60, booked=books)
+    with pytest.raises(AnswerInterrupted):
+        async with guard.answering(ADA, 1, lasts_s=300) as admission:
+            admission.answer_id = "a-1"
+            raise AnswerInterrupted("the stream was not read")
+    await until(lambda: len(books.asked) > 2)
+    assert (await refusal_of(guard, ADA))["limit_kind"] == "concurrency"
+    books.used["a-1"] = 0
+    await until(lambda: not guard.followed)
+    await guard.drain(1)
+
+    async with guard.answering(ADA, 1):
+        pass
 
 
 async def test_what_may_have_ended_an_answer_makes_the_books_be_looked_at_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,9 @@ bench-money: setup ## show that no token is lost whatever dies; SEED=… replays
 bench-routing: setup ## show what the regret report finds of a scripted choice of tier; ARGS="--n 100" shortens
 	$(BIN)/python -m bench.routing $(ARGS)
 
+bench-savings: setup ## what tiers and cache leave of the model bill of real questions; DATA=../shared/data, ARGS="--n 60" shortens
+	$(BIN)/python -m bench.savings $(or $(DATA),../shared/data) $(ARGS)
+
 bench-ledger: setup ## measure reserve and settle, and how fast a spool drains
 	$(BIN)/python -m bench.ledger $(ARGS)
 
@@ -76,4 +79,4 @@ soak: setup ## mixed load for ten minutes, MINUTES=480 for a night; print what g
 clean: ## remove .venv and caches, but not the data in .tailrace
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-.PHONY: help setup run test check fmt proto bench bench-streams bench-money bench-routing bench-ledger prove-ledger bench-usage bench-adapters bench-vendors bench-retrieval bench-checks soak clean
+.PHONY: help setup run test check fmt proto bench bench-streams bench-money bench-routing bench-savings bench-ledger prove-ledger bench-usage bench-adapters bench-vendors bench-retrieval bench-checks soak clean

@@ -74,9 +74,9 @@ class Service:
 
     async def search(self, query: str, collection: str, *, limit: int = 10, mode: pb.SearchMode = HYBRID) -> list[pb.SearchResponse]:
         """Hits, best first."""
-        request = pb.SearchRequest(query=query, collection=collection, limit=limit, mode=mode)
-        async with self._caller.stream(self._stub.Search, request, timeout_s=CALL_S, principal=WHO) as rows:
-            return [row async for row in rows]
+        request = pb.SearchRequest(query=query, collection=collection, limit=limit, mode=mode, batches=True)
+        async with self._caller.stream(self._stub.Search, request, timeout_s=CALL_S, principal=WHO) as messages:
+            return [row async for message in messages for row in (message, *message.more)]
 
     async def timed(self, query: str, collection: str) -> float:
         """Milliseconds of one search with ten hits, from the call to its last hit."""

@@ -246,10 +246,12 @@ class AsyncClient:
             metadata=[values.condition_message(condition) for condition in metadata],
             neighbours=neighbours,
             explain=explain,
+            batches=True,
         )
         async with _reading(self._call(self._stub.Search, request)) as messages:
             async for message in messages:
-                yield values.hit(message)
+                for row in (message, *message.more):
+                    yield values.hit(row)
 
     async def ingest(self, *documents: str | Path | Upload, collection: str = "") -> AsyncIterator[values.Progress]:
         """Take in files and uploads, and report every stage of each. One that fails does not stop the others.

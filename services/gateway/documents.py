@@ -72,8 +72,9 @@ async def search(exchange: Exchange, kit: Kit) -> None:
     """POST /v1/search"""
     exchange.query(())
     request = bodies.parse(await exchange.json(), bodies.SearchBody).message()
-    rows = await kit.backends.retrieval.rows(kit.backends.retrieval.stub.Search, request)
-    await exchange.respond_json({"hits": [render.found(row) for row in rows]})
+    request.batches = True
+    messages = await kit.backends.retrieval.rows(kit.backends.retrieval.stub.Search, request)
+    await exchange.respond_json({"hits": [render.found(row) for message in messages for row in (message, *message.more)]})
 
 
 async def job(exchange: Exchange, kit: Kit) -> None:

@@ -385,10 +385,10 @@ class RemoteSearch:
         self._caller = caller
 
     async def search(self, query: str, collection: str, limit: int) -> tuple[Passage, ...]:
-        request = retrieval_pb.SearchRequest(query=query, collection=collection, limit=limit)
+        request = retrieval_pb.SearchRequest(query=query, collection=collection, limit=limit, batches=True)
         with _named("retrieval"):
-            async with self._caller.stream(self._stub.Search, request, timeout_s=SEARCH_TIMEOUT_S) as rows:
-                return tuple([passage_value(row.hit) async for row in rows])
+            async with self._caller.stream(self._stub.Search, request, timeout_s=SEARCH_TIMEOUT_S) as messages:
+                return tuple([passage_value(row.hit) async for message in messages for row in (message, *message.more)])
 
 
 class RemoteLedger:

@@ -47,6 +47,8 @@ PASSAGES_MAX = 32
 HITS_MAX = 100
 HITS_DEFAULT = 10
 NEIGHBOURS_MAX = 5
+BATCH_BYTES_MAX = 1024 * 1024
+"""Of hits in one message, for readers that take several."""
 DOCUMENT_FILTER_MAX = 100
 MORE_COLLECTIONS_MAX = 15
 CONDITIONS_MAX = 16
@@ -120,9 +122,11 @@ class RetrievalServicer(pb_grpc.RetrievalServiceServicer):
         encodings, searcher = self._memory.encodings, self._memory.searcher
         encoding = await searcher.encoding(reach)
         language = encodings.words(encoding).language(query) if request.explain else ""
-        for hit in await searcher.asked(
+        hits = await searcher.asked(
             reach, query, limit=limit, mode=mode, encoding=encoding, document_ids=tuple(request.document_ids), facts=facts
-        ):
+        )
+        ready, size = list[pb.SearchResponse](), 0
+        for hit in hits:
             before, after = await searcher.neighbours(hit, around) if around else ([], [])
             row = pb.SearchResponse(
                 hit=_passage_message(hit.passage),
@@ -130,7 +134,13 @@ class RetrievalServicer(pb_grpc.RetrievalServiceServicer):
                 before=[_chunk_message(stored) for stored in before],
                 after=[_chunk_message(stored) for stored in after],
             )
-            await context.write(row)
+            size += row.ByteSize()
+            if ready and (not request.batches or size > BATCH_BYTES_MAX):
+                await context.write(_together(ready))
+                ready, size = [], row.ByteSize()
+            ready.append(row)
+        if ready:
+            await context.write(_together(ready))
 
     async def Embed(self, request: pb.EmbedRequest, context: grpc.aio.ServicerContext) -> pb.EmbedResponse:
         if not 1 <= len(request.texts) <= TEXTS_MAX:
@@ -497,6 +507,12 @@ def _answer_message(answer: CachedAnswer) -> pb.CachedAnswer:
         finish_reason=answer.finish_reason,
         usage=usage_message(answer.usage),
     )
+
+
+def _together(rows: list[pb.SearchResponse]) -> pb.SearchResponse:
+    """One message for all: the first, with the others in it."""
+    rows[0].more.extend(rows[1:])
+    return rows[0]
 
 
 def _passage_message(passage: Passage) -> common_pb2.CitedPassage:

@@ -56,6 +56,32 @@ async def test_meaning_counts_for_nothing_in_a_script_the_embedder_cannot_read(r
     assert not best.hit.HasField("similarity")
 
 
+async def test_hits_come_together_for_those_who_asked_for_that(retrieval: Retrieval, ann: Principal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same hits in the same order: one a message, all in one, or as many as a message may hold."""
+    await retrieval.ingest(ann, {f"{name}.md": f"# {name}\n\nThe {name} lives at the river." for name in ("otter", "heron", "newt", "eel")})
+
+    alone = await rows(retrieval, ann, "What lives at the river?", explain=True)
+    (all_,) = await rows(retrieval, ann, "What lives at the river?", explain=True, batches=True)
+    monkeypatch.setattr("services.retrieval.rpc.BATCH_BYTES_MAX", 2 * alone[0].ByteSize() + 20)
+    some = await rows(retrieval, ann, "What lives at the river?", explain=True, batches=True)
+
+    assert [4, 0] == [len(alone), sum(len(row.more) for row in alone)]
+    assert alone == _rows_in([all_])
+    assert [1, 1] == [len(message.more) for message in some]
+    assert alone == _rows_in(some)
+
+
+def _rows_in(messages: list[pb.SearchResponse]) -> list[pb.SearchResponse]:
+    """Each hit as it would come alone."""
+    found = []
+    for message in messages:
+        first = pb.SearchResponse()
+        first.CopyFrom(message)
+        first.ClearField("more")
+        found += [first, *message.more]
+    return found
+
+
 async def test_neighbours_stand_around_their_hit(retrieval: Retrieval, ann: Principal) -> None:
     """In reading order, as many as there are and as were asked for, without the hit itself."""
     await retrieval.ingest(ann, {"book.md": BOOK})

@@ -309,6 +309,7 @@ class SearchRequest(_message.Message):
     METADATA_FIELD_NUMBER: _builtins.int
     NEIGHBOURS_FIELD_NUMBER: _builtins.int
     EXPLAIN_FIELD_NUMBER: _builtins.int
+    BATCHES_FIELD_NUMBER: _builtins.int
     query: _builtins.str
     """What to look for. 1-32768 bytes."""
     limit: _builtins.int
@@ -321,6 +322,8 @@ class SearchRequest(_message.Message):
     """How many chunks before and after each hit to send along, 0-5."""
     explain: _builtins.bool
     """Say how each hit came to its place."""
+    batches: _builtins.bool
+    """Hits that are ready at the same moment may come in one message; see SearchResponse.more."""
     @_builtins.property
     def document_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Only these documents. Empty = all. At most 100."""
@@ -345,10 +348,11 @@ class SearchRequest(_message.Message):
         metadata: _abc.Iterable[Global___MetadataCondition] | None = ...,
         neighbours: _builtins.int = ...,
         explain: _builtins.bool = ...,
+        batches: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "document_ids", b"document_ids", "explain", b"explain", "limit", b"limit", "metadata", b"metadata", "mode", b"mode", "more_collections", b"more_collections", "neighbours", b"neighbours", "query", b"query"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches", "collection", b"collection", "document_ids", b"document_ids", "explain", b"explain", "limit", b"limit", "metadata", b"metadata", "mode", b"mode", "more_collections", b"more_collections", "neighbours", b"neighbours", "query", b"query"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -416,6 +420,7 @@ class SearchResponse(_message.Message):
     EXPLANATION_FIELD_NUMBER: _builtins.int
     BEFORE_FIELD_NUMBER: _builtins.int
     AFTER_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hit(self) -> _common_pb2.CitedPassage:
         """One hit."""
@@ -432,6 +437,12 @@ class SearchResponse(_message.Message):
     def after(self) -> _containers.RepeatedCompositeFieldContainer[Global___Chunk]:
         """Chunks after the hit in reading order, if wanted."""
 
+    @_builtins.property
+    def more(self) -> _containers.RepeatedCompositeFieldContainer[Global___SearchResponse]:
+        """The hits after this one that were ready at the same moment, in their order; none of them has more of its own. Only for readers that
+        asked with `batches`: a message costs far more than a hit.
+        """
+
     def __init__(
         self,
         *,
@@ -439,10 +450,11 @@ class SearchResponse(_message.Message):
         explanation: Global___HitExplanation | None = ...,
         before: _abc.Iterable[Global___Chunk] | None = ...,
         after: _abc.Iterable[Global___Chunk] | None = ...,
+        more: _abc.Iterable[Global___SearchResponse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["explanation", b"explanation", "hit", b"hit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before", b"before", "explanation", b"explanation", "hit", b"hit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before", b"before", "explanation", b"explanation", "hit", b"hit", "more", b"more"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -15,7 +15,7 @@ from services.retrieval.access import Reach
 from services.retrieval.domain import CachedAnswer, Passage, Verdict, stable_id
 from services.retrieval.encoding_spaces import Encodings
 from services.retrieval.guards import difference, normalised
-from services.retrieval.ports import Filter, Payload, Point, Query, Space, VectorStore
+from services.retrieval.ports import Filter, Payload, Point, Query, Space, VectorStore, written
 
 CANDIDATES = 5
 
@@ -37,21 +37,22 @@ class AnswerCache:
         """The nearest answer in `space` that may be served for `question`, or why there is none."""
         where = reach.where(cache_scope=_joined(scope), epoch=epoch)
         # An answer brings all its passages: only what is near enough to be served is worth reading.
-        ranked = await self._store.search(space, Query(where, CANDIDATES, dense=dense, payload=False))
-        near = [record for record in ranked if record.score >= self._similarity_min]
+        ranked = await self._store.rank(space, Query(where, CANDIDATES, dense))
+        near = {written(number): score for number, score in ranked.items() if score >= self._similarity_min}
         if not near:
-            return Verdict(similarity=min(ranked[0].score, 1.0), reason="below_threshold") if ranked else Verdict(reason="no_candidate")
-        kept = await self._store.get(space, reach.tenant, [record.id for record in near])
+            best = next(iter(ranked.values()), None)
+            return Verdict(reason="no_candidate") if best is None else Verdict(similarity=min(best, 1.0), reason="below_threshold")
+        kept = await self._store.get(space, reach.tenant, list(near))
         reasons = []
-        for record in near:
-            if record.id not in kept:
+        for id_, score in near.items():
+            if id_ not in kept:
                 continue  # removed since the ranking, as if it had never been there
             # An id says scope, epoch and question, so that what was written over it in the meantime may be served as well.
-            payload = kept[record.id].payload
+            payload = kept[id_].payload
             reason = self._refusal(question, payload)
             if not reason:
-                return Verdict(_answer(payload), min(record.score, 1.0))
-            reasons.append((record.score, reason))
+                return Verdict(_answer(payload), min(score, 1.0))
+            reasons.append((score, reason))
         if not reasons:
             return Verdict(reason="no_candidate")
         return Verdict(similarity=min(reasons[0][0], 1.0), reason=reasons[0][1])

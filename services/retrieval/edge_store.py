@@ -7,9 +7,7 @@ every vector until a copy of the shard has been built elsewhere and has taken it
 
 import asyncio
 import dataclasses
-import functools
 import shutil
-import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,12 +18,9 @@ import structlog
 from services.chassis.errors import Unavailable
 from services.retrieval.edge_folders import another, clear, put_behind, settle, switch
 from services.retrieval.facts import FACTS, NAME, VALUE, Condition
-from services.retrieval.ports import SPACES, TENANTS_MAX, Filter, Point, Query, Record, Space
+from services.retrieval.ports import SPACES, TENANTS_MAX, Filter, Point, Query, Ranked, Record, Space, Sparse
 
 T = TypeVar("T")
-
-IDS_KEPT = 16_384
-"""Ids as text, 5 MB at most: a search ranks two hundred points, often the same ones, and writing an id takes a microsecond."""
 
 CANDIDATES = 300
 """Places of the graph that a search by meaning keeps in view: of the hundred nearest of 45,000 sentences it finds 99.3, of the ten 9.99."""
@@ -167,23 +162,12 @@ class EdgeStore:
     async def count(self, space: Space, where: Filter) -> int:
         return int(self._call(space, lambda shard: shard.count(edge.CountRequest(filter=translated(where), exact=True))))
 
-    async def search(self, space: Space, query: Query) -> list[Record]:
-        where = translated(query.where)
-        nearest = []
-        if query.dense is not None:
-            nearest.append(edge.Query.Nearest(list(query.dense), using="dense"))
-        if query.sparse is not None:
-            nearest.append(edge.Query.Nearest(edge.SparseVector(list(query.sparse.indices), list(query.sparse.values)), using="bm25"))
-        if len(nearest) == 1:
-            request = edge.QueryRequest(
-                query=nearest[0], filter=where, limit=query.limit, with_payload=query.payload, params=_how(query.limit)
-            )
-        else:
-            brought = max(query.fusion.prefetch, query.limit)
-            prefetches = [edge.Prefetch(query=one, limit=brought, filter=where, params=_how(brought)) for one in nearest]
-            request = edge.QueryRequest(prefetches=prefetches, query=_fusion(query), limit=query.limit, with_payload=query.payload)
+    async def rank(self, space: Space, query: Query) -> Ranked:
+        request = edge.QueryRequest(
+            query=_nearest(query.near), filter=translated(query.where), limit=query.limit, with_payload=False, params=_how(query.limit)
+        )
         points = self._call(space, lambda shard: shard.query(request))
-        return [Record(_written(point.id.int), point.payload or {}, float(point.score)) for point in points]
+        return {point.id.int: point.score for point in points}
 
     async def check(self) -> None:
         for space in SPACES:
@@ -292,12 +276,6 @@ class EdgeStore:
         return work(shard)
 
 
-@functools.lru_cache(maxsize=IDS_KEPT)
-def _written(number: int) -> str:
-    """The UUID with that number, as ids are written here."""
-    return str(uuid.UUID(int=number))
-
-
 def translated(where: Filter) -> Any:
     """`where` in Edge's terms; the tenant is always part of it."""
     must: list[Any] = [edge.FieldCondition(key="tenant", match=edge.MatchValue(where.tenant))]
@@ -322,10 +300,14 @@ def _of_facts(condition: Condition) -> Any:
     return edge.Filter(must_not=[edge.Filter(must=parts)]) if condition.negated else edge.Filter(must=parts)
 
 
-def _fusion(query: Query) -> Any:
-    if query.fusion.mode == "rrf":
-        return edge.Fusion.Rrf(k=query.fusion.rrf_k, weights=list(query.fusion.weights))
-    return edge.Fusion.Dbsf()
+def _nearest(to: Sequence[float] | Sparse) -> Any:
+    if isinstance(to, Sparse):
+        return edge.Query.Nearest(_words(to), using="bm25")
+    return edge.Query.Nearest(list(to), using="dense")
+
+
+def _words(sparse: Sparse) -> Any:
+    return edge.SparseVector(list(sparse.indices), list(sparse.values))
 
 
 def _vectors(point: Point) -> dict[str, Any]:
@@ -333,7 +315,7 @@ def _vectors(point: Point) -> dict[str, Any]:
     if point.dense is not None:
         vectors["dense"] = list(point.dense)
     if point.sparse is not None:
-        vectors["bm25"] = edge.SparseVector(list(point.sparse.indices), list(point.sparse.values))
+        vectors["bm25"] = _words(point.sparse)
     return vectors
 
 

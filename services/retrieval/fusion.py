@@ -1,10 +1,12 @@
 """Two rankings made one: how scores of meaning and of words are added, and how much each counts. Pure; no store and no wire."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-from services.retrieval.ports import Record
+Id = TypeVar("Id", int, str)
+"""What names a candidate. Ties go by it."""
 
 SPREADS = 3.0
 """A score counts from 0 to 1 between so many standard deviations below and above its ranking's mean."""
@@ -17,10 +19,10 @@ CHARACTERS_PER_PIECE_MAX = 8.0
 
 
 @dataclass(frozen=True, slots=True)
-class Fused:
+class Fused(Generic[Id]):
     """One candidate, with how each ranking saw it. Ranks are from 1; None = not among what the ranking brought."""
 
-    id: str
+    id: Id
     score: float
     dense_rank: int | None = None
     dense_score: float | None = None
@@ -42,8 +44,8 @@ def familiarity(characters: int, pieces: int) -> float:
 
 
 def fused(
-    dense: Sequence[Record],
-    sparse: Sequence[Record],
+    dense: Mapping[Id, float],
+    sparse: Mapping[Id, float],
     dense_weight: float,
     mode: str = "linear",
     rrf_k: int = 60,
@@ -51,11 +53,11 @@ def fused(
     brought: int = 0,
     worth: float | None = None,
     most: int | None = None,
-) -> list[Fused]:
+) -> list[Fused[Id]]:
     """The `most` best candidates of both (None = all), best first. `dense_weight` is the share of meaning, 0-1; ties go by id.
 
-    A ranking of fewer than `brought` holds all there is. `worth` is what a whole unit of cosine counts beside words, in their unit, where
-    that was measured. Scores are 0-1 for nearly all, and 0.5 in the middle; those of `rrf` are its own.
+    A ranking is scores by id, best first; one of fewer than `brought` holds all there is. `worth` is what a whole unit of cosine counts
+    beside words, in their unit, where that was measured. Scores are 0-1 for nearly all, and 0.5 in the middle; those of `rrf` are its own.
     """
     if mode == "linear" and dense and sparse:
         scores = _on_one_scale(_added(dense, sparse, dense_weight, brought, worth))
@@ -70,37 +72,37 @@ def fused(
     return [Fused(id_, -negated, *meant.get(id_, (None, None)), *said.get(id_, (None, None))) for negated, id_ in best]
 
 
-def _added(dense: Sequence[Record], sparse: Sequence[Record], dense_weight: float, brought: int, worth: float | None) -> dict[str, float]:
+def _added(meant: Mapping[Id, float], said: Mapping[Id, float], dense_weight: float, brought: int, worth: float | None) -> dict[Id, float]:
     """Cosine and BM25 as they are, one unit of the first being worth so many of the second: a long question has more words to tell by, and
     a ranking whose candidates are all alike tells nothing. Both are lost where each ranking is stretched to the same width."""
-    meant, said = ({record.id: record.score for record in ranking} for ranking in (dense, sparse))
     if worth is None:
-        worth = WORTH_OF_SPREAD / (_spread(list(meant.values())) or 1.0)
+        worth = WORTH_OF_SPREAD / (_spread(meant.values()) or 1.0)
     # Who is missing in a ranking that was cut has at most what its last one has; in a whole one, none of the words.
     least_meant, least_said = min(meant.values()), min(said.values()) if len(said) >= brought else 0.0
     by_meaning, by_words = dense_weight * worth, 1.0 - dense_weight
     return {id_: by_meaning * meant.get(id_, least_meant) + by_words * said.get(id_, least_said) for id_ in {**meant, **said}}
 
 
-def _places(ranking: Sequence[Record]) -> dict[str, tuple[int, float]]:
+def _places(ranking: Mapping[Id, float]) -> dict[Id, tuple[int, float]]:
     """Rank from 1 and score by id."""
-    return {record.id: (rank, record.score) for rank, record in enumerate(ranking, 1)}
+    return {id_: (rank, score) for rank, (id_, score) in enumerate(ranking.items(), 1)}
 
 
-def _by_spread(ranking: Sequence[Record], _: int) -> dict[str, float]:
-    return _on_one_scale({record.id: record.score for record in ranking})
+def _by_spread(ranking: Mapping[Id, float], _: int) -> dict[Id, float]:
+    return _on_one_scale(ranking)
 
 
-def _on_one_scale(scores: dict[str, float]) -> dict[str, float]:
+def _on_one_scale(scores: Mapping[Id, float]) -> dict[Id, float]:
     mean = math.fsum(scores.values()) / (len(scores) or 1)
-    width = 2 * SPREADS * _spread(list(scores.values()))
+    width = 2 * SPREADS * _spread(scores.values())
     if not width:
         return dict.fromkeys(scores, 0.5)
     return {id_: 0.5 + (score - mean) / width for id_, score in scores.items()}
 
 
-def _spread(scores: Sequence[float]) -> float:
+def _spread(values: Iterable[float]) -> float:
     """Standard deviation; 0 where all are the same, or differ by less than a square can hold."""
+    scores = list(values)
     if not scores or min(scores) == max(scores):
         return 0.0
     # By hand: `statistics` reckons in fractions, which takes a fifth of a whole recall and tells apart nothing that counts.
@@ -108,5 +110,5 @@ def _spread(scores: Sequence[float]) -> float:
     return math.sqrt(math.fsum([(score - mean) ** 2 for score in scores]) / (len(scores) - 1))
 
 
-def _by_rank(ranking: Sequence[Record], k: int) -> dict[str, float]:
-    return {record.id: 1.0 / (k + rank) for rank, record in enumerate(ranking, 1)}
+def _by_rank(ranking: Mapping[Id, float], k: int) -> dict[Id, float]:
+    return {id_: 1.0 / (k + rank) for rank, id_ in enumerate(ranking, 1)}

@@ -90,19 +90,29 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One stored thing. `score` is set by a search."""
+    """One stored thing."""
 
     id: str
     payload: Payload
-    score: float = 0.0
+
+
+Ranked = Mapping[int, float]
+"""Scores of points, best first, by the number that a point's id is: of a hundred that are ranked a dozen is read, and writing an id as text
+takes longer than ranking its point."""
+
+
+def written(number: int) -> str:
+    """The id with that number: ids of points are UUIDs."""
+    digits = f"{number:032x}"
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
 @dataclass(frozen=True, slots=True)
 class Fusion:
     """How the dense and the sparse ranking become one."""
 
-    mode: str = "dbsf"
-    """`dbsf` (scores, each normalised by its own spread) or `rrf` (ranks); `linear` (scores as they are) is no store's to do."""
+    mode: str = "linear"
+    """`linear` (scores as they are), `dbsf` (each normalised by its own spread) or `rrf` (ranks)."""
     prefetch: int = 100
     """How many candidates each ranking brings."""
     rrf_k: int = 60
@@ -112,15 +122,11 @@ class Fusion:
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A search by meaning (`dense`), by words (`sparse`) or, with both, by their fusion."""
+    """A ranking by meaning (`near` is a vector) or by words (`near` is sparse)."""
 
     where: Filter
     limit: int
-    dense: Sequence[float] | None = None
-    sparse: Sparse | None = None
-    fusion: Fusion = Fusion()
-    payload: bool = True
-    """Whether hits bring their payload. Of a ranking of a hundred, of which ten are wanted, most of the cost is what they bring."""
+    near: Sequence[float] | Sparse
 
 
 class VectorStore(Protocol):
@@ -166,8 +172,8 @@ class VectorStore(Protocol):
         """How many points match, exactly."""
         ...
 
-    async def search(self, space: Space, query: Query) -> list[Record]:
-        """The best points that match, best first."""
+    async def rank(self, space: Space, query: Query) -> Ranked:
+        """The best points that match."""
         ...
 
     async def check(self) -> None:

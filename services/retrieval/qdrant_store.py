@@ -5,6 +5,7 @@ Every failure to reach the server becomes Unavailable(dependency="qdrant"); the 
 
 import asyncio
 import contextlib
+import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from qdrant_client.http.exceptions import ApiException
 from services.chassis.errors import Unavailable
 from services.retrieval.facts import FACTS, NAME, VALUE, Condition
 from services.retrieval.fingerprint import settle
-from services.retrieval.ports import DOCUMENTS, SPACES, TENANTS_MAX, Filter, Point, Query, Record, Space
+from services.retrieval.ports import DOCUMENTS, SPACES, TENANTS_MAX, Filter, Point, Query, Ranked, Record, Space, Sparse
 from services.retrieval.qdrant_layout import Layout
 
 log = structlog.get_logger(__name__)
@@ -127,27 +128,23 @@ class QdrantStore:
         # A count takes no consistency: it is exact on the replicas that answer.
         return (await self._ask(lambda: self._client.count(self._name(space), count_filter=translated(where), exact=True))).count
 
-    async def search(self, space: Space, query: Query) -> list[Record]:
-        where = translated(query.where)
-        params = self._layout.search_params()
-        nearest: list[dict[str, Any]] = []
-        if query.dense is not None:
-            nearest.append({"query": [float(value) for value in query.dense], "using": "dense", "params": params})
-        if query.sparse is not None:
-            words = models.SparseVector(indices=list(query.sparse.indices), values=list(query.sparse.values))
-            nearest.append({"query": words, "using": "bm25", "params": None})
-        if len(nearest) == 1:
-            (one,) = nearest
-            asked = {"query": one["query"], "using": one["using"], "search_params": one["params"], "query_filter": where}
+    async def rank(self, space: Space, query: Query) -> Ranked:
+        if isinstance(query.near, Sparse):
+            asked: dict[str, Any] = {"query": _words(query.near), "using": "bm25"}
         else:
-            brought = max(query.fusion.prefetch, query.limit)
-            asked = {"prefetch": [models.Prefetch(**one, filter=where, limit=brought) for one in nearest], "query": _fusion(query)}
+            vector = [float(value) for value in query.near]
+            asked = {"query": vector, "using": "dense", "search_params": self._layout.search_params()}
         reply = await self._ask(
             lambda: self._client.query_points(
-                self._name(space), **asked, limit=query.limit, with_payload=query.payload, **self._layout.read()
+                self._name(space),
+                **asked,
+                query_filter=translated(query.where),
+                limit=query.limit,
+                with_payload=False,
+                **self._layout.read(),
             )
         )
-        return [Record(str(point.id), point.payload or {}, float(point.score)) for point in reply.points]
+        return {uuid.UUID(str(point.id)).int: float(point.score) for point in reply.points}
 
     async def check(self) -> None:
         for space in [DOCUMENTS, *self._made.values()]:
@@ -238,10 +235,8 @@ def _of_facts(condition: Condition) -> models.Filter:
     return models.Filter(must_not=[models.Filter(must=parts)]) if condition.negated else models.Filter(must=parts)
 
 
-def _fusion(query: Query) -> Any:
-    if query.fusion.mode == "rrf":
-        return models.RrfQuery(rrf=models.Rrf(k=query.fusion.rrf_k, weights=list(query.fusion.weights)))
-    return models.FusionQuery(fusion=models.Fusion.DBSF)
+def _words(sparse: Sparse) -> models.SparseVector:
+    return models.SparseVector(indices=list(sparse.indices), values=list(sparse.values))
 
 
 def _vectors(point: Point) -> dict[str, Any]:
@@ -249,5 +244,5 @@ def _vectors(point: Point) -> dict[str, Any]:
     if point.dense is not None:
         vectors["dense"] = [float(value) for value in point.dense]
     if point.sparse is not None:
-        vectors["bm25"] = models.SparseVector(indices=list(point.sparse.indices), values=list(point.sparse.values))
+        vectors["bm25"] = _words(point.sparse)
     return vectors

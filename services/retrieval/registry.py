@@ -223,14 +223,14 @@ class Registry:
         """Make every answer that was cached until now unreachable."""
         await self._bump(tenant, collection)
 
-    async def current(self, viewer: Viewer, hits: Sequence[Record]) -> list[tuple[StoredChunk, Document, float]]:
+    async def current(self, viewer: Viewer, hits: Sequence[Record]) -> list[tuple[StoredChunk, Document]]:
         """The hits that belong to the current version of a document that the viewer sees, with it, in the order given."""
         documents = await self.documents(viewer, {hit.payload["document_id"] for hit in hits})
         kept = []
         for hit in hits:
             document = documents.get(hit.payload["document_id"])
             if document is not None and document.revision == hit.payload["revision"]:
-                kept.append((_stored_chunk(hit), document, hit.score))
+                kept.append((_stored_chunk(hit), document))
         return kept
 
     async def prior(self, tenant: str, document_id: str) -> Document | None:

@@ -17,7 +17,7 @@ from services.retrieval.encoding_spaces import Encoding, Encodings
 from services.retrieval.facts import Condition
 from services.retrieval.fusion import Fused, familiarity, fused
 from services.retrieval.near_duplicates import distinct
-from services.retrieval.ports import Fusion, Query, Record, Reranker, Space, Sparse, VectorStore
+from services.retrieval.ports import Filter, Fusion, Query, Ranked, Reranker, Space, Sparse, VectorStore, written
 from services.retrieval.registry import Registry
 
 log = structlog.get_logger(__name__)
@@ -49,7 +49,7 @@ class Hit:
     passage: Passage
     stored: StoredChunk
     document: Document
-    fused: Fused
+    fused: Fused[int]
     dense_weight: float
     rerank_score: float | None = None
 
@@ -60,17 +60,25 @@ class ByWords:
 
     sparse: Sparse | None
     """None = no word to search by."""
-    ranking: list[Record]
-    """Without payload."""
+    ranking: Ranked
     brought: int
     """How many the ranking was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sought:
+    """A question in a store's terms: where, and by meaning, by words, or by both."""
+
+    where: Filter
+    dense: Sequence[float] | None
+    sparse: Sparse | None
 
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
     """What a question found, best first."""
 
-    candidates: list[Fused]
+    candidates: list[Fused[int]]
     is_cut: bool
     """Whether the rankings it is from may have more than they brought."""
 
@@ -150,8 +158,8 @@ class Searcher:
         await asyncio.sleep(HEAD_START_S)
         sparse = self._sparse(text, encoding)
         brought = max(self._fusion.prefetch, self._looked_at(limit))
-        query = Query(reach.where(document_ids=document_ids, facts=facts), brought, sparse=sparse, payload=False)
-        return ByWords(sparse, await self._leg(encoding.chunks, query), brought)
+        where = reach.where(document_ids=document_ids, facts=facts)
+        return ByWords(sparse, await self._leg(encoding.chunks, where, brought, sparse), brought)
 
     async def asked(
         self,
@@ -204,24 +212,24 @@ class Searcher:
         """As `passages`, with what each came from; of these documents (empty = of all) and of such metadata alone."""
         where = reach.where(document_ids=document_ids, facts=facts)
         sparse = by_words.sparse if by_words else None if mode is SearchMode.DENSE else self._sparse(text, encoding)
-        query = Query(where, self._looked_at(limit), dense=None if mode is SearchMode.SPARSE else dense, sparse=sparse)
-        weight = (
-            self._dense_weight(encoding, text) if query.dense is not None and query.sparse is not None else float(query.dense is not None)
-        )
-        ranking = await self._ranked(encoding, query, weight, by_words)
-        hits, stale = await self._found(reach, encoding.chunks, ranking.candidates[: query.limit], weight)
+        sought = Sought(where, None if mode is SearchMode.SPARSE else dense, sparse)
+        is_hybrid = sought.dense is not None and sought.sparse is not None
+        weight = self._dense_weight(encoding, text) if is_hybrid else float(sought.dense is not None)
+        looked_at = self._looked_at(limit)
+        ranking = await self._ranked(encoding, sought, looked_at, weight, by_words)
+        hits, stale = await self._found(reach, encoding.chunks, ranking.candidates[:looked_at], weight)
         hits = await self._reranked(text, hits)
         kept = distinct([hit.passage.text for hit in hits], limit)
-        deep = query.limit * REFILL_FACTOR
-        if len(kept) < limit and not stale and query.limit < len(ranking.candidates):
+        deep = looked_at * REFILL_FACTOR
+        if len(kept) < limit and not stale and looked_at < len(ranking.candidates):
             # Much says the same: look further down.
-            further, stale = await self._found(reach, encoding.chunks, ranking.candidates[query.limit : deep], weight)
+            further, stale = await self._found(reach, encoding.chunks, ranking.candidates[looked_at:deep], weight)
             hits = [hits[place] for place in kept] + further
             kept = distinct([hit.passage.text for hit in hits], limit)
         if len(kept) < limit and (stale or (ranking.is_cut and len(ranking.candidates) < deep)):
             # A document is being replaced this very moment, so that chunks of two versions compete, or more has to be brought: rank once
             # again.
-            ranking = await self._ranked(encoding, replace(query, limit=deep), weight, None)
+            ranking = await self._ranked(encoding, sought, deep, weight, None)
             hits, _ = await self._found(reach, encoding.chunks, ranking.candidates, weight)
             hits = await self._reranked(text, hits)
             kept = distinct([hit.passage.text for hit in hits], limit)
@@ -236,23 +244,23 @@ class Searcher:
         """Candidates that are looked at for `limit` hits."""
         return limit + SPARE if self._reranking is None else max(limit + SPARE, self._reranking.candidates)
 
-    async def _found(self, reach: Reach, space: Space, candidates: Sequence[Fused], weight: float) -> tuple[list[Hit], bool]:
+    async def _found(self, reach: Reach, space: Space, candidates: Sequence[Fused[int]], weight: float) -> tuple[list[Hit], bool]:
         """What the candidates are, in their order, and whether some of them are no longer there, or no longer current."""
+        by_id = {written(candidate.id): candidate for candidate in candidates}
         # What was removed since the ranking is missing here, as if it had been replaced.
-        records = await self._store.get(space, reach.viewer.tenant, [candidate.id for candidate in candidates])
-        by_id = {candidate.id: candidate for candidate in candidates if candidate.id in records}
-        current = await self._registry.current(reach.viewer, [replace(records[id_], score=one.score) for id_, one in by_id.items()])
+        records = await self._store.get(space, reach.viewer.tenant, list(by_id))
+        current = await self._registry.current(reach.viewer, [records[id_] for id_ in by_id if id_ in records])
         meaning, words = self._fusion.weights
         is_known = weight >= KNOWN_SHARE * meaning / ((meaning + words) or 1.0)
         hits = [
             Hit(
-                _passage(stored, document, score, by_id[stored.chunk_id].dense_score if is_known else None),
+                _passage(stored, document, by_id[stored.chunk_id], is_known=is_known),
                 stored,
                 document,
                 by_id[stored.chunk_id],
                 weight,
             )
-            for stored, document, score in current
+            for stored, document in current
         ]
         return hits, len(hits) < len(candidates)
 
@@ -271,27 +279,26 @@ class Searcher:
         ranked = sorted(zip(judged, scores, strict=True), key=lambda pair: -pair[1])
         return [replace(hit, rerank_score=score) for hit, score in ranked] + others
 
-    async def _ranked(self, encoding: Encoding, query: Query, dense_weight: float, by_words: ByWords | None) -> Ranking:
-        """The best candidates, several times as many as are wanted. Of a ranking asked alone they keep their own scores."""
-        most = query.limit * REFILL_FACTOR
-        alone = query.dense is None or query.sparse is None
-        brought = most if alone else max(self._fusion.prefetch, query.limit)
-        by_meaning = replace(query, sparse=None, limit=brought, payload=False)
+    async def _ranked(self, encoding: Encoding, sought: Sought, limit: int, dense_weight: float, by_words: ByWords | None) -> Ranking:
+        """The best candidates, several times the `limit`. Of a ranking asked alone they keep their own scores."""
+        most = limit * REFILL_FACTOR
+        alone = sought.dense is None or sought.sparse is None
+        brought = most if alone else max(self._fusion.prefetch, limit)
         if by_words is not None and not alone and by_words.brought == brought:
-            dense, sparse = await self._leg(encoding.chunks, by_meaning), by_words.ranking
+            dense, sparse = await self._leg(encoding.chunks, sought.where, brought, sought.dense), by_words.ranking
         else:
             dense, sparse = await asyncio.gather(
-                self._leg(encoding.chunks, by_meaning),
-                self._leg(encoding.chunks, replace(query, dense=None, limit=brought, payload=False)),
+                self._leg(encoding.chunks, sought.where, brought, sought.dense),
+                self._leg(encoding.chunks, sought.where, brought, sought.sparse),
             )
         best = fused(dense, sparse, dense_weight, self._fusion.mode, self._fusion.rrf_k, brought=brought, worth=_worth(encoding), most=most)
         if alone:
-            own = {record.id: record.score for record in (*dense, *sparse)}
+            own = {**dense, **sparse}
             best = [replace(candidate, score=own[candidate.id]) for candidate in best]
         return Ranking(best, max(len(dense), len(sparse)) >= brought)
 
-    async def _leg(self, space: Space, query: Query) -> list[Record]:
-        return [] if query.dense is None and query.sparse is None else await self._store.search(space, query)
+    async def _leg(self, space: Space, where: Filter, limit: int, near: Sequence[float] | Sparse | None) -> Ranked:
+        return {} if near is None else await self._store.rank(space, Query(where, limit, near))
 
     def _dense_weight(self, encoding: Encoding, text: str) -> float:
         """Share of meaning, 0-1: as set, and less where the embedder's vocabulary does not know the question's language."""
@@ -307,7 +314,7 @@ def _worth(encoding: Encoding) -> float | None:
     return MINILM_WORTH if encoding.embedder_id.startswith(MINILM) else None
 
 
-def _passage(stored: StoredChunk, document: Document, score: float, similarity: float | None) -> Passage:
+def _passage(stored: StoredChunk, document: Document, candidate: Fused[int], *, is_known: bool) -> Passage:
     """Without its number, which those that are chosen get."""
     chunk = stored.chunk
     return Passage(
@@ -319,10 +326,10 @@ def _passage(stored: StoredChunk, document: Document, score: float, similarity: 
         text=chunk.text,
         start=chunk.start,
         end=chunk.end,
-        score=score,
+        score=candidate.score,
         heading_path=chunk.heading_path,
         document_version=document.version,
         page=chunk.page,
         flags=chunk.flags,
-        similarity=similarity,
+        similarity=candidate.dense_score if is_known else None,
     )

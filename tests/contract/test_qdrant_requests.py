@@ -135,8 +135,8 @@ async def exercise(store: QdrantStore) -> None:
     await store.get(CHUNKS, "acme", [ID])
     await store.find(CHUNKS, Filter("acme"), limit=1)
     await store.count(CHUNKS, Filter("acme"))
-    await store.search(CHUNKS, Query(Filter("acme"), 3, dense=dense, sparse=sparse))
-    await store.search(CHUNKS, Query(Filter("acme"), 3, dense=dense))
+    await store.rank(CHUNKS, Query(Filter("acme"), 3, sparse))
+    await store.rank(CHUNKS, Query(Filter("acme"), 3, dense))
     await store.tenants(DOCUMENTS)
 
 
@@ -196,14 +196,14 @@ async def test_writes_wait_and_are_ordered_and_reads_agree(opened: Opened) -> No
 
 
 async def test_a_quantized_first_look_is_scored_again(opened: Opened) -> None:
-    """In the dense leg, alone or fused; without quantization nothing is said."""
+    """By meaning alone; without quantization nothing is said."""
     node, store = opened(CLUSTER)
     await store.prepare()
     await exercise(store)
-    fused, alone = node.of("Query")
-    (dense,) = [leg for leg in fused.prefetch if leg.using == "dense"]
+    words, meaning = node.of("Query")
 
-    assert dense.params.quantization.rescore and alone.params.quantization.rescore
+    assert ("bm25", "dense") == (words.using, meaning.using)
+    assert meaning.params.quantization.rescore and not words.HasField("params")
     plain_node, plain = node, QdrantStore(store._client, 384, FINGERPRINT, layout=Layout())
     plain_node.sent.clear()
     await plain.prepare()

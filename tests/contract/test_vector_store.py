@@ -21,7 +21,7 @@ from services.retrieval.edge_store import EdgeStore
 from services.retrieval.facts import Condition
 from services.retrieval.facts import payload as payload_of
 from services.retrieval.fingerprint import settle
-from services.retrieval.ports import ANSWERS, CHUNKS, DOCUMENTS, SPACES, Filter, Fusion, Point, Query, VectorStore
+from services.retrieval.ports import ANSWERS, CHUNKS, DOCUMENTS, SPACES, Filter, Point, Query, Space, VectorStore, written
 from services.retrieval.qdrant_store import QdrantStore
 
 DIMENSION = 4
@@ -74,6 +74,11 @@ def chunk(name: str, tenant: str = "acme", *, angle: float = 0.0, text: str = ""
     return Point(stable_id(name), payload, direction(angle), SPARSE.document(text))
 
 
+async def ranked(store: VectorStore, space: Space, query: Query) -> list[str]:
+    """Ids, best first."""
+    return [written(number) for number in await store.rank(space, query)]
+
+
 async def test_what_is_written_is_found_by_id_and_by_field(store: VectorStore) -> None:
     """Payloads come back as they went in, nested values and large integers too."""
     moment = 1_795_476_077_660_595
@@ -90,12 +95,8 @@ async def test_nothing_of_another_tenant_is_read_or_removed(store: VectorStore) 
     await store.upsert(CHUNKS, [chunk("mine", "acme", text="shared words"), chunk("theirs", "rival", text="shared words")])
     theirs, mine = stable_id("theirs"), stable_id("mine")
 
-    for query in (
-        Query(Filter("acme"), 9, dense=direction(0)),
-        Query(Filter("acme"), 9, sparse=SPARSE.query("shared words")),
-        Query(Filter("acme"), 9, dense=direction(0), sparse=SPARSE.query("shared words")),
-    ):
-        assert [mine] == [hit.id for hit in await store.search(CHUNKS, query)]
+    for near in (direction(0), SPARSE.query("shared words")):
+        assert [mine] == await ranked(store, CHUNKS, Query(Filter("acme"), 9, near))
     assert [mine] == [record.id for record in await store.find(CHUNKS, Filter("acme"), limit=9)]
     assert await store.count(CHUNKS, Filter("acme")) == 1
     assert await store.get(CHUNKS, "acme", [theirs]) == {}
@@ -110,7 +111,7 @@ async def test_a_tenant_that_looks_alike_is_another_one(store: VectorStore, tena
     """Tenants are compared exactly: no case, no trimming, no look-alike letters, no wildcard."""
     await store.upsert(CHUNKS, [chunk("mine", "acme", text="words")])
 
-    assert await store.search(CHUNKS, Query(Filter(tenant), 9, dense=direction(0))) == []
+    assert await ranked(store, CHUNKS, Query(Filter(tenant), 9, direction(0))) == []
     assert await store.count(CHUNKS, Filter(tenant)) == 0
 
 
@@ -128,7 +129,7 @@ async def test_without_the_tenant_condition_the_tests_above_would_see_foreign_po
         monkeypatch.setattr(module, "translated", without_tenant)
     await store.upsert(CHUNKS, [chunk("theirs", "rival")])
 
-    assert [stable_id("theirs")] == [hit.id for hit in await store.search(CHUNKS, Query(Filter("acme"), 9, dense=direction(0)))]
+    assert [stable_id("theirs")] == await ranked(store, CHUNKS, Query(Filter("acme"), 9, direction(0)))
 
 
 async def test_filters_mean_the_same_everywhere(store: VectorStore) -> None:
@@ -147,7 +148,7 @@ async def test_filters_mean_the_same_everywhere(store: VectorStore) -> None:
 
 
 async def test_conditions_on_metadata_hold_in_searches_of_every_kind(store: VectorStore) -> None:
-    """By meaning, by words, and fused, and in counting, finding and deleting; two fields of one document are never mixed up."""
+    """By meaning, by words, and in counting, finding and deleting; two fields of one document are never mixed up."""
     facts: dict[str, dict[str, Any]] = {
         "old": {"year": 1999.0, "size": 10.0, "kind": "report", "on": "1999-05-01"},
         "new": {"year": 2024.0, "size": 1.0, "kind": "report", "on": "2024-05-01T12:00:00+02:00"},
@@ -159,9 +160,8 @@ async def test_conditions_on_metadata_hold_in_searches_of_every_kind(store: Vect
 
     async def seen(*conditions: Condition) -> set[str]:
         where = Filter("acme", facts=conditions)
-        dense, sparse = direction(0), SPARSE.query("zebra")
-        queries = [Query(where, 9, dense=dense), Query(where, 9, sparse=sparse), Query(where, 9, dense=dense, sparse=sparse)]
-        found = [{names[hit.id] for hit in await store.search(CHUNKS, query)} for query in queries]
+        queries = [Query(where, 9, direction(0)), Query(where, 9, SPARSE.query("zebra"))]
+        found = [{names[id_] for id_ in await ranked(store, CHUNKS, query)} for query in queries]
         found.append({names[record.id] for record in await store.find(CHUNKS, where, limit=9)})
         assert all(one == found[0] for one in found)
         assert len(found[0]) == await store.count(CHUNKS, where)
@@ -189,23 +189,21 @@ async def test_found_points_come_in_the_order_asked_for(store: VectorStore) -> N
     assert [record.payload["ordinal"] for record in descending] == [4, 3, 2]
 
 
-@pytest.mark.parametrize("mode", ["dbsf", "rrf"])
-async def test_a_hybrid_search_finds_what_either_ranking_finds(store: VectorStore, mode: str) -> None:
-    """The point that is good in both wins; points known to one ranking alone are found, too."""
+async def test_a_ranking_by_words_knows_no_meaning_and_the_other_no_words(store: VectorStore) -> None:
+    """Best first, and by words only what has one of them."""
     await store.upsert(
         CHUNKS,
         [
-            chunk("both", angle=0.1, text="zebra crossing"),
             chunk("meaning", angle=0.05, text="unrelated"),
-            chunk("words", angle=1.5, text="zebra zebra"),
-            chunk("neither", angle=1.5, text="other"),
+            chunk("both", angle=0.1, text="zebra crossing"),
+            chunk("words", angle=1.5, text="zebra"),
         ],
     )
-    query = Query(Filter("acme"), 3, dense=direction(0), sparse=SPARSE.query("zebra crossing"), fusion=Fusion(mode, prefetch=10))
 
-    found = [hit.id for hit in await store.search(CHUNKS, query)]
-    assert stable_id("both") == found[0]
-    assert {stable_id("meaning"), stable_id("words")} >= set(found[1:2])
+    by_meaning = await ranked(store, CHUNKS, Query(Filter("acme"), 2, direction(0)))
+    by_words = await ranked(store, CHUNKS, Query(Filter("acme"), 9, SPARSE.query("zebra crossing")))
+    assert [stable_id("meaning"), stable_id("both")] == by_meaning
+    assert [stable_id("both"), stable_id("words")] == by_words
 
 
 async def test_similarity_is_the_cosine(store: VectorStore) -> None:
@@ -214,9 +212,9 @@ async def test_similarity_is_the_cosine(store: VectorStore) -> None:
         ANSWERS, [Point(stable_id(str(angle)), {"tenant": "acme", "angle": angle}, direction(angle)) for angle in (0.0, 0.5, 1.0)]
     )
 
-    hits = await store.search(ANSWERS, Query(Filter("acme"), 9, dense=direction(0.1)))
-    assert [hit.payload["angle"] for hit in hits] == [0.0, 0.5, 1.0]
-    assert [math.cos(0.1), math.cos(0.4), math.cos(0.9)] == pytest.approx([hit.score for hit in hits], abs=1e-5)
+    scores = await store.rank(ANSWERS, Query(Filter("acme"), 9, direction(0.1)))
+    assert [stable_id(str(angle)) for angle in (0.0, 0.5, 1.0)] == [written(number) for number in scores]
+    assert [math.cos(0.1), math.cos(0.4), math.cos(0.9)] == pytest.approx(list(scores.values()), abs=1e-5)
 
 
 async def test_writing_again_replaces(store: VectorStore) -> None:
@@ -264,7 +262,7 @@ async def test_a_space_made_later_has_its_own_dimension(store: VectorStore) -> N
         await store.ensure(later)
     await store.upsert(later, [Point(stable_id("x"), {"tenant": "acme"}, [0.6, 0.8], SPARSE.document("words"))])
 
-    assert [stable_id("x")] == [hit.id for hit in await store.search(later, Query(Filter("acme"), 9, dense=[0.6, 0.8]))]
+    assert [stable_id("x")] == await ranked(store, later, Query(Filter("acme"), 9, [0.6, 0.8]))
     assert 0 == await store.count(CHUNKS, Filter("acme"))
     await store.delete(later, Filter("acme"))
 
@@ -310,10 +308,11 @@ async def test_without_a_condition_what_it_keeps_out_comes_in(store: VectorStore
     where = Filter("acme", readers=("user:ann",))
 
     async def seen() -> set[str]:
-        found = [*await store.find(CHUNKS, where, limit=10)]
-        for query in (Query(where, 10, dense=[1.0, 0, 0, 0]), Query(where, 10, sparse=SPARSE.query("reef"))):
-            found += await store.search(CHUNKS, query)
-        return {record.payload["text"] for record in found}
+        names = {point.id: point.payload["text"] for point in points}
+        found = [record.id for record in await store.find(CHUNKS, where, limit=10)]
+        for near in ([1.0, 0, 0, 0], SPARSE.query("reef")):
+            found += await ranked(store, CHUNKS, Query(where, 10, near))
+        return {names[id_] for id_ in found}
 
     assert {"own"} == await seen()
     assert {"own", "limited"} == {record.payload["text"] for record in await store.find(CHUNKS, Filter("acme"), limit=10)}

@@ -16,7 +16,7 @@ from services.retrieval.edge_bm25 import EdgeBm25
 from services.retrieval.edge_building import build
 from services.retrieval.edge_rebuilding import Rebuilding
 from services.retrieval.edge_store import EdgeStore, StoreBusy
-from services.retrieval.ports import CHUNKS, Filter, Point, Query
+from services.retrieval.ports import CHUNKS, Filter, Point, Query, written
 
 DIMENSION = 384
 SPARSE = EdgeBm25("english")
@@ -59,9 +59,9 @@ async def test_a_built_shard_answers_as_the_one_before(store: EdgeStore, tmp_pat
     for begin in range(0, len(points), 250):
         await store.upsert(CHUNKS, points[begin : begin + 250])
     some = Filter("acme", any_of={"document_id": ("d1", "d4")})
-    queries = [Query(where, 20, dense=vector()) for where in (ACME, some) for _ in range(5)]
-    queries += [Query(where, 20, sparse=SPARSE.query("a heron's ferry 17")) for where in (ACME, some)]
-    before = [await store.search(CHUNKS, query) for query in queries]
+    queries = [Query(where, 20, vector()) for where in (ACME, some) for _ in range(5)]
+    queries += [Query(where, 20, SPARSE.query("a heron's ferry 17")) for where in (ACME, some)]
+    before = [await store.rank(CHUNKS, query) for query in queries]
 
     assert 1 == await Rebuilding(store, points_min=2000).once()
     assert (0, 2000) == store.unbuilt()["chunks"]
@@ -71,10 +71,10 @@ async def test_a_built_shard_answers_as_the_one_before(store: EdgeStore, tmp_pat
     again = EdgeStore.open(tmp_path / "qdrant", DIMENSION)
     try:
         for query, expected in zip(queries, before, strict=True):
-            found = await again.search(CHUNKS, query)
-            assert [pytest.approx(hit.score, abs=1e-5) for hit in expected] == [hit.score for hit in found]
-            assert {hit.id for hit in expected if hit.score > expected[-1].score} <= {hit.id for hit in found}
-            assert all(hit.payload["tenant"] == "acme" for hit in found)
+            found = await again.rank(CHUNKS, query)
+            assert [pytest.approx(score, abs=1e-5) for score in expected.values()] == list(found.values())
+            assert {number for number, score in expected.items() if score > min(expected.values())} <= found.keys()
+            assert len(found) == len(await again.get(CHUNKS, "acme", [written(number) for number in found]))
         assert (0, 2000) == again.unbuilt()["chunks"]
     finally:
         again.close()
@@ -95,9 +95,9 @@ async def test_what_is_written_meanwhile_is_there_afterwards(store: EdgeStore) -
 
     expected = {"stays": "otter", "changes": "newt", "new": "heron", "returns": "ferry"}
     assert {stable_id(name): text for name, text in expected.items()} == await texts(store)
-    (hit, *_) = await store.search(CHUNKS, Query(ACME, 9, sparse=SPARSE.query("heron")))
-    assert stable_id("new") == hit.id
-    assert len(expected) == len(await store.search(CHUNKS, Query(ACME, 9, dense=vector())))
+    (best, *_) = await store.rank(CHUNKS, Query(ACME, 9, SPARSE.query("heron")))
+    assert stable_id("new") == written(best)
+    assert len(expected) == len(await store.rank(CHUNKS, Query(ACME, 9, vector())))
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
@@ -127,8 +127,8 @@ async def test_a_process_that_is_killed_after_a_rebuild_loses_nothing(store: Edg
         assert dict.fromkeys(ids, "otter") == {
             id_: record.payload["text"] for id_, record in (await again.get(CHUNKS, "acme", ids)).items()
         }
-        found = await again.search(CHUNKS, Query(ACME, len(ids), dense=vector()))
-        assert set(ids) == {hit.id for hit in found}
+        found = await again.rank(CHUNKS, Query(ACME, len(ids), vector()))
+        assert set(ids) == {written(number) for number in found}
     finally:
         again.close()
 
@@ -148,7 +148,7 @@ async def test_writes_wait_for_the_copy_and_questions_do_not(store: EdgeStore, m
     assert await asyncio.to_thread(begun.wait, 10)
     writing = asyncio.create_task(store.upsert(CHUNKS, [point("new")]))
     await asyncio.sleep(0)  # it has had its turn
-    assert 1 == len(await store.search(CHUNKS, Query(ACME, 9, dense=vector())))
+    assert 1 == len(await store.rank(CHUNKS, Query(ACME, 9, vector())))
     assert not writing.done()
 
     go_on.set()

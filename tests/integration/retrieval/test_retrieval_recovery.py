@@ -15,7 +15,7 @@ from services.retrieval.access import everything_of
 from services.retrieval.domain import Chunk, Document, document_id
 from services.retrieval.edge_bm25 import EdgeBm25
 from services.retrieval.edge_store import EdgeStore, StoreBusy
-from services.retrieval.ports import ANSWERS, CHUNKS, DOCUMENTS, SYSTEM_TENANT, Filter, Point, Query
+from services.retrieval.ports import ANSWERS, CHUNKS, DOCUMENTS, SYSTEM_TENANT, Filter, Point, Query, written
 from services.retrieval.registry import Registry
 
 TENANT = "acme"
@@ -85,8 +85,9 @@ def draft(text: str) -> tuple[Document, list[Chunk], Any, list[Any]]:
 
 async def visible(store: EdgeStore, registry: Registry) -> list[str]:
     """Texts a search finds, in reading order."""
-    hits = await store.search(CHUNKS, Query(Filter(TENANT), 99, dense=[1.0, 0.0]))
-    return sorted(stored.chunk.text for stored, _, _ in await registry.current(everything_of(TENANT), hits))
+    ranked = await store.rank(CHUNKS, Query(Filter(TENANT), 99, [1.0, 0.0]))
+    records = await store.get(CHUNKS, TENANT, [written(number) for number in ranked])
+    return sorted(stored.chunk.text for stored, _ in await registry.current(everything_of(TENANT), list(records.values())))
 
 
 def texts(name: str) -> list[str]:

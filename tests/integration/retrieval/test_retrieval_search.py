@@ -56,7 +56,9 @@ async def test_meaning_counts_for_nothing_in_a_script_the_embedder_cannot_read(r
     assert not best.hit.HasField("similarity")
 
 
-async def test_hits_come_together_for_those_who_asked_for_that(retrieval: Retrieval, ann: Principal, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_hits_come_together_for_those_who_asked_for_that(
+    retrieval: Retrieval, ann: Principal, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same hits in the same order: one a message, all in one, or as many as a message may hold."""
     await retrieval.ingest(ann, {f"{name}.md": f"# {name}\n\nThe {name} lives at the river." for name in ("otter", "heron", "newt", "eel")})
 

@@ -3,11 +3,10 @@
 import pytest
 
 from services.retrieval.fusion import familiarity, fused
-from services.retrieval.ports import Record
 
 
-def ranking(**scores: float) -> list[Record]:
-    return [Record(name, {}, score) for name, score in scores.items()]
+def ranking(**scores: float) -> dict[str, float]:
+    return scores
 
 
 @pytest.mark.parametrize("mode", ["linear", "dbsf", "rrf"])
@@ -56,12 +55,12 @@ def test_the_order_of_an_embedder_nobody_has_measured_follows_its_own_spread() -
 
 def test_rankings_of_one_or_of_equals_do_not_divide_by_nothing() -> None:
     """No spread says nothing; ties go by id, whatever order they came in."""
-    assert ["a", "b"] == [hit.id for hit in fused(ranking(b=1.0, a=1.0), [], 0.5)]
-    assert ["a"] == [hit.id for hit in fused([], ranking(a=1.0), 0.5)]
-    assert [] == fused([], [], 0.5)
+    assert ["a", "b"] == [hit.id for hit in fused(ranking(b=1.0, a=1.0), {}, 0.5)]
+    assert ["a"] == [hit.id for hit in fused({}, ranking(a=1.0), 0.5)]
+    assert [] == fused({}, {}, 0.5)
     # The mean of three times 0.1 is not 0.1 in binary: that must not pass for a spread.
-    assert [0.25] * 3 == [hit.score for hit in fused(ranking(a=0.1, b=0.1, c=0.1), [], 0.5)]
-    assert [0.25] * 2 == [hit.score for hit in fused(ranking(a=0.0, b=5e-324), [], 0.5)]
+    assert [0.25] * 3 == [hit.score for hit in fused(ranking(a=0.1, b=0.1, c=0.1), {}, 0.5)]
+    assert [0.25] * 2 == [hit.score for hit in fused(ranking(a=0.0, b=5e-324), {}, 0.5)]
 
 
 @pytest.mark.parametrize("mode", ["linear", "dbsf", "rrf"])
@@ -71,7 +70,7 @@ def test_the_best_few_are_the_first_of_all(mode: str) -> None:
     sparse = ranking(both=5.0, **{f"d{number % 7}{number}": float(30 - number) for number in range(20, 30)}, a=1.0, b=1.0)
     every = fused(dense, sparse, 0.4, mode)
 
-    assert len({*(record.id for record in dense), *(record.id for record in sparse)}) == len(every)
+    assert len({**dense, **sparse}) == len(every)
     assert every[:12] == fused(dense, sparse, 0.4, mode, most=12)
     assert sorted(every, key=lambda hit: (-hit.score, hit.id)) == every
 

@@ -58,6 +58,7 @@ PAUSE_S = 0.05
 WORKER_MIB, FILE_S = 512.0, 30.0
 LOOK_S = 0.01
 WORD = re.compile(r"[^\W_]{2}")
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 """A file without two letters or digits in a row has no sentence to be found by; it has to be taken in, and is named."""
 
 MUST_FAIL = {"needs a password", "image only, needs OCR", "zero bytes", "only whitespace", "empty workbook", "archive"}
@@ -345,20 +346,34 @@ async def beside(run: Run) -> list[Outcome]:
 
 @contextlib.asynccontextmanager
 async def _among(run: Run, count: int) -> AsyncIterator[Service]:
-    """A service with `count` chunks of real words and vectors of no meaning in the collection `many`."""
-    corpus = list(_lines(run.data / "retrieval" / "scifact" / "corpus.jsonl.gz"))
-    texts = itertools.cycle(row["text"][:900] for row in corpus)
+    """A service with `count` different chunks of real words in the collection `many`.
+
+    Embedding so many would take half an hour: their vectors are sums of one random vector a word, so that what shares words is near, as it
+    is with real ones. Among random vectors nothing is near, and copies of a text have to be told apart: both would be slower than life.
+    """
+    texts = _stretches([row["text"] for row in _lines(run.data / "retrieval" / "scifact" / "corpus.jsonl.gz")])
     chance = np.random.default_rng(int(run.seed, 16))
+    of_words: defaultdict[str, np.ndarray[Any, Any]] = defaultdict(lambda: chance.standard_normal(DIMENSION).astype(np.float32))
     async with scratch() as state:
         async with filling(state) as fill:
             for begin in range(0, count, CHUNKS_PER_DOCUMENT):
                 some = list(itertools.islice(texts, min(CHUNKS_PER_DOCUMENT, count - begin)))
-                vectors = chance.standard_normal((len(some), DIMENSION)).astype(np.float32)
+                assert some, "there are not so many stretches of text"
+                vectors = np.stack([np.sum([of_words[word] for word in {*text.casefold().split()}], axis=0) for text in some])
                 vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
                 chunks = [Chunk(place, text, place * 1000, place * 1000 + len(text)) for place, text in enumerate(some)]
                 await fill.add("many", f"part {begin}", chunks, vectors)
         async with serving(state) as service:
             yield service
+
+
+def _stretches(texts: Sequence[str]) -> Iterator[str]:
+    """All stretches of four sentences, then of three, then of two: each begins or ends elsewhere."""
+    sentences = [SENTENCE_END.split(text) for text in texts]
+    for count in (4, 3, 2):
+        for of_text in sentences:
+            for begin in range(len(of_text) - count + 1):
+                yield " ".join(of_text[begin : begin + count])[:900]
 
 
 async def _spread(service: Service, questions: list[str], callers: int) -> list[float]:

@@ -136,8 +136,8 @@ def _errors_become_statuses() -> Iterator[list[DomainError]]:
         yield failure
     except DomainError as error:
         failure.append(error.bare())
-    except asyncio.CancelledError:
-        if (task := asyncio.current_task()) and task.cancelling():
+    except asyncio.CancelledError as error:
+        if _caller_left(error):
             raise
         # Nobody cancelled the call: something inside was cancelled and let it out. Unreported, the call would stay open for ever.
         log.exception("rpc_failed_unexpectedly", error="CancelledError")
@@ -145,18 +145,25 @@ def _errors_become_statuses() -> Iterator[list[DomainError]]:
     except (grpc.aio.AbortError, grpc.aio.UsageError):
         raise
     except Exception as error:
-        if type(error).__name__ == "ExecuteBatchError":  # the client went away while we were writing; not ours to report
+        if _caller_left(error):  # while we were writing; not ours to report
             raise asyncio.CancelledError from error
         trace_id = telemetry.current_trace_id()
         log.exception("rpc_failed_unexpectedly", error=type(error).__name__)
         failure.append(unexpected(trace_id))
 
 
+def _caller_left(error: BaseException) -> bool:
+    """Whether the call ended because its caller has what it wanted, or is gone. A handler is told so in either of two ways."""
+    if isinstance(error, asyncio.CancelledError):
+        return bool((task := asyncio.current_task()) and task.cancelling())
+    return type(error).__name__ == "ExecuteBatchError"
+
+
 @contextlib.contextmanager
 def _server_span(method: str, context: grpc.aio.ServicerContext) -> Iterator[None]:
     attributes = {telemetry.RPC_SYSTEM: "grpc", telemetry.RPC_METHOD: method}
     parent = telemetry.incoming(context.invocation_metadata() or ())
-    with telemetry.span(method, kind=SpanKind.SERVER, parent=parent, **attributes):
+    with telemetry.span(method, kind=SpanKind.SERVER, parent=parent, left=_caller_left, **attributes):
         yield
 
 

@@ -163,16 +163,29 @@ def incoming(metadata: Iterable[tuple[str, str | bytes]] | Mapping[str, str]) ->
 
 
 @contextlib.contextmanager
-def span(name: str, *, kind: SpanKind = SpanKind.INTERNAL, parent: Context | None = None, **attributes: Any) -> Iterator[Span]:
-    """Run the block inside a span. An exception marks it failed by its class's name, never by its text; cancellation marks it cancelled."""
+def span(
+    name: str,
+    *,
+    kind: SpanKind = SpanKind.INTERNAL,
+    parent: Context | None = None,
+    left: Callable[[BaseException], bool] = lambda _: False,
+    **attributes: Any,
+) -> Iterator[Span]:
+    """Run the block inside a span. An exception marks it failed by its class's name, never by its text.
+
+    One of which `left` says that it means no more than that the caller went marks it cancelled, which is no failure.
+    """
     with _tracer.start_as_current_span(
         name, context=parent, kind=kind, attributes=attributes or None, record_exception=False, set_status_on_exception=False
     ) as running:
         try:
             yield running
         except BaseException as error:
-            running.set_attribute(ERROR_TYPE, getattr(error, "reason", "") or type(error).__name__)
-            running.set_status(Status(StatusCode.ERROR))
+            if left(error):
+                running.set_attribute(RPC_STATUS, "CANCELLED")
+            else:
+                running.set_attribute(ERROR_TYPE, getattr(error, "reason", "") or type(error).__name__)
+                running.set_status(Status(StatusCode.ERROR))
             raise
 
 

@@ -202,7 +202,7 @@ class Edge:
         # Unknown paths share one name, so that no stranger decides how many names there are.
         name = route.path if route else "/" if failure is None else "unknown"
         method_name = method if method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE") else "other"
-        attributes = {telemetry.HTTP_METHOD: method_name, telemetry.HTTP_ROUTE: name}
+        attributes: dict[str, Any] = {telemetry.HTTP_METHOD: method_name, telemetry.HTTP_ROUTE: name}
         parent = telemetry.incoming(headers)
         self._hop.in_flight += 1
         exchange: Exchange | None = None

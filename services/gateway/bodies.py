@@ -383,19 +383,22 @@ class BudgetBody(Body, frozen=True, kw_only=True):
 
 
 class PriceBody(Body, frozen=True, kw_only=True):
-    """A new version of a model's price, in US dollars per million tokens."""
+    """A new version of a model's price, in US dollars per million tokens. Cached tokens cost what others of the prompt do unless it says
+    otherwise: what is not known is never free."""
 
     provider: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
     model: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
     input_usd_per_mtok: Usd
     output_usd_per_mtok: Usd
-    cache_read_usd_per_mtok: Usd = "0"
-    cache_write_5m_usd_per_mtok: Usd = "0"
-    cache_write_1h_usd_per_mtok: Usd = "0"
+    cache_read_usd_per_mtok: Usd = ""
+    cache_write_5m_usd_per_mtok: Usd = ""
+    cache_write_1h_usd_per_mtok: Usd = ""
     long_context_above_tokens: Annotated[int, msgspec.Meta(ge=0, le=1_000_000_000)] = 0
     long_input_usd_per_mtok: Usd = "0"
     long_output_usd_per_mtok: Usd = "0"
     source: Annotated[str, msgspec.Meta(max_length=256)] = ""
+    valid_from: str = ""
+    """Empty = from now on."""
 
     def message(self) -> ledger.PutPriceRequest:
         price = common.Price(
@@ -403,14 +406,16 @@ class PriceBody(Body, frozen=True, kw_only=True):
             model=self.model,
             input_nanousd_per_mtok=usd.parse(self.input_usd_per_mtok),
             output_nanousd_per_mtok=usd.parse(self.output_usd_per_mtok),
-            cache_read_nanousd_per_mtok=usd.parse(self.cache_read_usd_per_mtok),
-            cache_write_5m_nanousd_per_mtok=usd.parse(self.cache_write_5m_usd_per_mtok),
-            cache_write_1h_nanousd_per_mtok=usd.parse(self.cache_write_1h_usd_per_mtok),
+            cache_read_nanousd_per_mtok=usd.parse(self.cache_read_usd_per_mtok or self.input_usd_per_mtok),
+            cache_write_5m_nanousd_per_mtok=usd.parse(self.cache_write_5m_usd_per_mtok or self.input_usd_per_mtok),
+            cache_write_1h_nanousd_per_mtok=usd.parse(self.cache_write_1h_usd_per_mtok or self.input_usd_per_mtok),
             long_context_above_tokens=self.long_context_above_tokens,
             long_input_nanousd_per_mtok=usd.parse(self.long_input_usd_per_mtok),
             long_output_nanousd_per_mtok=usd.parse(self.long_output_usd_per_mtok),
             source=self.source,
         )
+        if self.valid_from:
+            price.valid_from.FromDatetime(at(self.valid_from, "valid_from"))
         return ledger.PutPriceRequest(price=price)
 
 

@@ -242,20 +242,27 @@ LAWS = (
         """,
     ),
     Law(
-        "every operation used and cost what its attempts did",
+        "every operation used and cost what its attempts did, and tells how many were sent and whether any is estimated",
         "SELECT count(*) FROM operations",
         f"""
         SELECT format('operations tenant=%s operation_id=%s', o.tenant, o.operation_id) AS at,
                CASE WHEN o.cost_nanousd <> coalesce(a.cost, 0)
                     THEN format('costs %s, and its attempts %s', o.cost_nanousd, coalesce(a.cost, 0))
-                    ELSE format('used %s tokens, and its attempts %s', ({_columns("o")}), ({_columns("a")})) END AS wrong
+                    WHEN ({_columns("o")}) IS DISTINCT FROM ({", ".join(f"coalesce(a.{name}, 0)" for name in TOKENS)})
+                    THEN format('used %s tokens, and its attempts %s', ({_columns("o")}), ({_columns("a")}))
+                    WHEN o.calls_sent <> coalesce(a.sent, 0)
+                    THEN format('tells of %s calls, and %s of its attempts were sent', o.calls_sent, coalesce(a.sent, 0))
+                    ELSE 'does not say that it is estimated, and an attempt is' END AS wrong
         FROM operations o
         LEFT JOIN (
-            SELECT tenant, operation_id, sum(cost_nanousd) AS cost, {", ".join(f"sum({name}) AS {name}" for name in TOKENS)}
+            SELECT tenant, operation_id, sum(cost_nanousd) AS cost, {", ".join(f"sum({name}) AS {name}" for name in TOKENS)},
+                   count(*) FILTER (WHERE NOT not_sent) AS sent, bool_or(estimated) AS estimated
             FROM attempts GROUP BY tenant, operation_id
         ) a USING (tenant, operation_id)
         WHERE o.cost_nanousd <> coalesce(a.cost, 0)
            OR ({_columns("o")}) IS DISTINCT FROM ({", ".join(f"coalesce(a.{name}, 0)" for name in TOKENS)})
+           OR o.calls_sent <> coalesce(a.sent, 0) -- null: from before calls were counted
+           OR a.estimated AND NOT o.estimated
         ORDER BY o.tenant, o.operation_id
         """,
     ),

@@ -20,7 +20,7 @@ from services.ledger.domain import Reservation, Reserved
 from services.ledger.holds import Hold, HoldState, Move
 from services.ledger.postgres_database import Connection, Database
 from services.ledger.postgres_prices import PostgresPrices
-from services.ledger.prices import ListedPrice
+from services.ledger.prices import ListedPrice, usd
 
 HOLD_COLUMNS = (
     "hold_id, attempt, price_id, amount_nanousd, state, cost_nanousd, estimated,"
@@ -164,8 +164,9 @@ def _exhausted(row: Any, wanted: Reservation, listed: ListedPrice, lent_nanousd:
     """The refusal. What is lent is on its way back: with it the same call may be admitted soon."""
     least = wanted.output_tokens_min or wanted.output_tokens_max
     needed = listed.price.worst_case_nanousd(wanted.input_tokens_max, least)
+    left, until = usd(max(row["left_nanousd"], 0)), row["resets_at"]
     return BudgetExhausted(
-        f"the {row['scope']}'s budget has {row['left_nanousd']} nano-USD left and the call may cost {needed}",
+        f"the {row['scope']}'s budget has {left} USD left until {until:%Y-%m-%d %H:%M} UTC, and the call may cost {usd(needed)} USD",
         needed_nanousd=needed,
         left_nanousd=row["left_nanousd"],
         lent_nanousd=lent_nanousd,

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from datetime import datetime
 from itertools import islice
 
-from services.chassis.errors import PriceUnknown
+from services.chassis.errors import PriceUnknown, RequestInvalid
 from services.chassis.money import Usage
 from services.ledger.postgres_database import Database
 from services.ledger.postgres_holds import usage_of
@@ -25,7 +25,7 @@ _SUMS = ", ".join(
 
 
 async def reconcile(database: Database, rows: Iterator[ExportRow]) -> Report:
-    """Compare an export with the books. Raises RequestInvalid for a bad line."""
+    """Compare an export with the books. Raises RequestInvalid for a bad line, and for a file without any: that would pass for agreement."""
     book = await database.run(read_book)
     made = Reconciliation()
     provider = ""
@@ -40,6 +40,8 @@ async def reconcile(database: Database, rows: Iterator[ExportRow]) -> Report:
         booked = await _by_request(database, provider, named)
         for row in named:
             made.matched(row, booked)
+    if not provider:
+        raise RequestInvalid("there is nothing to compare in the file", field="file")
     for start, end in made.periods():
         for model, usage, cost in await _by_model(database, provider, start, end):
             made.booked(start, model, usage, cost)

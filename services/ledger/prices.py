@@ -125,3 +125,8 @@ def nanousd(usd: str) -> int:
     if amount != amount.to_integral_value() or amount < 0:
         raise ValueError(f"{usd} USD is not a whole number of nano-USD")
     return int(amount)
+
+
+def usd(nanousd: int) -> str:
+    """nano-USD as people read it: the exact amount in USD."""
+    return f"{Decimal(nanousd) / NANOUSD:f}"

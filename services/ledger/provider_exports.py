@@ -35,6 +35,7 @@ class ExportRow:
     line: int
     provider: str
     model: str
+    """Empty = the provider says that nothing was used then."""
     start: datetime
     end: datetime
     usage: Usage
@@ -65,6 +66,8 @@ def json_rows(file: TextIO) -> Iterator[ExportRow]:
         results = bucket.get("results")
         if not isinstance(results, list):
             raise _refused(line, "has a bucket without results")
+        if not results:
+            yield _silence(line, bucket)
         for result in results:
             if not isinstance(result, dict):
                 raise _refused(line, "has a result that is no object")
@@ -76,6 +79,15 @@ def json_rows(file: TextIO) -> Iterator[ExportRow]:
                 yield _anthropic_api(line, cells)
             else:
                 yield _openai(line, {**result, **_times(bucket)})
+
+
+def _silence(line: int, bucket: Mapping[str, Any]) -> ExportRow:
+    """A bucket without results."""
+    if "starting_at" in bucket:
+        provider, start, end = "anthropic", bucket["starting_at"], bucket.get("ending_at")
+    else:
+        provider, start, end = "openai", bucket.get("start_time"), bucket.get("end_time")
+    return ExportRow(line, provider, "", *_period(line, start, end), Usage())
 
 
 def _times(bucket: Mapping[str, Any]) -> dict[str, Any]:

@@ -108,11 +108,12 @@ class Reconciliation:
 
         Raises RequestInvalid for too many periods.
         """
-        model, cost = family(row.model), row.cost_nanousd
-        if cost is None:
-            cost = short_context(price).cost_nanousd(row.usage) if price else 0
-            self._unpriced.update([] if price else [model])
-        self._provider[row.start.date(), model].add(row.usage, cost)
+        if row.model:
+            model, cost = family(row.model), row.cost_nanousd
+            if cost is None:
+                cost = short_context(price).cost_nanousd(row.usage) if price else 0
+                self._unpriced.update([] if price else [model])
+            self._provider[row.start.date(), model].add(row.usage, cost)
         if not row.request_id:
             self._periods.add((row.start, row.end))
         if len(self._periods) + len(self._provider) > CELLS_MAX:

@@ -172,7 +172,7 @@ class Credit(Protocol):
 
 
 class ExactCache(Protocol):
-    """Answers by the question's exact words. Never raises: a store that is away is a miss."""
+    """Answers by the question's exact words. A store that is away is a miss, and raises nowhere but in `forget`."""
 
     async def get(self, question: Question, scope: str) -> HeldAnswer | None:
         """The answer kept last, whatever has become of its collection since."""
@@ -180,6 +180,10 @@ class ExactCache(Protocol):
 
     async def put(self, question: Question, scope: str, held: HeldAnswer) -> bool:
         """Keep an answer in the place of an older one; return whether it was kept."""
+        ...
+
+    async def forget(self, tenant: str, user: str) -> int:
+        """Forget the answers that were given to a user; return how many. Raises Unavailable(dependency="redis")."""
         ...
 
 

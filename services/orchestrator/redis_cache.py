@@ -18,6 +18,7 @@ import structlog
 from redis.exceptions import ConnectionError as ConnectionLost
 from redis.exceptions import RedisError
 
+from services.chassis.errors import Unavailable
 from services.orchestrator.domain import CachedAnswer, Edition, HeldAnswer, Question
 
 log = structlog.get_logger(__name__)
@@ -25,6 +26,9 @@ log = structlog.get_logger(__name__)
 PAUSE_S = 1.0
 """How long a cache that failed is left alone, so that not every answer waits for it."""
 VALUE_BYTES_MAX = 512 * 1024
+FORGET_TOGETHER = 64
+"""Values that are held at the same time when a user's are looked for."""
+_PREFIX = "tailrace:exact:v2:"
 _SPACE = re.compile(r"\s+")
 
 
@@ -65,7 +69,16 @@ def cache_key(question: Question, scope: str) -> str:
         encoded = part.encode()
         digest.update(len(encoded).to_bytes(8, "big"))  # lengths, so that no two lists of parts look alike
         digest.update(encoded)
-    return f"tailrace:exact:v2:{digest.hexdigest()}"
+    return f"{_PREFIX}{digest.hexdigest()}"
+
+
+def _owner(value: Any) -> tuple[str, str] | None:
+    """The tenant and user that a kept answer was given to; None if it is gone or of another version, which nobody is served."""
+    try:
+        kept = _decode(value) if isinstance(value, bytes) else None
+    except msgspec.MsgspecError:
+        return None
+    return (kept.tenant, kept.answer.user) if kept is not None else None
 
 
 class RedisCache:
@@ -105,6 +118,26 @@ class RedisCache:
             self._failed("put", error)
             return False
         return True
+
+    async def forget(self, tenant: str, user: str) -> int:
+        forgotten = 0
+        try:
+            # All keys are walked: erasing is rare, and an index would be written with every answer.
+            batch: list[Any] = []
+            async for key in self._client.scan_iter(match=f"{_PREFIX}*", count=1000):
+                batch.append(key)
+                if len(batch) == FORGET_TOGETHER:
+                    forgotten += await self._forget_of(batch, tenant, user)
+                    batch = []
+            return forgotten + await self._forget_of(batch, tenant, user)
+        except (RedisError, OSError, TimeoutError) as error:
+            raise Unavailable("the store of exact answers cannot be reached", dependency="redis") from error
+
+    async def _forget_of(self, keys: list[Any], tenant: str, user: str) -> int:
+        """Delete those of `keys` that hold an answer given to the user; return how many that were."""
+        values = await self._client.mget(keys) if keys else []
+        theirs = [key for key, value in zip(keys, values, strict=True) if _owner(value) == (tenant, user)]
+        return int(await self._client.delete(*theirs)) if theirs else 0
 
     async def _once_more(self, command: Callable[[], Awaitable[Any]]) -> Any:
         """What `command` gives. A store that was restarted has left us lines that are dead: they go, and a new one is tried."""

@@ -44,7 +44,7 @@ from services.orchestrator.domain import (
 )
 from services.orchestrator.log import EVENTS_MAX, Entry
 from services.orchestrator.output_schema import require as require_schema
-from services.orchestrator.ports import Books, PromptShelf
+from services.orchestrator.ports import Books, ExactCache, PromptShelf
 from services.orchestrator.registry import Elsewhere, Found, Registry, owner_of
 from services.orchestrator.router import Router, Wish, writing
 from services.orchestrator.spool import Figures
@@ -394,13 +394,14 @@ class OrchestratorRpc(pb_grpc.OrchestratorServiceServicer):
         clock: Clock,
         tools: Toolset,
         shelf: PromptShelf,
+        exact: ExactCache,
         spool_figures: Callable[[], Awaitable[Figures]],
         *,
         output_tokens_default: int,
         heartbeat_s: float,
     ) -> None:
         self._registry, self._router, self._books, self._clock, self._tools = registry, router, books, clock, tools
-        self._shelf, self._spool_figures = shelf, spool_figures
+        self._shelf, self._exact, self._spool_figures = shelf, exact, spool_figures
         self._output_tokens_default, self._heartbeat_s = output_tokens_default, heartbeat_s
 
     async def Answer(self, request: pb.AnswerRequest, context: grpc.aio.ServicerContext) -> None:  # type: ignore[override]
@@ -460,6 +461,7 @@ class OrchestratorRpc(pb_grpc.OrchestratorServiceServicer):
         admin.require("admin")
         admin.require_scope("admin")
         _require_user(request.user)
+        await self._exact.forget(admin.tenant, request.user)
         # Also where nothing is kept any more: what was kept before the setting was changed is still there.
         return pb.ForgetPromptsResponse(forgotten=await self._shelf.forget(admin.tenant, request.user))
 

@@ -212,6 +212,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             clock,
             tools,
             shelf,
+            exact,
             lambda: spool_gauges.figures_of(outbox),
             output_tokens_default=settings.output_tokens_default,
             heartbeat_s=settings.heartbeat_s,

@@ -130,6 +130,25 @@ def test_the_settings_of_compose_are_accepted_and_services_find_each_other(servi
         assert value == f"dns:///{other}:{PORTS[other]}"
 
 
+def test_an_issuer_of_ones_own_is_named_by_its_keys_url_or_file_alone() -> None:
+    """As .env.example says. Without either the gateway reads the key that the service `identity` has made."""
+    own = {**FILLED, "TAILRACE_ENV": "production", "TAILRACE_JWT_ISSUER": "https://login.example.com/"}
+
+    def gateway(**variables: str) -> Any:
+        stack = compose({**own, **variables})["services"]["gateway"]
+        return settings_class("gateway").load({name: str(value) for name, value in stack["environment"].items()})
+
+    by_url, by_file = gateway(TAILRACE_JWKS_URL="https://login.example.com/keys"), gateway(TAILRACE_JWKS_FILE="/keys/jwks.json")
+    development: Any = settings_class("gateway").load(environment("gateway"))
+    services = compose(FILLED)["services"]
+    made_in = services["identity"]["environment"]["TAILRACE_STATE_DIR"]
+
+    assert (by_url.jwks_url, by_url.jwks_file) == ("https://login.example.com/keys", None)
+    assert (by_file.jwks_url, by_file.jwks_file) == ("", Path("/keys/jwks.json"))
+    assert f"identity:{made_in}" in services["identity"]["volumes"]
+    assert f"identity:{development.jwks_file.parent}:ro" in services["gateway"]["volumes"]
+
+
 def test_compose_refuses_to_start_without_each_secret() -> None:
     """.env.example holds no secret, and none has a default."""
     for secret in SECRETS:

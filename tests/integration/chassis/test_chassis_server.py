@@ -8,6 +8,10 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import StatusCode
 
 from services.chassis import errors, telemetry
 from services.chassis import server as chassis_server
@@ -135,6 +139,28 @@ async def test_leaving_the_stream_cancels_the_handler(scripted: Any) -> None:
 
     async with asyncio.timeout(5):
         await servicer.cancelled.wait()
+
+
+async def test_a_call_that_its_caller_left_is_no_failure_in_the_trace(scripted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has all it wants cancels the rest. What went wrong on our side still is one, also where it is a cancellation nobody asked for."""
+    servicer, caller, stub, _ = scripted
+    provider, exporter = TracerProvider(), InMemorySpanExporter()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(telemetry, "_tracer", provider.get_tracer("test"))
+
+    async with caller.stream(stub.Search, pb.SearchRequest(query="hang"), timeout_s=30, principal=ALICE) as messages:
+        await anext(aiter(messages))
+    async with asyncio.timeout(5):
+        await servicer.cancelled.wait()
+    with pytest.raises(errors.Internal):
+        async with caller.stream(stub.Search, pb.SearchRequest(query="leak"), timeout_s=5, principal=ALICE) as messages:
+            async for _message in messages:
+                pass
+    left, leaked = exporter.get_finished_spans()
+
+    assert (left.status.status_code, left.attributes["rpc.response.status_code"]) == (StatusCode.UNSET, "CANCELLED")
+    assert "error.type" not in left.attributes
+    assert (leaked.status.status_code, leaked.attributes["error.type"]) == (StatusCode.ERROR, "CancelledError")
 
 
 async def test_a_deadline_becomes_our_own_error(scripted: Any) -> None:

@@ -167,6 +167,25 @@ async def test_plans_prices_keys_and_users_are_kept(front: Front, admin: httpx.A
     assert front.behind.seen.last("EraseUser")[0].user == "ada"
 
 
+async def test_a_price_that_says_nothing_of_cached_tokens_does_not_make_them_free(front: Front, admin: httpx.AsyncClient) -> None:
+    """They cost what others of the prompt do, unless it says otherwise; a 0 that is said is one. From when it applies may be said too."""
+    price = {"provider": "anthropic", "model": "m", "input_usd_per_mtok": "2", "output_usd_per_mtok": "10"}
+    told = {**price, "cache_read_usd_per_mtok": "0.2", "cache_write_1h_usd_per_mtok": "0", "valid_from": "2027-01-01"}
+
+    assert (await admin.put("/v1/admin/prices", json=price)).status_code == 200
+    silent = front.behind.seen.last("PutPrice")[0].price
+    assert (await admin.put("/v1/admin/prices", json=told)).status_code == 200
+    said = front.behind.seen.last("PutPrice")[0].price
+
+    kinds = ("cache_read", "cache_write_5m", "cache_write_1h")
+    assert [getattr(silent, f"{kind}_nanousd_per_mtok") for kind in kinds] == [2_000_000_000] * 3
+    assert [getattr(said, f"{kind}_nanousd_per_mtok") for kind in kinds] == [200_000_000, 2_000_000_000, 0]
+    assert not silent.HasField("valid_from")
+    assert said.valid_from.ToJsonString() == "2027-01-01T00:00:00Z"
+    refused = await admin.put("/v1/admin/prices", json={**price, "valid_from": "soon"})
+    assert problem_of(refused, 400, "REQUEST_INVALID")["field"] == "valid_from"
+
+
 async def test_keys_are_asked_for_and_told_by_pages(front: Front, admin: httpx.AsyncClient) -> None:
     reply = await admin.get("/v1/admin/api-keys", params={"page_size": 1, "page_token": "here"})
     asked, _ = front.behind.seen.last("ListApiKeys")

@@ -110,9 +110,11 @@ async def test_little_money_buys_fewer_tokens(ledger: Ledger, ann: Principal, bo
     assert (settled.cost_nanousd, settled.overage_nanousd) == (left - 4999, 0)
 
 
-@pytest.mark.parametrize("left", [1000 * 2000 + 300 * 5000 - 1, 1000 * 2000, 1, 0])
+@pytest.mark.parametrize(
+    ("left", "usd"), [(1000 * 2000 + 300 * 5000 - 1, "0.003499999"), (1000 * 2000, "0.002"), (1, "0.000000001"), (0, "0")]
+)
 async def test_too_little_money_for_the_least_is_refused_with_what_is_left(
-    ledger: Ledger, ann: Principal, boss: Principal, left: int
+    ledger: Ledger, ann: Principal, boss: Principal, left: int, usd: str
 ) -> None:
     """One nano-USD below the least output, the prompt alone, next to nothing and nothing: refused, and nothing is held."""
     await set_budget(ledger, boss, "user", "ann", left)
@@ -122,6 +124,8 @@ async def test_too_little_money_for_the_least_is_refused_with_what_is_left(
     told = refused.value.metadata
     assert (told["left_nanousd"], told["needed_nanousd"]) == (str(left), str(1000 * 2000 + 300 * 5000))
     assert told["resets_at"].endswith("T00:00:00+00:00")
+    until = f"{told['resets_at'][:10]} 00:00 UTC"
+    assert refused.value.detail == f"the user's budget has {usd} USD left until {until}, and the call may cost 0.0035 USD"
     assert await spent_and_held(ledger, boss, "user", "ann") == [(0, 0)]
 
 
@@ -158,6 +162,7 @@ async def test_a_provider_that_breaks_its_bound_is_booked_in_full_and_marked(led
     with pytest.raises(BudgetExhausted) as refused:
         await ledger.reserve(ann, output_tokens_min=1)
     assert refused.value.metadata["left_nanousd"] == str(-9_000_000)
+    assert " has 0 USD left " in refused.value.detail
 
 
 async def test_a_budget_of_nothing_refuses_every_paid_call_and_no_free_one(ledger: Ledger, ann: Principal, boss: Principal) -> None:

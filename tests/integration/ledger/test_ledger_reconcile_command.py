@@ -1,6 +1,7 @@
 """`tailrace ledger reconcile` on real books: exit codes, both ways of matching, and nothing written."""
 
 import asyncio
+import json
 import re
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,7 +42,9 @@ async def written(url: str) -> list[Any]:
 
 
 async def test_an_export_is_compared_with_the_books(postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Equal: 0. Past the bound: 1. A request that nobody booked: 1. A model without cost and price: 1. A bad line: 2, named."""
+    """Equal: 0. Past the bound: 1. A request that nobody booked: 1. A model without cost and price: 1. A bad line: 2, named.
+
+    A file with nothing in it: 2, and one that says that nothing was used: 1."""
     url, file = await fresh_database(postgres), tmp_path / "usage.csv"
     async with running(url) as ledger:
         calls = [attempt(1, provider_request_id="req_1"), attempt(2, provider_request_id="req_2"), attempt(3, 0, 0, not_sent=True)]
@@ -57,8 +60,14 @@ async def test_an_export_is_compared_with_the_books(postgres: Postgres, tmp_path
     unknown = await result(url, file, HEADER + row.format(100, 10, "req_1") + row.format(0, 0, "req_9"), monkeypatch)
     bad = await result(url, file, HEADER + row.format(300, "=1", ""), monkeypatch)
     unpriced = await result(url, file, HEADER + row.replace("claude-haiku-4-5-20251001", "nobody").format(1, 1, ""), monkeypatch)
+    nothing = await result(url, file, HEADER, monkeypatch)
+    bucket = {"starting_at": "2026-10-08T00:00:00Z", "ending_at": "2026-10-09T00:00:00Z", "results": []}
+    silent = await result(url, file.with_suffix(".json"), json.dumps({"data": [bucket]}), monkeypatch)
 
     assert [done.exit_code for done in (equal, by_hour, drifted, allowed, by_id, unknown, bad, unpriced)] == [0, 0, 1, 0, 0, 1, 2, 1]
+    assert [done.exit_code for done in (nothing, silent)] == [2, 1]
+    assert "there is nothing to compare" in nothing.output
+    assert "drift: tokens 100.000 %" in silent.output
     assert "2026-10-08  claude-haiku-4-5" in equal.output
     assert "drift: tokens 2.941 %" in drifted.output
     assert "1 requests of the provider are not in the books" in unknown.output

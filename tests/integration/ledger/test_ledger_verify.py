@@ -289,6 +289,17 @@ TAMPERINGS = {
         )
         for table in ("usage_hours", "usage_days", "usage_user_days")
     },
+    "a call that was sent and now was not": (
+        "UPDATE attempts SET not_sent = true WHERE attempt = 2 AND operation_id = (SELECT operation_id FROM attempts WHERE attempt = 2"
+        " LIMIT 1) RETURNING operation_id",
+        "operation_id={}: tells of 1 calls, and 0 of its attempts were sent",
+    ),
+    "a measured call that now is counted by us": (
+        "WITH a AS (UPDATE attempts SET estimated = true WHERE attempt = 2 AND operation_id = (SELECT operation_id FROM attempts WHERE"
+        " attempt = 2 LIMIT 1) RETURNING operation_id, hold_id), h AS (UPDATE holds SET estimated = true FROM a WHERE holds.hold_id ="
+        " a.hold_id) SELECT operation_id FROM a",
+        "operation_id={}: does not say that it is estimated, and an attempt is",
+    ),
     "sums taken away": ("DELETE FROM usage_user_days RETURNING ''", ": says operations 0, not"),
     "an operation that is in the sums": (
         "INSERT INTO usage_unrolled SELECT tenant, operation_id, created_at FROM operations ON CONFLICT DO NOTHING RETURNING ''",

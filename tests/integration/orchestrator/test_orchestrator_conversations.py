@@ -426,6 +426,18 @@ async def test_prompts_go_with_their_user(claude: World) -> None:
         await claude.caller.unary(claude.stub.ForgetPrompts, pb.ForgetPromptsRequest(), principal=ROOT)
 
 
+async def test_answers_by_exact_words_go_with_their_user(keyless: World) -> None:
+    """What an erased user was told is told to nobody else."""
+    name = f"user-{uuid.uuid4()}"
+    first = await keyless.ask(f"{PORT} {name}", principal=Principal("acme", name))
+    before = await keyless.ask(f"{PORT} {name}", principal=BOB)
+    await keyless.caller.unary(keyless.stub.ForgetPrompts, pb.ForgetPromptsRequest(user=name), principal=ROOT)
+    after = await keyless.ask(f"{PORT} {name}", principal=BOB)
+
+    assert before.done.cache.source_answer_id == first.answer_id
+    assert after.done.cache.verdict == "miss"
+
+
 async def test_no_prompt_is_kept_unless_it_was_asked_for(keyless: World) -> None:
     """The setting is off by default."""
     reply = await keyless.ask(PORT)

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 import pytest
 import redis.asyncio as redis
 
+from services.chassis.errors import Unavailable
 from services.chassis.money import Usage
 from services.chassis.principal import Principal
 from services.local.stores import Valkey
@@ -70,6 +71,35 @@ async def test_value_of_another_tenant_under_our_key_is_refused(client: redis.Re
 
     assert await cache.get(question("Whose?"), "scope") is None
     assert cache.failures == 1
+
+
+async def test_answers_of_a_user_are_forgotten_and_nobody_elses(client: redis.Redis) -> None:
+    """Under whatever scope. Others of the tenant, and a user of the same name elsewhere, keep theirs. Broken values are no hindrance."""
+    cache = RedisCache(client, ttl_s=100, timeout_s=2)
+    name = "erased-here"
+    own = HeldAnswer(replace(ANSWER, user=name), Edition(1))
+    many = [question(f"Which of {number}?") for number in range(150)]  # more than are looked at together
+    for each in many:
+        await cache.put(each, "tenant", own)
+    await cache.put(question("Whose is it?"), "user", own)
+    await cache.put(question("Of another?"), "tenant", HeldAnswer(ANSWER, Edition(1)))
+    await cache.put(question("Elsewhere?", "exact-other"), "tenant", own)
+    await client.set(cache_key(question("Broken?"), "tenant"), b"\xc1garbage", ex=100)
+
+    assert await cache.forget("exact-tests", name) == len(many) + 1
+    assert await cache.forget("exact-tests", name) == 0
+    assert [each for each in many if await cache.get(each, "tenant")] == []
+    assert await cache.get(question("Whose is it?"), "user") is None
+    assert await cache.get(question("Of another?"), "tenant")
+    assert await cache.get(question("Elsewhere?", "exact-other"), "tenant")
+
+
+async def test_a_store_that_is_away_is_said_to_who_wants_answers_forgotten() -> None:
+    """An erasure that was not made must not look like one."""
+    nobody: redis.Redis = redis.Redis.from_url("redis://127.0.0.1:1", socket_connect_timeout=1)
+    async with nobody:
+        with pytest.raises(Unavailable):
+            await RedisCache(nobody, ttl_s=100, timeout_s=1).forget("exact-tests", "erased-here")
 
 
 async def test_value_that_is_broken_is_a_miss(client: redis.Redis) -> None:

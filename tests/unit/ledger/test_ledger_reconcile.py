@@ -24,7 +24,7 @@ ANTHROPIC_CSV = (
     '2026-08-05,claude-opus-5,"My, key",46981,15969,7,11,16932\n'
 )
 ANTHROPIC_USAGE = Usage(46981, 16932, 11, 15976, 7)
-ANTHROPIC_JSON = {
+ANTHROPIC_JSON: dict[str, Any] = {
     "data": [
         {
             "starting_at": "2026-08-05T00:00:00Z",
@@ -224,6 +224,20 @@ def test_a_model_without_a_price_costs_what_the_export_says_or_is_named() -> Non
     assert report.unpriced == ["untold"]
     assert [(drift.model, drift.provider.cost_nanousd) for drift in report.drifts] == [("told", 7), ("untold", 0)]
     assert (report.tokens_drift, report.cost_drift) == (0, 1)
+
+
+def test_a_bucket_without_results_says_that_nothing_was_used() -> None:
+    """So the books are asked for that time too, and what only they have is drift."""
+    silent = {"data": [{**ANTHROPIC_JSON["data"][0], "results": []}, {"start_time": 1785974400, "end_time": 1786060800, "results": []}]}
+    made = Reconciliation()
+    for told in (rows := from_json(silent)):
+        made.told(told, None)
+    made.booked(DAY, "m", Usage(10), 7)
+
+    assert [(told.provider, told.model, told.usage) for told in rows] == [("anthropic", "", Usage()), ("openai", "", Usage())]
+    assert made.periods() == [(DAY, DAY + timedelta(hours=1)), (DAY + timedelta(days=1), DAY + timedelta(days=2))]
+    assert [drift.model for drift in made.report().drifts] == ["m"]
+    assert (made.report().worst, made.report().unpriced) == (1, [])
 
 
 def test_requests_are_matched_by_id_before_anything_else() -> None:

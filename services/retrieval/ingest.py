@@ -406,6 +406,7 @@ class Ingestion:
             old is not None
             and (old.content_sha256, old.readers, old.cut) == (sha256, readers, CUT)
             and facts.same(old.metadata, upload.metadata)
+            and not (old.unread_pages and len(extracted.text) > old.characters)  # pages that were pictures are read by now
         )
         if old is not None and unchanged and await pipeline.registry.renew(old, claim.received):
             await tell(replace(state, stage=Stage.UNCHANGED, chunks_total=old.chunks, chunks_done=old.chunks, version=old.version))

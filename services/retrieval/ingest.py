@@ -348,7 +348,8 @@ class Ingestion:
 
     async def _ingest(self, claim: Claim) -> None:
         """Take in one document; its failure is told and stops nobody else."""
-        set_current(Principal(claim.owner.tenant, claim.owner.user))  # who pays for what it costs
+        owner = claim.owner
+        set_current(Principal(owner.tenant, owner.user, api_key_id=owner.api_key_id))  # who pays for what it costs
         last = claim.latest
 
         def tell(progress: Progress) -> asyncio.Future[bool]:

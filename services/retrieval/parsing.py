@@ -22,6 +22,7 @@ import services
 from services.chassis.errors import DocumentRejected, Unavailable
 from services.chassis.processes import end_of
 from services.retrieval.domain import Extracted, Upload
+from services.retrieval.parsers import landlock
 from services.retrieval.parsers.frames import LENGTH, OUT_OF_MEMORY, OUTCOME, OUTCOME_BYTES_MAX, Outcome, Task, framed
 from services.retrieval.parsers.rejection import rejected
 from services.retrieval.ports import Ocr
@@ -149,6 +150,8 @@ class ParserPool:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator["ParserPool"]:
         """On leaving, every process has ended, whatever it was at."""
+        if not landlock.version():
+            log.warning("parsers_without_landlock", open_to="files that this user may read, to native code that a hostile file takes over")
         try:
             yield self
         finally:

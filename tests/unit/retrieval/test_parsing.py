@@ -6,15 +6,29 @@ from dataclasses import replace
 
 import pypdfium2
 import pytest
+from structlog.testing import capture_logs
 
 from services.chassis.config import SettingsError
 from services.chassis.errors import DocumentRejected, Unavailable
 from services.retrieval.domain import PAGE_LIST_CHARACTERS_MAX, Block, BlockKind, Extracted, Upload, page_list
+from services.retrieval.parsers import landlock
 from services.retrieval.parsers.outline import Outline
 from services.retrieval.parsing import Limits, ParserPool
 from services.retrieval.ports import Ocr
 from services.retrieval.wiring import ocr_named
-from tests.fakes.documents import half_scanned_pdf, scanned_pdf
+from tests.fakes.documents import (
+    book,
+    half_scanned_pdf,
+    opendocument,
+    pdf,
+    row,
+    scanned_pdf,
+    shape,
+    slides,
+    word,
+    words,
+    workbook,
+)
 
 
 class Reader:
@@ -168,6 +182,48 @@ async def test_a_scan_is_refused_by_name_where_no_ocr_is() -> None:
             await pool.parse(Upload(scanned_pdf(), source_uri="scan.pdf"))
 
     assert ("no_text", "1") == (refusal.value.metadata["cause"], refusal.value.metadata["pages"])
+
+
+EVERY_FORMAT = {
+    "a.pdf": pdf([(50, 700, 12, "An otter swims.")]),
+    "a.docx": word(words("An otter swims.")),
+    "a.pptx": slides(shape("An otter swims.")),
+    "a.xlsx": workbook(("Sheet", row(1, "An otter swims."))),
+    "a.odt": opendocument("<text:p>An otter swims.</text:p>"),
+    "a.odp": opendocument("<draw:page><text:p>An otter swims.</text:p></draw:page>", "presentation"),
+    "a.epub": book("<p>An otter swims.</p>"),
+    "a.rtf": rb"{\rtf1 An otter swims.}",
+    "a.eml": b"From: a@example.org\r\nSubject: s\r\nMIME-Version: 1.0\r\n\r\nAn otter swims.",
+    "a.md": b"# Otters\n\nAn otter swims.",
+    "a.html": b"<html><body><p>An otter swims.</p></body></html>",
+    "a.rst": b"Otters\n======\n\nAn otter swims.",
+    "a.txt": "An otter swims. Größe: 5 €".encode("cp1252"),
+    "a.csv": b"animal,deed\notter,An otter swims.\n",
+    "a.json": b'{"deed": "An otter swims."}',
+    "a.jsonl": b'{"deed": "An otter swims."}\n{"deed": "no"}\n',
+    "a.xml": b"<deeds><deed>An otter swims.</deed></deeds>",
+    "a.py": b"def otter():\n    return 'An otter swims.'\n",
+}
+
+
+@pytest.mark.slow
+async def test_every_format_is_read_by_a_process_that_may_open_nothing_but_its_modules() -> None:
+    """Libraries that are loaded with the first file of their format are within its walls."""
+    async with ParserPool(Limits(workers=1)).running() as pool:
+        read = {name: (await pool.parse(Upload(content, source_uri=name))).text for name, content in EVERY_FORMAT.items()}
+
+    assert [] == [name for name, text in read.items() if "An otter swims." not in text]
+
+
+async def test_a_kernel_without_landlock_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are read all the same, behind the other locks."""
+    monkeypatch.setattr(landlock, "_call", lambda *_: -1)
+    with capture_logs() as logs:
+        async with ParserPool(Limits()).running():
+            pass
+
+    assert [("parsers_without_landlock", "warning")] == [(line["event"], line["log_level"]) for line in logs]
+    assert not landlock.allow_reading_only([])
 
 
 def test_an_ocr_is_named_by_where_it_is_imported_from() -> None:

@@ -509,7 +509,7 @@ async def ingestion(files: list[tuple[str, Path]], filing: Filing, as_json: bool
 
 async def watched(paths: list[str], filing: Filing, as_json: bool) -> None:
     """Keep the collection in step with the folders among `paths`, until cancelled."""
-    from services.local.watching import FILES_MAX, Files, Seen, Watch, changes_in, deleted
+    from services.local.watching import FILES_MAX, Ended, Files, Seen, Watch, changes_in, deleted
     from services.retrieval.domain import DEFAULT_COLLECTION
 
     folders = [path for path in map(Path, paths) if path.is_dir()]
@@ -523,12 +523,12 @@ async def watched(paths: list[str], filing: Filing, as_json: bool) -> None:
             sys.exit(f"more than {FILES_MAX} documents are too many for one watch")
         return files
 
-    async def send(files: Files) -> AsyncIterator[tuple[str, str]]:
+    async def send(files: Files) -> AsyncIterator[Ended]:
         with _shown(len(files), as_json) as show:
             async for progress in _progress(list(files.items()), filing):
                 show(progress)
                 if progress.final and progress.stage != "cancelled" and progress.name in files:
-                    yield progress.name, progress.document_id
+                    yield Ended(progress.name, progress.document_id, progress.error_reason)
 
     async def forget(documents: Mapping[str, str]) -> None:
         async with connected() as client:

@@ -7,6 +7,7 @@ import asyncio
 import hashlib
 import json
 import os
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -19,12 +20,34 @@ SETTLE_MS = 300
 LOOK_AGAIN_MS = 5_000
 """How soon what could not be done, because the service was away, is tried again."""
 PAUSE_S_MAX = 600.0
-"""The longest that a refusal is waited out before it is asked again."""
+"""The longest that a refusal or a failure is waited out before it is asked again."""
+AGAIN_S = 10.0
+"""How soon a file that failed for what may pass is sent again; each time that it fails twice as late."""
+LASTING = frozenset((*tailrace.RequestInvalid.reasons, *tailrace.NotAllowed.reasons))
+"""Failures that the same file would meet again. Others pass, with time, with money, or when somebody has seen to it."""
 FILES_MAX = 100_000
 """Files of one watch. What is kept of them fits into some megabytes."""
 
 Files = dict[str, Path]
 Signature = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A document that came to its end, good or bad."""
+
+    name: str
+    document_id: str
+    failed_for: str = ""
+    """Reason of its failure; empty = it is there."""
+
+
+@dataclass(slots=True)
+class _Again:
+    """A file that is to be sent again as it is."""
+
+    due_s: float
+    wait_s: float
 
 
 class Seen:
@@ -80,15 +103,18 @@ class Watch:
 
     look: Callable[[], Files]
     """The documents that are there now, by the name they are known by."""
-    send: Callable[[Files], AsyncIterator[tuple[str, str]]]
-    """Ingest; yield name and id of each that came to an end, good or bad. The others are sent again."""
+    send: Callable[[Files], AsyncIterator[Ended]]
+    """Ingest; yield each that came to an end. The others are sent again."""
     forget: Callable[[Mapping[str, str]], Awaitable[None]]
     """Delete the documents of these names and ids."""
     say: Callable[[str], None]
     seen: Seen
     pause: Callable[[float], Awaitable[None]] = asyncio.sleep
+    now_s: Callable[[], float] = time.monotonic
     told: dict[str, Signature] = field(default_factory=dict)
     """As what each file was last sent by this watch. A new one sends all of them: the service knows best what it has."""
+    again: dict[str, _Again] = field(default_factory=dict)
+    """Files that failed for what may pass."""
     trouble: str = ""
     """What was said last of what could not be done; said again only after it had passed."""
 
@@ -105,7 +131,7 @@ class Watch:
         """
         files = self.look()
         present = {name: signature for name, path in files.items() if (signature := _signature(path)) is not None}
-        changed = {name: files[name] for name, signature in present.items() if self.told.get(name) != signature}
+        changed = {name: files[name] for name, signature in present.items() if self.told.get(name) != signature or self._is_due(name)}
         try:
             if changed:
                 await self._tell(changed, present)
@@ -119,6 +145,7 @@ class Watch:
                 self.seen.keep()
                 for name in gone:
                     self.told.pop(name, None)
+                    self.again.pop(name, None)
             self.trouble = ""
         except tailrace.TailraceError as error:
             if not error.retryable:
@@ -140,11 +167,22 @@ class Watch:
         self.seen.keep()
         try:
             async with aclosing(self.send(changed)) as ended:  # type: ignore[type-var]
-                async for name, document_id in ended:
-                    self.told[name] = present[name]
-                    self.seen.add(name, document_id)
+                async for one in ended:
+                    self._plan(one, unchanged=self.told.get(one.name) == present[one.name])
+                    self.told[one.name] = present[one.name]
+                    self.seen.add(one.name, one.document_id)
         finally:
             self.seen.keep()
+
+    def _plan(self, one: Ended, *, unchanged: bool) -> None:
+        """Whether and when it is sent again if nothing changes."""
+        before = self.again.pop(one.name, None)
+        if one.failed_for and one.failed_for not in LASTING:
+            wait_s = min(2 * before.wait_s, PAUSE_S_MAX) if before and unchanged else AGAIN_S
+            self.again[one.name] = _Again(self.now_s() + wait_s, wait_s)
+
+    def _is_due(self, name: str) -> bool:
+        return name in self.again and self.again[name].due_s <= self.now_s()
 
 
 async def changes_in(folders: Iterable[Path]) -> AsyncIterator[object]:

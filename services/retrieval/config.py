@@ -144,8 +144,11 @@ class Settings(ServiceSettings):
     parse_timeout_s: float = Field(25, gt=0, le=600, validation_alias="TAILRACE_RETRIEVAL_PARSE_TIMEOUT_S")
     """Longest time for reading one file; it is refused after that and its process ended."""
     ocr: str = Field("", max_length=200, pattern=r"^$|^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", validation_alias="TAILRACE_RETRIEVAL_OCR")
-    """What reads PDFs whose pages are all pictures, as `package.module:name`: called without arguments, it gives an `Ocr` of
-    services/retrieval/ports.py. Empty = none, and such files are refused with the cause `no_text`. It runs in the service itself."""
+    """What reads the pages of PDFs that are pictures, as `package.module:name`: called without arguments, it gives an `Ocr` of
+    services/retrieval/ports.py. Empty = none: such pages are named as unread, and files of nothing else are refused with the cause
+    `no_text`. It runs in the service itself."""
+    ocr_timeout_s: float = Field(300, gt=0, le=3600, validation_alias="TAILRACE_RETRIEVAL_OCR_TIMEOUT_S")
+    """Longest time for reading the pictures of one file; then it is taken in without them, or refused where there is nothing else."""
     parse_memory_mib: int = Field(448, ge=128, le=16_384, validation_alias="TAILRACE_RETRIEVAL_PARSE_MEMORY_MIB")
     """Most memory of one reading process, address space included: what is resident stays below it."""
 

@@ -348,7 +348,8 @@ class Ingestion:
 
     async def _ingest(self, claim: Claim) -> None:
         """Take in one document; its failure is told and stops nobody else."""
-        set_current(Principal(claim.owner.tenant, claim.owner.user))  # who pays for what it costs
+        owner = claim.owner
+        set_current(Principal(owner.tenant, owner.user, api_key_id=owner.api_key_id))  # who pays for what it costs
         last = claim.latest
 
         def tell(progress: Progress) -> asyncio.Future[bool]:
@@ -406,6 +407,7 @@ class Ingestion:
             old is not None
             and (old.content_sha256, old.readers, old.cut) == (sha256, readers, CUT)
             and facts.same(old.metadata, upload.metadata)
+            and not (old.unread_pages and len(extracted.text) > old.characters)  # pages that were pictures are read by now
         )
         if old is not None and unchanged and await pipeline.registry.renew(old, claim.received):
             await tell(replace(state, stage=Stage.UNCHANGED, chunks_total=old.chunks, chunks_done=old.chunks, version=old.version))

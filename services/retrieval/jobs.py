@@ -14,10 +14,12 @@ from services.retrieval.domain import Progress, Upload
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Whose an ingestion is."""
+    """Whose an ingestion is: the user's, whatever it came with."""
 
     tenant: str
     user: str
+    api_key_id: str = ""
+    """API key it came with, whose budgets pay for it as well; empty = a token, or not asked for."""
 
 
 @dataclass(frozen=True, slots=True)

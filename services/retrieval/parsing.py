@@ -10,9 +10,10 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import structlog
@@ -21,10 +22,13 @@ import services
 from services.chassis.errors import DocumentRejected, Unavailable
 from services.chassis.processes import end_of
 from services.retrieval.domain import Extracted, Upload
+from services.retrieval.parsers import landlock
 from services.retrieval.parsers.frames import LENGTH, OUT_OF_MEMORY, OUTCOME, OUTCOME_BYTES_MAX, Outcome, Task, framed
 from services.retrieval.parsers.rejection import rejected
 from services.retrieval.ports import Ocr
+from services.retrieval.scans import completed, read_off
 
+T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 FILES_PER_WORKER_MAX = 200
@@ -49,6 +53,8 @@ class Limits:
     """Address space, a worker; what is resident stays below it."""
     idle_s: float = 30.0
     """How long a worker waits for its next file before it ends."""
+    ocr_timeout_s: float = 300.0
+    """Wall clock, for reading the pictures of a file where an OCR is set."""
 
 
 class _WorkerDied(Exception):
@@ -144,6 +150,8 @@ class ParserPool:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator["ParserPool"]:
         """On leaving, every process has ended, whatever it was at."""
+        if not landlock.version():
+            log.warning("parsers_without_landlock", open_to="files that this user may read, to native code that a hostile file takes over")
         try:
             yield self
         finally:
@@ -157,29 +165,39 @@ class ParserPool:
     async def parse(self, upload: Upload) -> Extracted:
         """Extract the text of a file. Raises DocumentRejected with its cause, Unavailable if no process can be started.
 
-        Waits while all workers are busy; the file's own time begins after that. Cancellation: ends the process that reads it.
+        Waits while all workers are busy; the file's own time begins after that. Where an OCR is set, it reads what is pictures: the file,
+        or a file of those pages; what it raises besides DocumentRejected is raised here. Cancellation: ends the process that reads it.
         """
         try:
-            return await self._parse(upload)
+            extracted = await self._done(Task.of(upload), Outcome.extracted)
         except DocumentRejected as refusal:
             if self._ocr is None or refusal.metadata.get("cause") != "no_text":
                 raise
-        return await self._ocr.read(upload)
+            return await read_off(self._ocr, upload, self._limits.ocr_timeout_s)
+        if self._ocr is None or not extracted.unread_pages:
+            return extracted
+        try:
+            pictures, pages = await self._done(Task.of(upload, extracted.unread_pages), Outcome.excerpted)
+        except DocumentRejected as refusal:
+            log.warning("pictures_cannot_be_taken_out", cause=refusal.metadata.get("cause", ""), pages=len(extracted.unread_pages))
+            return extracted
+        return await completed(self._ocr, extracted, pages, replace(upload, content=pictures), self._limits.ocr_timeout_s)
 
-    async def _parse(self, upload: Upload) -> Extracted:
+    async def _done(self, task: Task, take: Callable[[Outcome], T]) -> T:
+        """What `take` finds in the outcome of a task. Raises DocumentRejected, also if it makes no sense."""
         async with self._room:
-            outcome, fresh = await self._attempt(upload)
+            outcome, fresh = await self._attempt(task)
             if outcome is None and not fresh:
                 # The file before may have hurt it, or the system ended it while it waited: this one gets a process of its own.
-                outcome, _ = await self._attempt(upload, anew=True)
+                outcome, _ = await self._attempt(task, anew=True)
         if outcome is None:
             raise rejected("the file made its parser fail", cause="crashed")
         try:
-            return await asyncio.to_thread(outcome.extracted)
+            return await asyncio.to_thread(take, outcome)
         except ValueError:
             raise rejected("the file made its parser fail", cause="crashed") from None
 
-    async def _attempt(self, upload: Upload, *, anew: bool = False) -> tuple[Outcome | None, bool]:
+    async def _attempt(self, task: Task, *, anew: bool = False) -> tuple[Outcome | None, bool]:
         """What a worker made of it, None if it died of it, and whether the worker was a new one."""
         worker = self._idle.pop() if self._idle and not anew else None
         fresh = worker is None
@@ -190,7 +208,7 @@ class ParserPool:
             worker.idle.cancel()
         try:
             async with asyncio.timeout(self._limits.timeout_s):
-                outcome = await worker.read(Task.of(upload))
+                outcome = await worker.read(task)
         except TimeoutError:
             worker.kill()
             raise self._too_slow() from None
@@ -200,13 +218,13 @@ class ParserPool:
                 raise self._too_slow() from None
             if returncode == OUT_OF_MEMORY:
                 raise rejected("reading the file takes more memory than a document may", cause="too_large") from None
-            log.warning("parser_died", returncode=returncode, bytes=len(upload.content))
+            log.warning("parser_died", returncode=returncode, bytes=len(task.content))
             return None, fresh
         except BaseException:
             worker.kill()
             raise
         if error := outcome.facts.get("error"):
-            log.warning("parser_failed", error=error, bytes=len(upload.content))
+            log.warning("parser_failed", error=error, bytes=len(task.content))
         self._park(worker, outcome)
         return outcome, fresh
 

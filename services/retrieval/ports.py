@@ -287,8 +287,12 @@ class SparseEncoder(Protocol):
 
 
 class Ocr(Protocol):
-    """Reads pages that are pictures. None is built in: without one, such files are refused with the cause `no_text`."""
+    """Reads pages that are pictures. None is built in: without one, files of nothing else are refused with the cause `no_text`."""
 
     async def read(self, upload: Upload) -> Extracted:
-        """The text of a file without any, with its pages. Raises DocumentRejected, Unavailable."""
+        """The text of a file without any, with its pages: `page_starts` has one entry for each. Raises DocumentRejected, Unavailable.
+
+        The file is the whole upload, or a PDF of those of its pages that are pictures. `unread_pages` names, by their place in the file
+        that is given, those that it cannot read either. Cancellation: nobody waits any more, so what is begun is to be given up.
+        """
         ...

@@ -178,11 +178,12 @@ end
 """.replace("EVENTS_PER_JOB_MAX", str(EVENTS_PER_JOB_MAX)).replace("DEATHS_MAX", str(DEATHS_MAX))
 
 _BEGIN = """
-local job, tenant, user, mine, replica, jobs_max, lease_ms = unpack(ARGV)
+local job, tenant, user, api_key, mine, replica, jobs_max, lease_ms = unpack(ARGV)
 alive(replica, tonumber(lease_ms))
 if call('ZCARD', P .. 'running') >= tonumber(jobs_max) then return 0 end
 local shown = stamp()
-call('HSET', key('job', job), 'tenant', tenant, 'user', user, 'mine', mine, 'created', shown, 'receiver', replica, 'closed', '0')
+call('HSET', key('job', job), 'tenant', tenant, 'user', user, 'key', api_key, 'mine', mine)
+call('HSET', key('job', job), 'created', shown, 'receiver', replica, 'closed', '0')
 call('ZADD', P .. 'running', shown, job)
 call('ZADD', key('jobs', tenant), shown, job)
 call('ZADD', key('mine', mine), shown, job)
@@ -262,9 +263,9 @@ while true do
     call('HSET', jk, 't:' .. index, token, 'r:' .. index, replica)
     call('SADD', key('claims', replica), job .. ' ' .. index .. ' ' .. token)
     local attempt = call('HINCRBY', jk, 'a:' .. index, 1)
-    local known = call('HMGET', jk, 'user', 'o:' .. index)
+    local known = call('HMGET', jk, 'user', 'key', 'o:' .. index)
     local head, latest = call('HGET', key('heads', job), index), call('HGET', key('latest', job), index)
-    return {job, index, token, attempt, tenant, known[1], known[2], head, latest}
+    return {job, index, token, attempt, tenant, known[1], known[2] or '', known[3], head, latest}
   end
 end
 """
@@ -381,7 +382,8 @@ class RedisJobs:
         self._scripts = {name: client.register_script(_LIBRARY + body) for name, body in bodies.items()}
 
     async def begin(self, job_id: str, owner: Owner) -> bool:
-        return bool(await self._run("begin", job_id, owner.tenant, owner.user, _mine(owner), self._replica, self._jobs_max, self._lease_ms))
+        whose = (owner.tenant, owner.user, owner.api_key_id, _mine(owner))
+        return bool(await self._run("begin", job_id, *whose, self._replica, self._jobs_max, self._lease_ms))
 
     async def reserve(self, job_id: str, index: int, size: int) -> Room:
         # Half of the store at most for one job, so that the next caller's document finds room.
@@ -407,12 +409,12 @@ class RedisJobs:
         found = await self._run("claim", self._replica, self._lease_ms)
         if not found:
             return None
-        job, index, token, attempt, tenant, user, received, head, latest = found
+        job, index, token, attempt, tenant, user, api_key, received, head, latest = found
         return Claim(
             job.decode(),
             int(index),
             token,
-            Owner(tenant.decode(), user.decode()),
+            Owner(tenant.decode(), user.decode(), api_key.decode()),
             _unpack(head),
             replace(_progress(latest), attempt=attempt),
             int(received),

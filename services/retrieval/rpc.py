@@ -163,7 +163,7 @@ class RetrievalServicer(pb_grpc.RetrievalServiceServicer):
                 await context.write(_progress_message(job_id, event))
 
         principal = current_principal()
-        owner = Owner(tenant_of(principal), principal.user)
+        owner = Owner(tenant_of(principal), principal.user, principal.api_key_id)
         await take_in(self._ingestion, owner, _parts(requests, viewer_of(principal)), lambda job, event: emit(job.job_id, event))
 
     async def GetIngestionJob(self, request: pb.GetIngestionJobRequest, context: grpc.aio.ServicerContext) -> pb.GetIngestionJobResponse:

@@ -173,7 +173,7 @@ async def _opened(
 
 
 def _parser_limits(settings: Settings) -> Limits:
-    return Limits(workers=settings.parse_workers, timeout_s=settings.parse_timeout_s, memory_mib=settings.parse_memory_mib)
+    return Limits(settings.parse_workers, settings.parse_timeout_s, settings.parse_memory_mib, ocr_timeout_s=settings.ocr_timeout_s)
 
 
 Opened = tuple[VectorStore, Callable[[], Awaitable[None]], Callable[[], None]]

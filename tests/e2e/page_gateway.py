@@ -125,6 +125,8 @@ class FakeGateway:
     """What POST /v1/answers says instead of answering."""
     busy_uploads: int = 0
     """How many uploads are told to come back in a second."""
+    unread_pages: dict[str, str] = field(default_factory=dict)
+    """Of files, by their names."""
     url: str = ""
     _scripts: dict[str, Sequence[Beat]] = field(default_factory=dict)
     _answers: dict[str, "_Running"] = field(default_factory=dict)
@@ -228,9 +230,10 @@ class FakeGateway:
             stages = ["received", "failed"] if b"\0" in content else ["received", "parsed", "chunked", "embedded", "indexed"]
             for stage in stages:
                 sequence += 1
-                yield _block("progress", sequence, _progress(index, name, stage, len(content)))
+                unread = self.unread_pages.get(name, "") if stage not in ("received", "failed") else ""
+                yield _block("progress", sequence, {**_progress(index, name, stage, len(content)), "unread_pages": unread})
             if stages[-1] == "indexed":
-                self.documents.insert(0, document(name, len(content)))
+                self.documents.insert(0, document(name, len(content), self.unread_pages.get(name, "")))
         yield _block("done", sequence + 1, {"job_id": "job-1", "status": "ended"})
 
 
@@ -274,7 +277,7 @@ class _Running:
         return self.cancelled.is_set()
 
 
-def document(name: str, size: int) -> dict[str, Any]:
+def document(name: str, size: int, unread_pages: str = "") -> dict[str, Any]:
     return {
         "document_id": f"id-of-{name}",
         "title": name,
@@ -286,6 +289,7 @@ def document(name: str, size: int) -> dict[str, Any]:
         "characters": str(size),
         "chunks": 4,
         "indexed_at": "2026-01-15T09:30:00Z",
+        "unread_pages": unread_pages,
     }
 
 

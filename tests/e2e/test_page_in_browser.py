@@ -494,6 +494,22 @@ async def test_files_are_indexed_one_by_one_and_documents_deleted_for_good(visit
     assert [one["title"] for one in visit.gateway.documents] == ["guide.md"]
 
 
+async def test_a_half_scanned_document_says_which_pages_nobody_could_read(visit: Visit) -> None:
+    """While it is taken in and in the list; a document that was read whole says nothing of the kind."""
+    visit.gateway.unread_pages = {"half.pdf": "2-4, 9"}
+    visit.gateway.documents = [document("one.pdf", 512, "7"), document("whole.md", 512)]
+    await visit.page.get_by_role("link", name="Documents", exact=True).click()
+    file = {"name": "half.pdf", "mimeType": "application/pdf", "buffer": b"%PDF-"}
+    await visit.page.set_input_files("input[type=file]", file)  # type: ignore[arg-type]
+    said = "Pages 2-4, 9 are pictures and were not read: nothing on them will be found"
+    await expect(visit.page.locator(".upload .unread")).to_have_text(said)
+    await expect(visit.page.locator(".row-title")).to_have_text(["half.pdf", "one.pdf", "whole.md"])
+    row = visit.page.locator(".row")
+    await expect(row.nth(0).locator(".unread")).to_have_text(said)
+    await expect(row.nth(1).locator(".unread")).to_have_text("Page 7 is a picture and was not read: nothing on it will be found")
+    await expect(row.nth(2).locator(".unread")).to_have_count(0)
+
+
 async def test_files_can_be_dropped(visit: Visit) -> None:
     """What is dropped on the field is sent."""
     await visit.page.get_by_role("link", name="Documents", exact=True).click()

@@ -1,10 +1,10 @@
 """A program that locks itself in as a parser does and then tries to get out: `python -m tests.fakes.confined PARENT_PID FOLDER`.
 
-Says what became of each attempt: `refused`, `done`, or the name of another error, which is no proof of anything.
+FOLDER holds a file `secret`. Says what became of each attempt: `refused`, `done`, or the name of another error, which is no proof of
+anything.
 """
 
 import ctypes
-import errno
 import importlib
 import json
 import os
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import services
+from services.retrieval.parsers import landlock
 from services.retrieval.parsers.confinement import confine
 
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -59,24 +60,46 @@ PAST_PYTHON: dict[str, Callable[[Path], object]] = {
     "natively run a program": lambda _: native("execv", b"/bin/true", (ctypes.c_char_p * 2)(b"true", None)),
     "natively kill": lambda _: native("kill", os.getppid(), 0),
 }
+PAST_PYTHON_TO_FILES: dict[str, Callable[[Path], object]] = {
+    "natively read a file": lambda folder: native("open", bytes(folder / "secret"), os.O_RDONLY),
+    "natively read a file of the system": lambda _: native("open", b"/etc/passwd", os.O_RDONLY),
+    "natively read a file beside our code": lambda _: native(
+        "open", bytes(Path(services.__file__).parents[1] / "pyproject.toml"), os.O_RDONLY
+    ),
+    "natively read its own environment": lambda _: native("open", b"/proc/self/environ", os.O_RDONLY),
+    "natively list a folder": lambda folder: native("open", bytes(folder), os.O_RDONLY | os.O_DIRECTORY),
+    "natively write a file": lambda folder: native("open", bytes(folder / "secret"), os.O_WRONLY),
+    "natively empty a file": lambda folder: native("truncate", bytes(folder / "secret"), 0),
+    "natively make a file": lambda folder: native("open", bytes(folder / "a"), os.O_WRONLY | os.O_CREAT, 0o600),
+    "natively write a module": lambda _: native("open", os.__file__.encode(), os.O_WRONLY),
+    "natively make a folder": lambda folder: native("mkdir", bytes(folder / "b"), 0o700),
+    "natively link to a file": lambda folder: native("symlink", b"/etc/passwd", bytes(folder / "c")),
+    "natively delete a file": lambda folder: native("unlink", bytes(folder / "secret")),
+}
+"""What the kernel refuses where it has Landlock."""
 ALLOWED: dict[str, Callable[[Path], object]] = {
     "import a module": lambda _: importlib.import_module("xmlrpc.client"),
+    "import a library": lambda _: importlib.import_module("pypdfium2"),
     "start a thread": lambda _: thread(),
 }
-REFUSED_TO_PYTHON, REFUSED = frozenset(TO_PYTHON), frozenset(TO_PYTHON | PAST_PYTHON)
+
+
+def refused_here() -> dict[str, Callable[[Path], object]]:
+    """What this system can refuse."""
+    return TO_PYTHON | (PAST_PYTHON if sys.platform == "linux" else {}) | (PAST_PYTHON_TO_FILES if landlock.version() else {})
 
 
 def outcome(attempt: Callable[[Path], object], folder: Path) -> str:
     try:
         attempt(folder)
     except OSError as error:
-        return "refused" if error.errno == errno.EPERM else type(error).__name__
+        return "refused" if isinstance(error, PermissionError) else type(error).__name__
     return "done"
 
 
 def main() -> None:
     confine(int(sys.argv[1]), 1024)
-    attempts = {**TO_PYTHON, **(PAST_PYTHON if sys.platform == "linux" else {}), **ALLOWED}
+    attempts = {**refused_here(), **ALLOWED}
     print(json.dumps({name: outcome(attempt, Path(sys.argv[2])) for name, attempt in attempts.items()}))
 
 

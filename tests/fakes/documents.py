@@ -154,7 +154,7 @@ def scanned_pdf() -> bytes:
 
 
 def half_scanned_pdf(pages: str) -> bytes:
-    """Pages of text (`t`), pictures (`p`) and empty ones (`e`), in this order."""
+    """Pages of text (`t`), pictures (`p`) and empty ones (`e`), in this order. Each is a point wider than the one before it, from 601."""
     picture = zlib.compress(b"\x00" * 100)
     draws = {"t": "BT /F 12 Tf 50 700 Td (Words that stand on a page of text.) Tj ET", "p": "600 0 0 800 0 0 cm /P Do", "e": ""}
     kids = " ".join(f"{5 + 2 * number} 0 R" for number in range(len(pages)))
@@ -167,7 +167,8 @@ def half_scanned_pdf(pages: str) -> bytes:
     ]
     for number, kind in enumerate(pages):
         resources = "<</Font<</F 3 0 R>>/XObject<</P 4 0 R>>>>"
-        objects.append(f"<</Type/Page/Parent 2 0 R/MediaBox[0 0 600 800]/Contents {6 + 2 * number} 0 R/Resources{resources}>>")
+        box = f"[0 0 {601 + number} 800]"
+        objects.append(f"<</Type/Page/Parent 2 0 R/MediaBox{box}/Contents {6 + 2 * number} 0 R/Resources{resources}>>")
         objects.append(f"<</Length {len(draws[kind])}>>stream\n{draws[kind]}\nendstream")
     return pdf_of(objects)
 

@@ -23,6 +23,7 @@ export class Upload {
   readonly state = signal<UploadState>("waiting");
   readonly chunks = signal({ done: 0, total: 0 });
   readonly failure = signal("");
+  readonly unreadPages = signal("");
   readonly ended = computed(() => ["indexed", "unchanged", "failed", "cancelled"].includes(this.state.value));
 
   readonly #file: File;
@@ -89,6 +90,7 @@ export class Upload {
       if (progress.stage === "failed") return this.fail(progress.error_detail);
       batch(() => {
         this.chunks.value = { done: progress.chunks_done, total: progress.chunks_total };
+        this.unreadPages.value = progress.unread_pages;
         this.state.value = progress.stage;
       });
     }

@@ -120,6 +120,8 @@ export interface Progress {
   version: string;
   error_reason: string;
   error_detail: string;
+  /** Pages that are pictures and were not read, such as `2-4, 9`. */
+  unread_pages: string;
 }
 
 export interface StoredDocument {
@@ -133,6 +135,8 @@ export interface StoredDocument {
   characters: string;
   chunks: number;
   indexed_at: string;
+  /** As in Progress. */
+  unread_pages: string;
 }
 
 export interface DocumentPage {

@@ -1,6 +1,7 @@
 """What a parser's process is kept from: memory, time, files, other programs, the network. Locks on one door after the other.
 
-Limits hold wherever they exist; the filter of system calls and the tie to the parent's life are Linux'. Nothing here knows a format.
+Limits hold wherever they exist; the wall around files, the filter of system calls and the tie to the parent's life are Linux'. Nothing here
+knows a format.
 """
 
 import ctypes
@@ -12,11 +13,13 @@ import resource
 import signal
 import struct
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import services
 from services.retrieval.niceness import give_way_whole
+from services.retrieval.parsers import landlock
 
 FILES_MAX = 64
 
@@ -37,6 +40,8 @@ _REFUSED_CALLS = {
 }
 _CLONE, _CLONE3 = {"x86_64": 56, "aarch64": 220}, 435
 # fmt: on
+_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache")
+"""Where the dynamic loader finds what a module written in C needs, when the first file of its format comes."""
 _REFUSED_EVENTS = ("socket.", "subprocess.", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.system", "pty.", "urllib.", "http.")
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
@@ -49,7 +54,11 @@ def confine(parent: int, memory_mib: int) -> None:
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_FSIZE, 0)
     _limit(resource.RLIMIT_NOFILE, FILES_MAX)
-    sys.addaudithook(_watch(_readable_folders()))
+    readable = _readable_folders()
+    if sys.platform == "linux":
+        _prctl(_PR_SET_NO_NEW_PRIVS, 1)  # what both the wall and the filter ask for
+        landlock.allow_reading_only((*readable, *_behind_links(set(readable).intersection(sys.path)), *_LIBRARIES))
+    sys.addaudithook(_watch(readable))
     _refuse_calls()
 
 
@@ -106,6 +115,16 @@ def _readable_folders() -> tuple[str, ...]:
     return tuple(sorted({os.path.realpath(folder) for folder in folders} | folders))
 
 
+def _behind_links(folders: Iterable[str]) -> Iterator[str]:
+    """Where modules really lie that are links to where an installer keeps them: the kernel looks at files, not at their names."""
+    for folder in folders:
+        for entry in Path(folder).iterdir() if Path(folder).is_dir() else ():
+            if entry.is_symlink():
+                yield str(entry.resolve())
+            elif (entry / "__init__.py").is_symlink():
+                yield str((entry / "__init__.py").resolve().parent)
+
+
 def _watch(readable: tuple[str, ...]) -> Any:
     within = tuple(f"{folder.rstrip(os.sep)}{os.sep}" for folder in readable)
 
@@ -153,8 +172,7 @@ def _refuse_calls() -> None:
     code = ctypes.create_string_buffer(b"".join(program))
     # struct sock_fprog: a count, then, aligned, where the instructions are.
     header = ctypes.create_string_buffer(struct.pack("@HP", len(program), ctypes.addressof(code)))
-    if _prctl(_PR_SET_NO_NEW_PRIVS, 1) == 0:
-        _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(header))
+    _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(header))
 
 
 def _instruction(code: int, if_true: int, if_false: int, value: int) -> bytes:

@@ -4,6 +4,7 @@ The service decodes what a worker wrote as if an enemy had: typed, bounded, and 
 """
 
 import struct
+from collections.abc import Sequence
 
 import msgspec
 
@@ -19,16 +20,18 @@ _KINDS = tuple(BlockKind)
 
 
 class Task(msgspec.Struct, array_like=True):
-    """A file to read."""
+    """A file to read; with `pages`, a PDF of which a PDF of those pages is to be made."""
 
     content: bytes
     title: str
     source_uri: str
     media_type: str
+    pages: list[int] = []
+    """From 1, ascending."""
 
     @classmethod
-    def of(cls, upload: Upload) -> "Task":
-        return cls(upload.content, upload.title, upload.source_uri, upload.media_type)
+    def of(cls, upload: Upload, pages: Sequence[int] = ()) -> "Task":
+        return cls(upload.content, upload.title, upload.source_uri, upload.media_type, list(pages))
 
     def upload(self) -> Upload:
         return Upload(self.content, title=self.title, source_uri=self.source_uri, media_type=self.media_type)
@@ -50,6 +53,9 @@ class Outcome(msgspec.Struct, array_like=True):
     blocks: list[tuple[int, int, int, int]] = []
     """Kind, start, end, path; kind and path by number."""
     unread_pages: list[int] = []
+    excerpt: bytes = b""
+    """A PDF of those pages that were asked for and can be loaded, `excerpt_pages`."""
+    excerpt_pages: list[int] = []
 
     @classmethod
     def of(cls, extracted: Extracted, peak_mib: int) -> "Outcome":
@@ -76,8 +82,7 @@ class Outcome(msgspec.Struct, array_like=True):
 
     def extracted(self) -> Extracted:
         """Raises DocumentRejected if the worker refused the file, ValueError if what it wrote makes no sense."""
-        if self.cause:
-            raise DocumentRejected(self.detail, cause=self.cause, **self.facts)
+        self._accepted()
         if len(self.text) > CHARACTERS_MAX or len(self.blocks) > BLOCKS_MAX:
             raise ValueError("more text than a document may hold")
         last = 0
@@ -92,6 +97,17 @@ class Outcome(msgspec.Struct, array_like=True):
         if any(not 0 < page <= len(self.page_starts) for page in self.unread_pages) or self.unread_pages != sorted(set(self.unread_pages)):
             raise ValueError("a page that is not there")
         return Extracted(self.text, tuple(blocks), self.media_type, self.title, tuple(self.page_starts), tuple(self.unread_pages))
+
+    def excerpted(self) -> tuple[bytes, list[int]]:
+        """A file of pages, and which they are. Raises DocumentRejected if the worker refused the file, ValueError as above."""
+        self._accepted()
+        if not (self.excerpt and self.excerpt_pages) or self.excerpt_pages != sorted(set(self.excerpt_pages)):
+            raise ValueError("a file without pages")
+        return self.excerpt, self.excerpt_pages
+
+    def _accepted(self) -> None:
+        if self.cause:
+            raise DocumentRejected(self.detail, cause=self.cause, **self.facts)
 
 
 TASK = msgspec.msgpack.Decoder(Task)

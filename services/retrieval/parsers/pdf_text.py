@@ -4,10 +4,11 @@ Forms, scripts and attachments of the file are never opened.
 """
 
 import ctypes
+import io
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -102,6 +103,30 @@ def parse_pdf(content: bytes) -> Extracted:
         for paragraph in _paragraphs(lines):
             _write(outline, paragraph, levels)
     return replace(outline.extracted(MEDIA_TYPE, title), unread_pages=tuple(unread))
+
+
+def excerpt(content: bytes, pages: Sequence[int]) -> tuple[bytes, list[int]]:
+    """A PDF of those of the pages, from 1, that can be loaded, and which they are. Raises DocumentRejected as above."""
+    document, new = _opened(content), pdfium.PdfDocument.new()
+    try:
+        kept = [page for page in pages if _loads(document, page - 1)]
+        new.import_pages(document, [page - 1 for page in kept])
+        written = io.BytesIO()
+        new.save(written)
+    except pdfium.PdfiumError:
+        raise rejected("the PDF is broken", cause="malformed") from None
+    finally:
+        new.close()
+        document.close()
+    return written.getvalue(), kept
+
+
+def _loads(document: pdfium.PdfDocument, number: int) -> bool:
+    try:
+        document[number].close()
+    except (pdfium.PdfiumError, IndexError):
+        return False
+    return True
 
 
 def _opened(content: bytes) -> pdfium.PdfDocument:

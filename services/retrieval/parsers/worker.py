@@ -12,7 +12,7 @@ from typing import BinaryIO
 from services.chassis.errors import DocumentRejected
 from services.retrieval.parsers import read
 from services.retrieval.parsers.confinement import MemoryGauge, allow_seconds, confine
-from services.retrieval.parsers.frames import LENGTH, OUT_OF_MEMORY, OUTCOME_BYTES_MAX, TASK, Outcome, framed
+from services.retrieval.parsers.frames import LENGTH, OUT_OF_MEMORY, OUTCOME_BYTES_MAX, TASK, Outcome, Task, framed
 from services.retrieval.parsers.rejection import rejected
 
 
@@ -40,7 +40,7 @@ def main() -> None:
 def _outcome(body: bytes, gauge: MemoryGauge) -> bytes:
     """The answer to one task, whatever the file does to its parser short of ending the process."""
     try:
-        answer = framed(Outcome.of(read(TASK.decode(body).upload()), gauge.peak_mib()))
+        answer = framed(_done(TASK.decode(body), gauge))
         if len(answer) <= OUTCOME_BYTES_MAX:
             return answer
         refusal = rejected("the document holds more text than one document may", cause="too_large", bytes_max=OUTCOME_BYTES_MAX)
@@ -56,6 +56,15 @@ def _outcome(body: bytes, gauge: MemoryGauge) -> bytes:
         # Libraries have errors of their own, and panics that are no Exception. The name is for our logs; the message may quote the file.
         refusal = rejected("the file is broken in a way that its parser did not expect", cause="malformed", error=type(error).__name__)
     return framed(Outcome.refusal(refusal, gauge.peak_mib()))
+
+
+def _done(task: Task, gauge: MemoryGauge) -> Outcome:
+    if not task.pages:
+        return Outcome.of(read(task.upload()), gauge.peak_mib())
+    from services.retrieval.parsers.pdf_text import excerpt
+
+    content, pages = excerpt(task.content, task.pages)
+    return Outcome(gauge.peak_mib(), excerpt=content, excerpt_pages=pages)
 
 
 def _send(outcomes: BinaryIO, frame: bytes) -> None:

@@ -30,6 +30,7 @@ from tailrace.common.v1 import common_pb2
 from tailrace.ledger.v1 import ledger_service_pb2 as pb
 from tests.fakes.embedding_service import DIMENSION, EmbeddingService, embedding_service
 from tests.integration.ledger.ledger_kit import INTERNAL_KEY, Ledger, audit, fresh_database, running
+from tests.integration.retrieval.retrieval_kit import running as serving
 from tests.suite import until
 
 MODEL = "text-embedding-3-large"
@@ -238,6 +239,32 @@ async def test_usage_tells_embeddings_apart(world: World) -> None:
 
     assert (row.group["purpose"], row.cost_nanousd) == ("embed", 3 * TOKEN_NANOUSD)
     assert row.usage == common_pb2.Usage(input_tokens=3)
+
+
+async def test_documents_are_paid_by_the_key_they_came_with(ledger: Ledger, tmp_path: Path) -> None:
+    """Its budget as well as its user's, whichever replica works on them: a key that is spent takes in nothing that costs."""
+    ann, boss = f"ann-{secrets.token_hex(4)}", Principal("acme", "boss", frozenset({"user", "admin"}))
+    made = [
+        await ledger.ask("CreateApiKey", pb.CreateApiKeyRequest(user=ann, roles=["user"], name=name), boss) for name in ("poor", "rich")
+    ]
+    poor, rich = (Principal("acme", ann, api_key_id=reply.key.key_id) for reply in made)
+    put = pb.PutBudgetRequest(scope="key", subject=poor.api_key_id, period="month", limit_nanousd=TOKEN_NANOUSD)
+    await ledger.ask("PutBudget", put, boss)
+    files: dict[str, bytes | str] = {"otter.txt": "The otter sleeps afloat."}
+    async with embedding_service() as service:
+        given = settings(
+            tmp_path, f"{service.url}/v1", embedder=f"openai:{MODEL}", port=0, ledger_target=f"127.0.0.1:{ledger.port}", ingest_workers=1
+        )
+        async with serving(given) as retrieval:
+            retrieval.caller = Caller("retrieval", Passport(INTERNAL_KEY.encode()))
+            refused = await retrieval.ingest(poor, files)
+            asked = list(service.asked)
+            taken = await retrieval.ingest(rich, files)
+    rows = await ledger.rows("ListOperations", pb.ListOperationsRequest(), rich)
+
+    assert ("failed", "BUDGET_EXHAUSTED", []) == (refused[-1].stage, refused[-1].error_reason, asked)
+    assert ("indexed", 1) == (taken[-1].stage, len(service.asked))
+    assert [rich.api_key_id] == [row.operation.api_key_id for row in rows]
 
 
 @pytest.mark.parametrize(

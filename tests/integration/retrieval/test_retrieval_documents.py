@@ -12,11 +12,13 @@ from google.protobuf.json_format import MessageToDict
 from services.chassis.channel import open_channel
 from services.chassis.errors import NotFound, RequestInvalid
 from services.chassis.principal import Principal
+from services.retrieval.domain import Extracted, Upload
 from services.retrieval.ingest import DOCUMENT_BYTES_MAX
+from services.retrieval.parsers.outline import Outline
 from tailrace.retrieval.v1 import retrieval_service_pb2 as pb
 from tailrace.retrieval.v1 import retrieval_service_pb2_grpc as pb_grpc
 from tests.fakes.documents import half_scanned_pdf
-from tests.integration.retrieval.retrieval_kit import Retrieval, stages, upload
+from tests.integration.retrieval.retrieval_kit import Retrieval, running, settings_for, stages, upload
 
 GUIDE = """# Timeouts
 
@@ -37,6 +39,36 @@ async def test_a_half_scanned_document_says_which_pages_are_missing(retrieval: R
     for told, stage in ((first, "indexed"), (again, "unchanged")):
         assert {"half.pdf": "2-3, 5", "whole.pdf": ""} == {row.name: row.unread_pages for row in told if row.stage == stage}
     assert {"half.pdf": "2-3, 5", "whole.pdf": ""} == {row.document.source_uri: row.document.unread_pages for row in rows}
+
+
+class ReadsOff:
+    """An OCR that finds the same sentence on every page it is given."""
+
+    async def read(self, upload: Upload) -> Extracted:
+        outline = Outline()
+        outline.page()
+        outline.paragraph("The heron waits in shallow water.")
+        return outline.extracted("application/pdf")
+
+
+@pytest.mark.slow
+async def test_a_document_gets_its_pictures_when_it_comes_again_and_an_ocr_is_there(
+    state_dir: Path, tmp_path: Path, ann: Principal
+) -> None:
+    """The same bytes are a new version then, once; what was a picture is found, on its own page."""
+    (tmp_path / "models").symlink_to(state_dir / "models")
+    files: dict[str, bytes | str] = {"half.pdf": half_scanned_pdf("tpt")}
+    async with running(settings_for(tmp_path)) as retrieval:
+        without = await retrieval.ingest(ann, files)
+    async with running(settings_for(tmp_path, ocr=f"{__name__}:ReadsOff")) as retrieval:
+        first, again = await retrieval.ingest(ann, files), await retrieval.ingest(ann, files)
+        hits = await retrieval.search(ann, "Where does the heron wait?")
+        shown = await retrieval.stream("ListDocuments", pb.ListDocumentsRequest(), ann)
+
+    ends = [(told[-1].stage, told[-1].version, told[-1].unread_pages) for told in (without, first, again)]
+    assert [("indexed", 1, "2"), ("indexed", 2, ""), ("unchanged", 2, "")] == ends
+    assert "The heron waits in shallow water." in hits[0].text
+    assert (3, "") == (shown[0].document.pages, shown[0].document.unread_pages)
 
 
 async def test_a_document_goes_through_all_stages_and_is_found_with_exact_offsets(retrieval: Retrieval, ann: Principal) -> None:

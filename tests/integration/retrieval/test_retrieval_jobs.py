@@ -96,6 +96,18 @@ async def test_a_large_job_does_not_starve_another_tenant(own: Valkey) -> None:
         assert large == (await claimed(store)).job_id
 
 
+async def test_a_document_is_claimed_for_whom_it_came_from(own: Valkey) -> None:
+    """With the key that pays for it, if it came with one; the job is its user's all the same."""
+    keyed = replace(ANN, api_key_id="key-7")
+    async with store_of(own) as store:
+        with_key, without = await begun(store, keyed, 1), await begun(store, ANN, 1)
+        owners = {claim.job_id: claim.owner for claim in (await claimed(store), await claimed(store))}
+        listed = await store.page("acme", "ann", 10, None)
+
+    assert {with_key: keyed, without: ANN} == owners
+    assert {with_key, without} == {state.job_id for state in listed}
+
+
 async def test_a_dead_replicas_document_goes_to_another_and_its_words_count_no_more(own: Valkey) -> None:
     """After the lease; the second attempt says that it is one, and content and counts are whole."""
     async with store_of(own, lease_s=0.2) as dying, store_of(own) as living:

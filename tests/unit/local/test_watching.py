@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import tailrace
-from services.local.watching import PAUSE_S_MAX, Files, Seen, Watch
+from services.chassis import errors
+from services.local.watching import AGAIN_S, PAUSE_S_MAX, Ended, Files, Seen, Watch
 
 
 @dataclass
@@ -20,15 +21,20 @@ class Service:
     documents: dict[str, str] = field(default_factory=dict)
     sent: list[set[str]] = field(default_factory=list)
     forgotten: list[dict[str, str]] = field(default_factory=list)
+    failing: dict[str, str] = field(default_factory=dict)
+    """Why a document fails, by its name."""
 
-    async def send(self, files: Files) -> AsyncIterator[tuple[str, str]]:
+    async def send(self, files: Files) -> AsyncIterator[Ended]:
         self._ask()
         self.sent.append(set(files))
         for place, (name, path) in enumerate(files.items()):
             if place == self.ends_after:
                 raise tailrace.Interrupted("cut")
+            if reason := self.failing.get(name):
+                yield Ended(name, "", reason)
+                continue
             self.documents[name] = path.read_text()
-            yield name, f"id of {name}"
+            yield Ended(name, f"id of {name}")
 
     async def forget(self, documents: Mapping[str, str]) -> None:
         self._ask()
@@ -50,6 +56,7 @@ class World:
     service: Service = field(default_factory=Service)
     said: list[str] = field(default_factory=list)
     pauses: list[float] = field(default_factory=list)
+    now_s: float = 1000.0
 
     def watch(self) -> Watch:
         async def pause(seconds: float) -> None:
@@ -58,7 +65,7 @@ class World:
         def look() -> Files:
             return {path.name: path for path in sorted(self.folder.iterdir())}
 
-        return Watch(look, self.service.send, self.service.forget, self.said.append, Seen(self.notes), pause)
+        return Watch(look, self.service.send, self.service.forget, self.said.append, Seen(self.notes), pause, lambda: self.now_s)
 
     def write(self, **texts: str) -> None:
         for name, text in texts.items():
@@ -120,6 +127,66 @@ async def test_every_refusal_that_passes_by_itself_is_outlived_for_as_long_as_it
     assert world.service.documents == {"a": "a"}
 
 
+LASTING = {"DOCUMENT_REJECTED", "PAYLOAD_TOO_LARGE", "REQUEST_INVALID", "MODEL_UNKNOWN", "NOT_ALLOWED"}
+REASONS = {cls.reason for cls in errors.DomainError.__subclasses__() if cls.reason}
+
+
+@pytest.mark.parametrize("reason", sorted(REASONS - LASTING))
+async def test_a_file_that_failed_for_what_passes_is_sent_again_ever_more_seldom(world: World, reason: str) -> None:
+    """Alone, until it is taken in; the wait doubles up to its bound, however often it fails."""
+    watch = world.watch()
+    world.write(good="good", bad="bad")
+    world.service.failing = {"bad": reason}
+    await watch.step()
+    waits = []
+    for _ in range(12):
+        before, sent = world.now_s, len(world.service.sent)
+        while len(world.service.sent) == sent:
+            world.now_s += AGAIN_S / 4
+            await watch.step()
+        waits.append(world.now_s - before)
+    world.service.failing = {}
+    world.now_s += PAUSE_S_MAX
+    await watch.step()
+    world.now_s += PAUSE_S_MAX
+    await watch.step()
+
+    assert waits == [min(AGAIN_S * 2**number, PAUSE_S_MAX) for number in range(12)]
+    assert world.service.sent == [{"good", "bad"}, *[{"bad"}] * 13]
+    assert world.service.documents == {"good": "good", "bad": "bad"}
+
+
+@pytest.mark.parametrize("reason", sorted(LASTING))
+async def test_a_file_that_failed_for_what_it_is_stays_until_it_changes(world: World, reason: str) -> None:
+    """Sending the same again would fail again."""
+    watch = world.watch()
+    world.write(bad="bad")
+    world.service.failing = {"bad": reason}
+    await watch.step()
+    world.now_s += 10 * PAUSE_S_MAX
+    await watch.step()
+    world.service.failing = {}
+    world.write(bad="changed")
+    await watch.step()
+
+    assert (world.service.sent, world.service.documents) == ([{"bad"}, {"bad"}], {"bad": "changed"})
+
+
+async def test_a_file_that_waits_is_sent_at_once_when_it_changes_and_forgotten_when_it_goes(world: World) -> None:
+    """And what is written next under its name begins afresh."""
+    watch = world.watch()
+    world.write(a="a", b="b")
+    world.service.failing = {"a": "UNAVAILABLE", "b": "UNAVAILABLE"}
+    await watch.step()
+    world.write(a="changed")
+    (world.folder / "b").unlink()
+    await watch.step()
+    world.now_s += AGAIN_S
+    await watch.step()
+
+    assert world.service.sent == [{"a", "b"}, {"a"}, {"a"}]
+
+
 async def test_a_refusal_that_does_not_pass_ends_the_watch(world: World) -> None:
     """A wrong token is not tried for ever."""
     world.service.away = tailrace.NotAuthenticated("who?")
@@ -160,9 +227,9 @@ async def test_a_file_whose_sending_was_cut_off_is_known_to_the_next_watch(world
     class Killed(BaseException):
         pass
 
-    async def killed(files: Files) -> AsyncIterator[tuple[str, str]]:
+    async def killed(files: Files) -> AsyncIterator[Ended]:
         raise Killed
-        yield "", ""
+        yield Ended("", "")
 
     world.write(a="a", b="b")
     watch = world.watch()

@@ -128,8 +128,20 @@ function UploadRow({ upload }: { upload: Upload }) {
         <rect class="bar-ground" width="100%" height="3" rx="1.5" />
         <rect class="bar-fill" width={`${(100 * part).toFixed(1)}%`} height="3" rx="1.5" />
       </svg>
+      <Unread pages={upload.unreadPages.value} />
       {upload.failure.value && <p class="upload-failure">{upload.failure.value}</p>}
     </li>
+  );
+}
+
+/** What is missing of a document that was taken in all the same. */
+function Unread({ pages }: { pages: string }) {
+  if (!pages) return null;
+  const one = /^\d+$/.test(pages);
+  return (
+    <p class="unread">
+      {one ? `Page ${pages} is a picture and was not read: nothing on it will be found` : `Pages ${pages} are pictures and were not read: nothing on them will be found`}
+    </p>
   );
 }
 
@@ -194,6 +206,7 @@ function DocumentRow({ document }: { document: StoredDocument }) {
           <span>{day(document.indexed_at)}</span>
           {document.collection && document.collection !== "default" && <span class="tag">{document.collection}</span>}
         </span>
+        <Unread pages={document.unread_pages} />
         {failure.value && <p class="upload-failure">{failure.value}</p>}
       </div>
       {asking.value ? (

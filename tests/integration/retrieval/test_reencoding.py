@@ -77,7 +77,7 @@ class DyingStore:
         work = getattr(self._store, name)
 
         async def call(*args: Any, **kwargs: Any) -> Any:
-            if name in ("upsert", "delete", "remove", "claim"):
+            if name in ("upsert", "delete", "remove", "claim", "exchange"):
                 self._left -= 1
                 if self._left < 0:
                     raise Killed

@@ -8,7 +8,7 @@ every vector until a copy of the shard has been built elsewhere and has taken it
 import asyncio
 import dataclasses
 import shutil
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -118,6 +118,13 @@ class EdgeStore:
         await self.upsert(space, [point])
         return Record(point.id, point.payload)
 
+    async def exchange(self, space: Space, point: Point, expected: Mapping[str, str | int]) -> None:
+        await self._writable()
+        # As above.
+        found = (await self.get(space, str(point.payload["tenant"]), [point.id])).get(point.id)
+        if found is not None and _has(found, expected):
+            await self.upsert(space, [point])
+
     async def tenants(self, space: Space) -> list[str]:
         request = edge.FacetRequest("tenant", limit=TENANTS_MAX, exact=True)
         return [str(hit.value) for hit in self._call(space, lambda shard: shard.facet(request)).hits]
@@ -133,11 +140,11 @@ class EdgeStore:
         await self._writable()
         self._update(space, deletion, deletion=deletion)
 
-    async def remove(self, space: Space, tenant: str, ids: Sequence[str]) -> None:
+    async def remove(self, space: Space, tenant: str, ids: Sequence[str], expected: Mapping[str, str | int] = {}) -> None:
         await self._writable()
-        owned = await self.get(space, tenant, ids)
+        owned: list[Any] = [id_ for id_, record in (await self.get(space, tenant, ids)).items() if _has(record, expected)]
         if owned:
-            self._update(space, edge.UpdateOperation.delete_points([*owned]), [*owned])
+            self._update(space, edge.UpdateOperation.delete_points(owned), owned)
 
     async def expire(self, space: Space, field: str, below: int) -> None:
         old = edge.Filter(must=[edge.FieldCondition(key=field, range=edge.RangeFloat(lt=float(below)))])
@@ -274,6 +281,10 @@ class EdgeStore:
         if shard is None:
             raise Unavailable("the vector store is closed", dependency="qdrant")
         return work(shard)
+
+
+def _has(record: Record, expected: Mapping[str, str | int]) -> bool:
+    return all(record.payload.get(key) == value for key, value in expected.items())
 
 
 def translated(where: Filter) -> Any:

@@ -157,8 +157,10 @@ class Encodings:
         """Make the collection's standing `then` in one write, if it is still as `expected`; whether it was."""
         if await self.standing(tenant, collection) != expected:
             return False
-        await self._store.upsert(DOCUMENTS, [_standing_point(tenant, collection, then)])
-        return True
+        await self._store.claim(DOCUMENTS, _standing_point(tenant, collection, expected))  # it may have none of its own yet
+        fields = {"encoding": expected.encoding, "next": expected.next, "leaving": expected.leaving}
+        await self._store.exchange(DOCUMENTS, _standing_point(tenant, collection, then), fields)
+        return await self.standing(tenant, collection) == then
 
     async def note_progress(self, tenant: str, collection: str, documents: int) -> None:
         """Say how many documents have vectors of the next encoding. Kept apart from the standing, which only a step changes."""

@@ -140,6 +140,13 @@ class VectorStore(Protocol):
         """Write `point` unless its id is taken; return what is there. Of several who claim an id at once, one prevails."""
         ...
 
+    async def exchange(self, space: Space, point: Point, expected: Mapping[str, str | int]) -> None:
+        """Write `point` in the place of the one with its id if that has these fields; where there is none, or another, change nothing.
+
+        Looking and writing are one step. What came of it, a look at the point says.
+        """
+        ...
+
     async def tenants(self, space: Space) -> list[str]:
         """Whose points there are. For our own upkeep: no caller's request may come to this."""
         ...
@@ -152,8 +159,8 @@ class VectorStore(Protocol):
         """Remove every point that matches."""
         ...
 
-    async def remove(self, space: Space, tenant: str, ids: Sequence[str]) -> None:
-        """Remove the tenant's points among `ids`."""
+    async def remove(self, space: Space, tenant: str, ids: Sequence[str], expected: Mapping[str, str | int] = {}) -> None:
+        """Remove the tenant's points among `ids`, those that have the `expected` fields."""
         ...
 
     async def expire(self, space: Space, field: str, below: int) -> None:

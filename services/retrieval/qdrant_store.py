@@ -6,7 +6,7 @@ Every failure to reach the server becomes Unavailable(dependency="qdrant"); the 
 import asyncio
 import contextlib
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import structlog
@@ -83,6 +83,12 @@ class QdrantStore:
             raise Unavailable("what was written cannot be read yet", dependency="qdrant")
         return found[point.id]
 
+    async def exchange(self, space: Space, point: Point, expected: Mapping[str, str | int]) -> None:
+        as_expected = translated(Filter(str(point.payload["tenant"]), equal=expected))
+        only_that: dict[str, Any] = {"update_mode": models.UpdateMode.UPDATE_ONLY, "update_filter": as_expected}
+        batch = [models.PointStruct(id=point.id, vector=_vectors(point), payload=dict(point.payload))]
+        await self._ask(lambda: self._client.upsert(self._name(space), batch, **self._layout.write(), **only_that))
+
     async def tenants(self, space: Space) -> list[str]:
         reply = await self._ask(
             lambda: self._client.facet(self._name(space), "tenant", limit=TENANTS_MAX, exact=True, **self._layout.read())
@@ -98,9 +104,9 @@ class QdrantStore:
             lambda: self._client.delete(self._name(space), models.FilterSelector(filter=translated(where)), **self._layout.write())
         )
 
-    async def remove(self, space: Space, tenant: str, ids: Sequence[str]) -> None:
+    async def remove(self, space: Space, tenant: str, ids: Sequence[str], expected: Mapping[str, str | int] = {}) -> None:
         if ids:
-            owned = models.Filter(must=[*_conditions(Filter(tenant)), models.HasIdCondition(has_id=list(ids))])
+            owned = models.Filter(must=[*_conditions(Filter(tenant, equal=expected)), models.HasIdCondition(has_id=list(ids))])
             await self._ask(lambda: self._client.delete(self._name(space), models.FilterSelector(filter=owned), **self._layout.write()))
 
     async def expire(self, space: Space, field: str, below: int) -> None:

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequen
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakValueDictionary
 
 import structlog
@@ -41,6 +41,8 @@ from services.retrieval.ports import (
 
 log = structlog.get_logger(__name__)
 
+TRIES_MAX = 5
+"""How often a change is made again that another process came between; each time it stood still, or had bad luck."""
 INTENTS_PER_PASS_MAX = 1000
 COLLECTIONS_MAX = 10_000
 """Of one tenant."""
@@ -245,36 +247,58 @@ class Registry:
         Raises Unavailable if another process has taken over while this one stood still: then nothing of this version is left.
         Cancellation: shield it. Cut short, it leaves an intent that `recover` undoes or finishes.
         """
-        async with self._lock(draft.document_id), self._turn(draft.document_id) as renew:
-            old = await self.prior(draft.tenant, draft.document_id)
-            if old is not None and old.received > draft.received:
-                return old
-            version, indexed_us = (old.version + 1 if old else 1), self._now_us()
-            revision = stable_id("revision", draft.document_id, str(version), draft.content_sha256, str(indexed_us))
-            new = replace(draft, version=version, indexed_us=indexed_us, revision=revision, chunks=len(chunks))
-            intent = _Intent(new.tenant, new.collection, new.document_id, revision, old.revision if old else "", indexed_us)
-            await self._begin(intent)
-            if self._encodings is not None and not (await self.epoch(new.tenant, new.collection)).number:
-                await self._encodings.settle_new(new.tenant, new.collection)
-            if new.readers:
-                # Before anybody can rest an answer on it: from now on answers are shared among those who see the same documents only.
-                await self._bump(new.tenant, new.collection, limited=True)
-            # Writing may take any time: what others did in the meantime is not to be undone.
-            still_ours = partial(self._renewed, renew, intent)
-            if self._encodings is None:
-                await self._write_chunks(CHUNKS, new, chunks, dense, sparse)
-                await still_ours()
-            else:
-                await self._write_encoded(self._encodings, new, chunks, dense, sparse, still_ours)
-            # Nothing may come between the last look at the collection's standing and this.
-            await self._store.upsert(DOCUMENTS, [Point(new.document_id, _document_payload(new))])
-            await self._bump(new.tenant, new.collection)
-            try:
-                await self._tidy(intent, {intent.dropped})
-            except Unavailable:
-                # The switch is done and durable; what is left over is invisible and goes with the next recovery.
-                log.warning("old_chunks_left_for_recovery")
-            return new
+        async with self._lock(draft.document_id):
+            for _ in range(TRIES_MAX):
+                async with self._turn(draft.document_id) as renew:
+                    made = await self._replace(draft, chunks, dense, sparse, renew)
+                    try:
+                        await renew()
+                        return made
+                    except Unavailable:
+                        # Who had the turn may have taken the change for dead before the switch, and cleared its chunks away: once more.
+                        log.warning("changed_after_the_turn_had_passed")
+        raise Unavailable("the document is changed by others again and again", dependency="qdrant")
+
+    async def _replace(self, draft: Document, chunks: Sequence[Chunk], dense: Vectors, sparse: Sequence[Sparse], renew: Renew) -> Document:
+        old = await self.prior(draft.tenant, draft.document_id)
+        if old is not None and old.received > draft.received:
+            return old
+        version, indexed_us = (old.version + 1 if old else 1), self._now_us()
+        revision = stable_id("revision", draft.document_id, str(version), draft.content_sha256, str(indexed_us))
+        new = replace(draft, version=version, indexed_us=indexed_us, revision=revision, chunks=len(chunks))
+        intent = _Intent(new.tenant, new.collection, new.document_id, revision, old.revision if old else "", indexed_us)
+        await self._begin(intent)
+        if self._encodings is not None and not (await self.epoch(new.tenant, new.collection)).number:
+            await self._encodings.settle_new(new.tenant, new.collection)
+        if new.readers:
+            # Before anybody can rest an answer on it: from now on answers are shared among those who see the same documents only.
+            await self._bump(new.tenant, new.collection, limited=True)
+        # Writing may take any time: what others did in the meantime is not to be undone.
+        still_ours = partial(self._renewed, renew, intent)
+        if self._encodings is None:
+            await self._write_chunks(CHUNKS, new, chunks, dense, sparse)
+            await still_ours()
+        else:
+            await self._write_encoded(self._encodings, new, chunks, dense, sparse, still_ours)
+        # Nothing may come between the last look at the collection's standing and this.
+        if not await self._switched(old, new):
+            await self._given_up(intent)
+        await self._bump(new.tenant, new.collection)
+        try:
+            await self._tidy(intent, {intent.dropped})
+        except Unavailable:
+            # The switch is done and durable; what is left over is invisible and goes with the next recovery.
+            log.warning("old_chunks_left_for_recovery")
+        return new
+
+    async def _switched(self, old: Document | None, new: Document) -> bool:
+        """Let the document be `new` if it is still `old`; whether it is. A turn can pass to another between any look and any write."""
+        point = Point(new.document_id, _document_payload(new))
+        if old is None:
+            await self._store.claim(DOCUMENTS, point)
+        else:
+            await self._store.exchange(DOCUMENTS, point, {"revision": old.revision})
+        return await self._is_current(new)
 
     async def renew(self, document: Document, received: int) -> bool:
         """Let `document` count as received when its content came again, so that what was received before that cannot replace it.
@@ -286,9 +310,8 @@ class Registry:
             if stored is None or stored.revision != document.revision:
                 return False
             if stored.received < received:
-                renewed = replace(stored, received=received)
                 await renew()
-                await self._store.upsert(DOCUMENTS, [Point(stored.document_id, _document_payload(renewed))])
+                return await self._switched(stored, replace(stored, received=received))
             return True
 
     async def _write_encoded(
@@ -333,7 +356,9 @@ class Registry:
             intent = _Intent(tenant, document.collection, document_id, "", document.revision, self._now_us())
             await self._begin(intent)
             await self._renewed(renew, intent)
-            await self._store.remove(DOCUMENTS, tenant, [document_id])
+            await self._store.remove(DOCUMENTS, tenant, [document_id], {"revision": document.revision})
+            if await self.prior(tenant, document_id) is not None:
+                await self._given_up(intent)
             await self._bump(tenant, document.collection)
             await self._tidy(intent, {intent.dropped})
             return document
@@ -368,15 +393,31 @@ class Registry:
             await self._tidy(intent, {intent.revision})
             raise
 
-    async def _bump(self, tenant: str, collection: str, *, limited: bool = False) -> None:
-        """Give the collection an epoch it never had. The clock takes part, so that two processes at once do not choose the same.
+    async def _given_up(self, intent: _Intent) -> NoReturn:
+        """Undo what was begun of a change that another came before. Raises Unavailable."""
+        await self._tidy(intent, {intent.revision})
+        raise Unavailable("the document was changed by another while this replica stood still", dependency="qdrant")
 
-        A collection that had a limited document once counts as limited for good: that costs hits, while the opposite could leak.
+    async def _bump(self, tenant: str, collection: str, *, limited: bool = False) -> None:
+        """Give the collection an epoch it never had. The clock takes part, so that none comes again after the store has lost it.
+
+        A collection that had a limited document once counts as limited for good: that costs hits, while the opposite could leak. So what
+        others write at the same moment is never written over.
         """
-        old = await self.epoch(tenant, collection)
-        epoch = max(old.number + 1, self._now_us())
-        payload = {"kind": "epoch", "tenant": tenant, "collection": collection, "epoch": epoch, "limited": limited or old.limited}
-        await self._store.upsert(DOCUMENTS, [Point(_epoch_id(tenant, collection), payload)])
+        for _ in range(TRIES_MAX):
+            old = await self.epoch(tenant, collection)
+            epoch = max(old.number + 1, self._now_us())
+            payload = {"kind": "epoch", "tenant": tenant, "collection": collection, "epoch": epoch, "limited": limited or old.limited}
+            point = Point(_epoch_id(tenant, collection), payload)
+            if old.number:
+                await self._store.exchange(DOCUMENTS, point, {"epoch": old.number})
+            else:
+                await self._store.claim(DOCUMENTS, point)
+            now = await self.epoch(tenant, collection)
+            # Another's that came since the look is as good as ours, unless it lacks what ours would have said.
+            if now.number != old.number and (now.limited or not limited):
+                return
+        raise Unavailable("the collection changes too often to be changed", dependency="qdrant")
 
     async def _tidy(self, intent: _Intent, dead: set[str]) -> None:
         """Remove the chunks of `dead` revisions and the answers of older epochs, then the intent."""

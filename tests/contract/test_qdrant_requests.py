@@ -235,6 +235,21 @@ async def test_a_claim_writes_only_what_is_new(opened: Opened) -> None:
     assert all(wire.UpdateMode.InsertOnly == request.update_mode for request in node.of("Upsert"))
 
 
+async def test_what_is_to_be_as_expected_is_looked_at_by_the_server(opened: Opened) -> None:
+    """An exchange and a removal carry what they expect with them: between a look of ours and a write others would come."""
+    node, store = opened(CLUSTER)
+    await store.prepare()
+    await store.exchange(DOCUMENTS, Point(ID, {"tenant": "acme"}), {"revision": "old", "epoch": 7})
+    await store.remove(DOCUMENTS, "acme", [ID], {"revision": "old"})
+    exchange, removal = node.of("Upsert")[-1], node.of("Delete")[-1]
+    asked = {one.field.key: one.field.match for one in exchange.update_filter.must}
+
+    assert wire.UpdateMode.UpdateOnly == exchange.update_mode
+    assert ("acme", "old", 7) == (asked["tenant"].keyword, asked["revision"].keyword, asked["epoch"].integer)
+    assert {"tenant", "revision"} == {one.field.key for one in removal.points.filter.must if one.HasField("field")}
+    assert 1 == sum(one.HasField("has_id") for one in removal.points.filter.must)
+
+
 async def test_a_node_that_goes_is_asked_once_more(opened: Opened) -> None:
     """A second failure is the caller's; what is wrong with a request is not tried again."""
     node, store = opened(CLUSTER)

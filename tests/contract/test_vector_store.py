@@ -255,6 +255,34 @@ async def test_of_two_who_claim_one_prevails(store: VectorStore) -> None:
     assert 1 == await store.count(DOCUMENTS, Filter("acme"))
 
 
+async def test_a_point_is_exchanged_for_another_only_while_it_is_what_was_expected(store: VectorStore) -> None:
+    """What is not there, or is another's by now, stays as it is."""
+    id_, moment = stable_id("exchanged"), 1_795_476_077_660_595
+    outcomes = []
+    await store.exchange(DOCUMENTS, Point(id_, {"tenant": "acme", "kind": "none"}), {"kind": "none"})
+    outcomes.append(await store.get(DOCUMENTS, "acme", [id_]))
+    await store.claim(DOCUMENTS, Point(id_, {"tenant": "acme", "kind": "first", "epoch": moment}))
+    for name, expected in (("second", {"kind": "first", "epoch": moment}), ("third", {"kind": "first"}), ("fourth", {"epoch": moment + 1})):
+        await store.exchange(DOCUMENTS, Point(id_, {"tenant": "acme", "kind": name, "epoch": moment}), expected)
+        outcomes.append((await store.get(DOCUMENTS, "acme", [id_]))[id_].payload["kind"])
+    await store.exchange(DOCUMENTS, Point(id_, {"tenant": "rival", "kind": "stolen"}), {"kind": "second"})
+    outcomes.append((await store.get(DOCUMENTS, "acme", [id_]))[id_].payload["kind"])
+
+    assert [{}, "second", "second", "second", "second"] == outcomes
+
+
+async def test_a_point_is_removed_only_while_it_is_what_was_expected(store: VectorStore) -> None:
+    """Another that has its id by now stays."""
+    id_ = stable_id("removed")
+    await store.upsert(DOCUMENTS, [Point(id_, {"tenant": "acme", "kind": "document", "revision": "new"})])
+    left = []
+    for revision in ("old", "new"):
+        await store.remove(DOCUMENTS, "acme", [id_], {"revision": revision})
+        left.append(await store.count(DOCUMENTS, Filter("acme")))
+
+    assert [1, 0] == left
+
+
 async def test_a_space_made_later_has_its_own_dimension(store: VectorStore) -> None:
     """Beside the first spaces and apart from them; making it twice changes nothing."""
     later = replace(CHUNKS, name="chunks-later", dimension=2)

@@ -2,6 +2,7 @@
 
 import codecs
 import re
+from collections import Counter
 
 from charset_normalizer import from_bytes
 
@@ -28,6 +29,10 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 _META_CHARSET = re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([A-Za-z0-9_:.-]{2,40})", re.IGNORECASE)
+_EAST_ASIAN = re.compile("[\u3000-\u30ff\u3400-\u9fff\uac00-\ud7a3\uff00-\uffef\U00020000-\U0003ffff]")
+_EAST_ASIA = -1
+ONE_SCRIPT_SHARE = 0.9
+"""Bytes that are no text fall into blocks as they like."""
 _CONTROLS = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\ufffd\ufffe\uffff]")
 
 
@@ -66,15 +71,26 @@ def _strictly(content: bytes, encoding: str) -> str:
 
 
 def _utf16_without_mark(sample: bytes) -> str:
-    """UTF-16 of a mostly Latin text has its zeros on one side only; anything else with zeros is binary."""
-    sample = sample[: len(sample) // 2 * 2]
-    even, odd = sample[0::2].count(0), sample[1::2].count(0)
-    half = len(sample) // 2
-    if odd > 0.4 * half and even < 0.02 * half:
-        return "utf-16-le"
-    if even > 0.4 * half and odd < 0.02 * half:
-        return "utf-16-be"
-    raise rejected("the file is binary, not text", cause="binary")
+    """The order in which the bytes are writing; of two, the one with more ASCII: spaces, line ends and digits are in every script."""
+    orders: dict[int, str] = {}
+    for encoding in ("utf-16-le", "utf-16-be"):
+        try:
+            # Not to its end: the sample may stop within a sign.
+            text = codecs.getincrementaldecoder(encoding)().decode(sample)
+        except UnicodeDecodeError:
+            continue
+        if _is_writing(text):
+            orders[sum(map(str.isascii, text))] = encoding
+    if not orders:
+        raise rejected("the file is binary, not text", cause="binary")
+    return orders[max(orders)]
+
+
+def _is_writing(text: str) -> bool:
+    """Signs that can be seen, nearly all from two blocks of 256, as an alphabet and ASCII are, or else from those of East Asia."""
+    seen = sum(sign.isprintable() or sign in "\t\n\r\f" for sign in text)
+    blocks = Counter(_EAST_ASIA if _EAST_ASIAN.match(sign) else ord(sign) >> 8 for sign in text)
+    return seen >= (1 - CONTROL_SHARE_MAX) * len(text) and sum(count for _, count in blocks.most_common(2)) >= ONE_SCRIPT_SHARE * len(text)
 
 
 def _guessed(content: bytes) -> str:

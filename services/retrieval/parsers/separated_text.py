@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Iterator
 
 from services.retrieval.domain import Extracted
@@ -15,11 +16,16 @@ CELL_CHARACTERS_MAX = 1_000_000
 SAMPLE_ROWS = 50
 SAMPLE_CHARACTERS = 64 * 1024
 _SEPARATORS = ",;\t|"
+_NAMED = re.compile(r"sep=([,;\t|])\n")
+"""How spreadsheet programs say in a first line what separates."""
 
 
 def parse_separated(text: str) -> Extracted:
     """Raises DocumentRejected, cause `malformed`, if a quotation never ends within a cell's bound."""
-    separator = separator_of(text)
+    if named := _NAMED.match(text):
+        separator, text = named[1], text[named.end() :]
+    else:
+        separator = separator_of(text)
     outline = Outline()
     try:
         outline.table(_rows(text, separator))
@@ -29,14 +35,15 @@ def parse_separated(text: str) -> Extracted:
 
 
 def separator_of(text: str) -> str:
-    """The sign that cuts the first rows most evenly. A comma if none does."""
+    """The sign that cuts the first rows most evenly, above all one that cuts every row the same. A comma if none does."""
     sample = text[:SAMPLE_CHARACTERS]
-    best, best_score = ",", 0.0
+    best, best_score = ",", (False, 0.0)
     for separator in _SEPARATORS:
         widths = _widths(sample, separator)
         if len(widths) and max(widths) > 1:
             usual = max(set(widths), key=widths.count)
-            score = widths.count(usual) / len(widths) * min(usual, 4) if usual > 1 else 0.0
+            share = widths.count(usual) / len(widths) if usual > 1 else 0.0
+            score = share == 1, share * min(usual, 4)
             if score > best_score:
                 best, best_score = separator, score
     return best

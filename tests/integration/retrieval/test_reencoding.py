@@ -77,7 +77,7 @@ class DyingStore:
         work = getattr(self._store, name)
 
         async def call(*args: Any, **kwargs: Any) -> Any:
-            if name in ("upsert", "delete", "remove", "claim"):
+            if name in ("upsert", "delete", "remove", "claim", "exchange"):
                 self._left -= 1
                 if self._left < 0:
                     raise Killed
@@ -469,3 +469,40 @@ async def test_a_store_that_never_had_another_embedder_is_not_looked_through(sto
 
         counting.tenants = never  # type: ignore[attr-defined]
         assert 0 == await one.reencoding.once()
+
+
+class Overtaken:
+    """A store as a process sees it that stands still before it writes a standing; meanwhile `then` happens."""
+
+    def __init__(self, store: Any, then: Any) -> None:
+        self._store, self._then = store, then
+
+    def __getattr__(self, name: str) -> Any:
+        work = getattr(self._store, name)
+
+        async def call(space: Any, what: Any, *args: Any, **kwargs: Any) -> Any:
+            points = what if isinstance(what, list) else [what]
+            if name in ("upsert", "exchange") and any(getattr(point, "payload", {}).get("kind") == "standing" for point in points):
+                await self._then()
+            return await work(space, what, *args, **kwargs)
+
+        return call
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_a_mover_that_stood_still_takes_no_collection_back(store: VectorStore, known: bool) -> None:
+    """What another has made of it in the meantime stays: its old vectors may be gone. `known` = the collection has a standing already."""
+    async with process(store, "one") as one, process(store, "two") as two:
+        begin, moving = Standing(one.encodings.current_id), Standing(one.encodings.current_id, next=two.encodings.current_id)
+        there = Standing(two.encodings.current_id, leaving=one.encodings.current_id)
+        if known:
+            assert await two.encodings.advance(TENANT, "default", begin, begin)
+
+        async def moved_by_another() -> None:
+            assert await two.encodings.advance(TENANT, "default", begin, moving)
+            assert await two.encodings.advance(TENANT, "default", moving, there)
+
+        one.encodings._store = Overtaken(store, moved_by_another)  # type: ignore[assignment]
+        advanced = await one.encodings.advance(TENANT, "default", begin, moving)
+
+        assert (False, there) == (advanced, await two.encodings.standing(TENANT, "default"))

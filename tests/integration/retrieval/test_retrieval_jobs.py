@@ -5,7 +5,7 @@ import contextlib
 import random
 import uuid
 from collections.abc import AsyncIterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,13 +21,13 @@ from services.chassis.server import MESSAGE_BYTES_MAX
 from services.local.stores import Valkey
 from services.retrieval import ingest, rpc
 from services.retrieval.access import everything_of
-from services.retrieval.domain import Extracted, Progress, Stage, Upload
+from services.retrieval.domain import Document, Extracted, Progress, Stage, Upload, document_id
 from services.retrieval.edge_bm25 import EdgeBm25
 from services.retrieval.edge_store import EdgeStore
 from services.retrieval.ingest import Buffer, Ingestion, Pipeline
 from services.retrieval.jobs import Claim, JobStore, Owner, Taken, Told
 from services.retrieval.parsers import read
-from services.retrieval.ports import CHUNKS, DOCUMENTS, SYSTEM_TENANT, Filter, Space
+from services.retrieval.ports import CHUNKS, DOCUMENTS, SYSTEM_TENANT, Filter, Point, Space
 from services.retrieval.qdrant_store import QdrantStore
 from services.retrieval.redis_jobs import RedisJobs
 from services.retrieval.registry import Registry
@@ -380,20 +380,29 @@ async def test_two_replicas_that_change_one_document_leave_one_version_and_no_or
 class StandingStill:
     """A store as a process sees it that stands still before one of its writes, as under SIGSTOP, until it is let go."""
 
-    def __init__(self, store: QdrantStore, space: Space) -> None:
-        self._store, self._space = store, space
+    def __init__(self, store: QdrantStore, space: Space, kind: str = "") -> None:
+        """It is the first write to that space, or the first of a point of that kind."""
+        self._store, self._space, self._kind = store, space, kind
         self.stands, self.goes_on = asyncio.Event(), asyncio.Event()
 
     def __getattr__(self, name: str) -> Any:
         work = getattr(self._store, name)
 
         async def call(space: Space, *args: Any, **kwargs: Any) -> Any:
-            if (name, space) == ("upsert", self._space) and not self.stands.is_set():
+            if space == self._space and self._is_it(name, *args) and not self.stands.is_set():
                 self.stands.set()
                 await self.goes_on.wait()
             return await work(space, *args, **kwargs)
 
         return call
+
+    def _is_it(self, name: str, what: Any = None, *_: Any) -> bool:
+        if self._kind == "gone":
+            return name == "remove" and what != SYSTEM_TENANT
+        if name not in ("upsert", "claim", "exchange"):
+            return False
+        points = [what] if isinstance(what, Point) else what
+        return not self._kind or any(point.payload.get("kind") == self._kind for point in points)
 
 
 @pytest.mark.filterwarnings("ignore:Payload indexes have no effect")
@@ -427,6 +436,99 @@ async def test_a_replica_that_stood_still_undoes_nothing_that_came_after_it(own:
         intents = Filter(SYSTEM_TENANT, equal={"kind": "intent"})
         assert (3, 0) == (await vectors.count(CHUNKS, Filter(TENANT)), await vectors.count(DOCUMENTS, intents))
     await vectors.close()
+
+
+@dataclass
+class Asleep:
+    """A replica that changed its document as far as `kind`, and stands before it: its turn has run out, and others have it."""
+
+    vectors: QdrantStore
+    still: StandingStill
+    awake: Registry
+    work: asyncio.Task[Document]
+
+    async def wakes(self) -> None:
+        self.still.goes_on.set()
+        with contextlib.suppress(Unavailable):
+            await self.work
+
+    async def shown(self) -> list[str]:
+        """What a reader sees of the document: the chunks of its version, each once."""
+        document = await self.awake.prior(TENANT, draft("")[0].document_id)
+        chunks = [] if document is None else [row.chunk.text for row in await self.awake.chunks(document, 0, 99)]
+        intents = Filter(SYSTEM_TENANT, equal={"kind": "intent"})
+        assert (len(chunks), 0) == (await self.vectors.count(CHUNKS, Filter(TENANT)), await self.vectors.count(DOCUMENTS, intents))
+        return chunks
+
+
+@contextlib.asynccontextmanager
+async def asleep_before(own: Valkey, kind: str, change: str, *, first: bool) -> AsyncIterator[Asleep]:
+    """`first` = there is no version before the change."""
+    vectors = QdrantStore(AsyncQdrantClient(":memory:"), 2, "any")
+    await vectors.prepare()
+    async with store_of(own) as one, store_of(own) as other, redis.Redis.from_url(own.url) as client:
+        still = StandingStill(vectors, DOCUMENTS, kind)
+        sleeper, awake = Registry(cast(Any, still), SystemClock(), turn=one.turn), Registry(vectors, SystemClock(), turn=other.turn)
+        if not first:
+            await awake.replace(*draft("v0"))
+        document, *rest = draft("v1")
+        work = sleeper.delete(TENANT, document.document_id) if change == "delete" else sleeper.replace(replace(document, received=1), *rest)
+        stopped = asyncio.create_task(work)
+        await still.stands.wait()
+        (turn,) = await client.keys("*turn:*")
+        await client.delete(turn)  # what the lease does after its time
+        yield Asleep(vectors, still, awake, stopped)
+    await vectors.close()
+
+
+def three(name: str) -> list[str]:
+    return [f"{name} {ordinal}" for ordinal in range(3)]
+
+
+@pytest.mark.filterwarnings("ignore:Payload indexes have no effect")
+@pytest.mark.parametrize(("change", "first"), [("replace", True), ("replace", False), ("delete", False)])
+async def test_a_replica_that_stood_still_before_its_last_write_undoes_no_later_version(own: Valkey, change: str, first: bool) -> None:
+    """It had just made sure of its turn. What came after it stays: no old version comes back, no chunk is missing or there twice."""
+    async with asleep_before(own, "document" if change == "replace" else "gone", change, first=first) as asleep:
+        later, *rest = draft("v2")
+        await asleep.awake.replace(replace(later, received=2), *rest)
+        await asleep.wakes()
+
+        assert three("v2") == await asleep.shown()
+
+
+@pytest.mark.filterwarnings("ignore:Payload indexes have no effect")
+async def test_a_replica_that_stood_still_before_its_last_write_brings_back_nothing_that_was_deleted(own: Valkey) -> None:
+    async with asleep_before(own, "document", "replace", first=False) as asleep:
+        await asleep.awake.delete(TENANT, draft("")[0].document_id)
+        await asleep.wakes()
+
+        assert [] == await asleep.shown()
+
+
+@pytest.mark.filterwarnings("ignore:Payload indexes have no effect")
+@pytest.mark.parametrize("first", [True, False])
+async def test_a_change_that_was_taken_for_dead_and_cleared_away_is_made_whole_when_its_replica_wakes(own: Valkey, first: bool) -> None:
+    """A document never points at chunks that are gone."""
+    async with asleep_before(own, "document", "replace", first=first) as asleep:
+        await asleep.awake.recover(0)
+        await asleep.wakes()
+
+        assert three("v1") == await asleep.shown()
+
+
+@pytest.mark.filterwarnings("ignore:Payload indexes have no effect")
+async def test_two_documents_that_change_at_once_lose_neither_the_epoch_nor_that_one_of_them_is_limited(own: Valkey) -> None:
+    """Answers of a collection that has limited documents are never shared with the whole tenant, whoever writes the epoch last."""
+    async with asleep_before(own, "epoch", "replace", first=True) as asleep:
+        other, *rest = draft("v9")
+        other = replace(other, document_id=document_id(TENANT, "default", "b.md"), source_uri="b.md", readers=("user:ann",))
+        await asleep.awake.replace(other, *rest)
+        before = await asleep.awake.epoch(TENANT, "default")
+        await asleep.wakes()
+        after = await asleep.awake.epoch(TENANT, "default")
+
+        assert (True, True, True) == (before.limited, after.limited, after.number >= before.number)
 
 
 async def test_who_watches_waits_for_a_store_that_is_slow(own: Valkey) -> None:

@@ -32,7 +32,7 @@ class DyingStore:
 
     def __getattr__(self, name: str) -> Any:
         work = getattr(self._store, name)
-        writes = name in ("upsert", "delete", "remove")
+        writes = name in ("upsert", "claim", "exchange", "delete", "remove")
 
         async def call(*args: Any, **kwargs: Any) -> Any:
             if writes:

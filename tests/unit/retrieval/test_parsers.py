@@ -1,5 +1,9 @@
 """Files to text with structure."""
 
+import math
+import random
+import struct
+
 import pytest
 
 from services.chassis.errors import DocumentRejected
@@ -100,6 +104,47 @@ def test_plain_text_is_cut_at_empty_lines() -> None:
 def test_text_is_read_in_the_encoding_it_is_in(content: bytes) -> None:
     """UTF-8, UTF-16 with and without a mark, and a legacy encoding give the same text."""
     assert read(Upload(content, source_uri="a.txt")).text == "Größe: 5 €\nund Öl"
+
+
+UNMARKED = {
+    "Russian": "Выдра спит на воде. Она держит детёныша на животе.\n",
+    "Greek": "Η βίδρα κοιμάται πάνω στο νερό.\n",
+    "Arabic": "ينام ثعلب الماء على السطح. ينتظر مالك الحزين السمك.\n",
+    "Hebrew": "הלוטרה ישנה על המים. 123 דגים.\n",
+    "Chinese": "水獭在水面上睡觉。一只苍鹭在等一条鱼。\n",
+    "Japanese": "カワウソは水の上で眠っています。\n",
+    "Korean": "수달은 물 위에서 잠을 잔다.\n",
+}
+
+
+@pytest.mark.parametrize("times", [1, 40])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("language", UNMARKED)
+def test_utf_16_needs_no_mark_in_any_script(language: str, encoding: str, times: int) -> None:
+    """Zeros are few where letters have none: what the bytes say in either order tells which it is."""
+    text = UNMARKED[language] * times
+
+    assert text == read(Upload(text.encode(encoding), source_uri="a.txt")).text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        struct.pack("<60i", *range(-30, 30)),
+        struct.pack("<200h", *(round(3000 * math.sin(number / 9)) for number in range(200))),
+        struct.pack("<30d", *(number / 7 for number in range(30))),
+        random.Random(4).randbytes(40) + b"\0\1",
+        random.Random(5).randbytes(4000),
+        b"\0asm\x01\0\0\0\x01\x07\x01\x60\x02\x7f\x7f\x01\x7f",
+    ],
+    ids=["integers", "sound", "floats", "few bytes", "many bytes", "program"],
+)
+def test_what_has_zeros_and_is_no_text_stays_binary(content: bytes) -> None:
+    """In neither order."""
+    with pytest.raises(DocumentRejected) as refused:
+        read(Upload(content, source_uri="a.txt"))
+
+    assert "binary" == refused.value.metadata["cause"]
 
 
 def test_a_page_is_read_in_the_encoding_it_declares() -> None:

@@ -201,6 +201,20 @@ def test_tables_as_text_by_whatever_separates_them() -> None:
     assert told("a,b,c\n1,2,3\n4,5,6\n", "unnamed").media_type == "text/csv"
 
 
+@pytest.mark.parametrize(
+    ("content", "first"),
+    [
+        ("mass;price\n1,5;2,5\n1,7;2,9\n3,5;4,5\n8,1;9,2\n", "1,5 | 2,5"),
+        ("mass\tprice\n1,5\t2,5\n1,7\t2,9\n3,5\t4,5\n8,1\t9,2\n", "1,5 | 2,5"),
+        ("sep=;\nmass;price\n1,5;2,5\n", "1,5 | 2,5"),
+        ("sep=|\r\nmass|price\r\n1;5|2;5\r\n", "1;5 | 2;5"),
+    ],
+)
+def test_a_decimal_comma_separates_no_cells(content: str, first: str) -> None:
+    """The sign that cuts every row the same does, header included, or the one that the file itself names; the naming is no row."""
+    assert ["mass | price", first] == told(content, "a.csv").text.split("\n")[:2]
+
+
 def test_json_keeps_its_names_and_its_numbers() -> None:
     """One line a value; nothing is rounded; what is long is a section of its own."""
     text = (

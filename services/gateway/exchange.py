@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 from urllib.parse import parse_qsl
@@ -27,6 +28,9 @@ DISCARD_S = 10.0
 """How much of a refused body, and for how long, is thrown away before the connection is closed over it."""
 ARRIVED_BYTES_MAX = 64 * 1024
 """How much of one that is there already is taken, so that the connection need not be closed."""
+
+
+_WEIGHT = re.compile(r";\s*q=(0(?:\.\d{0,3})?|1(?:\.0{0,3})?)\s*(?:;|$)", re.ASCII | re.IGNORECASE)
 
 
 class ClientLeft(Exception):
@@ -76,8 +80,9 @@ class Exchange:
         return self.header("content-type").partition(";")[0].strip().lower()
 
     def accepts(self, media_type: str) -> bool:
-        """Whether the client names `media_type` in Accept. A wildcard does not count."""
-        return any(part.partition(";")[0].strip().lower() == media_type for part in self.header("accept").split(","))
+        """Whether the client names `media_type` in Accept, and nothing that it would rather have. A wildcard is no name."""
+        weights = dict(map(_weighted, self.header("accept").split(",")))
+        return 0 < weights.get(media_type, 0.0) >= max(weights.values())
 
     def query(self, allowed: Iterable[str]) -> dict[str, str]:
         """The query's fields, each of which must be `allowed` and come once."""
@@ -251,3 +256,9 @@ class Exchange:
 def too_large(bytes_max: int, field: str) -> PayloadTooLarge:
     """Of what has more than `bytes_max`."""
     return PayloadTooLarge(f"at most {bytes_max} bytes are accepted", field=field, bound_bytes=bytes_max)
+
+
+def _weighted(part: str) -> tuple[str, float]:
+    """One media type of Accept, and how much it is wanted."""
+    weight = _WEIGHT.search(part)
+    return part.partition(";")[0].strip().lower(), float(weight[1]) if weight else 1.0

@@ -23,7 +23,12 @@ PUT_PLAN = (
     f" ON CONFLICT (tenant, name) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in PLAN_COLUMNS)}, updated_at = now()"
 )
 """Takes what `plan_row` makes."""
-_MEMBER = f"user_id, display_name, created_at, subscribed_at, next_plan, changes_at, plan, {_PLAN}"
+_FREE_AGAIN = (
+    "(SELECT max(s.ended_at) FROM subscriptions s WHERE s.tenant = members.tenant AND s.user_id = members.user_id AND s.ended_at <= now())"
+)
+_MEMBER = (
+    f"user_id, display_name, created_at, coalesce(subscribed_at, {_FREE_AGAIN}) AS subscribed_at, next_plan, changes_at, plan, {_PLAN}"
+)
 
 
 class PostgresPeople:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import httpx
+from opentelemetry.proto.trace.v1.trace_pb2 import Status
 
 from bench.script import Behaviour
 from tests.suite import Collector, Suite, ask, ingest, until
@@ -44,6 +45,7 @@ async def test_an_answer_is_one_connected_tree_with_a_span_for_each_step(suite: 
     assert parents[chat] == "orchestrator.generate"
     reserve = next(name for name in parents if name.endswith("/Reserve"))
     assert parents[reserve] == "orchestrator.hold"
+    assert [span.name for _, span in spans if span.status.code == Status.STATUS_CODE_ERROR] == []
 
 
 async def test_the_callers_own_trace_goes_on(suite: Suite, client: httpx.AsyncClient) -> None:

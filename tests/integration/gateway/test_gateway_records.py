@@ -67,6 +67,27 @@ async def test_usage_is_json_or_csv_without_formulas(front: Front, client: httpx
     assert (await client.get("/v1/usage?format=json", headers={"accept": "text/csv"})).json()["group_by"] == []
 
 
+@pytest.mark.parametrize(
+    ("accept", "csv"),
+    [
+        ("text/csv, application/json", True),
+        ("text/csv, */*;q=0.1", True),
+        ("application/json;q=0.5, Text/CSV;q=0.5", True),
+        ("text/csv; header=present; q=1.000", True),
+        ("application/json, text/csv;q=0.9", False),
+        ("text/csv;q=0", False),
+        ("text/csv;q=0.0, */*;q=0.0", False),
+        ("*/*", False),
+    ],
+)
+async def test_csv_is_for_who_would_rather_have_it(front: Front, client: httpx.AsyncClient, accept: str, csv: bool) -> None:
+    """By the weights of Accept."""
+    front.behind.ledger.usage = []
+    reply = await client.get("/v1/usage", headers={"accept": accept})
+
+    assert reply.headers["content-type"].startswith("text/csv") is csv
+
+
 async def test_what_was_saved_may_be_negative_and_stays_a_number(front: Front, client: httpx.AsyncClient) -> None:
     """A minus sign makes no formula of a number."""
     front.behind.ledger.usage = [ledger.QueryUsageResponse(prompt_cache_saved_nanousd=-1_500_000_000, first_token_ms_p90=7.5)]

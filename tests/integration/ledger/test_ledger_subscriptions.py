@@ -80,6 +80,16 @@ async def test_a_cancel_at_once_takes_what_was_to_come_along(ledger: Ledger, ann
     assert await seen(ledger, ann) == ("free", "")
 
 
+async def test_whoever_is_free_again_is_so_since_the_cancel(ledger: Ledger, ann: Principal, boss: Principal) -> None:
+    """Not since they were first seen."""
+    paid = await subscribe(ledger, boss, "pro")
+    await cancel(ledger, boss, "now")
+    free = (await ledger.ask("GetSubscription", pb.GetSubscriptionRequest(), ann)).subscription
+
+    assert free.plan == "free"
+    assert free.started_at.ToDatetime() > paid.started_at.ToDatetime()
+
+
 async def test_the_last_word_counts(ledger: Ledger, ann: Principal, boss: Principal) -> None:
     """A pending change is replaced by another, and taken back by naming the plan that is in force."""
     await subscribe(ledger, boss, "pro")

@@ -91,7 +91,7 @@ def _attached(message: EmailMessage, body: EmailMessage | None) -> list[EmailMes
             waiting[:0] = [
                 child for child in inner if isinstance(child, EmailMessage) and not (forms and child.get_content_maintype() == "text")
             ]
-        elif part is not body and part is not message:
+        elif part is not body and (part is not message or part.get_content_maintype() != "text"):
             found.append(part)
         if len(found) + len(waiting) > PARTS_MAX:
             raise rejected("the mail has too many parts", cause="malformed", parts_max=PARTS_MAX)

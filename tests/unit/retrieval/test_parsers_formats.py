@@ -277,6 +277,21 @@ def test_a_mail_within_a_mail_is_read_also_where_its_sender_encoded_it(inner: st
     assert inner.startswith("From") or inner not in text
 
 
+@pytest.mark.parametrize(
+    ("kind", "content", "expected"),
+    [
+        ("message/rfc822", "From: Bo\nSubject: Inner\n\nWords within.", "Subject: Inner\n\nWords within."),
+        ('image/png; name="cat.png"', "xxxx", "Attachment: cat.png"),
+        ("text/plain", "", "Subject: Outer"),
+    ],
+)
+def test_a_mail_that_is_nothing_but_what_it_brings_is_read_too(kind: str, content: str, expected: str) -> None:
+    """A mail or a file as the whole of a mail, without parts around it."""
+    mail = f"From: Ann\nSubject: Outer\nMIME-Version: 1.0\nContent-Type: {kind}\n\n{content}\n"
+
+    assert told(mail, "a.eml").text.endswith(expected)
+
+
 def test_rich_text_is_paragraphs_and_tables() -> None:
     """In the code page that it names."""
     extracted = told(rb"{\rtf1\ansi\ansicpg1251 {\b First}\par \'cf\'f0\par\trowd\cellx1\cellx2 a\cell b\cell\row}", "a.rtf")

@@ -79,8 +79,8 @@ def _utf16_without_mark(sample: bytes) -> str:
             text = codecs.getincrementaldecoder(encoding)().decode(sample)
         except UnicodeDecodeError:
             continue
-        if _is_writing(text):
-            orders[sum(map(str.isascii, text))] = encoding
+        if (ascii_signs := sum(map(str.isascii, text))) and _is_writing(text):
+            orders[ascii_signs] = encoding
     if not orders:
         raise rejected("the file is binary, not text", cause="binary")
     return orders[max(orders)]

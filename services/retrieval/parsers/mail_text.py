@@ -1,5 +1,6 @@
 """E-mail (eml): who, when and about what, then the text, then what is attached. Attached texts are read, others only named."""
 
+import base64
 import email
 import email.policy
 from email.message import EmailMessage
@@ -47,9 +48,9 @@ def _write(outline: Outline, message: EmailMessage, depth: int) -> None:
             outline.heading(depth + 1, name)
             _write_text(outline, attached, depth + 2)
         elif attached.get_content_type() == MEDIA_TYPE and depth < NESTING_MAX:
-            inner = attached.get_payload()
-            if isinstance(inner, list) and inner and isinstance(inner[0], EmailMessage):
-                _write(outline, inner[0], depth + 1)
+            inner = _inner(attached)
+            if inner is not None:
+                _write(outline, inner, depth + 1)
     outline.leave(depth)
 
 
@@ -90,11 +91,25 @@ def _attached(message: EmailMessage, body: EmailMessage | None) -> list[EmailMes
             waiting[:0] = [
                 child for child in inner if isinstance(child, EmailMessage) and not (forms and child.get_content_maintype() == "text")
             ]
-        elif part is not body and part is not message:
+        elif part is not body and (part is not message or part.get_content_maintype() != "text"):
             found.append(part)
         if len(found) + len(waiting) > PARTS_MAX:
             raise rejected("the mail has too many parts", cause="malformed", parts_max=PARTS_MAX)
     return found
+
+
+def _inner(attached: EmailMessage) -> EmailMessage | None:
+    """The mail in a mail; None if it cannot be read."""
+    payload = attached.get_payload()
+    inner = payload[0] if isinstance(payload, list) and payload else None
+    if isinstance(inner, EmailMessage) and _header(attached, "Content-Transfer-Encoding").lower() == "base64":
+        # No mail may be encoded as a whole (RFC 2046, 5.2.1), so that the library does not look; some programs do it all the same.
+        try:
+            encoded = email.message_from_bytes(base64.b64decode(str(inner.get_payload())), policy=email.policy.default)
+        except ValueError:
+            return None
+        return encoded if isinstance(encoded, EmailMessage) and encoded.keys() else None
+    return inner if isinstance(inner, EmailMessage) else None
 
 
 def _header(message: EmailMessage, name: str) -> str:

@@ -133,11 +133,12 @@ def test_utf_16_needs_no_mark_in_any_script(language: str, encoding: str, times:
         struct.pack("<60i", *range(-30, 30)),
         struct.pack("<200h", *(round(3000 * math.sin(number / 9)) for number in range(200))),
         struct.pack("<30d", *(number / 7 for number in range(30))),
+        bytes(range(4)),
         random.Random(4).randbytes(40) + b"\0\1",
         random.Random(5).randbytes(4000),
         b"\0asm\x01\0\0\0\x01\x07\x01\x60\x02\x7f\x7f\x01\x7f",
     ],
-    ids=["integers", "sound", "floats", "few bytes", "many bytes", "program"],
+    ids=["integers", "sound", "floats", "four bytes", "few bytes", "many bytes", "program"],
 )
 def test_what_has_zeros_and_is_no_text_stays_binary(content: bytes) -> None:
     """In neither order."""

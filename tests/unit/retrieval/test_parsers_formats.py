@@ -260,6 +260,38 @@ def test_mail_is_its_headers_its_text_and_its_attachments() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "inner", ["From: Bo\nSubject: Inner\n\nWords within.\n", "RnJvbTogQm8KU3ViamVjdDogSW5uZXIKCldvcmRzIHdpdGhpbi4K", "****"]
+)
+def test_a_mail_within_a_mail_is_read_also_where_its_sender_encoded_it(inner: str) -> None:
+    """No mail may be encoded as a whole, and some programs do it; what is broken is only named."""
+    encoding = "" if inner.startswith("From") else "Content-Transfer-Encoding: base64\n"
+    mail = (
+        'From: Ann\nSubject: Outer\nMIME-Version: 1.0\nContent-Type: multipart/mixed; boundary="m"\n\n--m\nContent-Type: text/plain\n\n'
+        f"Words without.\n--m\nContent-Type: message/rfc822\n{encoding}\n{inner}\n--m--\n"
+    )
+    text = told(mail, "a.eml").text
+
+    assert "Words without." in text
+    assert inner.startswith("*") or "Subject: Inner\n\nWords within." in text
+    assert inner.startswith("From") or inner not in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "expected"),
+    [
+        ("message/rfc822", "From: Bo\nSubject: Inner\n\nWords within.", "Subject: Inner\n\nWords within."),
+        ('image/png; name="cat.png"', "xxxx", "Attachment: cat.png"),
+        ("text/plain", "", "Subject: Outer"),
+    ],
+)
+def test_a_mail_that_is_nothing_but_what_it_brings_is_read_too(kind: str, content: str, expected: str) -> None:
+    """A mail or a file as the whole of a mail, without parts around it."""
+    mail = f"From: Ann\nSubject: Outer\nMIME-Version: 1.0\nContent-Type: {kind}\n\n{content}\n"
+
+    assert told(mail, "a.eml").text.endswith(expected)
+
+
 def test_rich_text_is_paragraphs_and_tables() -> None:
     """In the code page that it names."""
     extracted = told(rb"{\rtf1\ansi\ansicpg1251 {\b First}\par \'cf\'f0\par\trowd\cellx1\cellx2 a\cell b\cell\row}", "a.rtf")

@@ -263,6 +263,10 @@ def token(
     roles = role or ["user"]
     if unknown := set(roles) - ROLES:
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: not one of {', '.join(sorted(ROLES))}", param_hint="--role")
+    for option, names, length_max in (("--user", [user], 256), ("--tenant", [tenant], 128), ("--group", group or [], 128)):
+        for name in names:  # the gateway asks the same of the claims
+            if not 1 <= len(name) <= length_max or not name.isprintable() or name.strip() != name:
+                raise typer.BadParameter(f"1-{length_max} printable characters, no space around them", param_hint=option)
     if os.environ.get("TAILRACE_ENV") == "production":
         sys.exit("TAILRACE_ENV=production accepts no tokens of the development issuer; ask your own issuer")
     folder = state_dir(os.environ)

@@ -88,6 +88,15 @@ def test_an_unknown_role_is_refused(tmp_path: Path) -> None:
     assert result.exit_code == 2
 
 
+@pytest.mark.parametrize("arguments", [["--user", ""], ["--user", "ada", "--tenant", " "], ["--user", "ada", "--group", "a\n"]])
+def test_a_name_that_no_gateway_takes_is_refused(tmp_path: Path, arguments: list[str]) -> None:
+    """The gateway asks the same of the claims, so that the token would be good for nothing."""
+    result = CliRunner().invoke(app, ["token", *arguments], env={"TAILRACE_STATE_DIR": str(tmp_path)})
+
+    assert result.exit_code == 2
+    assert "printable" in result.output
+
+
 def test_doctor_names_every_mistake_in_the_settings(tmp_path: Path) -> None:
     """Exit code 1, the variable and no traceback."""
     result = CliRunner().invoke(app, ["doctor"], env={"TAILRACE_STATE_DIR": str(tmp_path), "TAILRACE_HTTP_PORT": "many"})

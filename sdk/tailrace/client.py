@@ -89,9 +89,12 @@ class Answer:
                 yield event.text
 
     async def final(self) -> values.FinalAnswer:
-        """The whole answer, read to its end."""
+        """The whole answer, read to its end. Raises RuntimeError if it was read to its end before."""
         events = [event async for event in self._events]
-        steps = {event.name: event for event in events if isinstance(event, values.Step)}
+        if not events:
+            raise RuntimeError("an answer is read once; resume(answer_id) reads it again")
+        # Calls of tools have a name in common.
+        steps = {(event.name, event.started_ms): event for event in events if isinstance(event, values.Step)}
         receipt = events[-1]
         assert isinstance(receipt, values.Receipt)
         return values.FinalAnswer(
@@ -425,7 +428,7 @@ class BlockingAnswer:
         return pieces
 
     def final(self) -> values.FinalAnswer:
-        """The whole answer, read to its end."""
+        """The whole answer, read to its end. Raises RuntimeError if it was read to its end before."""
         whole: values.FinalAnswer = self._run(self._answer.final())
         return whole
 

@@ -103,6 +103,7 @@ async def _relay(exchange: Exchange, kit: Kit, events: AnswerStream | Metered) -
 async def _whole(events: AsyncIterator[Any]) -> dict[str, Any]:
     """The answer as one document."""
     text: list[str] = []
+    reasoning: list[str] = []
     citations: list[dict[str, Any]] = []
     passages: list[dict[str, Any]] = []
     calls: list[dict[str, Any]] = []
@@ -115,6 +116,8 @@ async def _whole(events: AsyncIterator[Any]) -> dict[str, Any]:
                 session_id = event.accepted.session_id
             case "delta":
                 text.append(event.delta.text)
+            case "reasoning":
+                reasoning.append(event.reasoning.text)
             case "citation":
                 citations.append(render.plain(event.citation))
             case "passages":
@@ -130,6 +133,7 @@ async def _whole(events: AsyncIterator[Any]) -> dict[str, Any]:
                     **render.plain(event.done),
                     "session_id": session_id,
                     "text": "".join(text),
+                    "reasoning": "".join(reasoning),
                     "citations": citations,
                     "passages": passages,
                     "steps": list(steps.values()),

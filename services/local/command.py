@@ -30,6 +30,8 @@ WIDTH_OF_A_PIPE = 200
 """Columns of a table that is not shown in a terminal: it must not be cut for a width nobody has."""
 
 HIT_CHARACTERS = 160
+OBEYED = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {ord("\n"), ord("\t")})
+"""Control characters (ISO/IEC 6429): in a terminal they would clear it, rename it or write over what was said."""
 FACT_HELP = "A fact about them, as key=value; may be given more than once."
 
 app = typer.Typer(
@@ -92,15 +94,21 @@ def ask(
         async with connected() as client:
             sources: dict[int, tailrace.Passage] = {}
             cited: dict[int, None] = {}
+            line_open = False
             answer = client.answer(question, session_id=session, collection=collection, model=model, tier=tier, cache=cache)  # type: ignore[arg-type]
             async for event in answer:
                 match event:
                     case tailrace.Step() if steps and event.status != "running":
+                        if line_open:
+                            note("")
+                            line_open = False
                         note(f"  {event.name:<9} {event.duration_ms:8.1f} ms  {'' if event.status == 'done' else event.status}")
                     case tailrace.Passages():
                         sources = {passage.number: passage for passage in event.passages}
                     case tailrace.Delta():
-                        sys.stdout.write(event.text)
+                        text = event.text.translate(OBEYED)
+                        line_open = not text.endswith("\n") if text else line_open
+                        sys.stdout.write(text)
                         sys.stdout.flush()
                     case tailrace.Citation():
                         cited[event.number] = None
@@ -108,7 +116,7 @@ def ask(
                         sys.stdout.write("\n")
                         sys.stdout.flush()
                         for number in sorted(cited):
-                            note(f"  [{number}] {describe(sources[number])}" if number in sources else f"  [{number}]")
+                            note(f"  [{number}] {printable(describe(sources[number]))}" if number in sources else f"  [{number}]")
                         note(cost_line(event))
 
     finish(run())
@@ -255,6 +263,10 @@ def token(
     roles = role or ["user"]
     if unknown := set(roles) - ROLES:
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: not one of {', '.join(sorted(ROLES))}", param_hint="--role")
+    for option, names, length_max in (("--user", [user], 256), ("--tenant", [tenant], 128), ("--group", group or [], 128)):
+        for name in names:  # the gateway asks the same of the claims
+            if not 1 <= len(name) <= length_max or not name.isprintable() or name.strip() != name:
+                raise typer.BadParameter(f"1-{length_max} printable characters, no space around them", param_hint=option)
     if os.environ.get("TAILRACE_ENV") == "production":
         sys.exit("TAILRACE_ENV=production accepts no tokens of the development issuer; ask your own issuer")
     folder = state_dir(os.environ)

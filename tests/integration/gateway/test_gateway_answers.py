@@ -186,6 +186,21 @@ async def test_a_whole_answer_is_one_json_document(front: Front, client: httpx.A
     assert answer["cost_nanousd"] == "1500000000"
 
 
+async def test_a_whole_answer_has_the_thoughts_that_were_asked_for(front: Front, client: httpx.AsyncClient) -> None:
+    """They were paid for; who did not stream gets them too, apart from the text."""
+    front.behind.orchestrator.script = [
+        accepted(),
+        orchestrator.AnswerEvent(sequence=2, reasoning=orchestrator.Reasoning(text="First this, ")),
+        orchestrator.AnswerEvent(sequence=3, reasoning=orchestrator.Reasoning(text="then that.")),
+        delta(4, "So."),
+        done(5),
+    ]
+
+    answer = (await client.post("/v1/answers", json={"question": "Why?", "stream": False, "reasoning": True})).json()
+
+    assert (answer["reasoning"], answer["text"]) == ("First this, then that.", "So.")
+
+
 async def test_is_disconnected_never_true_on_non_streaming(front: Front, client: httpx.AsyncClient) -> None:
     """Who waits for one document and goes away wants nothing more."""
     front.behind.orchestrator.script = [accepted(), forever]

@@ -88,6 +88,15 @@ def test_an_unknown_role_is_refused(tmp_path: Path) -> None:
     assert result.exit_code == 2
 
 
+@pytest.mark.parametrize("arguments", [["--user", ""], ["--user", "ada", "--tenant", " "], ["--user", "ada", "--group", "a\n"]])
+def test_a_name_that_no_gateway_takes_is_refused(tmp_path: Path, arguments: list[str]) -> None:
+    """The gateway asks the same of the claims, so that the token would be good for nothing."""
+    result = CliRunner().invoke(app, ["token", *arguments], env={"TAILRACE_STATE_DIR": str(tmp_path)})
+
+    assert result.exit_code == 2
+    assert "printable" in result.output
+
+
 def test_doctor_names_every_mistake_in_the_settings(tmp_path: Path) -> None:
     """Exit code 1, the variable and no traceback."""
     result = CliRunner().invoke(app, ["doctor"], env={"TAILRACE_STATE_DIR": str(tmp_path), "TAILRACE_HTTP_PORT": "many"})
@@ -158,6 +167,15 @@ class Recording:
         self.asked.append((query, asked))
         yield tailrace.Hit(1, "d", "c", "T\x1b[2J", "t.pdf", "one\n\x1b]0;two\x07", 0, 7, 0.5, ("H",), 3, ("override",))
 
+    async def answer(self, question: str, **asked: Any) -> AsyncIterator[tailrace.Event]:
+        self.asked.append((question, asked))
+        yield tailrace.Passages((tailrace.Passage(1, "d", "c", "T\x1b[2J", "t.pdf", "one", 0, 3, 0.5),))
+        yield tailrace.Delta("one\x1b]0;two\x07\n\tthree\x9b2J [1]")
+        yield tailrace.Citation(1, 11, 14, "d", "c")
+        yield tailrace.Step("generate", "done", 0.0, 1.0)
+        verdict = tailrace.CacheVerdict("miss", "", None, None, 0)
+        yield tailrace.Receipt("a", "", tailrace.Usage(), 0, "m", "p", "fast", "end_turn", "passed", verdict, "t", False, 1.0, 2.0)
+
     async def ingest(self, *uploads: tailrace.Upload, collection: str) -> AsyncIterator[tailrace.Progress]:
         self.asked.append((uploads, collection))
         for index, upload in enumerate(uploads):
@@ -197,6 +215,22 @@ def test_a_search_that_cannot_be_is_refused_before_it_is_sent(recording: Recordi
     """Exit code 2, as of every wrong argument."""
     assert CliRunner().invoke(app, arguments).exit_code == 2
     assert recording.asked == []
+
+
+def test_an_answer_holds_nothing_that_a_terminal_obeys(recording: Recording) -> None:
+    """A model writes what documents and pages tell it to; its lines and tabs stay."""
+    shown = CliRunner().invoke(app, ["ask", "q"])
+
+    assert "one]0;two\n\tthree2J [1]\n" == shown.stdout
+    assert "  [1] T [2J\n" in shown.stderr
+
+
+def test_a_step_that_ends_after_text_has_a_line_of_its_own(recording: Recording) -> None:
+    """Text and steps go to one terminal; the answer itself gets no line that it has not."""
+    shown = CliRunner().invoke(app, ["ask", "q", "--steps"])
+
+    assert "[1]\n  generate       1.0 ms" in shown.output
+    assert "one]0;two\n\tthree2J [1]\n" == shown.stdout
 
 
 def test_documents_are_filed_with_what_was_said_of_them(recording: Recording, tmp_path: Path) -> None:

@@ -66,6 +66,11 @@ class Gateway(gateway_service_pb2_grpc.GatewayServiceServicer):
             case "":
                 raise RequestInvalid("a question is needed", field="question", bound="1-32768 bytes")
         try:
+            if request.question == "tools":
+                for started_ms in (1.0, 2.0):
+                    for status in ("running", "done"):
+                        step = orchestrator.Step(name="tool", status=status, started_ms=started_ms)
+                        await context.write(orchestrator.AnswerEvent(step=step))
             for event in events(done=request.question != "cut"):
                 await context.write(event)
             if request.question == "endless":
@@ -154,6 +159,25 @@ async def test_text_and_final_are_the_same_answer(gateway: tuple[Gateway, str]) 
     assert (final.receipt.cost_nanousd, final.receipt.usage.input_tokens, final.session_id) == (42, 70, "s1")
     assert [(step.name, step.status) for step in final.steps] == [("recall", "done")]
     assert [passage.title for passage in final.passages] == ["Tokens"]
+
+
+async def test_final_has_a_step_for_every_call_of_a_tool(gateway: tuple[Gateway, str]) -> None:
+    """They have a name in common, and each began at a time of its own."""
+    _, target = gateway
+    async with tailrace.AsyncClient(target, token="token") as client:
+        final = await client.answer("tools").final()
+
+    assert [(1.0, "done"), (2.0, "done")] == [(step.started_ms, step.status) for step in final.steps if step.name == "tool"]
+
+
+async def test_an_answer_that_was_read_says_so_when_it_is_read_again(gateway: tuple[Gateway, str]) -> None:
+    """Nothing is left of it here; `resume` reads it again."""
+    _, target = gateway
+    async with tailrace.AsyncClient(target, token="token") as client:
+        answer = client.answer("How long?")
+        await answer.final()
+        with pytest.raises(RuntimeError, match="read once"):
+            await answer.final()
 
 
 async def test_a_stream_that_ends_without_its_end_is_an_error(gateway: tuple[Gateway, str]) -> None:

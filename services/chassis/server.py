@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection
 from opentelemetry.trace import SpanKind
 
 from services.chassis import telemetry
+from services.chassis.calls import Calls
 from services.chassis.deadline import Deadline, current_deadline
 from services.chassis.errors import DomainError, NotAuthenticated, Overloaded, RequestInvalid
 from services.chassis.passport import Passport
@@ -37,6 +38,8 @@ CONNECTION_GRACE_S = 3660
 """Longer than the longest answer that may be set."""
 WATCHES_MAX = 200
 """Of health at the same time: nobody is asked who they are for it, and a watch never ends by itself."""
+CALLS_SHARE = 0.9
+"""Of a stop's grace, how much belongs to calls that go on; the rest is for telling them that they do not."""
 Identify = Callable[[grpc.aio.ServicerContext], Awaitable[Principal]]
 _OPEN_PREFIXES = ("/grpc.health.v1.", "/grpc.reflection.")
 
@@ -65,8 +68,9 @@ SERVER_OPTIONS = [
 class _Wrapping(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Wraps every handler, whatever its shape, in one coroutine that errors, spans, identity and deadline run in."""
 
-    def __init__(self, identify: Identify) -> None:
+    def __init__(self, identify: Identify, calls: Calls) -> None:
         self._identify = identify
+        self._calls = calls
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
         handler = await continuation(details)
@@ -81,7 +85,7 @@ class _Wrapping(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
             async def streaming(request: Any, context: grpc.aio.ServicerContext) -> None:
                 with _errors_become_statuses() as failure:
-                    with _server_span(method, context):
+                    with _server_span(method, context), self._calls.running(method):
                         await self._bind(context)
                         await _run_stream(inner, read(request), context)
                 if failure:
@@ -93,7 +97,7 @@ class _Wrapping(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
         async def unary(request: Any, context: grpc.aio.ServicerContext) -> Any:
             with _errors_become_statuses() as failure:
-                with _server_span(method, context):
+                with _server_span(method, context), self._calls.running(method):
                     await self._bind(context)
                     return await inner_unary(read(request), context)
             await abort(context, failure[0])
@@ -231,7 +235,8 @@ class Server:
         `tells_dependencies` is off where strangers ask: they hear whether it is ready, and not why.
         """
         self._credentials = tls.server_credentials(verify_clients=verify_clients) if tls else None
-        self._server = grpc.aio.server(interceptors=[_Wrapping(identify)], options=SERVER_OPTIONS)
+        self._calls = Calls()
+        self._server = grpc.aio.server(interceptors=[_Wrapping(identify, self._calls)], options=SERVER_OPTIONS)
         self._health = _Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._reflect = reflect
@@ -276,9 +281,11 @@ class Server:
         await self.report({**states, "": good, **dict.fromkeys(self._names, good)})
 
     async def stop(self, notice_s: float, grace_s: float) -> None:
-        """Turn not ready, wait for balancers to notice, let running calls end within `grace_s`, then cut them."""
+        """Turn not ready, wait for balancers to notice, let running calls end within `grace_s`; what is left is told so and ended."""
         self.draining.set()
         await self._health.enter_graceful_shutdown()
         await asyncio.sleep(notice_s)
         self._health.release()
+        late = asyncio.get_running_loop().call_later(CALLS_SHARE * grace_s, self._calls.interrupt_all)
         await self._server.stop(grace_s)
+        late.cancel()

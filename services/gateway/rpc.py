@@ -8,8 +8,9 @@ from typing import Any
 import grpc
 
 from services.chassis import telemetry
+from services.chassis.calls import stopped_as
 from services.chassis.deadline import current_deadline
-from services.chassis.errors import AnswerInterrupted, DomainError, Unavailable
+from services.chassis.errors import AnswerInterrupted
 from services.chassis.principal import Principal, current_principal
 from services.chassis.server import Identify
 from services.gateway.answer_stream import AnswerStream
@@ -62,29 +63,21 @@ class GatewayService(gateway_service_pb2_grpc.GatewayServiceServicer):
     def __init__(self, kit: Kit) -> None:
         self._kit = kit
         self._backends = kit.backends
-        self._streams: set[asyncio.Task[Any]] = set()
-        self._interrupted = False
-
-    def interrupt_all(self) -> None:
-        """End every stream that still runs by a word of ours. For a process that must go: gRPC itself would only cut them."""
-        self._interrupted = True
-        for task in self._streams:
-            task.cancel()
 
     async def Answer(self, request: Any, context: Any) -> None:  # type: ignore[override]
         await self._admit("Answer", context)
         with self._kit.shedding.entered() as prepared, _telling_refusals(context):
             async with self._kit.answering(request, left_ms(current_deadline.get())) as (admission, timeout_s):
                 _tell(context, admission.headers)
-                with self._interrupted_by(_stopping()):
-                    async with AnswerStream(self._backends.orchestrator, request, timeout_s=timeout_s) as events:
-                        await self._write_on(Metered(events, admission, prepared), context)
+                stopped_as(_stopping())
+                async with AnswerStream(self._backends.orchestrator, request, timeout_s=timeout_s) as events:
+                    await self._write_on(Metered(events, admission, prepared), context)
 
     async def ResumeAnswer(self, request: Any, context: Any) -> None:  # type: ignore[override]
         await self._admit("ResumeAnswer", context)
-        with self._interrupted_by(_stopping()):
-            async with self._kit.resuming(request) as events:
-                await self._write_on(events, context)
+        stopped_as(_stopping())
+        async with self._kit.resuming(request) as events:
+            await self._write_on(events, context)
 
     async def CancelAnswer(self, request: Any, context: Any) -> Any:
         await self._admit("CancelAnswer", context)
@@ -167,9 +160,8 @@ class GatewayService(gateway_service_pb2_grpc.GatewayServiceServicer):
 
     async def _relay(self, peer: Peer, method: Any, request: Any, context: Any, timeout_s: float) -> None:
         """Write on what comes. When the caller leaves, this is cancelled, and leaving the block cancels the call behind it."""
-        with self._interrupted_by(Unavailable("the server is stopping; ask again", dependency="gateway")):
-            async with peer.stream(method, request, timeout_s=timeout_s) as messages:
-                await self._write_on(messages, context)
+        async with peer.stream(method, request, timeout_s=timeout_s) as messages:
+            await self._write_on(messages, context)
 
     async def _write_on(self, messages: AsyncIterator[Any], context: Any) -> None:
         """Write messages as the caller takes them. Raises AnswerInterrupted if it takes none for the stall time."""
@@ -182,22 +174,6 @@ class GatewayService(gateway_service_pb2_grpc.GatewayServiceServicer):
                 raise AnswerInterrupted(
                     "the stream was not read; an answer goes on and can be resumed", stall_ms=int(stall_s * 1000)
                 ) from None
-
-    @contextlib.contextmanager
-    def _interrupted_by(self, error: DomainError) -> Iterator[None]:
-        """Let the block, which is all that is left of its call, end in `error` when it is interrupted."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._streams.add(task)
-        try:
-            yield
-        except asyncio.CancelledError:
-            if not self._interrupted:
-                raise  # the caller left
-            task.uncancel()
-            raise error from None
-        finally:
-            self._streams.discard(task)
 
 
 def _stopping() -> AnswerInterrupted:

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 import httpx
@@ -43,8 +43,6 @@ RESUMES_PER_USER_MAX = 200
 """Streams that a user may resume at the same time whose plan does not bound answers."""
 WATCHES_PER_USER_MAX = 16
 """The page has two a window. The ledger has room for 500 of all users, and retrieval for 128."""
-STREAMS_SHARE = 0.9
-"""Of the drain's grace, how much belongs to gRPC streams that go on; the rest is for telling them that they do not."""
 SOCKETS_PER_USER_MAX = 16
 """Each carries 16 answers, and may hold 24 MiB of what was asked."""
 SETTLE_S = 3.0
@@ -62,7 +60,6 @@ class EdgeServer(Server):
         operations: HttpListener | None,
         operations_port: int,
         draining: asyncio.Event,
-        interrupt: Callable[[], None],
         *,
         reflect: bool,
         tls: MutualTls | None,
@@ -75,8 +72,6 @@ class EdgeServer(Server):
         self.operations = operations
         self._operations_port = operations_port
         self.draining = draining
-        self._interrupt = interrupt
-        """Ends the gRPC streams that still run."""
 
     async def start(self, host: str, port: int) -> int:
         await self.http.start(host, self._http_port)
@@ -86,9 +81,7 @@ class EdgeServer(Server):
 
     async def stop(self, notice_s: float, grace_s: float) -> None:
         self.draining.set()
-        late = asyncio.get_running_loop().call_later(notice_s + STREAMS_SHARE * grace_s, self._interrupt)
         await asyncio.gather(self._stop_http(notice_s, grace_s), super().stop(notice_s, grace_s))
-        late.cancel()
 
     async def _stop_http(self, notice_s: float, grace_s: float) -> None:
         await asyncio.sleep(notice_s)
@@ -163,7 +156,6 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         if settings.operations_port:
             operations = HttpListener(Edge(kit, page, OPERATIONS), port_setting="TAILRACE_GATEWAY_OPERATIONS_PORT")
         reflect = settings.environment == "development"
-        calls = GatewayService(kit)
         server = EdgeServer(
             token_identity(identity),
             http,
@@ -171,12 +163,11 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
             operations,
             settings.operations_port,
             kit.draining,
-            calls.interrupt_all,
             reflect=reflect,
             tls=settings.mutual_tls(),
             tells_dependencies=not apart,
         )
-        server.add(add_GatewayServiceServicer_to_server, calls, SERVICE_NAME)
+        server.add(add_GatewayServiceServicer_to_server, GatewayService(kit), SERVICE_NAME)
         probes = {peer.name: peer.probe for peer in backends.all}
         yield Service(
             server=server,

@@ -20,6 +20,7 @@ from services.chassis.deadline import current_deadline
 from services.chassis.passport import Passport
 from services.chassis.principal import Principal, current_principal
 from services.chassis.server import Server, passport_identity
+from services.chassis.status import from_rpc_error
 from tailrace.retrieval.v1 import retrieval_service_pb2 as pb
 from tailrace.retrieval.v1 import retrieval_service_pb2_grpc as rpc
 
@@ -34,6 +35,9 @@ class Scripted(rpc.RetrievalServiceServicer):
 
     def __init__(self) -> None:
         self.cancelled = asyncio.Event()
+        self.cleaned_up = asyncio.Event()
+        self.goes_on = asyncio.Event()
+        self.entered = asyncio.Semaphore(0)
         self.seen: dict[str, Any] = {}
 
     async def Search(self, request: pb.SearchRequest, context: grpc.aio.ServicerContext) -> None:
@@ -58,6 +62,26 @@ class Scripted(rpc.RetrievalServiceServicer):
         if not request.texts:
             raise errors.RequestInvalid("1-256 texts are needed", field="texts", bound="1-256")
         return pb.EmbedResponse(tokens=len(request.texts))
+
+    async def GetDocument(self, request: pb.GetDocumentRequest, context: grpc.aio.ServicerContext) -> pb.GetDocumentResponse:
+        self.entered.release()
+        await self.goes_on.wait()
+        return pb.GetDocumentResponse()
+
+    async def ListDocuments(self, request: pb.ListDocumentsRequest, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:  # type: ignore[override]
+        yield pb.ListDocumentsResponse()
+        self.entered.release()
+        await self.goes_on.wait()
+
+    async def DeleteDocument(self, request: pb.DeleteDocumentRequest, context: grpc.aio.ServicerContext) -> pb.DeleteDocumentResponse:
+        self.entered.release()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.cancelled.set()
+            await self.goes_on.wait()
+            self.cleaned_up.set()
+        raise AssertionError("unreachable")
 
 
 @contextlib.asynccontextmanager
@@ -213,6 +237,77 @@ async def test_a_taken_port_is_an_error() -> None:
         await second.start("127.0.0.1", port)
 
     await first.stop(0, 0)
+
+
+@pytest.mark.parametrize("shape", ["unary", "coroutine that writes", "generator"])
+async def test_a_call_that_outlives_the_grace_is_told_to_ask_again(shape: str) -> None:
+    """Whatever its handler waits in. gRPC itself would cut it, and its caller would hear CANCELLED and not why."""
+    servicer = Scripted()
+    async with running(servicer) as (server, channel):
+        stub, metadata = rpc.RetrievalServiceStub(channel), Caller("retrieval", PASSPORT).metadata(ALICE)
+
+        async def call() -> None:
+            if shape == "unary":
+                await stub.GetDocument(pb.GetDocumentRequest(), metadata=metadata)
+                return
+            searches = shape == "coroutine that writes"
+            method, request = (stub.Search, pb.SearchRequest(query="hang")) if searches else (stub.ListDocuments, pb.ListDocumentsRequest())
+            stream = method(request, metadata=metadata)
+            await stream.read()
+            begun.set()
+            await stream.read()
+
+        begun = asyncio.Event()
+        calling = asyncio.create_task(call())
+        async with asyncio.timeout(5):
+            await (servicer.entered.acquire() if shape == "unary" else begun.wait())
+            await server.stop(0, 0.3)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await calling
+
+    told = from_rpc_error(caught.value, "somebody")
+    assert (caught.value.code(), told.reason, told.retryable) == (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE", True)
+    assert (told.metadata["dependency"], told.retry_after_ms) == ("retrieval", 1000)
+    assert "stopping" in told.detail
+
+
+async def test_a_call_that_ends_within_the_grace_is_answered() -> None:
+    """A stop waits for it, and for no longer than it takes."""
+    servicer = Scripted()
+    async with running(servicer) as (server, channel):
+        calling = asyncio.create_task(
+            Caller("retrieval", PASSPORT).unary(
+                rpc.RetrievalServiceStub(channel).GetDocument, pb.GetDocumentRequest(), principal=ALICE, timeout_s=30
+            )
+        )
+        async with asyncio.timeout(5):
+            await servicer.entered.acquire()
+            stopping = asyncio.create_task(server.stop(0, 30))
+            await server.draining.wait()
+            servicer.goes_on.set()
+            answered = await calling
+            await stopping
+
+    assert answered == pb.GetDocumentResponse()
+
+
+async def test_what_a_left_call_cleans_up_is_not_interrupted_by_a_stop() -> None:
+    """Its caller is gone, so there is nobody to tell, and what it leaves must be whole."""
+    servicer = Scripted()
+    async with running(servicer) as (server, channel):
+        stub, metadata = rpc.RetrievalServiceStub(channel), Caller("retrieval", PASSPORT).metadata(ALICE)
+        call = stub.DeleteDocument(pb.DeleteDocumentRequest(), metadata=metadata)
+        late = stub.GetDocument(pb.GetDocumentRequest(), metadata=metadata)
+        async with asyncio.timeout(5):
+            for _ in range(2):
+                await servicer.entered.acquire()
+            call.cancel()
+            await servicer.cancelled.wait()
+            await server.stop(0, 0.2)
+            with pytest.raises(grpc.aio.AioRpcError):
+                await late
+            servicer.goes_on.set()
+            await servicer.cleaned_up.wait()
 
 
 async def test_health_names_the_dependency_that_is_away() -> None:

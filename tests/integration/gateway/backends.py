@@ -235,6 +235,9 @@ class FakeLedger(LedgerServiceServicer):
         self.operations = [ledger.ListOperationsResponse(operation=ledger.Operation(operation_id=ANSWER))]
         self.booked = ledger.Operation(operation_id=ANSWER, cost_nanousd=7_500_000)
         """What is known of ANSWER. Without a status it has not ended."""
+        self.tells_operations = asyncio.Event()
+        """Until it is set, whoever asks for one operation waits."""
+        self.tells_operations.set()
         self.usage: list[Any] = []
         self.exported: Script = []
         self.budget = ledger.Budget(scope="user", subject="ada", period="day", limit_nanousd=1_500_000_000, spent_nanousd=1)
@@ -262,6 +265,7 @@ class FakeLedger(LedgerServiceServicer):
 
     async def GetOperation(self, request: Any, context: Any) -> Any:
         self.seen.note("GetOperation", request)
+        await self.tells_operations.wait()
         if request.operation_id != ANSWER:
             raise NotFound("no such operation", kind="operation")
         reply = ledger.GetOperationResponse(operation=self.booked)

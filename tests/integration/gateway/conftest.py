@@ -75,6 +75,7 @@ def front(shared_front: Front) -> Front:
     behind = shared_front.behind
     behind.seen.calls.clear()
     behind.seen.cancelled.clear()
+    behind.ledger.tells_operations.set()
     behind.orchestrator.script, behind.orchestrator.resumed = [], []
     behind.retrieval.hits, behind.retrieval.documents, behind.retrieval.broken_off = [], [], 0
     behind.ledger.watched, behind.ledger.usage, behind.ledger.keys = [], [], {}

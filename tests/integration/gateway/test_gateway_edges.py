@@ -356,10 +356,11 @@ async def test_stopping_tells_those_who_have_heard_nothing_yet_to_come_back(fron
         assert response.headers["x-content-type-options"] == "nosniff"
 
 
-async def test_stopping_ends_every_grpc_stream_with_a_word(front: Front, valkey: Valkey, tmp_path: Path) -> None:
+async def test_stopping_ends_every_grpc_call_with_a_word(front: Front, valkey: Valkey, tmp_path: Path) -> None:
     """Before the grace is over and the connection with it: an answer is interrupted, anything else is to be asked again."""
     front.behind.orchestrator.script = [accepted(), forever]
     front.behind.retrieval.hits = [forever]
+    front.behind.ledger.tells_operations.clear()
     settings = settings_for(front.behind, tmp_path, valkey.url, TAILRACE_JWKS_FILE=str(front.jwks))
     async with build(settings) as service, started(service, "127.0.0.1") as port:
         metadata = (("authorization", f"Bearer {front.token()}"),)
@@ -367,16 +368,18 @@ async def test_stopping_ends_every_grpc_stream_with_a_word(front: Front, valkey:
             stub = GatewayServiceStub(channel)
             answer = stub.Answer(orchestrator.AnswerRequest(question="?"), metadata=metadata)
             search = stub.Search(retrieval.SearchRequest(query="?"), metadata=metadata)
+            looking = asyncio.ensure_future(stub.GetOperation(ledger.GetOperationRequest(operation_id=ANSWER), metadata=metadata))
             assert (await answer.read()).HasField("accepted")
             reading = [asyncio.create_task(call.read()) for call in (answer, search)]
             async with asyncio.timeout(5):
-                while not front.behind.seen.count("Search"):  # noqa: ASYNC110 - a call of another server makes it true
+                while not all(map(front.behind.seen.count, ("Search", "GetOperation"))):  # noqa: ASYNC110 - calls of another server make it true
                     await asyncio.sleep(0.01)
             await asyncio.wait_for(service.server.stop(0, 0.5), 5)
-            errors = await asyncio.gather(*reading, return_exceptions=True)
+            errors = await asyncio.gather(*reading, looking, return_exceptions=True)
 
     told = [from_rpc_error(error, "gateway") for error in errors if isinstance(error, grpc.aio.AioRpcError)]
-    assert [error.reason for error in told] == ["ANSWER_INTERRUPTED", "UNAVAILABLE"]
+    assert [error.reason for error in told] == ["ANSWER_INTERRUPTED", "UNAVAILABLE", "UNAVAILABLE"]
+    assert {error.metadata.get("dependency", "gateway") for error in told} == {"gateway"}
     assert all("the server is stopping" in error.detail for error in told)
 
 

@@ -36,7 +36,6 @@ DOCUMENTS = 120
 AT_ONCE = 4
 BOOKED_WITHIN_S = 30.0
 COLLECTION, USER = "bench", "bench"
-SERVED = ("exact", "semantic", "coalesced")
 WAYS = {
     "neither": {"tier": "smart", "cache": "off"},
     "tiers alone": {"tier": "auto", "cache": "off"},
@@ -61,8 +60,9 @@ class Bill:
 
     nanousd: int
     calls: int
-    served: int
-    """Questions that cost nothing: they got an answer that was there, or that somebody else was waiting for."""
+    exact: int
+    similar: int
+    """Questions that got the answer to the same words, and to others."""
     wrong: list[tuple[str, str]]
     """Those of them that got the answer to something else: what was asked, and what had been."""
 
@@ -116,9 +116,10 @@ async def bill_of(suite: Suite, tenant: str, asked: Sequence[Asked], documents: 
     billed, told = sum(call.input_tokens + call.output_tokens for call in calls), sum(row["tokens"] for row in rows)
     if billed != told:
         raise RuntimeError(f"{tenant}: the provider billed {billed} tokens, and the books say {told}")
-    served = [(by_id[row["id"]], by_id[row["cache_source_id"]]) for row in rows if row["cache_verdict"] in SERVED]
+    served = [(by_id[row["id"]], by_id[row["cache_source_id"]]) for row in rows if row["cache_source_id"]]
     wrong = [(question.text, source.text) for question, source in served if question.meaning != source.meaning]
-    return Bill(sum(row["cost_nanousd"] for row in rows), len(calls), len(served), wrong)
+    exact = sum(row["cache_verdict"] == "exact" for row in rows)
+    return Bill(sum(row["cost_nanousd"] for row in rows), len(calls), exact, len(served) - exact, wrong)
 
 
 async def _are(count: int, rows: Callable[[], Awaitable[list[Any]]]) -> bool:
@@ -146,7 +147,7 @@ async def measure(data: Path, n: int, seed: str) -> bool:
     clusters, documents = clusters_of(data), documents_of(data)
     good = True
     _say(f"seed {seed} (replay: make bench-savings SEED={seed}); {n} questions a stream; answers of {ANSWER_TOKENS} tokens")
-    _say(f"{'':<16}{'calls':>7}{'bill, USD':>11}{'saved':>10}{'served again':>14}{'of those wrong (95 % upper)':>29}")
+    _say(f"{'':<16}{'calls':>7}{'bill, USD':>11}{'saved':>10}{'exact':>8}{'similar':>9}{'of those wrong (95 % upper)':>29}")
     async with running() as suite:
         for again in AGAIN:
             asked = stream_of(clusters, n, again, random.Random(f"{seed}:{again}"))
@@ -157,8 +158,10 @@ async def measure(data: Path, n: int, seed: str) -> bool:
                 bill = await bill_of(suite, f"again{round(100 * again)}-{number}", asked, documents, way)
                 whole = whole or bill.nanousd
                 saved = 1 - bill.nanousd / whole
-                wrong = f"{len(bill.wrong)} ({100 * wilson_upper(len(bill.wrong), bill.served):.1f} %)" if bill.served else ""
-                _say(f"  {name:<14}{bill.calls:>7}{bill.nanousd / 1e9:>11.3f}{100 * saved:>8.1f} %{bill.served:>14}{wrong:>29}")
+                served = bill.exact + bill.similar
+                wrong = f"{len(bill.wrong)} ({100 * wilson_upper(len(bill.wrong), served):.1f} %)" if served else ""
+                money = f"{bill.nanousd / 1e9:>11.3f}{100 * saved:>8.1f} %"
+                _say(f"  {name:<14}{bill.calls:>7}{money}{bill.exact:>8}{bill.similar:>9}{wrong:>29}")
                 for question, source in bill.wrong:
                     _say(f"    {question!r} got the answer to {source!r}")
             if again == JUDGED:

@@ -22,6 +22,11 @@ STOP_S = 20.0
 INTERRUPTED = 130
 
 
+def _interruptible() -> None:
+    """What a shell starts in the background has Ctrl-C turned off, and so has all that it starts: these tests as well."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @dataclass
 class Desk:
     """One person's folder, and what the suite has of that person's tenant."""
@@ -38,7 +43,9 @@ class Desk:
         environ = {**kept, "TAILRACE_TARGET": self.target, "TAILRACE_TOKEN": self.token, "TAILRACE_STATE_DIR": str(self.state)}
         command = [str(TAILRACE), "ingest", "--watch", "--json", str(self.folder), *arguments]
         pipe = asyncio.subprocess.PIPE
-        process = await asyncio.create_subprocess_exec(*command, env=environ, stdout=pipe, stderr=pipe, start_new_session=True)
+        process = await asyncio.create_subprocess_exec(
+            *command, env=environ, stdout=pipe, stderr=pipe, start_new_session=True, preexec_fn=_interruptible
+        )
         try:
             yield process
             process.send_signal(signal.SIGINT)

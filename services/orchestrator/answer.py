@@ -4,20 +4,27 @@ Steps raise what went wrong; none knows a wire format, a provider's SDK or a sto
 """
 
 import asyncio
+import hashlib
 import random
-from collections.abc import Coroutine, Mapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import structlog
 
 from services.chassis.deadline import Deadline, current_deadline
+from services.chassis.ending import ended
 from services.chassis.errors import (
+    AnswerAbandoned,
     AnswerCancelled,
+    AnswerInterrupted,
+    AnswerLogGone,
+    BudgetExhausted,
     DeadlineTooShort,
     DomainError,
     Internal,
+    NotAllowed,
     NotFound,
     OutputInvalid,
     Overloaded,
@@ -27,13 +34,29 @@ from services.chassis.telemetry import StepRecord
 from services.orchestrator.attempts import first_draft
 from services.orchestrator.compose import compose, recent
 from services.orchestrator.conversation import look_after, rewrite
-from services.orchestrator.domain import CachedAnswer, CacheReceipt, Draft, HeldAnswer, History, Passage, Prompt, Question, Summary, Turn
+from services.orchestrator.domain import (
+    CachedAnswer,
+    CacheReceipt,
+    Done,
+    Draft,
+    HeldAnswer,
+    History,
+    Passage,
+    PassagesFound,
+    Prompt,
+    Question,
+    Reasoned,
+    Summary,
+    TextDelta,
+    Turn,
+)
 from services.orchestrator.json_watch import JsonWatch
 from services.orchestrator.log import EventLog
 from services.orchestrator.output_schema import asked_again, problems_of, tokens_max_of, told, unfenced
 from services.orchestrator.packing import pack
 from services.orchestrator.ports import Recalling
 from services.orchestrator.run import Run, Toolkit
+from services.orchestrator.single_flight import Ahead, flight_key
 from services.orchestrator.standalone import depends_on_history, depends_on_time
 from services.orchestrator.tools.loop import draft_with_tools, require_no_calls, take_up, without_tools
 from services.orchestrator.unfencing import Unfencing
@@ -55,6 +78,24 @@ TURN_WAIT_MAX_S = 30.0
 """Some minutes in all: the words of a turn wait in memory, so not for ever."""
 
 
+FLIGHTS_MAX = 3
+"""How many answers are followed before this one is made in any case."""
+PATIENCE_SHARE = 0.5
+"""Of the time that is left, how much is waited for the first word of the answer ahead."""
+OF_THEIR_OWN = (
+    AnswerAbandoned,
+    AnswerCancelled,
+    AnswerInterrupted,
+    AnswerLogGone,
+    BudgetExhausted,
+    DeadlineTooShort,
+    NotAllowed,
+    Overloaded,
+    Unavailable,
+)
+"""What an answer can end in that says nothing of another one to the same question."""
+
+
 async def answer(run: Run) -> None:
     """Answer `run.question`: each line one step, one span. Returns once the text has left and was checked; `conclude` does the rest."""
     if run.question.resumed is not None:
@@ -73,8 +114,11 @@ async def answer(run: Run) -> None:
             cached = await look_up(run, recalling, held, step)
         if cached is not None:
             return serve_again(run, cached)
+        ahead = await opened.enter_async_context(looking_ahead(run))
         with run.step("passages") as step:
             passages = await find_passages(recalling, step)
+        if await follow(run, await ahead):
+            return None
     with run.step("compose") as step:
         prompt = write_prompt(run, passages, step)
     return await write(run, prompt)
@@ -132,6 +176,8 @@ async def conclude(run: Run, failure: DomainError | None) -> None:
     if failure is None:
         run.events.append(run.receipt())
     run.events.end(failure)
+    if run.led is not None and run.kit.flights is not None:
+        await run.kit.flights.land(run.led, remembered=failure is None and run.is_remembered)
 
 
 async def read_history(run: Run, step: StepRecord) -> tuple[tuple[Turn, ...], str]:
@@ -189,6 +235,7 @@ async def find_exact(run: Run) -> HeldAnswer | None:
         run.cache = replace(run.cache, reason="context_dependent")
     elif run.cache.reason == "" and depends_on_time(asked.text):
         run.cache = replace(run.cache, reason="time_dependent")
+    run.may_share = not run.cache.reason
     return None if run.cache.reason else await run.kit.exact.get(asked, run.scope)
 
 
@@ -211,16 +258,18 @@ async def look_up(run: Run, recalling: Recalling, held: HeldAnswer | None, step:
     if run.cache.reason:
         step.note(cache=run.cache.reason)
         return None
-    similarity: float | None = None
     if held is not None and held.edition == run.edition:
-        cached = held.answer
-    else:
-        verdict = await recalling.verdict()
-        if verdict.answer is None:
-            run.cache = CacheReceipt("miss", similarity=verdict.similarity, reason=verdict.reason or "no_candidate")
-            step.note(cache=run.cache.reason)
-            return None
-        cached, similarity = verdict.answer, verdict.similarity
+        return found(run, held.answer, None, step)
+    verdict = await recalling.verdict()
+    if verdict.answer is None:
+        run.cache = CacheReceipt("miss", similarity=verdict.similarity, reason=verdict.reason or "no_candidate")
+        step.note(cache=run.cache.reason)
+        return None
+    return found(run, verdict.answer, verdict.similarity, step)
+
+
+def found(run: Run, cached: CachedAnswer, similarity: float | None, step: StepRecord) -> CachedAnswer:
+    """Note where `cached` comes from; without `similarity` it was asked for in these very words."""
     run.cache = CacheReceipt(
         "exact" if similarity is None else "semantic",
         similarity=similarity,
@@ -231,6 +280,106 @@ async def look_up(run: Run, recalling: Recalling, held: HeldAnswer | None, step:
     )
     step.note(cache=run.cache.verdict)
     return cached
+
+
+@asynccontextmanager
+async def looking_ahead(run: Run) -> AsyncIterator[Awaitable[Ahead | None]]:
+    """Look for an answer to the same question that is on its way, while the passages are; from now on others may follow this one."""
+    looking = asyncio.create_task(look_ahead(run), name="look ahead")
+    try:
+        yield looking
+    finally:
+        await ended(looking)
+
+
+async def look_ahead(run: Run, lost: Ahead | None = None) -> Ahead | None:
+    """Whom to follow, if not `lost`. None: nobody, or nobody who has the time; then this answer is made."""
+    flights, deadline = run.kit.flights, current_deadline.get()
+    if flights is None or deadline is None or not run.may_share:
+        return None
+    now = run.kit.clock.now().timestamp()
+    own = flights.flight(run.question.answer_id, now + deadline.remaining_s)
+    key = flight_key(run.question, run.scope, run.edition)
+    ahead: Ahead | None = flights.local(key, own, lost)
+    if ahead is None:
+        run.led = flights.lead(key, own, run.events)
+        ahead = await flights.claim(run.led, lost)
+    return ahead if ahead is not None and flights.waits_for(own, ahead, now) else None
+
+
+async def follow(run: Run, ahead: Ahead | None) -> bool:
+    """Tell what those ahead tell, as it comes. False if there is nobody, or they ended without a word: then this answer is made.
+
+    Raises what the answer ahead failed of, unless that was a matter of its own asker or replica.
+    """
+    for _ in range(FLIGHTS_MAX):
+        if ahead is None:
+            return False
+        if run.kit.flights is not None and run.kit.flights.has_landed(ahead):
+            with run.step("recall") as step:
+                held = await run.kit.exact.get(run.question, run.scope)
+                if held is not None and held.edition == run.edition:
+                    serve_again(run, found(run, held.answer, None, step))
+                    return True
+            ahead = await look_ahead(run, ahead)
+            continue
+        with run.step("follow") as step:
+            outcome = await retell(run, ahead, step)
+        if outcome == "too_slow":
+            return False
+        if outcome == "told":
+            return True
+        ahead = await look_ahead(run, ahead)
+    return False
+
+
+async def retell(run: Run, ahead: Ahead, step: StepRecord) -> Literal["told", "lost", "too_slow"]:
+    """Whether `ahead` told its answer to the end. Once a word of it was passed on there is no way back."""
+    flights, loop = run.kit.flights, asyncio.get_running_loop()
+    deadline = current_deadline.get()
+    assert flights is not None and deadline is not None
+    run.kit.books.intend(run.record(AnswerInterrupted("", answer_id=run.question.answer_id)))
+    patience_ends = loop.time() + PATIENCE_SHARE * deadline.remaining_s
+    try:
+        async with flights.following(ahead) as reader:
+            while True:
+                for entry in await reader.next(max(0.001, patience_ends - loop.time())):
+                    match flights.heard(entry.event):
+                        case PassagesFound(passages):
+                            run.show(passages)
+                        case TextDelta(text):
+                            run.write(text)
+                        case Reasoned(text) if run.question.reasoning:
+                            run.think(text)
+                        case Done() as done:
+                            take_over(run, done)
+                            step.note(answer_id=run.cache.source_answer_id or "")
+                            return "told"
+                if reader.ended:
+                    raise reader.failure.bare() if reader.failure is not None else Internal("", trace_id=run.trace_id)
+                if not run.pieces and loop.time() >= patience_ends:
+                    step.note(lost="too_slow")
+                    return "too_slow"
+                if run.pieces:
+                    patience_ends = loop.time() + deadline.remaining_s
+    except OF_THEIR_OWN as failure:
+        if run.pieces:
+            raise AnswerInterrupted("the answer that this one followed broke off; ask again", answer_id=run.question.answer_id) from failure
+        step.note(lost=failure.reason)
+        return "lost"
+
+
+def take_over(run: Run, done: Done) -> None:
+    """The end of the answer that was followed, as the end of this one."""
+    if done.text_sha256 != hashlib.sha256(run.text.encode()).hexdigest():
+        raise Internal("", trace_id=run.trace_id)
+    theirs = done.cache if done.cache.verdict == "coalesced" else None  # they followed somebody themselves
+    run.cache = CacheReceipt(
+        "coalesced",
+        source_answer_id=theirs.source_answer_id if theirs else done.answer_id,
+        saved_nanousd=theirs.saved_nanousd if theirs else done.cost_nanousd,
+    )
+    run.model, run.provider, run.finish_reason, run.verdict = done.model, done.provider, done.finish_reason, done.verdict
 
 
 def serve_again(run: Run, cached: CachedAnswer) -> None:
@@ -320,6 +469,7 @@ async def remember(run: Run, step: StepRecord) -> None:
         return step.skip(run.verdict)
     if any(passage.flags for passage in run.passages):
         return step.skip("flagged")  # the model may have done as it was told
+    run.is_remembered = True
     kept, asked = run.cacheable(), run.question
 
     async def in_words() -> None:

@@ -180,7 +180,7 @@ def _booked_value(reply: ledger_pb.GetOperationResponse) -> BookedAnswer:
         provider=operation.provider,
         tier=operation.tier,
         finish_reason=operation.finish_reason,
-        cache=_cache_value(operation.cache),
+        cache=cache_value(operation.cache),
         trace_id=operation.trace_id,
         estimated=operation.estimated,
         verdict="passed" if turn is not None and turn.complete else verdict,
@@ -191,7 +191,7 @@ def _booked_value(reply: ledger_pb.GetOperationResponse) -> BookedAnswer:
     return BookedAnswer(status, operation.error_reason, operation.session_id, _moment(operation.created_at), receipt, turn)
 
 
-def _cache_value(message: common_pb2.CacheReceipt) -> CacheReceipt:
+def cache_value(message: common_pb2.CacheReceipt) -> CacheReceipt:
     verdict: Any = message.verdict
     return CacheReceipt(
         verdict,

@@ -14,7 +14,7 @@ from services.chassis.principal import Principal
 
 CacheMode = Literal["use", "refresh", "off"]
 Priority = Literal["interactive", "batch"]
-CacheVerdict = Literal["miss", "exact", "semantic", "off"]
+CacheVerdict = Literal["miss", "exact", "semantic", "coalesced", "off"]
 Capability = Literal["images", "reasoning", "schema", "tools"]
 
 ESTIMATE_BYTES_PER_TOKEN = 4
@@ -208,6 +208,16 @@ class HeldAnswer:
 
     answer: CachedAnswer
     edition: Edition
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """An answer on its way that other answers to the same question may follow."""
+
+    answer_id: str
+    replica: str
+    ends_at: float
+    """Seconds since 1970: its deadline. 0 = it is over, and the caches have it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,8 @@ class EventLog:
         self.bytes = 0
         self.on_change: Callable[[EventLog], None] | None = None
         """Told of every event from when something is `shown` on, and of the end. Must be quick."""
+        self.on_deserted: Callable[[], None] | None = None
+        """Told when the last reader has left before the end. Must be quick."""
         self._entries: list[Entry] = []
         self._events_max, self._bytes_max, self._readers_max = events_max, bytes_max, readers_max
         self._readers: set[Reader] = set()
@@ -94,17 +96,24 @@ class EventLog:
         """What lies after number `after`, which may be nothing."""
         return self._entries[after:] if after < len(self._entries) else ()
 
-    def reader(self, after: int) -> "Reader":
-        """Begin to read after number `after`. Raises Overloaded if too many do already."""
-        if len(self._readers) >= self._readers_max:
+    def reader(self, after: int, *, is_follower: bool = False) -> "Reader":
+        """Begin to read after number `after`. Raises Overloaded if too many do already; answers that follow are bounded as answers are."""
+        if not is_follower and sum(not reader.is_follower for reader in self._readers) >= self._readers_max:
             raise Overloaded("too many readers follow this answer", retry_after_ms=1000)
-        reader = Reader(self, after)
+        reader = Reader(self, after, is_follower=is_follower)
         self._readers.add(reader)
         return reader
 
     def leave(self, reader: "Reader") -> None:
         self._readers.discard(reader)
         reader.close()
+        if not self._readers and not self.ended and self.on_deserted is not None:
+            self.on_deserted()
+
+    def dismiss(self, failure: DomainError) -> None:
+        """End the log for those who read it now, followers excepted, as if it had ended here in `failure`. It goes on."""
+        for reader in [reader for reader in self._readers if not reader.is_follower]:
+            reader.dismiss(len(self._entries), failure)
 
     def _wake(self) -> None:
         for reader in self._readers:
@@ -114,8 +123,11 @@ class EventLog:
 class Reader:
     """One reader's place in a log."""
 
-    def __init__(self, log: EventLog, after: int) -> None:
+    def __init__(self, log: EventLog, after: int, *, is_follower: bool = False) -> None:
         self.position = after
+        self.is_follower = is_follower
+        """Whether what is read is told again in another answer."""
+        self._dismissal: tuple[int, DomainError] | None = None
         self._log = log
         self._loop = asyncio.get_running_loop()
         self._waiting: asyncio.Future[None] | None = None
@@ -123,6 +135,20 @@ class Reader:
         self._silence_s = 0.0
         self._alarm: asyncio.TimerHandle | None = None
         """One timer for many waits: setting one per event would cost more than the event."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more comes."""
+        return self._dismissal is not None or self._log.ended
+
+    @property
+    def failure(self) -> DomainError | None:
+        return self._dismissal[1] if self._dismissal is not None else self._log.failure
+
+    def dismiss(self, last: int, failure: DomainError) -> None:
+        """Read no further than number `last`, where the log ends in `failure` for this reader."""
+        self._dismissal = last, failure.bare()
+        self.wake()
 
     def wake(self) -> None:
         if self._waiting is not None and not self._waiting.done():
@@ -138,8 +164,8 @@ class Reader:
 
         Returns nothing when `silence_s` have passed, or when the log has ended and everything was read.
         """
-        entries = self._log.read(self.position)
-        if not entries and not self._log.ended:
+        entries = self._news()
+        if not entries and not self.ended:
             self._waiting = self._loop.create_future()
             self._waiting_since, self._silence_s = self._loop.time(), silence_s
             if self._alarm is None:
@@ -150,9 +176,13 @@ class Reader:
                 self._waiting = None
             for _ in range(0 if self._log.shown else GIVES_WAY_TURNS):
                 await asyncio.sleep(0)
-            entries = self._log.read(self.position)
+            entries = self._news()
         self.position += len(entries)
         return entries
+
+    def _news(self) -> Sequence[Entry]:
+        entries = self._log.read(self.position)
+        return entries if self._dismissal is None else entries[: max(0, self._dismissal[0] - self.position)]
 
     def _ring(self) -> None:
         """Wake a reader that has waited long enough; look again later otherwise, and not at all once nobody waits."""

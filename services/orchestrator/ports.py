@@ -16,6 +16,7 @@ from services.orchestrator.domain import (
     Draft,
     Draw,
     Edition,
+    Flight,
     HeldAnswer,
     History,
     Hold,
@@ -305,6 +306,26 @@ class SharedLogs(Protocol):
 
     def cancels(self, replica: str) -> AsyncIterator[str]:
         """Ids of the answers that shall be stopped, as others ask. Ends in Unavailable; what was asked meanwhile is with the logs."""
+        ...
+
+
+class SharedFlights(Protocol):
+    """Which answers are being made to which questions, at all replicas. Raises Unavailable(dependency="redis")."""
+
+    async def claim(self, key: str, flight: Flight, instead_of: Flight | None = None) -> Flight | None:
+        """Let `key` stand for `flight` while that has time, unless it stands for another than `instead_of`, which is returned then."""
+        ...
+
+    async def release(self, key: str, flight: Flight, linger_s: float) -> None:
+        """Let `key` stand for nothing, if it still stands for `flight`; before that, for so long, for that flight as one that is over."""
+        ...
+
+    async def follow(self, answer_id: str) -> None:
+        """Say that answers of another replica are told what this one is told; that holds for a while."""
+        ...
+
+    async def is_followed(self, answer_id: str) -> bool:
+        """Whether somebody said so lately."""
         ...
 
 

@@ -6,9 +6,7 @@ the reply that was on its way belongs to nobody, so redis-py closes the connecti
 
 import asyncio
 import hashlib
-import re
 import time
-import unicodedata
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -20,6 +18,7 @@ from redis.exceptions import RedisError
 
 from services.chassis.errors import Unavailable
 from services.orchestrator.domain import CachedAnswer, Edition, HeldAnswer, Question
+from services.orchestrator.standalone import normalise
 
 log = structlog.get_logger(__name__)
 
@@ -29,7 +28,6 @@ VALUE_BYTES_MAX = 512 * 1024
 FORGET_TOGETHER = 64
 """Values that are held at the same time when a user's are looked for."""
 _PREFIX = "tailrace:exact:v2:"
-_SPACE = re.compile(r"\s+")
 
 
 class _Kept(msgspec.Struct):
@@ -44,18 +42,6 @@ class _Kept(msgspec.Struct):
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(_Kept).decode
-
-
-def normalise(question: str) -> str:
-    """Fold what cannot change the meaning: Unicode compatibility forms, white space, the case of a first letter, a final mark.
-
-    Case elsewhere stays: `US` is not `us`. A final `!` or several marks stay too.
-    """
-    text = _SPACE.sub(" ", unicodedata.normalize("NFKC", question)).strip()
-    if len(text) > 1 and text[-1] in ".?" and text[-2] not in ".?!":
-        text = text[:-1].rstrip()
-    first, separator, rest = text.partition(" ")
-    return first.lower() + separator + rest if first.istitle() else text
 
 
 def cache_key(question: Question, scope: str) -> str:

@@ -8,8 +8,9 @@ import asyncio
 import contextlib
 import time
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 from uuid import UUID
 
 import structlog
@@ -61,6 +62,7 @@ Owner = tuple[str, str]
 Produce = Callable[[Question, EventLog], Awaitable[None]]
 Knows = Callable[[Principal, str], Awaitable[bool]]
 Booked = Callable[[Principal, str], Awaitable[BookedAnswer | None]]
+Followed = Callable[[str], Awaitable[bool]]
 
 
 def owner_of(principal: Principal) -> Owner:
@@ -77,6 +79,8 @@ class Kept:
     task: "asyncio.Task[None]"
     alarm: asyncio.TimerHandle | None = None
     """While it runs: looks whether anybody reads it. Afterwards: forgets it."""
+    left_at: int | None = None
+    """After how many events its owner stopped it, if it goes on for others."""
     counted: tuple[int, int] = (0, 0)
     """Events and bytes it was counted with when it ended: its last words may still come."""
 
@@ -129,9 +133,11 @@ class Registry:
         booked: Booked,
         replica: str,
         bounds: Bounds,
+        followed: Followed,
         now: Callable[[], float] = time.time,
     ) -> None:
-        self._now = now
+        """`followed` says of an answer of this process whether other answers are told what it is told."""
+        self._now, self._followed = now, followed
         self._produce, self._logs, self._publisher, self._mirrors = produce, logs, publisher, mirrors
         self._knows, self._booked = knows, booked
         self._replica, self._bounds = replica, bounds
@@ -147,7 +153,7 @@ class Registry:
         self._ended_events = self._ended_bytes = 0
         self._picture_bytes = 0
         """Of their questions."""
-        self._asides: set[asyncio.Task[None]] = set()
+        self._asides: set[asyncio.Task[Any]] = set()
 
     @property
     def running(self) -> int:
@@ -255,8 +261,12 @@ class Registry:
         kept = self._running[question.answer_id] = Kept(question, fingerprint, events, task)
 
         def stop(fenced: bool) -> None:
-            _stop(kept, interrupted(question.answer_id) if fenced else None)
+            if fenced:
+                _stop(kept, interrupted(question.answer_id))
+            else:
+                self._aside(self._stop_for_owner(kept))
 
+        events.on_deserted = lambda: self._is_deserted(kept)
         self._publisher.publish(events, kept.owner, stop, registered=registered)
         task.add_done_callback(lambda _: self._has_ended(kept))
         return kept
@@ -297,8 +307,9 @@ class Registry:
         """Stop an answer at once, wherever it is made; return whether it was still running. Raises as `find`."""
         found = await self.find(principal, answer_id)
         if isinstance(found, Kept):
-            was_running = _stop(found, None)
-            await asyncio.wait([found.task], timeout=CANCEL_WAIT_S)  # whoever is told that it was stopped gets no more of it
+            was_running = await self._stop_for_owner(found)
+            if found.left_at is None:
+                await asyncio.wait([found.task], timeout=CANCEL_WAIT_S)  # whoever is told that it was stopped gets no more of it
             return was_running
         if found.known.ended:
             return False
@@ -324,18 +335,37 @@ class Registry:
             yield found.events, found.events.reader(after)
             return
         kept, reader = found, found.events.reader(after)
-        if kept.question.answer_id in self._running and kept.alarm is not None:
+        if kept.left_at is not None:
+            reader.dismiss(kept.left_at, _cancelled(kept))
+        elif kept.question.answer_id in self._running and kept.alarm is not None:
             kept.alarm.cancel()
             kept.alarm = None
         try:
             yield kept.events, reader
         finally:
             kept.events.leave(reader)
-            if kept.events.readers == 0 and not kept.task.done() and not kept.events.ended:
-                if kept.question.cancel_on_disconnect and not kept.question.idempotency_key:  # with a key one can come back
-                    self._look(kept)
-                else:
-                    self._look_later(kept, self._bounds.detach_grace_s)
+
+    async def _stop_for_owner(self, kept: Kept) -> bool:
+        """Stop an answer; one that others follow ends for its owner alone, and for them it goes on. Return whether it was running."""
+        if kept.left_at is not None or kept.task.done() or kept.events.ended:
+            return False
+        if not await self._followed(kept.question.answer_id):
+            return _stop(kept, None)
+        if kept.task.done() or kept.events.ended:
+            return False
+        kept.left_at = len(kept.events)
+        kept.events.dismiss(_cancelled(kept))
+        return True
+
+    def _is_deserted(self, kept: Kept) -> None:
+        """Nobody reads the answer here any more."""
+        if kept.task.done() or kept.alarm is not None:
+            return
+        on_disconnect = kept.question.cancel_on_disconnect and not kept.question.idempotency_key  # with a key one can come back
+        if on_disconnect or kept.left_at is not None:
+            self._look(kept)
+        else:
+            self._look_later(kept, self._bounds.detach_grace_s)
 
     def interrupt_all(self) -> None:
         """End every answer that still runs as interrupted. For a process that must go."""
@@ -377,7 +407,7 @@ class Registry:
             try:
                 async for answer_id in self._logs.cancels(self._replica):
                     if (kept := self._running.get(answer_id)) is not None:
-                        _stop(kept, None)
+                        self._aside(self._stop_for_owner(kept))
             except Unavailable:
                 pass
             await asyncio.sleep(LISTEN_AGAIN_S)
@@ -388,7 +418,10 @@ class Registry:
     def _look(self, kept: Kept) -> None:
         """Nobody has read the answer here for a while. Is it read anywhere?"""
         kept.alarm = None
-        aside = asyncio.create_task(self._stop_unless_followed(kept), name=f"look after {kept.question.answer_id}")
+        self._aside(self._stop_unless_followed(kept))
+
+    def _aside(self, work: Coroutine[Any, Any, Any]) -> None:
+        aside = asyncio.create_task(work)
         self._asides.add(aside)
         aside.add_done_callback(self._asides.discard)
 
@@ -423,9 +456,10 @@ class Registry:
         del self._running[answer_id]
         self._give_place_back(kept.question)
         if len(kept.events) == 0 and not kept.events.ended:  # stopped before its first step: nothing was used, nothing is booked
-            kept.events.end(kept.events.stopping or AnswerCancelled("the answer was stopped", answer_id=answer_id))
+            kept.events.end(kept.events.stopping or _cancelled(kept))
         if kept.alarm is not None:
             kept.alarm.cancel()
+        kept.events.on_deserted = None
         # Whoever reads it again needs its events; what it was made from may be a thousand times as large.
         kept.question = replace(kept.question, images=(), tools=(), tool_results=(), resumed=None)
         self._ended[answer_id] = kept
@@ -448,6 +482,10 @@ class Registry:
             kept.alarm.cancel()
         self._ended_events -= kept.counted[0]
         self._ended_bytes -= kept.counted[1]
+
+
+def _cancelled(kept: Kept) -> AnswerCancelled:
+    return AnswerCancelled("the answer was stopped", answer_id=kept.question.answer_id)
 
 
 def _picture_bytes(question: Question) -> int:

@@ -18,14 +18,15 @@ from services.chassis.deadline import current_deadline
 from services.chassis.errors import NotFound, Overloaded, RequestInvalid
 from services.chassis.principal import Principal, current_principal
 from services.chassis.server import Server
-from services.chassis.wire import timestamp, usage_message
-from services.orchestrator.clients import cache_message, passage_message
+from services.chassis.wire import timestamp, usage_message, usage_value
+from services.orchestrator.clients import cache_message, cache_value, passage_message, passage_value
 from services.orchestrator.domain import (
     Accepted,
     CacheMode,
     Capability,
     Citation,
     Done,
+    Event,
     Image,
     PassagesFound,
     Priority,
@@ -326,6 +327,41 @@ def event_bytes(answer_id: str, entry: Entry) -> bytes:
     return event_message(answer_id, entry).SerializeToString(deterministic=True)
 
 
+def event_value(payload: bytes) -> Event | None:
+    """An event of another replica, if it is one that whoever follows its answer tells again."""
+    message = pb.AnswerEvent.FromString(payload)
+    match message.WhichOneof("event"):
+        case "delta":
+            return TextDelta(message.delta.text)
+        case "reasoning":
+            return Reasoned(message.reasoning.text)
+        case "passages":
+            return PassagesFound(tuple(map(passage_value, message.passages.passages)))
+        case "done":
+            return _done_value(message.done)
+        case _:
+            return None
+
+
+def _done_value(message: pb.Done) -> Done:
+    return Done(
+        answer_id=message.answer_id,
+        text_sha256=message.text_sha256,
+        usage=usage_value(message.usage),
+        cost_nanousd=message.cost_nanousd,
+        model=message.model,
+        provider=message.provider,
+        tier=message.tier,
+        finish_reason=message.finish_reason,
+        cache=cache_value(message.cache),
+        trace_id=message.trace_id,
+        estimated=message.estimated,
+        verdict=message.verdict,
+        first_token_ms=message.first_token_ms,
+        duration_ms=message.duration_ms,
+    )
+
+
 def _done_message(done: Done) -> pb.Done:
     return pb.Done(
         answer_id=done.answer_id,
@@ -506,11 +542,11 @@ class OrchestratorRpc(pb_grpc.OrchestratorServiceServicer):
                     await context.write(message)
                 if entries:
                     continue
-                if not events.ended:
+                if not reader.ended:
                     beat = pb.AnswerEvent(answer_id=events.answer_id, sequence=reader.position, heartbeat=pb.Heartbeat())
                     await context.write(beat)
-                elif events.failure is not None:
-                    raise events.failure.bare()
+                elif reader.failure is not None:
+                    raise reader.failure.bare()
                 else:
                     return
 

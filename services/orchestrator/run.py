@@ -48,6 +48,7 @@ from services.orchestrator.json_watch import JsonWatch
 from services.orchestrator.leaks import instructions
 from services.orchestrator.log import EventLog
 from services.orchestrator.ports import Books, Credit, ExactCache, LateTurns, Ledger, Memory, Model, PromptShelf, ShadowSample
+from services.orchestrator.single_flight import Led, SingleFlight
 from services.orchestrator.standalone import language
 from services.orchestrator.templates import Templates, filled
 from services.orchestrator.tools.toolbox import Toolset
@@ -102,6 +103,8 @@ class Toolkit:
     tools: Toolset
     late_turns: LateTurns | None = None
     """None = turns wait in memory alone."""
+    flights: SingleFlight | None = None
+    """None = every question has an answer of its own."""
     turns_under_way: dict[tuple[str, str, str], set[asyncio.Future[None]]] = field(default_factory=dict)
     """By tenant, user and session: turns of ended answers that the ledger has not kept yet."""
 
@@ -146,6 +149,12 @@ class Run:
         """Set where text of a schema is shown as it comes: what cannot satisfy it any more is not shown."""
         self.unfencing: Unfencing | None = None
         """Set beside it: a block of code around the JSON is not shown either."""
+        self.led: Led | None = None
+        """Set once others may follow this answer."""
+        self.may_share = False
+        """Whether another's answer to the same question would do, kept or on its way."""
+        self.is_remembered = False
+        """Whether it was offered to the caches."""
         self._attempts_begun = 0
         self._returned: list[str] = []
         """Texts of tools, which the answer may repeat as it may its passages."""

@@ -1,4 +1,4 @@
-"""Does a question stand alone, or does it lean on the conversation or on the clock? Pure: rules over words, no model.
+"""Does a question stand alone, or lean on the conversation or on the clock? When are two the same? Pure: rules over words, no model.
 
 A wrong "leans" costs a cache hit; a wrong "stands alone" could cost a wrong answer. So in doubt it leans.
 """
@@ -8,6 +8,7 @@ import unicodedata
 
 from services.orchestrator.words import CONVERSATION, LANGUAGES, LITTLE, POINTERS
 
+_SPACE = re.compile(r"\s+")
 _WORD = re.compile(r"[^\W_]+(?:[-'’.][^\W_]+)*")
 
 _CONVERSATION_PHRASES = re.compile(
@@ -41,6 +42,18 @@ _CLOCK = re.compile(
     r"|heute|gestern|morgen|jetzt|aktuell|aktuelle|zurzeit|derzeit|aujourd'hui|hier|demain|maintenant|actuellement"
     r"|hoy|ayer|mañana|ahora|actualmente)\b"
 )
+
+
+def normalise(question: str) -> str:
+    """Fold what cannot change the meaning: Unicode compatibility forms, white space, the case of a first letter, a final mark.
+
+    Case elsewhere stays: `US` is not `us`. A final `!` or several marks stay too.
+    """
+    text = _SPACE.sub(" ", unicodedata.normalize("NFKC", question)).strip()
+    if len(text) > 1 and text[-1] in ".?" and text[-2] not in ".?!":
+        text = text[:-1].rstrip()
+    first, separator, rest = text.partition(" ")
+    return first.lower() + separator + rest if first.istitle() else text
 
 
 def depends_on_history(question: str) -> bool:

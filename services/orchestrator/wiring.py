@@ -36,14 +36,16 @@ from services.orchestrator.models_file import MODELS_FILE, read_table, reload_fo
 from services.orchestrator.ports import DocumentSearch, Model, SharedLogs
 from services.orchestrator.publisher import Publisher
 from services.orchestrator.redis_cache import RedisCache
+from services.orchestrator.redis_flights import RedisFlights
 from services.orchestrator.redis_logs import RedisLogs
 from services.orchestrator.redis_prompts import RedisPrompts
 from services.orchestrator.redis_tools import RedisPendingCalls, RedisWords
 from services.orchestrator.registry import Bounds, Registry
 from services.orchestrator.router import EXTRACTIVE, Router, Wish
-from services.orchestrator.rpc import OrchestratorRpc, event_bytes, new_answer_id, offer
+from services.orchestrator.rpc import OrchestratorRpc, event_bytes, event_value, new_answer_id, offer
 from services.orchestrator.run import Limits, Toolkit
 from services.orchestrator.shadow import Shadows
+from services.orchestrator.single_flight import SingleFlight
 from services.orchestrator.standalone import language
 from services.orchestrator.tariff import Tariff
 from services.orchestrator.templates import FOLDER, read_templates
@@ -151,6 +153,8 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             ledger, books, models, lambda: errand_candidates(router, settings.errands_tier), tariff, health, clock, new_answer_id
         )
         late_turns = SpooledTurns(outbox, ledger)
+        mirrors = Mirrors(logs, settings.mirrors_max)
+        flights = SingleFlight(RedisFlights(cache, timeout_s=settings.cache_timeout_s), mirrors, replica, event_value)
         kit = Toolkit(
             memory,
             ledger,
@@ -169,13 +173,14 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             shadows,
             tools,
             late_turns,
+            flights,
         )
         publisher = Publisher(logs, replica, event_bytes, kept_s=settings.logs_kept_s, bytes_max=settings.logs_bytes_max)
         registry = Registry(
             lambda question, events: produce(question, kit, events),
             logs,
             publisher,
-            Mirrors(logs, settings.mirrors_max),
+            mirrors,
             ledger.knows,
             ledger.booked,
             replica,
@@ -186,6 +191,7 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
                 kept_s=settings.logs_kept_s,
                 detach_grace_s=settings.detach_grace_s,
             ),
+            flights.is_followed,
         )
         works = {
             "publisher": publisher.run_forever(),

@@ -91,9 +91,14 @@ class FakeRetrieval(retrieval_rpc.RetrievalServiceServicer):
     remembered: list[retrieval_pb.RememberAnswerRequest] = field(default_factory=list)
     time_left_s: list[float] = field(default_factory=list)
     """What each recall might take."""
+    verdicts: asyncio.Event = field(default_factory=asyncio.Event)
+    """While it is not set, recalls wait for the word of the cache."""
     away: bool = False
     audience: str = ""
     searches: list[tuple[retrieval_pb.SearchRequest, Principal]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.verdicts.set()
 
     async def Search(self, request: retrieval_pb.SearchRequest, context: grpc.aio.ServicerContext) -> None:
         self.searches.append((request, current_principal()))
@@ -110,6 +115,7 @@ class FakeRetrieval(retrieval_rpc.RetrievalServiceServicer):
         )
         if request.HasField("held_epoch") and (request.held_epoch, request.held_audience) == (self.epoch, self.audience):
             return
+        await self.verdicts.wait()
         verdict = retrieval_pb.RecallVerdict(reason="no_candidate")
         if request.want_cached and request.question in self.semantic:
             answer, similarity = self.semantic[request.question]
@@ -152,6 +158,8 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
     asked_in_vain: int = 0
     """How often the way to an answer was asked for that no conversation has."""
     broke: bool = False
+    poor: set[str] = field(default_factory=set)
+    """Users who have nothing left."""
     too_dear: set[str] = field(default_factory=set)
     """Models that no budget can pay."""
     affordable: int = 1_000_000
@@ -171,6 +179,8 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
     """How many reservations meet a ledger that has too much to do."""
     keeping: asyncio.Event = field(default_factory=asyncio.Event)
     """While it is not set, turns arrive and are not kept yet."""
+    deciding: asyncio.Event = field(default_factory=asyncio.Event)
+    """While it is not set, money is asked for and nothing is said."""
     deleted: dict[str, datetime] = field(default_factory=dict)
     """When a conversation was deleted; at "", when the user was erased."""
     away: bool = False
@@ -180,6 +190,7 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
 
     def __post_init__(self) -> None:
         self.keeping.set()
+        self.deciding.set()
 
     async def Reserve(self, request: ledger_pb.ReserveRequest, context: grpc.aio.ServicerContext) -> ledger_pb.ReserveResponse:
         if self.away:
@@ -187,11 +198,13 @@ class FakeLedger(ledger_rpc.LedgerServiceServicer):
         if self.busy:
             self.busy -= 1
             raise Overloaded("every connection is in use", retry_after_ms=10)
+        await self.deciding.wait()
         if self.lent_elsewhere:
             self.lent_elsewhere -= 1
             raise BudgetExhausted("it is lent", needed_nanousd=5, left_nanousd=2, lent_nanousd=3, scope="tenant")
         granted = min(request.output_tokens_max, self.affordable_of.get(request.model, self.affordable))
-        if self.broke or request.model in self.too_dear or granted < (request.output_tokens_min or request.output_tokens_max):
+        is_poor = self.broke or current_principal().user in self.poor
+        if is_poor or request.model in self.too_dear or granted < (request.output_tokens_min or request.output_tokens_max):
             raise BudgetExhausted("nothing is left", needed_nanousd=1, left_nanousd=0, scope="tenant")
         price = PRICES.get(request.model)
         if price is None:

@@ -11,7 +11,7 @@ from services.orchestrator.citations import CitationReader
 from services.orchestrator.compose import Template, compose
 from services.orchestrator.domain import Draft, Passage, Prompt, Turn
 from services.orchestrator.event_bytes import EventBytes
-from services.orchestrator.redis_cache import normalise
+from services.orchestrator.standalone import normalise
 
 PASSAGES = [Passage(n, f"d{n}", f"c{n}", "", "", "", 0, 1, 1.0) for n in (1, 2, 12)]
 

@@ -6,7 +6,8 @@ import pytest
 
 from services.chassis.principal import Principal
 from services.orchestrator.domain import Candidate, Question
-from services.orchestrator.redis_cache import cache_key, normalise
+from services.orchestrator.redis_cache import cache_key
+from services.orchestrator.standalone import normalise
 
 
 def question(text: str = "Which port?", tenant: str = "acme", collection: str = "default") -> Question:

@@ -91,7 +91,14 @@ class Replica:
         self.name, self.logs = name, logs
         self.publisher = Publisher(logs, name, lambda _, entry: _payload(entry), kept_s=60, bytes_max=2**20, intervals_s=(0.001, 0.001))
         mirrors = Mirrors(logs, 5, wait_s=0.01)
-        self.answers = Registry(producer, logs, self.publisher, mirrors, knows, look_up, name, Bounds(**values))  # type: ignore[arg-type]
+
+        async def is_followed(answer_id: str) -> bool:
+            return answer_id in self.followed
+
+        self.followed: set[str] = set()
+        """Answers that others are told again."""
+        given = Bounds(**values)  # type: ignore[arg-type]
+        self.answers = Registry(producer, logs, self.publisher, mirrors, knows, look_up, name, given, is_followed)
         self.tasks = [asyncio.create_task(work) for work in (self.publisher.run_forever(), self.answers.listen_forever())]
         logs.alive.add(name)
 

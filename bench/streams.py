@@ -36,6 +36,8 @@ SLUGGISH_TOKENS, SLUGGISH_MADE_S = 1000, 600.0
 """More than the buffers between us and the reader hold."""
 BEGUN_PER_S = 12
 """So slowly that none is turned away while two CPUs prepare it."""
+SAME_AT_ONCE = 40
+"""So few that the gateways turn none away."""
 OVERLOAD_FACTOR = 5
 TURNED_AWAY_PAUSE_S = 0.2
 LIMIT, LIMIT_WINDOW_S, LIMIT_PAUSE_S = 100, 60.0, 2.0
@@ -299,6 +301,71 @@ async def kills(ground: Ground, n: int) -> Outcome:
             Bar("gaps and repeats", sum(gaps + repeats for gaps, repeats in numbering), 0),
         ],
         {"streams": len(reads), "ends": _ends(reads)},
+    )
+
+
+async def single_flight(ground: Ground, n: int) -> Outcome:
+    """Forty ask the same at once: `n` times undisturbed, `n` times the first one leaves, `n` times a replica is killed meanwhile."""
+    await ground.begin()
+    chance = ground.random("flight")
+    await ground.suite.provider.behave(Behaviour(ttft_ms=300, tokens=60, tokens_per_s=60))
+    orchestrators = [name for name in ground.suite.own if name.startswith("orchestrator")]
+    calls: dict[str, list[int]] = {"undisturbed": [], "first leaves": [], "killed": []}
+    all_reads: list[Read] = []
+    texts_beside = without = 0
+    for turn, kind in enumerate([kind for _ in range(n) for kind in calls]):
+        mark, body = ground.question()
+        del body["cache"]
+        known: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        def look(reply: Reply, known: "asyncio.Future[str]" = known) -> None:
+            if not known.done() and reply.blocks[0].name == "accepted":
+                known.set_result(reply.blocks[0].data["answer_id"])
+
+        async def asked(number: int, body: dict[str, Any] = body, mark: str = mark, look: Any = look) -> Read:
+            return await read_answer(
+                ground.turned(number), ground.token(), body, key=f"{mark}-{number}", on_blocks=None if number else look
+            )
+
+        first = asyncio.create_task(asked(0))
+        others = None
+        try:
+            async with asyncio.timeout(30):
+                answer_id = await known
+            others = asyncio.gather(*(asked(number) for number in range(1, SAME_AT_ONCE)))
+            await asyncio.sleep(chance.uniform(0.4, 1.2))
+            if kind == "first leaves":
+                assert (await fetch(ground.turned(turn)[0], ground.cancel(answer_id))).status == 202
+            elif kind == "killed":
+                victim = orchestrators[chance.randrange(len(orchestrators))]
+                await ground.suite.kill(victim)
+                await ground.suite.start(victim)
+            reads = [await first, *await others]
+        finally:
+            first.cancel()
+            if others is not None:
+                others.cancel()
+        await ground.suite.until_all_ready()
+        calls[kind].append(sum(record.mark == mark for record in await ground.suite.provider.records()))
+        told = [read for read in reads if read.end == "done"]
+        texts_beside += max(0, len({read.text for read in told}) - (2 if kind == "killed" else 1))
+        without += len(reads) - len(told) - (kind == "first leaves") if kind != "killed" else 0
+        all_reads += reads
+    done = [read.answer_id for read in all_reads if read.end == "done"]
+    return Outcome(
+        "single flight",
+        n,
+        ground.seed,
+        [
+            Bar("most provider calls of the same question", max(calls["undisturbed"] + calls["first leaves"]), 1),
+            Bar("most provider calls when a replica was killed", max(calls["killed"]), 2),
+            Bar("readers without the whole answer, of those not killed", without, 0),
+            Bar("texts beside the one that was made", texts_beside, 0),
+            Bar("ends without a type", untyped(all_reads), 0),
+            Bar("answers not booked", await ground.unbooked(done), 0),
+            Bar("holds left open", await ground.holds_left(), 0),
+        ],
+        {"questions": len(all_reads), "calls": calls, "ends": _ends(all_reads)},
     )
 
 
@@ -580,6 +647,7 @@ SCENARIOS: dict[str, tuple[Callable[[Ground, int], Any], int]] = {
     "cancel": (cancels, 500),
     "disconnect": (disconnects, 500),
     "kill": (kills, 50),
+    "flight": (single_flight, 20),
     "rolling": (rolling_restarts, 5),
     "slow": (slow_readers, 200),
     "storm": (cancel_storm, 5_000),

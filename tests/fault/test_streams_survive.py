@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from bench.ground import Ground, Outcome, ground, seed_of_run
-from bench.streams import cancel_storm, cancels, cut_and_resume, disconnects, kills, limits, rolling_restarts, slow_readers
+from bench.streams import cancel_storm, cancels, cut_and_resume, disconnects, kills, limits, rolling_restarts, single_flight, slow_readers
 from tests.integration.ledger.ledger_kit import audit
 
 pytestmark = pytest.mark.slow
@@ -74,6 +74,11 @@ async def test_slow_readers_cost_little_and_disturb_nobody(made: Ground) -> None
 
 async def test_a_killed_gateway_or_orchestrator_loses_no_reader_and_no_answer(made: Ground) -> None:
     holds(await kills(made, 1))
+
+
+async def test_the_same_question_at_once_is_one_call_whoever_leaves_or_dies(made: Ground) -> None:
+    """Two calls at most when a replica is killed in the middle; everybody else is told all of it."""
+    holds(await single_flight(made, 1))
 
 
 async def test_a_rolling_restart_fails_no_accepted_request(made: Ground) -> None:

@@ -112,6 +112,26 @@ async def test_who_asked_first_may_leave(pair: tuple[World, World], where: int, 
     assert again.text == left_with
 
 
+async def test_whose_disconnect_is_a_cancel_leaves_it_to_those_who_follow(pair: tuple[World, World]) -> None:
+    """It is made on while somebody is told it, here or there, and ends with the last of them."""
+    one, two = pair
+    for where in (one, two):
+        one.behave(tokens=100, tokens_per_s=100)
+        question = f"{QUESTION} {'once' if where is one else 'twice'}"
+        first_task, _ = await ahead(one, question=question, cancel_on_disconnect=True)
+        other_task, _ = await ahead(where, BOB, question)
+        first_task.cancel()
+        assert (await other_task).done.cache.verdict == "coalesced"
+        assert [record.state for record in await one.records()][-1] == "finished"
+
+    one.behave(tokens=1000, tokens_per_s=50)
+    tasks = [(await ahead(one, who, cancel_on_disconnect=True))[0] for who in (ALICE, BOB)]
+    for task in tasks:
+        task.cancel()
+    assert [record.state for record in await one.records()][-1] == "client_closed"
+    assert len(one.provider.records) == 3
+
+
 async def test_call_ends_with_the_last_who_wants_it(pair: tuple[World, World]) -> None:
     """Whoever asked first has left, and then the one who followed."""
     one, _ = pair

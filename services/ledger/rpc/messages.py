@@ -157,6 +157,10 @@ def price_and_day(message: common_pb2.Price) -> tuple[Price, datetime | None]:
     checks.text(message.provider, "price.provider", 64, empty=False)
     checks.text(message.model, "price.model", 128, empty=False)
     checks.text(message.source, "price.source", 512)
+    for name in ("input_nanousd_per_mtok", "output_nanousd_per_mtok"):
+        if not message.HasField(name):  # an unset figure would make tokens free
+            raise RequestInvalid(f"{name} is not set; a price of nothing is an explicit 0", field=f"price.{name}", bound=f"0-{PRICE_MAX}")
+    message = _whole(message)
     for name in (
         "input_nanousd_per_mtok",
         "output_nanousd_per_mtok",
@@ -175,6 +179,16 @@ def price_and_day(message: common_pb2.Price) -> tuple[Price, datetime | None]:
                 bound = f">= {name}_nanousd_per_mtok"
                 raise RequestInvalid(f"the long-context price must be {bound}", field=f"price.long_{name}_nanousd_per_mtok", bound=bound)
     return price_value(message), checks.moment(message.valid_from, "price.valid_from") if message.HasField("valid_from") else None
+
+
+def _whole(message: common_pb2.Price) -> common_pb2.Price:
+    """The price with what it says nothing of: tokens read from or written to a cache cost as others of the prompt do."""
+    whole = common_pb2.Price()
+    whole.CopyFrom(message)
+    for name in ("cache_read_nanousd_per_mtok", "cache_write_5m_nanousd_per_mtok", "cache_write_1h_nanousd_per_mtok"):
+        if not message.HasField(name):
+            setattr(whole, name, message.input_nanousd_per_mtok)
+    return whole
 
 
 def session_message(session: Session) -> pb.Session:

@@ -150,6 +150,17 @@ async def test_budgets_are_set_shown_changed_and_taken_away(ledger: Ledger, boss
         await ledger.ask("PutBudget", pb.PutBudgetRequest(scope="key", subject="nobodys", period="day"), boss)
 
 
+async def test_a_price_that_says_nothing_of_cached_tokens_does_not_make_them_free(ledger: Ledger, boss: Principal) -> None:
+    """They cost as others of the prompt do; what is explicitly nothing stays nothing."""
+    silent = common_pb2.Price(provider="local", model=f"m-{boss.tenant}", input_nanousd_per_mtok=7, output_nanousd_per_mtok=0)
+    told = (await ledger.ask("PutPrice", pb.PutPriceRequest(price=silent), boss)).price
+    silent.cache_read_nanousd_per_mtok = 0
+    free = (await ledger.ask("PutPrice", pb.PutPriceRequest(price=silent), boss)).price
+
+    assert (told.cache_read_nanousd_per_mtok, told.cache_write_5m_nanousd_per_mtok, told.cache_write_1h_nanousd_per_mtok) == (7, 7, 7)
+    assert (told.output_nanousd_per_mtok, free.cache_read_nanousd_per_mtok, free.cache_write_1h_nanousd_per_mtok) == (0, 0, 7)
+
+
 async def test_a_new_price_is_a_new_version_and_holds_keep_theirs(
     ledger: Ledger, ann: Principal, boss: Principal, stranger: Principal
 ) -> None:
@@ -239,7 +250,8 @@ async def test_lists_without_pages_are_kept_short(ledger: Ledger, boss: Principa
     with pytest.raises(RequestInvalid) as refused_plan:
         await ledger.ask("PutPlan", plan(3), boss)
     with pytest.raises(RequestInvalid) as refused_price:
-        await ledger.ask("PutPrice", pb.PutPriceRequest(price=common_pb2.Price(provider="p", model="m-3", input_nanousd_per_mtok=1)), boss)
+        price = common_pb2.Price(provider="p", model="m-3", input_nanousd_per_mtok=1, output_nanousd_per_mtok=1)
+        await ledger.ask("PutPrice", pb.PutPriceRequest(price=price), boss)
 
     assert (refused_plan.value.field, refused_price.value.field) == ("plan.name", "price.model")
 
@@ -358,12 +370,26 @@ async def test_a_plain_user_may_not(ledger: Ledger, ann: Principal, method: str,
         ("PutPrice", pb.PutPriceRequest(price=common_pb2.Price(model="m")), "price.provider"),
         (
             "PutPrice",
-            pb.PutPriceRequest(price=common_pb2.Price(provider="p", model="m", input_nanousd_per_mtok=-1)),
+            pb.PutPriceRequest(price=common_pb2.Price(provider="p", model="m", output_nanousd_per_mtok=1)),
             "price.input_nanousd_per_mtok",
         ),
         (
             "PutPrice",
-            pb.PutPriceRequest(price=common_pb2.Price(provider="p", model="m", output_nanousd_per_mtok=5, long_context_above_tokens=9)),
+            pb.PutPriceRequest(price=common_pb2.Price(provider="p", model="m", input_nanousd_per_mtok=1)),
+            "price.output_nanousd_per_mtok",
+        ),
+        (
+            "PutPrice",
+            pb.PutPriceRequest(price=common_pb2.Price(provider="p", model="m", input_nanousd_per_mtok=-1, output_nanousd_per_mtok=1)),
+            "price.input_nanousd_per_mtok",
+        ),
+        (
+            "PutPrice",
+            pb.PutPriceRequest(
+                price=common_pb2.Price(
+                    provider="p", model="m", input_nanousd_per_mtok=0, output_nanousd_per_mtok=5, long_context_above_tokens=9
+                )
+            ),
             "price.long_output_nanousd_per_mtok",
         ),
         ("CreateApiKey", pb.CreateApiKeyRequest(user="a"), "name"),

@@ -32,7 +32,9 @@ async def live(ledger: Ledger, user: Principal) -> None:
     await ledger.ask("PutPlan", pb.PutPlanRequest(plan=plan), boss)
     await ledger.ask("PutSubscription", pb.PutSubscriptionRequest(user=user.user, plan="gold"), boss)
     await ledger.ask("CreateApiKey", pb.CreateApiKeyRequest(name="k", user=user.user), boss)
-    price = common_pb2.Price(provider="acme", model=f"m-{user.tenant}", input_nanousd_per_mtok=1, source="a test")
+    price = common_pb2.Price(
+        provider="acme", model=f"m-{user.tenant}", input_nanousd_per_mtok=1, output_nanousd_per_mtok=1, source="a test"
+    )
     await ledger.ask("PutPrice", pb.PutPriceRequest(price=price), boss)
     await ledger.ask("PutBudget", pb.PutBudgetRequest(scope="user", subject=user.user, period="day", limit_nanousd=10**12), boss)
     turn = pb.Turn(answer_id=str(uuid.uuid4()), question="q", text="a", complete=True)

@@ -185,11 +185,11 @@ class Price(_message.Message):
     version: _builtins.int
     """Grows by one with each change of this (provider, model). >= 1."""
     input_nanousd_per_mtok: _builtins.int
-    """Fresh prompt tokens, nano-USD per million. >= 0."""
+    """Fresh prompt tokens, nano-USD per million. >= 0. A price that is put must have it."""
     output_nanousd_per_mtok: _builtins.int
-    """Generated tokens, nano-USD per million. >= 0."""
+    """Generated tokens, nano-USD per million. >= 0. A price that is put must have it."""
     cache_read_nanousd_per_mtok: _builtins.int
-    """Prompt-cache reads, nano-USD per million. >= 0."""
+    """Prompt-cache reads, nano-USD per million. >= 0. Unset in a price that is put = as fresh ones; so with the next two."""
     cache_write_5m_nanousd_per_mtok: _builtins.int
     """Prompt-cache writes with a lifetime of 5 minutes, nano-USD per million. >= 0."""
     cache_write_1h_nanousd_per_mtok: _builtins.int
@@ -213,21 +213,40 @@ class Price(_message.Message):
         model: _builtins.str = ...,
         version: _builtins.int = ...,
         valid_from: _timestamp_pb2.Timestamp | None = ...,
-        input_nanousd_per_mtok: _builtins.int = ...,
-        output_nanousd_per_mtok: _builtins.int = ...,
-        cache_read_nanousd_per_mtok: _builtins.int = ...,
-        cache_write_5m_nanousd_per_mtok: _builtins.int = ...,
-        cache_write_1h_nanousd_per_mtok: _builtins.int = ...,
+        input_nanousd_per_mtok: _builtins.int | None = ...,
+        output_nanousd_per_mtok: _builtins.int | None = ...,
+        cache_read_nanousd_per_mtok: _builtins.int | None = ...,
+        cache_write_5m_nanousd_per_mtok: _builtins.int | None = ...,
+        cache_write_1h_nanousd_per_mtok: _builtins.int | None = ...,
         long_context_above_tokens: _builtins.int = ...,
         long_input_nanousd_per_mtok: _builtins.int = ...,
         long_output_nanousd_per_mtok: _builtins.int = ...,
         source: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["valid_from", b"valid_from"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cache_read_nanousd_per_mtok", b"_cache_read_nanousd_per_mtok", "_cache_write_1h_nanousd_per_mtok", b"_cache_write_1h_nanousd_per_mtok", "_cache_write_5m_nanousd_per_mtok", b"_cache_write_5m_nanousd_per_mtok", "_input_nanousd_per_mtok", b"_input_nanousd_per_mtok", "_output_nanousd_per_mtok", b"_output_nanousd_per_mtok", "cache_read_nanousd_per_mtok", b"cache_read_nanousd_per_mtok", "cache_write_1h_nanousd_per_mtok", b"cache_write_1h_nanousd_per_mtok", "cache_write_5m_nanousd_per_mtok", b"cache_write_5m_nanousd_per_mtok", "input_nanousd_per_mtok", b"input_nanousd_per_mtok", "output_nanousd_per_mtok", b"output_nanousd_per_mtok", "valid_from", b"valid_from"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_read_nanousd_per_mtok", b"cache_read_nanousd_per_mtok", "cache_write_1h_nanousd_per_mtok", b"cache_write_1h_nanousd_per_mtok", "cache_write_5m_nanousd_per_mtok", b"cache_write_5m_nanousd_per_mtok", "input_nanousd_per_mtok", b"input_nanousd_per_mtok", "long_context_above_tokens", b"long_context_above_tokens", "long_input_nanousd_per_mtok", b"long_input_nanousd_per_mtok", "long_output_nanousd_per_mtok", b"long_output_nanousd_per_mtok", "model", b"model", "output_nanousd_per_mtok", b"output_nanousd_per_mtok", "provider", b"provider", "source", b"source", "valid_from", b"valid_from", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cache_read_nanousd_per_mtok", b"_cache_read_nanousd_per_mtok", "_cache_write_1h_nanousd_per_mtok", b"_cache_write_1h_nanousd_per_mtok", "_cache_write_5m_nanousd_per_mtok", b"_cache_write_5m_nanousd_per_mtok", "_input_nanousd_per_mtok", b"_input_nanousd_per_mtok", "_output_nanousd_per_mtok", b"_output_nanousd_per_mtok", "cache_read_nanousd_per_mtok", b"cache_read_nanousd_per_mtok", "cache_write_1h_nanousd_per_mtok", b"cache_write_1h_nanousd_per_mtok", "cache_write_5m_nanousd_per_mtok", b"cache_write_5m_nanousd_per_mtok", "input_nanousd_per_mtok", b"input_nanousd_per_mtok", "long_context_above_tokens", b"long_context_above_tokens", "long_input_nanousd_per_mtok", b"long_input_nanousd_per_mtok", "long_output_nanousd_per_mtok", b"long_output_nanousd_per_mtok", "model", b"model", "output_nanousd_per_mtok", b"output_nanousd_per_mtok", "provider", b"provider", "source", b"source", "valid_from", b"valid_from", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__cache_read_nanousd_per_mtok: _TypeAlias = _typing.Literal["cache_read_nanousd_per_mtok"]  # noqa: Y015
+    _WhichOneofArgType__cache_read_nanousd_per_mtok: _TypeAlias = _typing.Literal["_cache_read_nanousd_per_mtok", b"_cache_read_nanousd_per_mtok"]  # noqa: Y015
+    _WhichOneofReturnType__cache_write_1h_nanousd_per_mtok: _TypeAlias = _typing.Literal["cache_write_1h_nanousd_per_mtok"]  # noqa: Y015
+    _WhichOneofArgType__cache_write_1h_nanousd_per_mtok: _TypeAlias = _typing.Literal["_cache_write_1h_nanousd_per_mtok", b"_cache_write_1h_nanousd_per_mtok"]  # noqa: Y015
+    _WhichOneofReturnType__cache_write_5m_nanousd_per_mtok: _TypeAlias = _typing.Literal["cache_write_5m_nanousd_per_mtok"]  # noqa: Y015
+    _WhichOneofArgType__cache_write_5m_nanousd_per_mtok: _TypeAlias = _typing.Literal["_cache_write_5m_nanousd_per_mtok", b"_cache_write_5m_nanousd_per_mtok"]  # noqa: Y015
+    _WhichOneofReturnType__input_nanousd_per_mtok: _TypeAlias = _typing.Literal["input_nanousd_per_mtok"]  # noqa: Y015
+    _WhichOneofArgType__input_nanousd_per_mtok: _TypeAlias = _typing.Literal["_input_nanousd_per_mtok", b"_input_nanousd_per_mtok"]  # noqa: Y015
+    _WhichOneofReturnType__output_nanousd_per_mtok: _TypeAlias = _typing.Literal["output_nanousd_per_mtok"]  # noqa: Y015
+    _WhichOneofArgType__output_nanousd_per_mtok: _TypeAlias = _typing.Literal["_output_nanousd_per_mtok", b"_output_nanousd_per_mtok"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cache_read_nanousd_per_mtok) -> _WhichOneofReturnType__cache_read_nanousd_per_mtok | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cache_write_1h_nanousd_per_mtok) -> _WhichOneofReturnType__cache_write_1h_nanousd_per_mtok | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cache_write_5m_nanousd_per_mtok) -> _WhichOneofReturnType__cache_write_5m_nanousd_per_mtok | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__input_nanousd_per_mtok) -> _WhichOneofReturnType__input_nanousd_per_mtok | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__output_nanousd_per_mtok) -> _WhichOneofReturnType__output_nanousd_per_mtok | None: ...
 
 Global___Price: _TypeAlias = Price  # noqa: Y015
 

@@ -3,12 +3,15 @@
 import contextlib
 import time
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 
 import pytest
 
+from services.chassis import channel
 from services.chassis.deadline import Deadline, current_deadline
 from services.chassis.errors import DomainError, RemoteError, Unavailable
 from services.orchestrator.clients import RemoteRecall
+from services.orchestrator.config import OrchestratorSettings
 from services.orchestrator.domain import Edition
 from tailrace.retrieval.v1 import retrieval_service_pb2 as pb
 
@@ -51,6 +54,26 @@ async def test_recall_is_begun_again_while_retrieval_restarts(loss: DomainError)
     assert await recall.passages() == ()
     await recall.aclose()
     assert (retrieval.begun, retrieval.open) == (4, 0)
+
+
+async def test_a_restart_that_takes_most_of_a_minute_fails_no_accepted_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default, for a request that has the time: on a crowded machine a model takes so long to load."""
+    now = 0.0
+
+    async def pause(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    @contextlib.asynccontextmanager
+    async def begin() -> AsyncIterator[AsyncIterator[pb.RecallResponse]]:
+        async with Retrieval([AWAY] if now < 50 else [STARTED]).begin() as messages:
+            yield messages
+
+    monkeypatch.setattr(channel, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(channel, "asyncio", SimpleNamespace(sleep=pause))
+    recall = RemoteRecall(begin, OrchestratorSettings.model_fields["restart_patience_s"].default)
+
+    assert await recall.edition() == Edition(7)
 
 
 async def test_store_that_is_away_is_not_waited_for() -> None:

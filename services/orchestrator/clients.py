@@ -467,8 +467,16 @@ class RemoteLedger:
             raise
         return frozenset(reply.lease_ids)
 
-    async def history(self, session_id: str, limit: int, until: str = "") -> History:
+    async def history(self, session_id: str, limit: int, until: str = "", *, patient: bool = False) -> History:
         request = ledger_pb.ListTurnsRequest(session_id=session_id, limit=limit, until_answer_id=until, with_summary=True)
+        patience = Patience(self._patience_s if patient else 0)
+        while True:
+            try:
+                return await self._history(request)
+            except DomainError as error:
+                await patience.wait(error, "ledger")
+
+    async def _history(self, request: ledger_pb.ListTurnsRequest) -> History:
         turns, summary = list[Turn](), None
         with _named("ledger"):
             async with self._caller.stream(self._stub.ListTurns, request, timeout_s=5) as rows:

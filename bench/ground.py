@@ -8,7 +8,7 @@ import contextlib
 import os
 import random
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,6 +110,22 @@ class Ground:
         await self.suite.until_all_ready()
         await self.holds_left()
         await self.suite.provider.reset()
+
+    @contextlib.asynccontextmanager
+    async def gateways_with(self, settings: Callable[[str], Mapping[str, str]]) -> AsyncIterator[None]:
+        """Every gateway runs with `settings` of its name over its own until the block is left."""
+        try:
+            await self._restart_gateways(settings)
+            yield
+        finally:
+            await self._restart_gateways(lambda _: {})
+
+    async def _restart_gateways(self, settings: Callable[[str], Mapping[str, str]]) -> None:
+        for gateway in self.suite.gateways:
+            if gateway in self.suite.processes:
+                await self.suite.stop(gateway)
+            await self.suite.start(gateway, **settings(gateway))
+        await self.suite.until_all_ready()
 
     async def records(self) -> dict[str, Record]:
         """What the provider saw, by mark."""

@@ -1,5 +1,5 @@
 """`make bench-streams` and `make bench-money`: run scenarios in full and print every figure beside its bar. What a scenario does lives in
-`bench.streams`, `bench.model_faults`, `bench.money`, `bench.budgets` and `bench.full_disk`.
+`bench.streams`, `bench.crowd`, `bench.rotation`, `bench.model_faults`, `bench.money`, `bench.budgets` and `bench.full_disk`.
 
 It runs a suite of its own on free ports in a temporary folder, so that nothing that runs or is stored is touched.
 """
@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
 
-from bench import budgets, full_disk, model_faults, money, streams
+from bench import budgets, crowd, full_disk, model_faults, money, rotation, streams
 from bench.ground import Ground, Outcome, ground, seed_of_run
 
 Scenarios = Mapping[str, tuple[Callable[[Ground, int], Awaitable[Outcome]], int]]
@@ -54,7 +54,7 @@ def main() -> None:
         f"make bench-{kind}",
         {**money.SCENARIOS, **budgets.SCENARIOS, **full_disk.SCENARIOS}
         if kind == "money"
-        else {**streams.SCENARIOS, **model_faults.SCENARIOS},
+        else {**streams.SCENARIOS, **crowd.SCENARIOS, **rotation.SCENARIOS, **model_faults.SCENARIOS},
     )
     parser = argparse.ArgumentParser(prog=command, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=f"which ones; without any, all of: {', '.join(scenarios)}")

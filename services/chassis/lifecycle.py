@@ -28,6 +28,8 @@ GC_YOUNG_MAX = 5_000
 """New objects between two young collections. At the default of 700 a stream of tokens is a stream of collections."""
 PROBE_INTERVAL_S = 1.0
 PROBE_TIMEOUT_S = 0.9
+SILENT_MAX = 3
+"""Probes in a row that a ready dependency leaves unanswered until it counts as away: on a crowded machine one answer is late at times."""
 SettingsT = TypeVar("SettingsT", bound=ServiceSettings)
 Probe = Callable[[], Awaitable[None]]
 
@@ -40,7 +42,7 @@ class Service:
     port: int
     """Where the gRPC server shall listen; 0 = any free port."""
     probes: dict[str, Probe] = field(default_factory=dict)
-    """Dependency by name: raises if it is away. Polled every second."""
+    """Dependency by name: raises if it is away, TimeoutError if it says nothing. Polled every second."""
     drain: Callable[[float], Awaitable[int]] | None = None
     """Ends work that outlives its request, within so many seconds; returns how much was abandoned."""
     ready: Callable[[dict[str, bool]], None] | None = None
@@ -52,19 +54,29 @@ class Service:
 Build = Callable[[SettingsT], contextlib.AbstractAsyncContextManager[Service]]
 
 
-async def probe_once(probes: dict[str, Probe]) -> dict[str, bool]:
-    """Ask every dependency at once, each within its own timeout."""
+class Readiness:
+    """What is believed of every dependency. An answer and a refusal count at once; silence does when it lasts."""
 
-    async def ask(probe: Probe) -> bool:
+    def __init__(self, probes: dict[str, Probe]) -> None:
+        self._probes = probes
+        self._silent = dict.fromkeys(probes, SILENT_MAX)
+        """Probes in a row without an answer; who has refused, or was never heard of, has used them all up."""
+
+    async def ask(self) -> dict[str, bool]:
+        """Ask every dependency at once, each within its own timeout; return which of them are ready."""
+        await asyncio.gather(*(self._ask(name, probe) for name, probe in self._probes.items()))
+        return {name: silent < SILENT_MAX for name, silent in self._silent.items()}
+
+    async def _ask(self, name: str, probe: Probe) -> None:
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S):
                 await probe()
+        except TimeoutError:
+            self._silent[name] = min(SILENT_MAX, self._silent[name] + 1)
         except Exception:
-            return False
-        return True
-
-    states = await asyncio.gather(*(ask(probe) for probe in probes.values()))
-    return dict(zip(probes, states, strict=True))
+            self._silent[name] = SILENT_MAX
+        else:
+            self._silent[name] = 0
 
 
 @contextlib.asynccontextmanager
@@ -72,9 +84,9 @@ async def started(service: Service, host: str) -> AsyncIterator[int]:
     """Run the server and its readiness poll; yield the port. On leaving, the poll has ended but the server has not."""
 
     async def poll() -> None:
-        last: dict[str, bool] = {}
+        readiness, last = Readiness(service.probes), dict[str, bool]()
         while True:
-            states = await probe_once(service.probes)
+            states = await readiness.ask()
             await service.server.ready(states)
             if service.ready:
                 service.ready(states)

@@ -36,6 +36,8 @@ METADATA_BYTES_MAX = 16 * 1024
 CONNECTION_AGE_MAX_S = 30 * 60
 CONNECTION_GRACE_S = 3660
 """Longer than the longest answer that may be set."""
+HANDSHAKE_TIMEOUT_MS = 10_000
+"""From the connection to the client's first HTTP/2 settings, TLS included; gRPC would wait for two minutes."""
 WATCHES_MAX = 200
 """Of health at the same time: nobody is asked who they are for it, and a watch never ends by itself."""
 CALLS_SHARE = 0.9
@@ -50,6 +52,7 @@ SERVER_OPTIONS = [
     # The hard bound is what gRPC calls absolute; between the two it refuses at random, so they are one.
     ("grpc.max_metadata_size", METADATA_BYTES_MAX),
     ("grpc.absolute_max_metadata_size", METADATA_BYTES_MAX),
+    ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
     # Old connections move on to new replicas and new certificates; what runs on them may end first.
     ("grpc.max_connection_age_ms", CONNECTION_AGE_MAX_S * 1000),
     ("grpc.max_connection_age_grace_ms", CONNECTION_GRACE_S * 1000),

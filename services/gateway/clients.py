@@ -89,10 +89,15 @@ class Peer:
             self._errors.inc()
 
     async def probe(self) -> None:
-        """Ask for its health. Raises Unavailable if it is away or not ready; `dependencies` says what it lacks."""
+        """Ask for its health; `dependencies` says what it lacks.
+
+        Raises Unavailable if it is away or not ready, TimeoutError if it is silent.
+        """
         try:
             reply = await self._health.List(health_pb2.HealthListRequest(), timeout=HEALTH_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise TimeoutError(f"{self.name} does not answer") from error
             self.dependencies = {}
             raise Unavailable(f"{self.name} cannot be reached", dependency=self.name) from error
         serving = {name: status.status == health_pb2.HealthCheckResponse.SERVING for name, status in reply.statuses.items()}

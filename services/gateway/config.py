@@ -48,6 +48,10 @@ class Settings(ServiceSettings):
     """Where the issuer publishes its public keys."""
     jwks_path: Path | None = Field(None, validation_alias="TAILRACE_JWKS_FILE")
     """A file with the issuer's public keys. Unset in development = `dev-jwks.json` in the state directory."""
+    jwks_refresh_s: float = Field(300.0, ge=1, le=86_400, validation_alias="TAILRACE_JWKS_REFRESH_S")
+    """Published keys are read anew after this, so that a withdrawn key ends."""
+    jwks_pause_s: float = Field(10.0, ge=1, le=300, validation_alias="TAILRACE_JWKS_PAUSE_S")
+    """Between two readings of TAILRACE_JWKS_URL at least, whoever asks. So long an issuer waits before it signs with a new key."""
     jwt_hs256_secret: SecretStr = Field(SecretStr(""), validation_alias="TAILRACE_JWT_HS256_SECRET")
     """Shared secret of at least 32 bytes. HS256 is accepted only if it is set. Or TAILRACE_JWT_HS256_SECRET_FILE."""
     jwt_leeway_s: int = Field(30, ge=0, le=60, validation_alias="TAILRACE_JWT_LEEWAY_S")

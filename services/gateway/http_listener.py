@@ -29,7 +29,7 @@ from services.gateway.request_ids import id_headers, request_id_of
 log = structlog.get_logger(__name__)
 
 HEADERS_TIMEOUT_S = 10.0
-"""From the connection, or from a request's first byte, to the end of its headers."""
+"""From the connection, or from a request's first byte, to the end of its headers; with TLS, as long for the handshake before them."""
 HEADERS_BYTES_MAX = 64 * 1024
 HEADER_OVERHEAD_BYTES = 32
 """What a header counts besides its text, so that many empty ones are not free (after HPACK)."""
@@ -214,6 +214,26 @@ class _SocketProtocol(WebSocketsSansIOProtocol):
         """Leave it to the application, which hears of the drain itself, or is cancelled when the grace is over."""
 
 
+class _Listening(uvicorn.Server):
+    """Listens on one socket with a bound on the time of a TLS handshake, which uvicorn leaves at asyncio's minute."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        assert sockets is not None
+        config = self.config
+        protocol: Any = config.http_protocol_class
+        self.servers = [
+            await asyncio.get_running_loop().create_server(
+                functools.partial(protocol, config=config, server_state=self.server_state, app_state=self.lifespan.state),
+                sock=listening,
+                ssl=config.ssl,
+                ssl_handshake_timeout=HEADERS_TIMEOUT_S if config.ssl else None,
+                backlog=config.backlog,
+            )
+            for listening in sockets
+        ]
+        self.started = True
+
+
 class HttpListener:
     """An HTTP server for one application."""
 
@@ -250,7 +270,7 @@ class HttpListener:
             ssl_keyfile=str(certificate[1]) if certificate else None,
         )
         config.load()
-        self._server = uvicorn.Server(config)
+        self._server = _Listening(config)
         self._server.lifespan = config.lifespan_class(config)
         self._ticking: asyncio.Task[None] | None = None
         self._sweeping: asyncio.Task[None] | None = None

@@ -154,11 +154,17 @@ class PublishedKeys:
     """
 
     def __init__(
-        self, read: Callable[[], Awaitable[bytes]], clock: Callable[[], float] = time.monotonic, *, pause_s: float = READ_PAUSE_S
+        self,
+        read: Callable[[], Awaitable[bytes]],
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        pause_s: float = READ_PAUSE_S,
+        refresh_s: float = REFRESH_S,
     ) -> None:
         self._read = read
         self._clock = clock
         self._pause_s = pause_s
+        self._refresh_s = refresh_s
         self._keys: tuple[VerificationKey, ...] = ()
         self._tried_at = -math.inf
         self._due_at = -math.inf
@@ -205,7 +211,7 @@ class PublishedKeys:
         try:
             async with asyncio.timeout(READ_TIMEOUT_S):
                 self._keys = parse_jwks(await self._read())
-            self._due_at, readable = self._clock() + REFRESH_S, True
+            self._due_at, readable = self._clock() + self._refresh_s, True
         except Exception as error:
             self._due_at, readable = self._clock() + self._pause_s, False
             if self._readable:

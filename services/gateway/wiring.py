@@ -220,10 +220,11 @@ async def _keys(settings: Settings) -> AsyncIterator[Keys]:
     async with contextlib.AsyncExitStack() as stack:
         published = []
         if settings.jwks_file is not None:
-            published.append(PublishedKeys(keys_in_file(settings.jwks_file), pause_s=FILE_PAUSE_S))
+            published.append(PublishedKeys(keys_in_file(settings.jwks_file), pause_s=FILE_PAUSE_S, refresh_s=settings.jwks_refresh_s))
         if settings.jwks_url:
             client = await stack.enter_async_context(httpx.AsyncClient(timeout=5.0, follow_redirects=False))
-            published.append(PublishedKeys(keys_at_url(client, settings.jwks_url)))
+            read = keys_at_url(client, settings.jwks_url)
+            published.append(PublishedKeys(read, pause_s=settings.jwks_pause_s, refresh_s=settings.jwks_refresh_s))
         for keys in published:
             stack.push_async_callback(keys.close)
         yield AllKeys([*secrets, *published])

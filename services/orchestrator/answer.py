@@ -220,10 +220,10 @@ async def _history(run: Run, limit: int) -> History:
         await asyncio.wait(set(under_way), timeout=sum(TURN_WAITS_S))
     for wait_s in TURN_WAITS_S if asked.replaces else ():
         try:
-            return await run.kit.ledger.history(asked.session_id, limit, asked.replaces)
+            return await run.kit.ledger.history(asked.session_id, limit, asked.replaces, patient=True)
         except NotFound:
             await asyncio.sleep(wait_s)
-    return await run.kit.ledger.history(asked.session_id, limit, asked.replaces)
+    return await run.kit.ledger.history(asked.session_id, limit, asked.replaces, patient=True)
 
 
 async def find_exact(run: Run) -> HeldAnswer | None:

@@ -62,6 +62,8 @@ RECORD_STREAM_S = 3600.0
 ACK_TIMEOUT_S = 30.0
 RESERVE_TIMEOUT_S, RESERVE_HURRIED_S = 5.0, 2.0
 """How long a reservation may take; less for who can pay otherwise."""
+RUSH_S = 10.0
+"""How long a question waits for a ledger that has too much to do: a queue that lasts for longer is better told to come again."""
 
 
 @contextlib.contextmanager
@@ -420,7 +422,7 @@ class RemoteLedger:
             output_tokens_min=output_tokens_min,
             ttl_ms=ttl_ms,
         )
-        patience, rush = Patience(self._patience_s if patient else 0), Patience(self._patience_s)
+        patience, rush = Patience(self._patience_s if patient else 0), Patience(RUSH_S)
         timeout_s = RESERVE_TIMEOUT_S if patient else RESERVE_HURRIED_S
         while True:  # the same attempt of the same operation is one hold, however often it is asked for
             try:
@@ -465,8 +467,16 @@ class RemoteLedger:
             raise
         return frozenset(reply.lease_ids)
 
-    async def history(self, session_id: str, limit: int, until: str = "") -> History:
+    async def history(self, session_id: str, limit: int, until: str = "", *, patient: bool = False) -> History:
         request = ledger_pb.ListTurnsRequest(session_id=session_id, limit=limit, until_answer_id=until, with_summary=True)
+        patience = Patience(self._patience_s if patient else 0)
+        while True:
+            try:
+                return await self._history(request)
+            except DomainError as error:
+                await patience.wait(error, "ledger")
+
+    async def _history(self, request: ledger_pb.ListTurnsRequest) -> History:
         turns, summary = list[Turn](), None
         with _named("ledger"):
             async with self._caller.stream(self._stub.ListTurns, request, timeout_s=5) as rows:

@@ -49,8 +49,9 @@ class OrchestratorSettings(ServiceSettings):
     answer_deadline_s: float = Field(300.0, gt=0, le=3000, validation_alias="TAILRACE_ANSWER_DEADLINE_S")
     """Longest time from acceptance to the last token, seconds. Below an hour, the longest life of a hold."""
 
-    restart_patience_s: float = Field(10.0, ge=0, le=60, validation_alias="TAILRACE_ORCHESTRATOR_RESTART_PATIENCE_S")
-    """How long an accepted answer waits for retrieval or the ledger while they restart, seconds. A store behind them is not waited for."""
+    restart_patience_s: float = Field(60.0, ge=0, le=3000, validation_alias="TAILRACE_ORCHESTRATOR_RESTART_PATIENCE_S")
+    """How long an accepted answer waits for retrieval or the ledger while they restart, seconds, if its deadline leaves so much: retrieval
+    needs ten to load its model on an idle machine, and forty on a crowded one. A store behind them is not waited for."""
 
     models_file: str = Field("", validation_alias="TAILRACE_MODELS_FILE")
     """File of the models and tiers that can be asked for, read again when it changes; see docs/models.md. Empty = the shipped one."""

@@ -704,6 +704,8 @@ class SharedAnswer:
     ended: bool
     failure: DomainError | None = None
     """Why it ended, unless it ended well."""
+    events_gone: bool = False
+    """Whether it has ended and nothing but that is kept any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -720,6 +722,8 @@ class LogPart:
     """Why it ended, unless it ended well. Means nothing while it has not."""
     brief: bool = False
     """Whether the log, once it has ended, is kept for a short time only, because there are too many."""
+    keyed: bool = False
+    """Whether an idempotency key stands for the answer: how it ended is kept as long as the key, when its events are gone too."""
 
 
 LogWord = Literal["taken", "unknown", "fenced"]

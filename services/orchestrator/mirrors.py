@@ -108,9 +108,10 @@ class Mirrors:
                 continue
             mirror.begun.set()
             known = await self._logs.look_up(mirror.answer_id)
-            alive = known is not None and (known.ended or await self._logs.is_alive(mirror.replica))
+            gone = known is None or known.events_gone
+            alive = known is not None and not gone and (known.ended or await self._logs.is_alive(mirror.replica))
             absences = 0 if alive else absences + 1
-            if absences >= ABSENCES_MAX and known is None:
+            if absences >= ABSENCES_MAX and gone:
                 raise AnswerLogGone("the events of this answer are no longer kept", answer_id=mirror.answer_id)
             if absences >= ABSENCES_MAX:
                 await self._logs.interrupt(mirror.answer_id, mirror.replica, interrupted(mirror.answer_id))

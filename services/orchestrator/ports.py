@@ -98,10 +98,10 @@ class Ledger(Protocol):
         """
         ...
 
-    async def history(self, session_id: str, limit: int, until: str = "") -> History:
+    async def history(self, session_id: str, limit: int, until: str = "", *, patient: bool = False) -> History:
         """The latest turns of a conversation's current branch, or of those that led to the answer `until`, its own the last.
 
-        Raises NotFound if the conversation has no such answer.
+        Who is `patient` waits while the ledger is away for a moment. Raises NotFound if the conversation has no such answer.
         """
         ...
 

@@ -46,6 +46,8 @@ class _Published:
     followed: bool = False
     """Whether it is read at another replica, as far as is known."""
     bytes: int = 0
+    keyed: bool = False
+    """Whether an idempotency key stands for it."""
 
 
 class Publisher:
@@ -82,9 +84,9 @@ class Publisher:
         self.failures = 0
         """Round trips that failed."""
 
-    def publish(self, events: EventLog, owner: Owner, stop: Callable[[bool], None], *, registered: bool) -> None:
-        """Begin to carry `events`. `registered` says that the answer is known to all replicas already."""
-        self._published[events.answer_id] = _Published(events, owner, stop)
+    def publish(self, events: EventLog, owner: Owner, stop: Callable[[bool], None], *, registered: bool, keyed: bool = False) -> None:
+        """Begin to carry `events`. `registered`: the answer is known to all replicas already. `keyed`: by an idempotency key, too."""
+        self._published[events.answer_id] = _Published(events, owner, stop, keyed=keyed)
         self._idle.clear()
         events.on_change = self._note
         if not registered:
@@ -220,6 +222,7 @@ class Publisher:
             ended,
             events.failure if ended else None,
             brief=ended and self._is_full(published.bytes + _stored(payloads)),
+            keyed=published.keyed,
         )
 
     def _is_full(self, more: int) -> bool:

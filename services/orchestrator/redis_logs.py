@@ -39,7 +39,7 @@ _decode = msgspec.msgpack.Decoder(_Failure).decode
 
 _APPEND = """
 local replica, tenant, user, life = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local first, over, after = tonumber(ARGV[5]), ARGV[6], ARGV[7]
+local first, over, after, known_for = tonumber(ARGV[5]), ARGV[6], ARGV[7], life
 local known = redis.call('HMGET', KEYS[1], 'replica', 'end', 'cancel')
 if known[1] and known[1] ~= replica or known[2] then return {'fenced', 0, 0} end
 local last = 0
@@ -47,8 +47,8 @@ local newest = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)
 if newest[1] then last = tonumber(string.match(newest[1][1], '^%d+')) end
 if last + 1 < first then return {'unknown', 0, 0} end
 if not known[1] then redis.call('HSET', KEYS[1], 'replica', replica, 'tenant', tenant, 'user', user) end
-for i = 8, #ARGV do
-  local sequence = first + i - 8
+for i = 9, #ARGV do
+  local sequence = first + i - 9
   if sequence > last then
     redis.call('XADD', KEYS[2], string.format('%d-0', sequence), 'e', ARGV[i])
     last = sequence
@@ -57,9 +57,9 @@ end
 if over ~= '' then
   redis.call('XADD', KEYS[2], string.format('%d-0', last + 1), 'x', over)
   redis.call('HSET', KEYS[1], 'end', over)
-  life = after
+  life, known_for = after, ARGV[8]
 end
-redis.call('EXPIRE', KEYS[1], life)
+redis.call('EXPIRE', KEYS[1], known_for)
 redis.call('EXPIRE', KEYS[2], life)
 return {'taken', known[3] and 1 or 0, redis.call('EXISTS', KEYS[3])}
 """
@@ -134,18 +134,21 @@ class RedisLogs:
                     3,
                     *_keys(part.answer_id),
                     _followed(part.answer_id),
-                    *(replica, *part.owner, self._running_life_s, part.first, over, after_s),
+                    *(replica, *part.owner, self._running_life_s, part.first, over, after_s, KEY_LIFE_S if part.keyed else after_s),
                     *part.payloads,
                 )
             return list(await pipeline.execute())
 
     async def look_up(self, answer_id: str) -> SharedAnswer | None:
-        async with self._asking():
-            tenant, user, replica, end = await self._client.hmget(_keys(answer_id)[0], "tenant", "user", "replica", "end")
+        answer, events = _keys(answer_id)
+        async with self._asking(), self._client.pipeline(transaction=True) as pipeline:
+            pipeline.hmget(answer, "tenant", "user", "replica", "end")
+            pipeline.exists(events)
+            (tenant, user, replica, end), kept = await pipeline.execute()
         if replica is None:
             return None
         failure = _failure_of(end) if end is not None else None
-        return SharedAnswer((tenant.decode(), user.decode()), replica.decode(), end is not None, failure)
+        return SharedAnswer((tenant.decode(), user.decode()), replica.decode(), end is not None, failure, end is not None and not kept)
 
     async def read(self, answer_id: str, after: int, wait_s: float) -> SharedEvents:
         stream = _keys(answer_id)[1]

@@ -99,7 +99,7 @@ class Elsewhere:
 
 @dataclass(frozen=True, slots=True)
 class Retold:
-    """An answer whose events are gone, told again from the books."""
+    """An answer whose events are gone, told again from the books, or what it failed of as long as they do not have it."""
 
     events: EventLog
 
@@ -214,9 +214,16 @@ class Registry:
             return await self.find(question.principal, answer_id)
         except AnswerLogGone:
             booked = await self._booked(question.principal, answer_id)
-            if booked is None:
+            if booked is not None:
+                return Retold(await asyncio.to_thread(retold, question, booked))  # a long text has many sentences to judge
+            known = await self._logs.look_up(answer_id)
+            if known is None:
                 raise
-            return Retold(await asyncio.to_thread(retold, question, booked))  # a long text has many sentences to judge
+            if known.failure is None:
+                raise Unavailable("the answer was done and is not in the books yet", dependency="ledger", retry_after_ms=1000) from None
+            events = EventLog(answer_id)
+            events.end(known.failure)
+            return Retold(events)
 
     @contextlib.contextmanager
     def _given_up_unless_told(self, question: Question, fingerprint: bytes) -> Iterator[None]:
@@ -267,7 +274,7 @@ class Registry:
                 self._aside(self._stop_for_owner(kept))
 
         events.on_deserted = lambda: self._is_deserted(kept)
-        self._publisher.publish(events, kept.owner, stop, registered=registered)
+        self._publisher.publish(events, kept.owner, stop, registered=registered, keyed=bool(question.idempotency_key))
         task.add_done_callback(lambda _: self._has_ended(kept))
         return kept
 
@@ -297,9 +304,9 @@ class Registry:
         while known is None and 0 <= self._now() - _begun_at(answer_id) < YOUNG_S:
             await asyncio.sleep(YOUNG_PAUSE_S)  # its replica may only just be making it known
             known = await self._logs.look_up(answer_id)
-        if known is not None and known.owner == owner:
+        if known is not None and known.owner == owner and not known.events_gone:
             return Elsewhere(answer_id, known)
-        if await self._knows(principal, answer_id):
+        if (known is not None and known.owner == owner) or await self._knows(principal, answer_id):
             raise AnswerLogGone("the events of this answer are no longer kept", answer_id=answer_id)
         raise NotFound("there is no such answer", kind="answer")
 

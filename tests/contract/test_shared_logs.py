@@ -11,7 +11,7 @@ from services.chassis.errors import AnswerInterrupted, ModelStalled, Unavailable
 from services.local.stores import Valkey
 from services.orchestrator.domain import Claim, LogPart, SharedAnswer
 from services.orchestrator.ports import SharedLogs
-from services.orchestrator.redis_logs import RedisLogs
+from services.orchestrator.redis_logs import KEY_LIFE_S, RedisLogs
 from tests.fakes.shared_logs import MemoryLogs
 
 OWNER = ("acme", "alice")
@@ -171,6 +171,34 @@ async def test_lease_runs_out_and_an_ended_log_goes(client: redis.Redis, answer_
     async with asyncio.timeout(5):
         while await logs.is_alive(answer_id) or await logs.look_up(answer_id):  # noqa: ASYNC110 - what is waited for is in another process
             await asyncio.sleep(0.02)
+
+
+async def test_how_an_answer_with_a_key_ended_is_known_for_longer_than_its_events(client: redis.Redis, answer_id: str) -> None:
+    """For as long as the key."""
+    logs = redis_logs(client, ended_life_s=1)
+    await append(logs, answer_id, 1, b"one", ended=True, failure=GONE, keyed=True)
+    known = await logs.look_up(answer_id)
+    assert known is not None
+    assert (known.ended, known.events_gone) == (True, False)
+    async with asyncio.timeout(5):
+        while not known.events_gone:
+            await asyncio.sleep(0.02)
+            known = await logs.look_up(answer_id)
+            assert known is not None
+
+    assert (known.owner, known.ended, type(known.failure)) == (OWNER, True, AnswerInterrupted)
+    assert (await logs.read(answer_id, 0, 0.01)).events == ()
+    assert KEY_LIFE_S - 60 < await client.ttl(f"tailrace:answer:{{{answer_id}}}") <= KEY_LIFE_S
+
+
+async def test_an_answer_without_events_that_runs_is_not_one_whose_events_are_gone(client: redis.Redis, answer_id: str) -> None:
+    """Registered, and its first step is still to come."""
+    logs = redis_logs(client)
+    await logs.register(answer_id, OWNER, "r1")
+    known = await logs.look_up(answer_id)
+
+    assert known is not None
+    assert (known.ended, known.events_gone) == (False, False)
 
 
 async def test_forgotten_script_is_loaded_again(client: redis.Redis, answer_id: str) -> None:

@@ -185,7 +185,7 @@ class _Yes:
         self.reserved.append(attempt)
         return Hold(f"hold-{attempt}", 1_000, Price("scripted", "scripted", 1, 1_000_000, 1_000_000), bounds[2])
 
-    async def history(self, session_id: str, limit: int, until: str = "") -> History:
+    async def history(self, session_id: str, limit: int, until: str = "", *, patient: bool = False) -> History:
         return History()
 
     async def append_turn(self, session_id: str, turn: Any, principal: Principal, replaces: str = "", asked_after: str = "") -> KeptTurn:

@@ -19,6 +19,9 @@ class Kept:
     failure: DomainError | None = None
     cancel: bool = False
     brief: bool = False
+    keyed: bool = False
+    gone: bool = False
+    """Whether its events have run out."""
 
 
 @dataclass
@@ -34,6 +37,12 @@ class MemoryLogs:
     """Round trips with parts."""
     _wishes: dict[str, asyncio.Queue[str]] = field(default_factory=dict)
     _news: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    def lose_events(self, answer_id: str) -> None:
+        """As when the time of an ended log is over."""
+        self.answers[answer_id].gone = True
+        if not self.answers[answer_id].keyed:
+            del self.answers[answer_id]
 
     async def register(self, answer_id: str, owner: tuple[str, str], replica: str) -> None:
         await self.append(replica, [LogPart(answer_id, owner, 1, ())])
@@ -67,13 +76,13 @@ class MemoryLogs:
         if kept is None:
             kept = self.answers[part.answer_id] = Kept(part.owner, replica)
         kept.events += part.payloads[len(kept.events) + 1 - part.first :]
-        kept.ended, kept.failure, kept.brief = part.ended, part.failure, part.brief
+        kept.ended, kept.failure, kept.brief, kept.keyed = part.ended, part.failure, part.brief, part.keyed
         return LogReply("taken", kept.cancel)
 
     async def look_up(self, answer_id: str) -> SharedAnswer | None:
         self._ask()
         kept = self.answers.get(answer_id)
-        return SharedAnswer(kept.owner, kept.replica, kept.ended, kept.failure) if kept else None
+        return SharedAnswer(kept.owner, kept.replica, kept.ended, kept.failure, kept.gone) if kept else None
 
     async def read(self, answer_id: str, after: int, wait_s: float) -> SharedEvents:
         try:
@@ -82,7 +91,7 @@ class MemoryLogs:
                     while True:
                         self._ask()
                         kept = self.answers.get(answer_id)
-                        if kept is not None and (len(kept.events) > after or kept.ended):
+                        if kept is not None and not kept.gone and (len(kept.events) > after or kept.ended):
                             events = tuple(enumerate(kept.events[after:], after + 1))
                             return SharedEvents(events, kept.ended, kept.failure)
                         await self._news.wait()

@@ -7,7 +7,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from bench.crowd import crowd
 from bench.ground import Ground, Outcome, ground, seed_of_run
+from bench.rotation import key_rotations
 from bench.streams import cancel_storm, cancels, cut_and_resume, disconnects, kills, limits, rolling_restarts, single_flight, slow_readers
 from tests.integration.ledger.ledger_kit import audit
 
@@ -85,3 +87,13 @@ async def test_a_rolling_restart_fails_no_accepted_request(made: Ground) -> None
     outcome = await rolling_restarts(made, 1, ("retrieval", "ledger-2", "orchestrator-2", "gateway-2"))
     holds(outcome)
     assert outcome.notes["accepted"] >= 20
+
+
+async def test_keys_rotate_under_load_beside_made_up_key_ids_and_no_good_token_is_refused(made: Ground) -> None:
+    """With short times: the key set is read no more often than once a pause, and a withdrawn key ends when the refresh is over."""
+    holds(await key_rotations(made, 3, pause_s=1, refresh_s=2))
+
+
+async def test_a_crowd_is_turned_away_by_type_batch_first_and_who_was_let_in_is_answered(made: Ground) -> None:
+    """The provider answers nobody meanwhile, so that no figure depends on how fast the machine is."""
+    holds(await crowd(made, 5))

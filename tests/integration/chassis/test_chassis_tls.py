@@ -10,11 +10,12 @@ import grpc
 import psutil
 import pytest
 
+from services.chassis import server as chassis_server
 from services.chassis.channel import Caller, open_channel
 from services.chassis.config import ServiceSettings, SettingsError
 from services.chassis.passport import PRINCIPAL_KEY, SIGNATURE_KEY, Passport
 from services.chassis.principal import Principal
-from services.chassis.server import MESSAGE_BYTES_MAX, METADATA_BYTES_MAX, Server, passport_identity
+from services.chassis.server import HANDSHAKE_TIMEOUT_MS, MESSAGE_BYTES_MAX, METADATA_BYTES_MAX, Server, passport_identity
 from services.chassis.tls import MutualTls
 from services.local.processes import grpc_health
 from tailrace.retrieval.v1 import retrieval_service_pb2 as pb
@@ -105,6 +106,27 @@ async def test_a_server_for_outside_callers_needs_no_certificate_of_theirs(tmp_p
         async with grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(authority.file.read_bytes())) as channel:
             assert await embed(channel) == 1
         assert await refusal(open_channel(address)) is grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize(("secure", "said"), [(True, b""), (True, b"\x16\x03\x01\x02\x00\x01\x00"), (False, b""), (False, b"PRI * HTT")])
+async def test_a_connection_that_does_not_come_to_a_call_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, secure: bool, said: bytes
+) -> None:
+    """Nothing at all, half a ClientHello, half of HTTP/2's preface: while others are served, it is ended within the bound."""
+    bound = ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS)
+    assert bound in chassis_server.SERVER_OPTIONS
+    short = [(name, 1000) if (name, value) == bound else (name, value) for name, value in chassis_server.SERVER_OPTIONS]
+    monkeypatch.setattr(chassis_server, "SERVER_OPTIONS", short)
+    authority = Authority(tmp_path)
+    tls = tls_of(authority.issue("retrieval")) if secure else None
+    async with listening(tls) as target, open_channel(target, tls) as channel:
+        reader, writer = await asyncio.open_connection(*target.split(":"))
+        writer.write(said)
+        assert await embed(channel) == 1
+        async with asyncio.timeout(10):
+            with contextlib.suppress(ConnectionResetError):
+                await reader.read()
+        writer.close()
 
 
 @pytest.mark.parametrize("left_out", ["TAILRACE_TLS_CERT_FILE", "TAILRACE_TLS_KEY_FILE", "TAILRACE_TLS_CA_FILE"])

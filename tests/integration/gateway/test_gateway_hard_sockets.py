@@ -17,6 +17,7 @@ from services.chassis.config import SettingsError
 from services.chassis.lifecycle import started
 from services.chassis.passport import Passport
 from services.chassis.principal import Principal
+from services.gateway import http_listener
 from services.gateway.http_listener import HttpListener
 from services.gateway.wiring import SERVICE_NAME, EdgeServer, build
 from services.local.processes import grpc_health
@@ -243,6 +244,26 @@ async def test_both_fronts_speak_tls_when_they_have_certificates(front: Front, v
         assert not await grpc_health(f"127.0.0.1:{server.port}")()
 
     assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+@pytest.mark.parametrize("said", [b"", b"\x16\x03\x01\x02\x00\x01\x00"], ids=["nothing", "half a ClientHello"])
+async def test_a_tls_handshake_that_does_not_end_is_cut_when_headers_would_be(
+    front: Front, valkey: Valkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: bytes
+) -> None:
+    """Before it ends there is no request whose headers could be waited for."""
+    monkeypatch.setattr(http_listener, "HEADERS_TIMEOUT_S", 1.0)
+    authority = Authority(tmp_path)
+    files = authority.issue("edge")
+    web = {"TAILRACE_HTTP_TLS_CERT_FILE": str(files.certificate), "TAILRACE_HTTP_TLS_KEY_FILE": str(files.key)}
+    trusted = ssl.create_default_context(cafile=str(authority.file))
+    async with gateway(front, valkey, tmp_path, **web) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.http.port)
+        writer.write(said)
+        async with asyncio.timeout(10), httpx.AsyncClient(trust_env=False, verify=trusted) as http:
+            assert (await http.get(f"https://127.0.0.1:{server.http.port}/healthz")).status_code == 200
+            with contextlib.suppress(ConnectionResetError):
+                assert await reader.read() == b""
+        writer.close()
 
 
 async def test_a_call_goes_from_front_to_back_over_mutual_tls(front: Front, valkey: Valkey, tmp_path: Path) -> None:

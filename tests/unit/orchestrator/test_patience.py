@@ -3,13 +3,20 @@
 import contextlib
 import time
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any, cast
 
+import grpc
 import pytest
 
+from services.chassis import channel
+from services.chassis.channel import Caller
 from services.chassis.deadline import Deadline, current_deadline
 from services.chassis.errors import DomainError, RemoteError, Unavailable
-from services.orchestrator.clients import RemoteRecall
+from services.orchestrator.clients import RemoteLedger, RemoteRecall
+from services.orchestrator.config import OrchestratorSettings
 from services.orchestrator.domain import Edition
+from tailrace.ledger.v1 import ledger_service_pb2 as ledger_pb
 from tailrace.retrieval.v1 import retrieval_service_pb2 as pb
 
 STARTED = pb.RecallResponse(started=pb.RecallStarted(collection_epoch=7))
@@ -53,6 +60,26 @@ async def test_recall_is_begun_again_while_retrieval_restarts(loss: DomainError)
     assert (retrieval.begun, retrieval.open) == (4, 0)
 
 
+async def test_a_restart_that_takes_most_of_a_minute_fails_no_accepted_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default, for a request that has the time: on a crowded machine a model takes so long to load."""
+    now = 0.0
+
+    async def pause(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    @contextlib.asynccontextmanager
+    async def begin() -> AsyncIterator[AsyncIterator[pb.RecallResponse]]:
+        async with Retrieval([AWAY] if now < 50 else [STARTED]).begin() as messages:
+            yield messages
+
+    monkeypatch.setattr(channel, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(channel, "asyncio", SimpleNamespace(sleep=pause))
+    recall = RemoteRecall(begin, OrchestratorSettings.model_fields["restart_patience_s"].default)
+
+    assert await recall.edition() == Edition(7)
+
+
 async def test_store_that_is_away_is_not_waited_for() -> None:
     """Retrieval itself said so."""
     retrieval = Retrieval([Unavailable("", dependency="qdrant")])
@@ -74,3 +101,33 @@ async def test_patience_ends_with_its_time_and_with_the_answers() -> None:
         assert told.value.metadata["dependency"] == "retrieval"
         assert retrieval.begun > 2
         assert time.monotonic() - began < 1
+
+
+class Turns:
+    """A ledger as a caller of it sees it: it cannot be reached for some calls, then has a conversation of one turn."""
+
+    def __init__(self, lost: int) -> None:
+        self._lost, self.calls = lost, 0
+
+    @contextlib.asynccontextmanager
+    async def stream(self, method: Any, request: Any, *, timeout_s: float) -> AsyncIterator[AsyncIterator[ledger_pb.ListTurnsResponse]]:
+        self.calls += 1
+        yield self._rows(self.calls <= self._lost)
+
+    async def _rows(self, lost: bool) -> AsyncIterator[ledger_pb.ListTurnsResponse]:
+        yield ledger_pb.ListTurnsResponse(turn=ledger_pb.Turn(question="first?"))
+        if lost:
+            raise Unavailable("", dependency="127.0.0.1:50053")
+
+
+@pytest.mark.parametrize(("patient", "calls"), [(True, 4), (False, 1)])
+async def test_a_follow_up_waits_for_its_conversation_while_the_ledger_restarts(patient: bool, calls: int) -> None:
+    """It is read from the beginning, so that no turn is there twice; work that nobody waits for does not wait either."""
+    turns = Turns(lost=3)
+    async with grpc.aio.insecure_channel("127.0.0.1:1") as unused:
+        ledger = RemoteLedger(unused, cast("Caller", turns), 5)
+        with contextlib.nullcontext() if patient else pytest.raises(Unavailable):
+            history = await ledger.history("s-1", 10, patient=patient)
+            assert [turn.question for turn in history.turns] == ["first?"]
+
+    assert turns.calls == calls

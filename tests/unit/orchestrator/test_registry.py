@@ -40,7 +40,7 @@ from services.orchestrator.domain import (
 from services.orchestrator.log import Entry, EventLog
 from services.orchestrator.mirrors import Mirrors
 from services.orchestrator.publisher import Publisher
-from services.orchestrator.registry import Bounds, Elsewhere, Kept, Produce, Registry
+from services.orchestrator.registry import Bounds, Elsewhere, Kept, Produce, Registry, Retold
 from services.orchestrator.rpc import new_answer_id
 from tests.fakes.shared_logs import MemoryLogs
 
@@ -57,12 +57,16 @@ def question(
     return Question(answer_id, "q", principal, "s", True, "fast", candidates, 10, "default", "use", created, key, on_disconnect, priority)
 
 
+def receipt() -> Done:
+    return Done("a", "", Usage(), 5, "m", "p", "fast", "end_turn", CacheReceipt("miss"), "t", False, "passed", 1.0, 2.0)
+
+
 class Producer:
     """Produces when it is told to, and ends as it is told to."""
 
     def __init__(self) -> None:
         self.go = asyncio.Event()
-        self.failure: DomainError = AnswerCancelled()
+        self.failure: DomainError | None = AnswerCancelled()
         self.asked: list[str] = []
 
     async def __call__(self, asked: Question, events: EventLog) -> None:
@@ -71,6 +75,8 @@ class Producer:
         try:
             await self.go.wait()
         finally:
+            if events.stopping is None and self.failure is None:
+                events.append(receipt())
             events.end(events.stopping or self.failure)
 
 
@@ -286,8 +292,7 @@ async def test_key_begins_anew_only_what_another_try_may_heal(producer: Producer
 
 def booked(status: Literal["done", "failed", "cancelled"], reason: str = "", text: str = "") -> BookedAnswer:
     created = datetime(2026, 1, 1, tzinfo=UTC)
-    receipt = Done("a", "", Usage(), 5, "m", "p", "fast", "end_turn", CacheReceipt("miss"), "t", False, "passed", 1.0, 2.0)
-    return BookedAnswer(status, reason, "s", created, receipt, Turn("a", "q", text, (), created, True) if text else None)
+    return BookedAnswer(status, reason, "s", created, receipt(), Turn("a", "q", text, (), created, True) if text else None)
 
 
 @pytest.mark.parametrize(
@@ -323,6 +328,67 @@ async def test_key_stands_for_its_answer_when_the_log_is_gone(
     if failure:
         assert events.failure is not None
         assert events.failure.metadata == ({"answer_id": "a", "outcome": "done"} if failure is AnswerLogGone else {"answer_id": "a"})
+
+
+async def test_key_of_an_answer_that_ended_and_is_not_booked_yet_begins_no_second_one(producer: Producer, replica: Make) -> None:
+    """Its record may wait in a spool, of any replica, for longer than its events are kept. Once it is booked it is told again."""
+    producer.go.set()
+    producer.failure = None
+    booked_by_now: set[tuple[str, str]] = set()
+    here, there = replica("r1", booked_by_now), replica("r2", booked_by_now)
+    await asyncio.gather((await began(here.answers, question("a", key="k"))).task)
+    assert await here.publisher.flushed(5) == 0
+    here.logs.lose_events("a")
+    with pytest.raises(Unavailable) as refused:
+        await there.answers.begin(question("b", key="k"), b"1")
+    booked_by_now.add(("alice", "a"))
+    there.books["a"] = booked("done", text="forty two")
+
+    assert isinstance(await there.answers.begin(question("c", key="k"), b"1"), Retold)
+    assert (producer.asked, refused.value.metadata["dependency"]) == (["a"], "ledger")
+
+
+@pytest.mark.parametrize(("failure", "again"), [(ModelStalled(), True), (ModelRefused(), False)])
+async def test_key_of_an_answer_that_failed_unbooked_means_what_it_failed_of(
+    producer: Producer, replica: Make, failure: DomainError, again: bool
+) -> None:
+    """Also when its events are gone: another try is begun only if it may heal."""
+    producer.failure = failure
+    producer.go.set()
+    here, there = replica("r1"), replica("r2")
+    await asyncio.gather((await began(here.answers, question("a", key="k"))).task)
+    assert await here.publisher.flushed(5) == 0
+    here.logs.lose_events("a")
+    found = await there.answers.begin(question("b", key="k"), b"1")
+    await asyncio.sleep(0)
+
+    assert producer.asked == (["a", "b"] if again else ["a"])
+    assert again or (isinstance(found, Retold) and type(found.events.failure) is type(failure))
+
+
+async def test_reader_whose_events_run_out_before_it_has_read_any_is_told(producer: Producer, replica: Make) -> None:
+    """Although how the answer ended is still known."""
+    producer.go.set()
+    here, there = replica("r1"), replica("r2")
+    await asyncio.gather((await began(here.answers, question("a", key="k"))).task)
+    assert await here.publisher.flushed(5) == 0
+    found = await there.answers.find(ALICE, "a")
+    here.logs.lose_events("a")
+    async with asyncio.timeout(5), there.answers.reading(found, 0) as (events, reader):
+        while not events.ended:
+            await reader.next(1)
+
+    assert isinstance(events.failure, AnswerLogGone)
+
+
+async def test_only_an_answer_with_a_key_is_known_for_longer_than_its_events(producer: Producer, replica: Make) -> None:
+    producer.go.set()
+    one = replica()
+    await asyncio.gather((await began(one.answers, question("a"))).task)
+    assert await one.publisher.flushed(5) == 0
+    one.logs.lose_events("a")
+
+    assert await one.logs.look_up("a") is None
 
 
 async def test_key_of_a_replica_that_is_gone_begins_anew(producer: Producer, replica: Make) -> None:

@@ -249,10 +249,12 @@ class _Running:
 
     async def read(self, after: int) -> AsyncIterator[bytes]:
         accepted = Event("accepted", {"answer_id": self.id, "session_id": self._session_id, "trace_id": TRACE})
-        sequence = 0
+        sequence, under_way = 0, ""
         for index, beat in enumerate((accepted, *self._beats)):
             if isinstance(beat, Event):
                 sequence += 1
+                if beat.name == "step":
+                    under_way = beat.data["name"] if beat.data["status"] == "running" else ""
                 if sequence > after:
                     yield _block(beat.name, sequence, beat.data)
             elif isinstance(beat, Problem):
@@ -263,6 +265,8 @@ class _Running:
                     self._cut.add(index)
                     return
             elif await self._interrupted(beat):
+                if under_way:
+                    yield _block("step", sequence + 1, step(under_way, "failed", took=1.0).data)
                 yield _block("error", None, _problem_document(499, "ANSWER_CANCELLED", "The answer was cancelled", ""))
                 return
 

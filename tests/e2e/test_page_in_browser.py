@@ -154,6 +154,26 @@ async def test_a_citation_opens_its_passage_and_gives_the_focus_back(visit: Visi
     await expect(chip).to_be_focused()
 
 
+@pytest.mark.parametrize("width", [993, 1280, 1440, 1920])
+async def test_a_passage_lies_beside_what_it_belongs_to(visit: Visit, width: int) -> None:
+    """Whatever a person may want to use while they read it stays in sight: the text, its buttons, the question box, the header."""
+    text = "It goes on " * 40 + "[1]."
+    visit.gateway.on("Cite", passages("A passage."), step("recall", took=1), delta(text), citation(1), done(text))
+    await visit.page.set_viewport_size({"width": width, "height": 800})
+    await visit.ask("Cite")
+    await expect(visit.page.locator(".receipt")).to_be_visible()
+    await visit.page.locator(".answer .cite").click()
+    panel = await visit.page.get_by_role("dialog").bounding_box()
+    assert panel is not None
+    others = (".answer", ".question", "#question", ".composer button", ".receipt", ".steps", ".top-end")
+    for place in others:
+        box = await visit.page.locator(place).first.bounding_box()
+        assert box is not None
+        beside = box["x"] + box["width"] <= panel["x"] or box["y"] + box["height"] <= panel["y"]
+        assert beside, f"{place} is under the passage"
+    assert await visit.page.evaluate("document.documentElement.scrollWidth") <= width
+
+
 async def test_steps_appear_while_they_run_and_end_with_their_milliseconds(visit: Visit) -> None:
     """Running, done, skipped with its reason: each in one row, in the order they came."""
     found, end = asyncio.Event(), asyncio.Event()
@@ -227,7 +247,7 @@ async def test_a_cache_hit_says_what_it_saved_and_can_be_asked_afresh(visit: Vis
 @pytest.mark.parametrize("how", ["button", "escape"])
 async def test_stop_cancels_the_answer_and_keeps_what_had_arrived(visit: Visit, how: str) -> None:
     """The gateway is told; the partial text stays; the question can be asked again."""
-    visit.gateway.on("Long", delta("As far as "), asyncio.Event().wait)
+    visit.gateway.on("Long", step("recall", took=2), step("generate", "running"), delta("As far as "), asyncio.Event().wait)
     await visit.ask("Long")
     await expect(visit.page.locator(".answer p")).to_contain_text("As far as")
     if how == "button":
@@ -238,6 +258,9 @@ async def test_stop_cancels_the_answer_and_keeps_what_had_arrived(visit: Visit, 
     await expect(visit.page.locator(".answer p")).to_contain_text("As far as")
     await expect(visit.page.get_by_role("button", name="Send the question")).to_be_visible()
     assert visit.gateway.cancelled == ["answer-1"]
+    # What was under way did not fail: it was cut.
+    await expect(visit.page.locator(".step.failed")).to_have_count(0)
+    await expect(visit.page.locator("[data-step=generate] .step-time")).to_have_text("cut")
 
 
 async def test_an_interrupted_stream_goes_on_where_it_broke(visit: Visit) -> None:
@@ -426,6 +449,25 @@ async def test_an_expired_token_asks_to_sign_in_and_keeps_what_was_there(visit: 
     await visit.page.fill("#token", TOKEN)
     await visit.page.press("#token", "Enter")
     await expect(visit.page.locator(".answer").first).to_have_text("Kept.")
+
+
+async def test_a_lost_cookie_is_told_in_words_for_people(visit: Visit) -> None:
+    """How an API client sends its token is of no use to who reads a page. What was typed is still there."""
+    missing = {
+        "title": "Not signed in",
+        "detail": "send `authorization: Bearer <token>`",
+        "reason": "NOT_AUTHENTICATED",
+        "cause": "missing",
+    }
+    visit.gateway.refusal = (401, missing)
+    await visit.ask("Mine")
+    await expect(visit.page.get_by_role("alert")).to_contain_text("Your session has ended")
+    await expect(visit.page.get_by_role("alert")).not_to_contain_text("Bearer")
+    visit.troubles.clear()  # the browser itself logs the 401
+    visit.gateway.refusal = None
+    await visit.page.fill("#token", TOKEN)
+    await visit.page.press("#token", "Enter")
+    await expect(visit.page.locator(".question").first).to_have_text("Mine")
 
 
 async def test_enter_sends_and_shift_enter_does_not(visit: Visit) -> None:

@@ -3,6 +3,9 @@ import { expire, OWN_REQUEST } from "./identity";
 import { readProblem } from "./problem";
 import type { DocumentPage, KeptSession, Problem, Session, SessionPage } from "./wire";
 
+/** The browser has no cookie to send any more; how the API words that is for programs. */
+const ENDED = "Your session has ended. Sign in to go on; what you had typed is still there.";
+
 export class ProblemError extends Error {
   readonly problem: Problem;
   /** Seconds after which it makes sense to try again, if the gateway said so. */
@@ -95,7 +98,7 @@ async function call(path: string, init: RequestInit): Promise<Response> {
   const response = await fetch(path, { ...init, headers: { ...(init.headers as Record<string, string>), ...OWN_REQUEST }, cache: "no-store" });
   if (response.ok) return response;
   const problem = await readProblem(response);
-  if (response.status === 401) expire(problem.detail ?? problem.title);
+  if (response.status === 401) expire(problem.cause === "missing" ? ENDED : (problem.detail ?? problem.title));
   const retryAfter = Number(response.headers.get("retry-after"));
   throw new ProblemError(problem, retryAfter > 0 ? retryAfter : undefined);
 }

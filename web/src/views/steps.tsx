@@ -9,9 +9,12 @@ const NAMES: Record<string, string> = {
   passages: "Find passages",
   history: "Read the conversation",
   rewrite: "Understand the follow-up",
+  follow: "Follow the same question",
   compose: "Compose the prompt",
   hold: "Reserve the cost",
   generate: "Write the answer",
+  tool: "Use a tool",
+  resume: "Take up the results",
   validate: "Check the answer",
   record: "Book it",
   remember: "Remember the answer",
@@ -33,7 +36,7 @@ export function Steps({ answer }: { answer: Answer }) {
       </h3>
       <ol>
         {steps.map((step) => (
-          <Row key={step.name} step={step} live={running} elapsed={elapsed} total={total} />
+          <Row key={step.name} step={step} live={running} stopped={answer.phase.value === "stopped"} elapsed={elapsed} total={total} />
         ))}
         {running && steps.length === 0 && (
           <li class="step running">
@@ -46,8 +49,17 @@ export function Steps({ answer }: { answer: Answer }) {
   );
 }
 
-function Row({ step, live, elapsed, total }: { step: Step; live: boolean; elapsed: number; total: number }) {
-  const cut = step.status === "running" && !live;
+interface RowOf {
+  step: Step;
+  live: boolean;
+  stopped: boolean;
+  elapsed: number;
+  total: number;
+}
+
+function Row({ step, live, stopped, elapsed, total }: RowOf) {
+  // What was under way when somebody stopped the answer did not fail.
+  const cut = (step.status === "running" && !live) || (step.status === "failed" && stopped);
   const status = cut ? "skipped" : step.status;
   const took = status === "running" ? Math.max(0, elapsed - step.started_ms) : step.duration_ms;
   return (

@@ -1,6 +1,7 @@
 """The embedder gives the model's own vectors, in every precision, and keeps its lanes apart."""
 
 import asyncio
+import resource
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -50,6 +51,22 @@ async def test_int8_is_near_and_a_vector_does_not_depend_on_its_company(embedder
     assert min(near) > 0.995 and float(np.mean(near)) > 0.998
     assert np.allclose(together, alone, atol=1e-6)
     assert small.embedder_id != embedder.embedder_id
+
+
+async def test_a_question_is_embedded_in_memory_that_is_there(state_dir: Path) -> None:
+    """Memory asked of the kernel anew for every run comes page by page, thousands of them for a long question."""
+    small = await asyncio.to_thread(MiniLmEmbedder.load, state_dir / "models", "int8")
+    try:
+        for _ in range(3):
+            await small.embed_question("word " * 200)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            await small.embed_question("word " * 200)
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    finally:
+        small.close()
+
+    assert faults / 10 < 200
 
 
 def test_rounded_weights_are_what_they_were_made_of() -> None:

@@ -42,7 +42,7 @@ class Service:
     port: int
     """Where the gRPC server shall listen; 0 = any free port."""
     probes: dict[str, Probe] = field(default_factory=dict)
-    """Dependency by name: raises if it is away, TimeoutError if it says nothing. Polled every second."""
+    """Dependency by name: raises if it is away; TimeoutError, or what came of one, if it says nothing. Polled every second."""
     drain: Callable[[float], Awaitable[int]] | None = None
     """Ends work that outlives its request, within so many seconds; returns how much was abandoned."""
     ready: Callable[[dict[str, bool]], None] | None = None
@@ -71,12 +71,17 @@ class Readiness:
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S):
                 await probe()
-        except TimeoutError:
-            self._silent[name] = min(SILENT_MAX, self._silent[name] + 1)
-        except Exception:
-            self._silent[name] = SILENT_MAX
+        except Exception as error:
+            self._silent[name] = min(SILENT_MAX, self._silent[name] + 1) if _is_silence(error) else SILENT_MAX
         else:
             self._silent[name] = 0
+
+
+def _is_silence(error: BaseException | None) -> bool:
+    """Whether a wait that took too long is what it came of."""
+    while error is not None and not isinstance(error, TimeoutError):
+        error = error.__cause__
+    return error is not None
 
 
 @contextlib.asynccontextmanager

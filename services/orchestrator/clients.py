@@ -643,12 +643,14 @@ _LATE_TURN, _LATE_TURN_OF = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(_
 
 
 async def ping(channel: grpc.aio.Channel, dependency: str) -> None:
-    """Raise Unavailable unless `channel` is connected or can be at once."""
+    """Raise Unavailable unless `channel` is connected or can be at once, TimeoutError if nobody refuses it either."""
     try:
         async with asyncio.timeout(0.8):
             await channel.channel_ready()
-    except TimeoutError as error:
-        raise Unavailable(f"the {dependency} service cannot be reached", dependency=dependency) from error
+    except TimeoutError:
+        if channel.get_state() is not grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+            raise
+        raise Unavailable(f"the {dependency} service cannot be reached", dependency=dependency) from None
 
 
 def _moment(message: Timestamp) -> datetime:

@@ -20,6 +20,8 @@ class Dependency:
             await asyncio.Event().wait()
         if self.does == "is silent":
             raise TimeoutError
+        if self.does == "has no line":  # as a pool says whose connections are all in use
+            raise ConnectionError from TimeoutError()
         if self.does == "refuses":
             raise Unavailable("not ready", dependency="store")
 
@@ -37,7 +39,7 @@ async def believed(does: list[str]) -> list[bool]:
     return states
 
 
-@pytest.mark.parametrize("silence", ["hangs", "is silent"])
+@pytest.mark.parametrize("silence", ["hangs", "is silent", "has no line"])
 async def test_a_ready_dependency_may_miss_a_probe_but_not_three_in_a_row(silence: str) -> None:
     """On a crowded machine one answer is late; whoever is gone answers none."""
     assert SILENT_MAX == 3

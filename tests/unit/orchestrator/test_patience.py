@@ -13,7 +13,8 @@ from services.chassis import channel
 from services.chassis.channel import Caller
 from services.chassis.deadline import Deadline, current_deadline
 from services.chassis.errors import DomainError, RemoteError, Unavailable
-from services.orchestrator.clients import RemoteLedger, RemoteRecall
+from services.chassis.lifecycle import Readiness
+from services.orchestrator.clients import RemoteLedger, RemoteRecall, ping
 from services.orchestrator.config import OrchestratorSettings
 from services.orchestrator.domain import Edition
 from tailrace.ledger.v1 import ledger_service_pb2 as ledger_pb
@@ -131,3 +132,16 @@ async def test_a_follow_up_waits_for_its_conversation_while_the_ledger_restarts(
             assert [turn.question for turn in history.turns] == ["first?"]
 
     assert turns.calls == calls
+
+
+async def test_a_service_whose_process_has_ended_is_not_ready_at_the_next_look() -> None:
+    """Its machine refuses the connection; that is an answer, and not the silence that a ready service is allowed."""
+    server = grpc.aio.server()
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with channel.open_channel(f"127.0.0.1:{port}") as line:
+        readiness = Readiness({"ledger": lambda: ping(line, "ledger")})
+        before = await readiness.ask()
+        await server.stop(0)
+
+        assert (before, await readiness.ask()) == ({"ledger": True}, {"ledger": False})

@@ -26,6 +26,9 @@ CANDIDATES = 300
 """Places of the graph that a search by meaning keeps in view: of the hundred nearest of 45,000 sentences it finds 99.3, of the ten 9.99."""
 OVERSAMPLING = 2.0
 """Candidates by rounded vectors for each wanted hit, before the whole vectors decide."""
+EXCLUDES_NOTHING = 0.999
+"""Share that a filter must let pass to be none to the graph, as with one tenant and one collection: being ready to follow excluded links
+makes a search that meets none an eighth slower. Where 2 % are excluded, another 2 of 100 are missed without."""
 BUILT_FILE = "built_points"
 """In a shard's folder: how many points it had when its graph was built."""
 CARRIED_AT_ONCE = 128
@@ -333,8 +336,8 @@ def _vectors(point: Point) -> dict[str, Any]:
 def _how(limit: int) -> Any:
     """For what has a graph; the rest is looked at whole."""
     rounded = edge.QuantizationSearchParams(rescore=True, oversampling=OVERSAMPLING)
-    # Where a filter excludes most of what the graph leads over, the links of what is excluded are followed, too.
-    through = edge.AcornSearchParams(enable=True, max_selectivity=1.0)
+    # Where a filter excludes some of what the graph leads over, the links of what is excluded are followed, too.
+    through = edge.AcornSearchParams(enable=True, max_selectivity=EXCLUDES_NOTHING)
     return edge.SearchParams(hnsw_ef=max(CANDIDATES, limit), quantization=rounded, acorn=through)
 
 

@@ -26,6 +26,9 @@ CANDIDATES = 300
 """Places of the graph that a search by meaning keeps in view: of the hundred nearest of 45,000 sentences it finds 99.3, of the ten 9.99."""
 OVERSAMPLING = 2.0
 """Candidates by rounded vectors for each wanted hit, before the whole vectors decide."""
+EXCLUDES_NOTHING = 0.999
+"""Share that a filter must let pass to be none to the graph, as with one tenant and one collection: being ready to follow excluded links
+makes a search that meets none an eighth slower. Where 2 % are excluded, another 2 of 100 are missed without."""
 BUILT_FILE = "built_points"
 """In a shard's folder: how many points it had when its graph was built."""
 CARRIED_AT_ONCE = 128
@@ -66,6 +69,8 @@ class EdgeStore:
         self._dimension = dimension
         self._closed = False
         self._unbuilt: dict[str, int] = {name: _unbuilt(folder / name, shard) for name, shard in shards.items()}
+        # At first all: what a start replayed of their logs would be replayed at every start.
+        self._unflushed = set(shards)
         self._missed: dict[str, _Missed] = {}
         self._unfrozen = asyncio.Event()
         self._unfrozen.set()
@@ -98,14 +103,20 @@ class EdgeStore:
         self._shards.clear()
 
     def flush(self) -> None:
-        """Write segments out, so that a later start replays a short log. Not while a shard is being copied: another time will do."""
+        """Write out the segments of what was written to, so that a later start replays a short log.
+
+        The engine stops the process meanwhile, ten milliseconds with a disk at rest. While a shard is being copied another time will do.
+        """
         if self._unfrozen.is_set():
-            for shard in self._shards.values():
-                shard.flush()
+            for name, shard in self._shards.items():
+                if name in self._unflushed:
+                    shard.flush()
+                    self._unflushed.discard(name)
 
     async def ensure(self, space: Space) -> None:
         if not self._closed and space.name not in self._shards:
             shard = self._shards[space.name] = _open_shard(self._folder / space.name, space, self._dimension)
+            self._unflushed.add(space.name)
             self._unbuilt[space.name] = _unbuilt(self._folder / space.name, shard)
 
     async def claim(self, space: Space, point: Point) -> Record:
@@ -150,7 +161,9 @@ class EdgeStore:
         old = edge.Filter(must=[edge.FieldCondition(key=field, range=edge.RangeFloat(lt=float(below)))])
         deletion = edge.UpdateOperation.delete_points_by_filter(old)
         await self._writable()
-        self._update(space, deletion, deletion=deletion)
+        # A deletion of nothing would be written and flushed like any other.
+        if self._call(space, lambda shard: shard.count(edge.CountRequest(filter=old, exact=True))):
+            self._update(space, deletion, deletion=deletion)
 
     async def get(self, space: Space, tenant: str, ids: Sequence[str]) -> dict[str, Record]:
         if not ids:
@@ -272,6 +285,8 @@ class EdgeStore:
             await self._unfrozen.wait()
 
     def _update(self, space: Space, operation: Any, ids: Sequence[str] = (), deletion: Any = None) -> None:
+        # Before the write: of one that fails half-way something may be there.
+        self._unflushed.add(space.name)
         self._call(space, lambda shard: shard.update(operation))
         if missed := self._missed.get(space.name):
             missed.note(ids, deletion)
@@ -333,8 +348,8 @@ def _vectors(point: Point) -> dict[str, Any]:
 def _how(limit: int) -> Any:
     """For what has a graph; the rest is looked at whole."""
     rounded = edge.QuantizationSearchParams(rescore=True, oversampling=OVERSAMPLING)
-    # Where a filter excludes most of what the graph leads over, the links of what is excluded are followed, too.
-    through = edge.AcornSearchParams(enable=True, max_selectivity=1.0)
+    # Where a filter excludes some of what the graph leads over, the links of what is excluded are followed, too.
+    through = edge.AcornSearchParams(enable=True, max_selectivity=EXCLUDES_NOTHING)
     return edge.SearchParams(hnsw_ef=max(CANDIDATES, limit), quantization=rounded, acorn=through)
 
 

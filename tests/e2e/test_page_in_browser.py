@@ -240,6 +240,28 @@ async def test_stop_cancels_the_answer_and_keeps_what_had_arrived(visit: Visit, 
     assert visit.gateway.cancelled == ["answer-1"]
 
 
+async def test_a_step_that_a_stop_cut_short_is_shown_as_stopped_and_one_that_failed_before_as_failed(visit: Visit) -> None:
+    """A stop is no failure, also after a reload; what broke by itself before the stop stays a failure."""
+    visit.gateway.on(
+        "Long",
+        step("recall", "failed", 0.0, 5.0),
+        step("generate", "running", 6.0),
+        delta("As far as "),
+        asyncio.Event().wait,
+        at_stop=[step("generate", "failed", 6.0, 900.0), step("record", "done", 907.0, 3.0)],
+    )
+    await visit.ask("Long")
+    await expect(visit.page.locator(".answer p")).to_contain_text("As far as")
+    await visit.page.get_by_role("button", name="Stop the answer").click()
+    for again in (False, True):
+        if again:
+            await visit.page.reload()
+        await expect(visit.page.locator(".notice")).to_contain_text("Stopped.")
+        await expect(visit.page.locator("[data-step=generate]")).to_have_class("step stopped")
+        await expect(visit.page.locator("[data-step=generate] .step-time")).to_have_text("stopped")
+        await expect(visit.page.locator("[data-step=recall]")).to_have_class("step failed")
+
+
 async def test_an_interrupted_stream_goes_on_where_it_broke(visit: Visit) -> None:
     """A socket that closes without an end is resumed after the last event: nothing is lost and nothing comes twice."""
     text = "One two three four."

@@ -351,7 +351,7 @@ def _unauthenticated(request: Request) -> Response | None:
     own = request.method == "GET" or "x-tailrace-request" in request.headers
     if own and "authorization" not in request.headers and request.cookies.get("tailrace") == TOKEN:
         return None
-    return _problem(401, _problem_document(401, "NOT_AUTHENTICATED", "A valid token is needed", "The token has expired"))
+    return _problem(401, _problem_document(401, "NOT_AUTHENTICATED", "A valid token is needed", "send `authorization: Bearer <token>`"))
 
 
 class _QuietServer(uvicorn.Server):

@@ -437,17 +437,19 @@ async def test_the_token_leaves_the_address_bar_and_no_script_can_read_it(visit:
 
 
 async def test_an_expired_token_asks_to_sign_in_and_keeps_what_was_there(visit: Visit) -> None:
-    """Another token of the same person brings the conversation back."""
+    """In words for a person; another token of the same person brings back the conversation and the question that was refused."""
     visit.gateway.on("Mine", delta("Kept."), done("Kept."))
     await visit.ask("Mine")
     await expect(visit.page.locator(".receipt")).to_be_visible()
     await visit.context.clear_cookies()
-    await visit.ask("Mine")
-    await expect(visit.page.get_by_role("alert")).to_contain_text("The token has expired")
+    await visit.ask("Yours?")
+    alert = visit.page.get_by_role("alert")
+    await expect(alert).to_have_text("Your sign-in has ended. Sign in again to go on. What was here is kept, also what you typed.")
     visit.troubles.clear()  # the browser itself logs the 401
     await visit.page.fill("#token", TOKEN)
     await visit.page.press("#token", "Enter")
-    await expect(visit.page.locator(".answer").first).to_have_text("Kept.")
+    await expect(visit.page.locator(".answer")).to_have_text(["Kept."])
+    await expect(visit.page.locator("#question")).to_have_value("Yours?")
 
 
 async def test_enter_sends_and_shift_enter_does_not(visit: Visit) -> None:

@@ -556,6 +556,31 @@ async def test_a_narrow_window_shows_everything_without_scrolling_sideways(visit
     await expect(visit.page.locator(".steps")).to_be_visible()
 
 
+@pytest.mark.parametrize("width", [360, 390, 640, 768, 900, 1024, 1280, 1440, 1920])
+async def test_an_open_passage_covers_nothing_that_can_be_used(visit: Visit, width: int) -> None:
+    """What a person can press beside the open passage is reached by a press on its middle, at every width."""
+    text = "It goes on [1]."
+    visit.gateway.on("Cite", passages(f"{EXACT}. " * 60), step("recall", took=1), delta(text), citation(1), done(text))
+    await visit.page.set_viewport_size({"width": width, "height": 720})
+    await visit.ask("Cite")
+    await expect(visit.page.locator(".receipt")).to_be_visible()
+    await visit.page.locator(".cite").click()
+    panel = visit.page.get_by_role("dialog", name="Streams 1")
+    await expect(panel).to_be_visible()
+    await expect(visit.page.locator(".cite")).to_be_in_viewport(ratio=1)
+    await visit.page.fill("#question", "And then?")
+    for name in ("Edit", "Send the question", "New conversation", "Sign out", "Regenerate", "Passage 1: Streams 1", "Close the passage"):
+        await visit.page.get_by_role("button", name=name, exact=True).click(trial=True)
+    box = await panel.bounding_box()
+    assert box is not None
+    for name in (".top", ".composer", *((".log",) if box["x"] else ())):
+        other = await visit.page.locator(name).bounding_box()
+        assert other is not None
+        beside = other["x"] + other["width"] <= box["x"] or other["y"] + other["height"] <= box["y"]
+        assert beside, f"the passage covers {name}"
+    assert await visit.page.evaluate("document.documentElement.scrollWidth") <= width
+
+
 async def test_an_upload_that_meets_a_limit_is_sent_again(visit: Visit) -> None:
     """A file waits as long as the gateway says, instead of failing."""
     visit.gateway.busy_uploads = 1

@@ -51,6 +51,14 @@ class Cut:
 Beat = Event | Problem | Cut | Callable[[], Awaitable[object]]
 
 
+@dataclass(frozen=True)
+class Script:
+    """What is said of one question."""
+
+    beats: Sequence[Beat]
+    at_stop: Sequence[Event]
+
+
 def step(name: str, status: str = "done", started: float = 0.0, took: float = 0.0, **facts: str) -> Event:
     return Event("step", {"name": name, "status": status, "started_ms": started, "duration_ms": took, "facts": facts})
 
@@ -128,12 +136,12 @@ class FakeGateway:
     unread_pages: dict[str, str] = field(default_factory=dict)
     """Of files, by their names."""
     url: str = ""
-    _scripts: dict[str, Sequence[Beat]] = field(default_factory=dict)
+    _scripts: dict[str, Script] = field(default_factory=dict)
     _answers: dict[str, "_Running"] = field(default_factory=dict)
 
-    def on(self, question: str, *beats: Beat) -> None:
-        """Says what is answered to `question`."""
-        self._scripts[question] = beats
+    def on(self, question: str, *beats: Beat, at_stop: Sequence[Event] = ()) -> None:
+        """Says what is answered to `question`, and what a stopped answer still says before its end."""
+        self._scripts[question] = Script(beats, at_stop)
 
     def app(self) -> Starlette:
         routes = [
@@ -240,21 +248,19 @@ class FakeGateway:
 class _Running:
     """One answer being read from its script."""
 
-    def __init__(self, answer_id: str, session_id: str, beats: Sequence[Beat]) -> None:
+    def __init__(self, answer_id: str, session_id: str, script: Script) -> None:
         self.id = answer_id
         self.cancelled = asyncio.Event()
         self._session_id = session_id
-        self._beats = beats
+        self._script = script
         self._cut: set[int] = set()
 
     async def read(self, after: int) -> AsyncIterator[bytes]:
         accepted = Event("accepted", {"answer_id": self.id, "session_id": self._session_id, "trace_id": TRACE})
-        sequence, under_way = 0, ""
-        for index, beat in enumerate((accepted, *self._beats)):
+        sequence = 0
+        for index, beat in enumerate((accepted, *self._script.beats)):
             if isinstance(beat, Event):
                 sequence += 1
-                if beat.name == "step":
-                    under_way = beat.data["name"] if beat.data["status"] == "running" else ""
                 if sequence > after:
                     yield _block(beat.name, sequence, beat.data)
             elif isinstance(beat, Problem):
@@ -265,8 +271,9 @@ class _Running:
                     self._cut.add(index)
                     return
             elif await self._interrupted(beat):
-                if under_way:
-                    yield _block("step", sequence + 1, step(under_way, "failed", took=1.0).data)
+                for last in self._script.at_stop:
+                    sequence += 1
+                    yield _block(last.name, sequence, last.data)
                 yield _block("error", None, _problem_document(499, "ANSWER_CANCELLED", "The answer was cancelled", ""))
                 return
 
@@ -344,7 +351,7 @@ def _unauthenticated(request: Request) -> Response | None:
     own = request.method == "GET" or "x-tailrace-request" in request.headers
     if own and "authorization" not in request.headers and request.cookies.get("tailrace") == TOKEN:
         return None
-    return _problem(401, _problem_document(401, "NOT_AUTHENTICATED", "A valid token is needed", "The token has expired"))
+    return _problem(401, _problem_document(401, "NOT_AUTHENTICATED", "A valid token is needed", "send `authorization: Bearer <token>`"))
 
 
 class _QuietServer(uvicorn.Server):

@@ -154,26 +154,6 @@ async def test_a_citation_opens_its_passage_and_gives_the_focus_back(visit: Visi
     await expect(chip).to_be_focused()
 
 
-@pytest.mark.parametrize("width", [993, 1280, 1440, 1920])
-async def test_a_passage_lies_beside_what_it_belongs_to(visit: Visit, width: int) -> None:
-    """Whatever a person may want to use while they read it stays in sight: the text, its buttons, the question box, the header."""
-    text = "It goes on " * 40 + "[1]."
-    visit.gateway.on("Cite", passages("A passage."), step("recall", took=1), delta(text), citation(1), done(text))
-    await visit.page.set_viewport_size({"width": width, "height": 800})
-    await visit.ask("Cite")
-    await expect(visit.page.locator(".receipt")).to_be_visible()
-    await visit.page.locator(".answer .cite").click()
-    panel = await visit.page.get_by_role("dialog").bounding_box()
-    assert panel is not None
-    others = (".answer", ".question", "#question", ".composer button", ".receipt", ".steps", ".top-end")
-    for place in others:
-        box = await visit.page.locator(place).first.bounding_box()
-        assert box is not None
-        beside = box["x"] + box["width"] <= panel["x"] or box["y"] + box["height"] <= panel["y"]
-        assert beside, f"{place} is under the passage"
-    assert await visit.page.evaluate("document.documentElement.scrollWidth") <= width
-
-
 async def test_steps_appear_while_they_run_and_end_with_their_milliseconds(visit: Visit) -> None:
     """Running, done, skipped with its reason: each in one row, in the order they came."""
     found, end = asyncio.Event(), asyncio.Event()
@@ -247,7 +227,7 @@ async def test_a_cache_hit_says_what_it_saved_and_can_be_asked_afresh(visit: Vis
 @pytest.mark.parametrize("how", ["button", "escape"])
 async def test_stop_cancels_the_answer_and_keeps_what_had_arrived(visit: Visit, how: str) -> None:
     """The gateway is told; the partial text stays; the question can be asked again."""
-    visit.gateway.on("Long", step("recall", took=2), step("generate", "running"), delta("As far as "), asyncio.Event().wait)
+    visit.gateway.on("Long", delta("As far as "), asyncio.Event().wait)
     await visit.ask("Long")
     await expect(visit.page.locator(".answer p")).to_contain_text("As far as")
     if how == "button":
@@ -258,9 +238,28 @@ async def test_stop_cancels_the_answer_and_keeps_what_had_arrived(visit: Visit, 
     await expect(visit.page.locator(".answer p")).to_contain_text("As far as")
     await expect(visit.page.get_by_role("button", name="Send the question")).to_be_visible()
     assert visit.gateway.cancelled == ["answer-1"]
-    # What was under way did not fail: it was cut.
-    await expect(visit.page.locator(".step.failed")).to_have_count(0)
-    await expect(visit.page.locator("[data-step=generate] .step-time")).to_have_text("cut")
+
+
+async def test_a_step_that_a_stop_cut_short_is_shown_as_stopped_and_one_that_failed_before_as_failed(visit: Visit) -> None:
+    """A stop is no failure, also after a reload; what broke by itself before the stop stays a failure."""
+    visit.gateway.on(
+        "Long",
+        step("recall", "failed", 0.0, 5.0),
+        step("generate", "running", 6.0),
+        delta("As far as "),
+        asyncio.Event().wait,
+        at_stop=[step("generate", "failed", 6.0, 900.0), step("record", "done", 907.0, 3.0)],
+    )
+    await visit.ask("Long")
+    await expect(visit.page.locator(".answer p")).to_contain_text("As far as")
+    await visit.page.get_by_role("button", name="Stop the answer").click()
+    for again in (False, True):
+        if again:
+            await visit.page.reload()
+        await expect(visit.page.locator(".notice")).to_contain_text("Stopped.")
+        await expect(visit.page.locator("[data-step=generate]")).to_have_class("step stopped")
+        await expect(visit.page.locator("[data-step=generate] .step-time")).to_have_text("stopped")
+        await expect(visit.page.locator("[data-step=recall]")).to_have_class("step failed")
 
 
 async def test_an_interrupted_stream_goes_on_where_it_broke(visit: Visit) -> None:
@@ -438,36 +437,19 @@ async def test_the_token_leaves_the_address_bar_and_no_script_can_read_it(visit:
 
 
 async def test_an_expired_token_asks_to_sign_in_and_keeps_what_was_there(visit: Visit) -> None:
-    """Another token of the same person brings the conversation back."""
+    """In words for a person; another token of the same person brings back the conversation and the question that was refused."""
     visit.gateway.on("Mine", delta("Kept."), done("Kept."))
     await visit.ask("Mine")
     await expect(visit.page.locator(".receipt")).to_be_visible()
     await visit.context.clear_cookies()
-    await visit.ask("Mine")
-    await expect(visit.page.get_by_role("alert")).to_contain_text("The token has expired")
+    await visit.ask("Yours?")
+    alert = visit.page.get_by_role("alert")
+    await expect(alert).to_have_text("Your sign-in has ended. Sign in again to go on. What was here is kept, also what you typed.")
     visit.troubles.clear()  # the browser itself logs the 401
     await visit.page.fill("#token", TOKEN)
     await visit.page.press("#token", "Enter")
-    await expect(visit.page.locator(".answer").first).to_have_text("Kept.")
-
-
-async def test_a_lost_cookie_is_told_in_words_for_people(visit: Visit) -> None:
-    """How an API client sends its token is of no use to who reads a page. What was typed is still there."""
-    missing = {
-        "title": "Not signed in",
-        "detail": "send `authorization: Bearer <token>`",
-        "reason": "NOT_AUTHENTICATED",
-        "cause": "missing",
-    }
-    visit.gateway.refusal = (401, missing)
-    await visit.ask("Mine")
-    await expect(visit.page.get_by_role("alert")).to_contain_text("Your session has ended")
-    await expect(visit.page.get_by_role("alert")).not_to_contain_text("Bearer")
-    visit.troubles.clear()  # the browser itself logs the 401
-    visit.gateway.refusal = None
-    await visit.page.fill("#token", TOKEN)
-    await visit.page.press("#token", "Enter")
-    await expect(visit.page.locator(".question").first).to_have_text("Mine")
+    await expect(visit.page.locator(".answer")).to_have_text(["Kept."])
+    await expect(visit.page.locator("#question")).to_have_value("Yours?")
 
 
 async def test_enter_sends_and_shift_enter_does_not(visit: Visit) -> None:
@@ -572,6 +554,31 @@ async def test_a_narrow_window_shows_everything_without_scrolling_sideways(visit
     await expect(visit.page.locator(".receipt")).to_be_visible()
     assert await visit.page.evaluate("document.documentElement.scrollWidth") <= 340
     await expect(visit.page.locator(".steps")).to_be_visible()
+
+
+@pytest.mark.parametrize("width", [360, 390, 640, 768, 900, 1024, 1280, 1440, 1920])
+async def test_an_open_passage_covers_nothing_that_can_be_used(visit: Visit, width: int) -> None:
+    """What a person can press beside the open passage is reached by a press on its middle, at every width."""
+    text = "It goes on [1]."
+    visit.gateway.on("Cite", passages(f"{EXACT}. " * 60), step("recall", took=1), delta(text), citation(1), done(text))
+    await visit.page.set_viewport_size({"width": width, "height": 720})
+    await visit.ask("Cite")
+    await expect(visit.page.locator(".receipt")).to_be_visible()
+    await visit.page.locator(".cite").click()
+    panel = visit.page.get_by_role("dialog", name="Streams 1")
+    await expect(panel).to_be_visible()
+    await expect(visit.page.locator(".cite")).to_be_in_viewport(ratio=1)
+    await visit.page.fill("#question", "And then?")
+    for name in ("Edit", "Send the question", "New conversation", "Sign out", "Regenerate", "Passage 1: Streams 1", "Close the passage"):
+        await visit.page.get_by_role("button", name=name, exact=True).click(trial=True)
+    box = await panel.bounding_box()
+    assert box is not None
+    for name in (".top", ".composer", *((".log",) if box["x"] else ())):
+        other = await visit.page.locator(name).bounding_box()
+        assert other is not None
+        beside = other["x"] + other["width"] <= box["x"] or other["y"] + other["height"] <= box["y"]
+        assert beside, f"the passage covers {name}"
+    assert await visit.page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 async def test_an_upload_that_meets_a_limit_is_sent_again(visit: Visit) -> None:

@@ -1,10 +1,7 @@
 // Calls to the gateway. Every refusal becomes a ProblemError; a network failure stays the TypeError that fetch throws.
-import { expire, OWN_REQUEST } from "./identity";
+import { expire, OWN_REQUEST, SIGNED_OUT } from "./identity";
 import { readProblem } from "./problem";
 import type { DocumentPage, KeptSession, Problem, Session, SessionPage } from "./wire";
-
-/** The browser has no cookie to send any more; how the API words that is for programs. */
-const ENDED = "Your session has ended. Sign in to go on; what you had typed is still there.";
 
 export class ProblemError extends Error {
   readonly problem: Problem;
@@ -97,8 +94,11 @@ export function problemOf(error: unknown): Problem {
 async function call(path: string, init: RequestInit): Promise<Response> {
   const response = await fetch(path, { ...init, headers: { ...(init.headers as Record<string, string>), ...OWN_REQUEST }, cache: "no-store" });
   if (response.ok) return response;
-  const problem = await readProblem(response);
-  if (response.status === 401) expire(problem.cause === "missing" ? ENDED : (problem.detail ?? problem.title));
+  let problem = await readProblem(response);
+  if (response.status === 401) {
+    problem = { ...problem, ...SIGNED_OUT };
+    expire(`${SIGNED_OUT.title}. ${SIGNED_OUT.detail}`);
+  }
   const retryAfter = Number(response.headers.get("retry-after"));
   throw new ProblemError(problem, retryAfter > 0 ? retryAfter : undefined);
 }

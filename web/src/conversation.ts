@@ -35,12 +35,18 @@ export function askInstead(answer: Answer, question: string): Promise<void> {
 async function run(body: Question, before: readonly Answer[]): Promise<void> {
   if (busy.value) return;
   const answer = new Answer(body.question);
+  const shown = answers.value;
   openPassage.value = undefined;
   answers.value = [...before.slice(1 - ANSWERS_MAX), answer];
   await answer.run(body, ({ session_id }) => {
     sessionId = session_id;
     save();
   });
+  if (!answer.id && answer.problem.value?.status === 401 && answers.value.at(-1) === answer) {
+    // Nobody was signed in to ask: the question goes back to where it was typed.
+    answers.value = shown;
+    draft.value ||= body.question;
+  }
   save();
 }
 

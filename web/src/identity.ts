@@ -84,5 +84,8 @@ function takeFromFragment(): string {
   return decodeURIComponent(found);
 }
 
+/** What a refusal for want of a good cookie comes to for a person; what the gateway says of it is for those who write clients. */
+export const SIGNED_OUT = { title: "Your sign-in has ended", detail: "Sign in again to go on. What was here is kept, also what you typed." };
+
 const UNREACHABLE = "The gateway cannot be reached. Check that Tailrace is running, then try again.";
 const NOT_SIGNED_OUT = "Signing out did not reach the gateway. Sign in and out again before you leave this browser to somebody else.";

@@ -80,8 +80,6 @@ export interface Problem {
   reason?: string;
   retryable?: boolean;
   trace_id?: string;
-  /** What a 401 found wrong with the credential. */
-  cause?: string;
 }
 
 /** A conversation, as the list has it. */

@@ -52,7 +52,7 @@ function Header() {
         </a>
       </nav>
       <div class="top-end">
-        <button type="button" class="quiet" onClick={fresh} title="New conversation (Ctrl or ⌘ + Shift + O)">
+        <button type="button" class="quiet" onClick={fresh} aria-label="New conversation" title="New conversation (Ctrl or ⌘ + Shift + O)">
           <Plus /> <span>New conversation</span>
         </button>
         {bearer.value && (

@@ -14,6 +14,8 @@ export function PassagePanel() {
   useEffect(() => {
     if (!opener) return;
     panel.current?.focus();
+    // The conversation makes room for the panel, which may move the citation out of sight.
+    opener.scrollIntoView({ block: "nearest" });
     return () => (opener.isConnected ? opener : document.getElementById("question"))?.focus();
   }, [opener]);
   useEffect(() => {

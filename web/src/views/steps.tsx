@@ -36,7 +36,7 @@ export function Steps({ answer }: { answer: Answer }) {
       </h3>
       <ol>
         {steps.map((step) => (
-          <Row key={step.name} step={step} live={running} stopped={answer.phase.value === "stopped"} elapsed={elapsed} total={total} />
+          <Row key={step.name} step={step} status={statusOf(step, answer)} elapsed={elapsed} total={total} />
         ))}
         {running && steps.length === 0 && (
           <li class="step running">
@@ -49,28 +49,30 @@ export function Steps({ answer }: { answer: Answer }) {
   );
 }
 
-interface RowOf {
-  step: Step;
-  live: boolean;
-  stopped: boolean;
-  elapsed: number;
-  total: number;
+type Status = Step["status"] | "stopped" | "cut";
+
+/** A stop ends what runs, which the gateway can only call failed; a step did fail by itself if another began after it, beside the
+ * booking, which comes after every end. */
+function statusOf(step: Step, answer: Answer): Status {
+  const stop = answer.stopping.value || answer.phase.value === "stopped";
+  if (step.status === "running" && !answer.running.value) return stop ? "stopped" : "cut";
+  if (step.status !== "failed" || !stop) return step.status;
+  const end = step.started_ms + step.duration_ms;
+  return answer.steps.value.some(({ name, started_ms }) => name !== "record" && started_ms >= end) ? "failed" : "stopped";
 }
 
-function Row({ step, live, stopped, elapsed, total }: RowOf) {
-  // What was under way when somebody stopped the answer did not fail.
-  const cut = (step.status === "running" && !live) || (step.status === "failed" && stopped);
-  const status = cut ? "skipped" : step.status;
-  const took = status === "running" ? Math.max(0, elapsed - step.started_ms) : step.duration_ms;
+function Row({ step, status, elapsed, total }: { step: Step; status: Status; elapsed: number; total: number }) {
+  const timeless = status === "skipped" || status === "stopped" || status === "cut";
+  const took = step.status === "running" ? Math.max(0, elapsed - step.started_ms) : step.duration_ms;
   return (
     <li class={`step ${status}`} data-step={step.name}>
       <span class="dot" />
       <span class="step-name">{NAMES[step.name] ?? step.name}</span>
-      <span class="step-time">{cut ? "cut" : status === "skipped" ? "skipped" : duration(took)}</span>
+      <span class="step-time">{timeless ? status : duration(took)}</span>
       <span class="step-facts">{factsOf(step)}</span>
       <svg class="bar" width="100%" height="3" aria-hidden="true">
         <rect class="bar-ground" width="100%" height="3" rx="1.5" />
-        {status !== "skipped" && (
+        {!timeless && (
           <rect class="bar-fill" x={place(step.started_ms, total)} width={length(took, total)} height="3" rx="1.5" />
         )}
       </svg>

@@ -2,27 +2,30 @@
 
 from datetime import datetime
 
+from services.chassis.clock import Clock
 from services.ledger.postgres_database import Connection, Database
 
 AHEAD = "2 months"
 """A ledger that is down for less finds its month made. Later, operations lie in a table for other months: booked, and asked more slowly."""
 BEHIND = "1 month"
 """On an empty database: what a spool still has may be from the month before."""
-MAKE_MONTHS = f"SELECT make_months(now() - interval '{BEHIND}', now() + interval '{AHEAD}')"
+MAKE_MONTHS = f"SELECT make_months(t - interval '{BEHIND}', t + interval '{AHEAD}') FROM coalesce($1::timestamptz, now()) t"
 
 
 class PostgresMonths:
-    """Makes and drops months."""
+    """Makes and drops months. `clock` as in PostgresHolds: with none, the database's own decides what is now."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, database: Database, clock: Clock | None = None) -> None:
+        self._database, self._clock = database, clock
 
     async def make(self) -> int:
         """Have the months around now; return how many are new. Raises Overloaded if others are in the way, and nothing was made."""
 
+        now = self._clock.now() if self._clock else None
+
         async def work(connection: Connection) -> int:
             async with connection.transaction():
-                return int(await connection.fetchval(MAKE_MONTHS))
+                return int(await connection.fetchval(MAKE_MONTHS, now))
 
         return await self._database.run(work)
 

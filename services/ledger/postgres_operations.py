@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
+import asyncpg
 import orjson
 
 from services.chassis.clock import Clock
@@ -50,6 +51,12 @@ HoldsByCall = dict[tuple[str, str], dict[int, Hold]]
 """By tenant and operation, then by attempt."""
 Baseline = tuple[str, str]
 """Provider and model that tiers are compared with."""
+_ERASED = "TR410"
+"""What the schema's refuse_erased says."""
+
+
+class _Erased(Exception):
+    """The user of an operation was erased after it was accepted; nothing was booked."""
 
 
 class PostgresOperations:
@@ -71,7 +78,11 @@ class PostgresOperations:
 
     async def record(self, operation: Operation) -> Recorded:
         self._check(operation)
-        return (await self._database.of(operation.tenant).run(lambda connection: self._record(connection, [operation])))[0]
+        queries = self._database.of(operation.tenant)
+        try:
+            return (await queries.run(lambda connection: self._record(connection, [operation])))[0]
+        except _Erased:
+            return (await queries.run(lambda connection: self._record(connection, [_nameless(operation)])))[0]
 
     async def record_all(self, operations: Sequence[Operation]) -> list[Recorded | DomainError]:
         places: defaultdict[str, list[int]] = defaultdict(list)
@@ -99,6 +110,8 @@ class PostgresOperations:
             for operation in operations:
                 self._check(operation)
             return await self._database.of(operations[0].tenant).run(lambda connection: self._record(connection, operations))
+        except _Erased:
+            pass
         except DomainError as error:
             if error.retryable:
                 raise
@@ -117,7 +130,18 @@ class PostgresOperations:
             raise RequestInvalid("the operation lies in the future", field="operation.created_at")
 
     async def _record(self, connection: Connection, operations: Sequence[Operation]) -> list[Recorded]:
-        """Book operations in one transaction. Of many, none may be known: that is told by IdempotencyConflict and undoes all of them."""
+        """Book operations in one transaction. Of many, none may be known: that is told by IdempotencyConflict and undoes all of them.
+
+        Raises _Erased.
+        """
+        try:
+            return await self._book(connection, operations)
+        except asyncpg.PostgresError as error:
+            if error.sqlstate == _ERASED:
+                raise _Erased from None
+            raise
+
+    async def _book(self, connection: Connection, operations: Sequence[Operation]) -> list[Recorded]:
         async with connection.transaction():
             known = await self._known_holds(connection, operations)
             booked, moves = list[Operation](), list[Move]()
@@ -299,6 +323,12 @@ def _resolved(operation: Operation, known: dict[int, Hold], baseline: Price | No
         prompt_cache = savings.prompt_cache_saved_nanousd(hold.price, attempt.usage)
         attempts.append(replace(attempt, prompt_cache_saved_nanousd=prompt_cache, tiering_saved_nanousd=tiering))
     return tuple(attempts), moves
+
+
+def _nameless(operation: Operation) -> Operation:
+    """What is kept of an erased user's operation, as the schema's erase_user keeps it. The same one again is under the same name."""
+    cache = replace(operation.cache, source_answer_id=None)
+    return replace(operation, user=f"erased-{operation.operation_id}", session_id="", trace_id="", api_key_id="", cache=cache)
 
 
 def _rows(operations: Sequence[Operation]) -> tuple[str, str, str]:

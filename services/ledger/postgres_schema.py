@@ -64,7 +64,7 @@ async def prepare(database: Database) -> None:
             await connection.execute("SELECT pg_advisory_xact_lock($1)", LOCK_KEY, timeout=MIGRATION_TIMEOUT_S)
             applied = await apply(connection, migrations())
             await connection.execute("SELECT secure_tenants()")
-            await connection.execute(MAKE_MONTHS)
+            await connection.execute(MAKE_MONTHS, None)
             await load_plans(connection)
             await load_prices(connection, listed_prices())
             return applied

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
-from services.chassis.clock import SystemClock
+from services.chassis.clock import Clock, SystemClock
 from services.chassis.ending import ended
 from services.chassis.lifecycle import Service
 from services.chassis.passport import Passport
@@ -32,23 +32,26 @@ from services.ledger.sweeper import sweep_forever
 
 
 @contextlib.asynccontextmanager
-async def build(settings: Settings) -> AsyncIterator[Service]:
-    """The ledger, ready to listen. Raises OSError if the database does not answer in time or is not ours to use."""
-    clock = SystemClock()
+async def build(settings: Settings, set_clock: Clock | None = None) -> AsyncIterator[Service]:
+    """The ledger, ready to listen. Raises OSError if the database does not answer in time or is not ours to use.
+
+    `set_clock` says for everything what time it is; with none, money and months go by the database's clock, which all replicas share.
+    """
+    clock = set_clock or SystemClock()
     url = settings.database_url.get_secret_value()
     async with opened(url, connections_max=settings.connections_max, wait_s=settings.start_wait_s) as database:
         await postgres_schema.prepare(database)
 
         prices = PostgresPrices(database, clock)
         await prices.reload()
-        holds = PostgresHolds(database, prices)
+        holds = PostgresHolds(database, prices, set_clock)
         terms = Terms(
             settings.lease_percent,
             nanousd(str(settings.lease_least_usd)),
             nanousd(str(settings.lease_most_usd)),
             settings.lease_life_ms,
         )
-        credit = PostgresLeases(database, prices, terms)
+        credit = PostgresLeases(database, prices, terms, set_clock)
         provider, _, model = settings.baseline_model.partition("/")
         baseline = (provider, model) if model else None
         operations = PostgresOperations(database, holds, prices, clock, baseline=baseline, retention_days=settings.retention_days)
@@ -78,7 +81,7 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         sweeping = sweep_forever(holds, credit, conversations, interval_ms=settings.sweep_interval_ms, **graces)
         rolling = roll_forever(
             PostgresSums(database),
-            PostgresMonths(database),
+            PostgresMonths(database, set_clock),
             clock,
             interval_ms=settings.roll_interval_ms,
             retention_days=settings.retention_days,

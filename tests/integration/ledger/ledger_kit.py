@@ -12,6 +12,7 @@ from typing import Any
 import asyncpg
 
 from services.chassis.channel import Caller, open_channel
+from services.chassis.clock import Clock
 from services.chassis.lifecycle import started
 from services.chassis.passport import Passport
 from services.chassis.principal import Principal
@@ -98,10 +99,10 @@ class Ledger:
 
 
 @contextlib.asynccontextmanager
-async def running(url: str, **more: str) -> AsyncIterator[Ledger]:
+async def running(url: str, clock: Clock | None = None, **more: str) -> AsyncIterator[Ledger]:
     """A ledger on `url`, in this process, on a free port."""
     given = settings(url, **more)
-    async with build(given) as service:
+    async with build(given, clock) as service:
         async with started(service, given.bind_host) as port:
             assert service.stopping is not None
             channel = open_channel(f"127.0.0.1:{port}")

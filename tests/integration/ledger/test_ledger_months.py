@@ -14,7 +14,7 @@ import orjson
 import pytest
 
 from services.chassis.clock import Clock, SystemClock
-from services.chassis.errors import IdempotencyConflict, NotFound, Overloaded
+from services.chassis.errors import BudgetExhausted, IdempotencyConflict, NotFound, Overloaded
 from services.chassis.money import Usage
 from services.chassis.principal import Principal
 from services.chassis.wire import timestamp
@@ -31,7 +31,7 @@ from services.ledger.prices import listed_prices
 from services.ledger.roller import let_go, roll_all
 from services.local.stores import Postgres
 from tailrace.ledger.v1 import ledger_service_pb2 as pb
-from tests.integration.ledger.ledger_kit import HAIKU, SetClock, attempt, audit, fresh_database, operation, running, value
+from tests.integration.ledger.ledger_kit import HAIKU, SetClock, attempt, audit, fresh_database, operation, running, until, value
 
 MONTHS = 21
 """The number of the migration that brings months."""
@@ -337,3 +337,44 @@ class reading:
 
     async def __aexit__(self, *_: object) -> None:
         await self._connection.close()
+
+
+async def test_a_month_turns_under_a_running_ledger(postgres: Postgres) -> None:
+    """A hold that is open over the edge stays in the month it was set aside in, the new month has its whole budget, and the next tables are
+    made."""
+    edge = (EDGE + timedelta(days=32)).replace(day=1)
+    clock = SetClock(edge - timedelta(seconds=1))
+    url = await fresh_database(postgres)
+    budget = pb.PutBudgetRequest(scope="user", subject=ANN.user, period="month", limit_nanousd=7_000_000)
+    counted = (
+        "SELECT array_agg(period_start || ' ' || spent_nanousd || ' ' || held_nanousd ORDER BY period_start) FROM spending"
+        " WHERE scope = 'user' AND period = 'month'"
+    )
+    async with running(url, clock, TAILRACE_LEDGER_ROLL_INTERVAL_MS="100") as ledger:
+        await ledger.ask("PutBudget", budget, BOSS)
+        before, after = str(uuid.uuid4()), str(uuid.uuid4())
+        settled = await ledger.reserve(ANN, before)
+        with pytest.raises(BudgetExhausted) as refused:
+            await ledger.reserve(ANN)
+        assert refused.value.metadata["resets_at"] == edge.isoformat()
+
+        clock.moment = edge
+        held = await ledger.reserve(ANN, after)
+        assert [held.amount_nanousd, settled.amount_nanousd] == [7_000_000, 7_000_000]
+        with pytest.raises(BudgetExhausted):
+            await ledger.reserve(ANN)
+        calls = {before: timestamp(edge - timedelta(seconds=1)), after: timestamp(edge)}
+        await ledger.record(*(operation(ANN, name, attempts=[attempt()], created_at=moment) for name, moment in calls.items()))
+        (month,) = (await ledger.ask("GetBudgets", pb.GetBudgetsRequest(scope="user", subject=ANN.user), BOSS)).budgets
+        newest = edge
+        for _ in range(2):
+            newest = (newest + timedelta(days=32)).replace(day=1)
+        made = f"SELECT to_regclass('operations_{newest:%Y_%m}') IS NOT NULL"
+        await until(lambda: value(url, made))
+
+        assert [month.spent_nanousd, month.held_nanousd] == [150_000, 0]
+        assert month.resets_at.ToDatetime(tzinfo=UTC) == (edge + timedelta(days=32)).replace(day=1)
+        assert await value(url, counted) == [f"{start:%Y-%m-%d} 150000 0" for start in (EDGE, edge)]
+        for moment in (EDGE, edge):
+            assert await value(url, f"SELECT count(*) FROM operations_{moment:%Y_%m}") == 1
+    assert await audit(url) == {}

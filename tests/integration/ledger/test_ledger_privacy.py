@@ -107,6 +107,43 @@ async def test_the_words_of_an_answer_that_was_under_way_do_not_come_back(ledger
     assert set(await traces(ledger.url, name, words)) == {"users", "sessions", "turns"}
 
 
+async def test_a_record_that_comes_after_the_erasure_is_booked_without_a_name(ledger: Ledger, boss: Principal, bob: Principal) -> None:
+    """It was accepted before, and waited in a spool: its money is booked, beside that of others in its batch, and again changes nothing."""
+    name, session = (f"{kind}-{secrets.token_hex(8)}" for kind in ("user", "session"))
+    ann = Principal(boss.tenant, name)
+    facts: dict[str, Any] = {"session_id": session, "api_key_id": f"key-of-{name}"}
+    called, cached = operation(ann, attempts=[attempt()], **facts), operation(ann, **facts)
+    await ledger.record(operation(ann))
+    await ledger.ask("EraseUser", pb.EraseUserRequest(user=name), boss)
+    acks = await ledger.record(called, cached, operation(bob, attempts=[attempt()]))
+    again = await ledger.record(called, cached)
+    await rolled(ledger)
+
+    assert [ack.cost_nanousd for ack in acks] == [COST, 0, COST]
+    assert [(ack.duplicate, ack.cost_nanousd) for ack in again] == [(True, COST), (True, 0)]
+    assert await traces(ledger.url, name, session) == {}
+    assert await months(ledger, boss) == [2 * COST, 0]
+
+    await ledger.record(operation(ann))  # by somebody else of the same id
+    assert len(await ledger.rows("ListOperations", pb.ListOperationsRequest(), ann)) == 1
+
+
+async def test_a_record_that_meets_the_erasure_is_erased_with_it_or_has_no_name(ledger: Ledger, boss: Principal) -> None:
+    """Whichever comes first, many times over."""
+    for _ in range(8):
+        name = f"user-{secrets.token_hex(8)}"
+        ann = Principal(boss.tenant, name)
+        await ledger.record(operation(ann))
+        late = [operation(ann, attempts=[attempt()]), operation(ann)]
+        erased, *acks = await asyncio.gather(
+            ledger.ask("EraseUser", pb.EraseUserRequest(user=name), boss), *(ledger.record(record) for record in late)
+        )
+
+        assert erased.erased
+        assert [ack.cost_nanousd for (ack,) in acks] == [COST, 0]
+        assert await traces(ledger.url, name) == {}
+
+
 async def test_everything_that_is_kept_is_exported_and_nothing_of_others(
     ledger: Ledger, ann: Principal, bob: Principal, boss: Principal
 ) -> None:

@@ -581,6 +581,26 @@ async def test_an_open_passage_covers_nothing_that_can_be_used(visit: Visit, wid
     assert await visit.page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+@pytest.mark.parametrize("width", [390, 1280])
+async def test_the_citation_whose_passage_is_open_stays_in_sight(visit: Visit, width: int) -> None:
+    """Also where making room moves it: under a long answer, with another long one below it that can be jumped to."""
+    text = "Word. " * 400
+    visit.gateway.on("Long", *(step(f"step {number}", took=1) for number in range(9)), delta(text), done(text))
+    visit.gateway.on("Cite", passages(EXACT), delta(f"Here [1]. {text}"), citation(1), done(f"Here [1]. {text}"))
+    await visit.page.set_viewport_size({"width": width, "height": 720})
+    for turns, question in enumerate(("Long", "Cite", "Long"), 1):
+        await visit.ask(question)
+        await expect(visit.page.locator(".receipt")).to_have_count(turns)
+    chip = visit.page.locator(".answer .cite")
+    await chip.click()
+    await expect(visit.page.get_by_role("dialog", name="Streams 1")).to_be_visible()
+    await expect(visit.page.get_by_role("button", name="Jump to the latest")).to_be_visible()
+    await expect(chip).to_be_in_viewport(ratio=1)
+    middle = "{x, y, width, height} = chip.getBoundingClientRect()"
+    seen = f"chip => {{ const {middle}; return document.elementFromPoint(x + width / 2, y + height / 2) === chip; }}"
+    assert await chip.evaluate(seen)
+
+
 async def test_an_upload_that_meets_a_limit_is_sent_again(visit: Visit) -> None:
     """A file waits as long as the gateway says, instead of failing."""
     visit.gateway.busy_uploads = 1

@@ -116,6 +116,8 @@ function factsOf({ facts }: Step): string {
 }
 
 function fact(name: string, value: string): string {
+  // It is durable, and only the ledger's word was not waited for.
+  if (name === "booked" && /^false$/i.test(value)) return "on its way to the books";
   if (SPEAKING.has(name)) return words(value);
   if (/^true$/i.test(value)) return words(name);
   if (/^false$/i.test(value)) return `not ${words(name)}`;

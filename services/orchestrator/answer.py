@@ -4,61 +4,30 @@ Steps raise what went wrong; none knows a wire format, a provider's SDK or a sto
 """
 
 import asyncio
-import hashlib
-import random
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Mapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from collections.abc import Coroutine, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import structlog
 
 from services.chassis.deadline import Deadline, current_deadline
-from services.chassis.ending import ended
-from services.chassis.errors import (
-    AnswerAbandoned,
-    AnswerCancelled,
-    AnswerInterrupted,
-    AnswerLogGone,
-    BudgetExhausted,
-    DeadlineTooShort,
-    DomainError,
-    Internal,
-    NotAllowed,
-    NotFound,
-    OutputInvalid,
-    Overloaded,
-    Unavailable,
-)
+from services.chassis.errors import AnswerCancelled, DeadlineTooShort, DomainError, Internal, OutputInvalid, Overloaded
 from services.chassis.telemetry import StepRecord
 from services.orchestrator.attempts import first_draft
-from services.orchestrator.compose import compose, recent
-from services.orchestrator.conversation import look_after, rewrite
-from services.orchestrator.domain import (
-    CachedAnswer,
-    CacheReceipt,
-    Done,
-    Draft,
-    HeldAnswer,
-    History,
-    Passage,
-    PassagesFound,
-    Prompt,
-    Question,
-    Reasoned,
-    Summary,
-    TextDelta,
-    Turn,
-)
+from services.orchestrator.compose import compose
+from services.orchestrator.conversation import rewrite
+from services.orchestrator.domain import CachedAnswer, CacheReceipt, Draft, HeldAnswer, Passage, Prompt, Question
 from services.orchestrator.json_watch import JsonWatch
 from services.orchestrator.log import EventLog
 from services.orchestrator.output_schema import asked_again, problems_of, tokens_max_of, told, unfenced
 from services.orchestrator.packing import pack
 from services.orchestrator.ports import Recalling
+from services.orchestrator.reuse import follow, found, looking_ahead, serve_again
 from services.orchestrator.run import Run, Toolkit
-from services.orchestrator.single_flight import Ahead, flight_key
-from services.orchestrator.standalone import depends_on_history, depends_on_time
+from services.orchestrator.standalone import depends_on_time
 from services.orchestrator.tools.loop import draft_with_tools, require_no_calls, take_up, without_tools
+from services.orchestrator.turns import keep_turn, read_history, spool_turn
 from services.orchestrator.unfencing import Unfencing
 from services.orchestrator.validate import WHOLE
 
@@ -71,29 +40,6 @@ BOOKED_WAIT_S = 0.1
 """How long `done` waits for the ledger's word, so that the record can be looked up right after it. It is on disk anyway."""
 ENDING_S, ENDING_SHARE = 0.05, 0.1
 """What the deadline leaves for closing the provider's connection, booking and telling, so that all of it ends about in time."""
-TURN_WAITS_S = (0.1, 0.2, 0.4)
-"""How long a turn that is not there is waited for. One that somebody else has takes just as long as one that nobody has."""
-TURN_TRIES_MAX = 16
-TURN_WAIT_MAX_S = 30.0
-"""Some minutes in all: the words of a turn wait in memory, so not for ever."""
-
-
-FLIGHTS_MAX = 3
-"""How many answers are followed before this one is made in any case."""
-PATIENCE_SHARE = 0.5
-"""Of the time that is left, how much is waited for the first word of the answer ahead."""
-OF_THEIR_OWN = (
-    AnswerAbandoned,
-    AnswerCancelled,
-    AnswerInterrupted,
-    AnswerLogGone,
-    BudgetExhausted,
-    DeadlineTooShort,
-    NotAllowed,
-    Overloaded,
-    Unavailable,
-)
-"""What an answer can end in that says nothing of another one to the same question."""
 
 
 async def answer(run: Run) -> None:
@@ -180,52 +126,6 @@ async def conclude(run: Run, failure: DomainError | None) -> None:
         await run.kit.flights.land(run.led, remembered=failure is None and run.is_remembered)
 
 
-async def read_history(run: Run, step: StepRecord) -> tuple[tuple[Turn, ...], str]:
-    """The latest turns, and a summary of those before them, if the question leans on them. Then no cache is asked: the same words mean
-    something else elsewhere. A question that takes the place of another is told what that one was told.
-    """
-    asked, turns_max = run.question, run.kit.limits.history_turns_max
-    leans = turns_max > 0 and depends_on_history(asked.text)
-    if asked.session_is_new or not (leans or asked.replaces):
-        step.skip("new_session" if asked.session_is_new else "stands_alone")
-        return (), ""
-    # What no summary covers yet may be twice what is kept whole.
-    history = await _history(run, 2 * turns_max + 1 if leans else 1)
-    turns = history.turns
-    if asked.replaces:
-        *before, replaced = turns
-        turns = tuple(before)
-        step.note(replaces=True)
-        if replaced.question == asked.text and not run.cache.reason:
-            run.cache = replace(run.cache, reason="regenerated")  # who asks again wants no copy of what there is
-    if not leans:
-        return (), ""
-    turns = recent(_told_whole(turns, history.summary, turns_max), run.kit.limits.history_bytes_max)
-    step.note(turns=len(turns), summary=history.summary is not None)
-    return turns, history.summary.text if history.summary is not None else ""
-
-
-def _told_whole(turns: tuple[Turn, ...], summary: Summary | None, turns_max: int) -> tuple[Turn, ...]:
-    """The turns that no summary covers, and the latest in any case; while there is no summary, not more than twice as many as those."""
-    covered = [place for place, turn in enumerate(turns, 1) if summary is not None and turn.answer_id == summary.through]
-    begin = min(covered[0] if covered else 0, max(0, len(turns) - turns_max))
-    return turns[max(begin, len(turns) - 2 * turns_max) :]
-
-
-async def _history(run: Run, limit: int) -> History:
-    """As the ledger has it. Turns of answers that have ended here, or one that is to be replaced, may be on their way still: an answer's
-    end does not wait long for its turn."""
-    asked = run.question
-    if under_way := run.kit.turns_under_way.get(run.conversation):
-        await asyncio.wait(set(under_way), timeout=sum(TURN_WAITS_S))
-    for wait_s in TURN_WAITS_S if asked.replaces else ():
-        try:
-            return await run.kit.ledger.history(asked.session_id, limit, asked.replaces, patient=True)
-        except NotFound:
-            await asyncio.sleep(wait_s)
-    return await run.kit.ledger.history(asked.session_id, limit, asked.replaces, patient=True)
-
-
 async def find_exact(run: Run) -> HeldAnswer | None:
     """The exact tier, unless no cached answer may be served at all."""
     asked = run.question
@@ -266,127 +166,6 @@ async def look_up(run: Run, recalling: Recalling, held: HeldAnswer | None, step:
         step.note(cache=run.cache.reason)
         return None
     return found(run, verdict.answer, verdict.similarity, step)
-
-
-def found(run: Run, cached: CachedAnswer, similarity: float | None, step: StepRecord) -> CachedAnswer:
-    """Note where `cached` comes from; without `similarity` it was asked for in these very words."""
-    run.cache = CacheReceipt(
-        "exact" if similarity is None else "semantic",
-        similarity=similarity,
-        source_question=cached.question if cached.user == run.question.principal.user else None,
-        source_answer_id=cached.answer_id,
-        age_s=max(0, int((run.kit.clock.now() - cached.created_at).total_seconds())),
-        saved_nanousd=cached.cost_nanousd,
-    )
-    step.note(cache=run.cache.verdict)
-    return cached
-
-
-@asynccontextmanager
-async def looking_ahead(run: Run) -> AsyncIterator[Awaitable[Ahead | None]]:
-    """Look for an answer to the same question that is on its way, while the passages are; from now on others may follow this one."""
-    looking = asyncio.create_task(look_ahead(run), name="look ahead")
-    try:
-        yield looking
-    finally:
-        await ended(looking)
-
-
-async def look_ahead(run: Run, lost: Ahead | None = None) -> Ahead | None:
-    """Whom to follow, if not `lost`. None: nobody, or nobody who has the time; then this answer is made."""
-    flights, deadline = run.kit.flights, current_deadline.get()
-    if flights is None or deadline is None or not run.may_share:
-        return None
-    now = run.kit.clock.now().timestamp()
-    own = flights.flight(run.question.answer_id, now + deadline.remaining_s)
-    key = flight_key(run.question, run.scope, run.edition)
-    ahead: Ahead | None = flights.local(key, own, lost)
-    if ahead is None:
-        run.led = flights.lead(key, own, run.events)
-        ahead = await flights.claim(run.led, lost)
-    return ahead if ahead is not None and flights.waits_for(own, ahead, now) else None
-
-
-async def follow(run: Run, ahead: Ahead | None) -> bool:
-    """Tell what those ahead tell, as it comes. False if there is nobody, or they ended without a word: then this answer is made.
-
-    Raises what the answer ahead failed of, unless that was a matter of its own asker or replica.
-    """
-    for _ in range(FLIGHTS_MAX):
-        if ahead is None:
-            return False
-        if run.kit.flights is not None and run.kit.flights.has_landed(ahead):
-            with run.step("recall") as step:
-                held = await run.kit.exact.get(run.question, run.scope)
-                if held is not None and held.edition == run.edition:
-                    serve_again(run, found(run, held.answer, None, step))
-                    return True
-            ahead = await look_ahead(run, ahead)
-            continue
-        with run.step("follow") as step:
-            outcome = await retell(run, ahead, step)
-        if outcome == "too_slow":
-            return False
-        if outcome == "told":
-            return True
-        ahead = await look_ahead(run, ahead)
-    return False
-
-
-async def retell(run: Run, ahead: Ahead, step: StepRecord) -> Literal["told", "lost", "too_slow"]:
-    """Whether `ahead` told its answer to the end. Once a word of it was passed on there is no way back."""
-    flights, loop = run.kit.flights, asyncio.get_running_loop()
-    deadline = current_deadline.get()
-    assert flights is not None and deadline is not None
-    run.kit.books.intend(run.record(AnswerInterrupted("", answer_id=run.question.answer_id)))
-    patience_ends = loop.time() + PATIENCE_SHARE * deadline.remaining_s
-    try:
-        async with flights.following(ahead) as reader:
-            while True:
-                for entry in await reader.next(max(0.001, patience_ends - loop.time())):
-                    match flights.heard(entry.event):
-                        case PassagesFound(passages):
-                            run.show(passages)
-                        case TextDelta(text):
-                            run.write(text)
-                        case Reasoned(text) if run.question.reasoning:
-                            run.think(text)
-                        case Done() as done:
-                            take_over(run, done)
-                            step.note(answer_id=run.cache.source_answer_id or "")
-                            return "told"
-                if reader.ended:
-                    raise reader.failure.bare() if reader.failure is not None else Internal("", trace_id=run.trace_id)
-                if not run.pieces and loop.time() >= patience_ends:
-                    step.note(lost="too_slow")
-                    return "too_slow"
-                if run.pieces:
-                    patience_ends = loop.time() + deadline.remaining_s
-    except OF_THEIR_OWN as failure:
-        if run.pieces:
-            raise AnswerInterrupted("the answer that this one followed broke off; ask again", answer_id=run.question.answer_id) from failure
-        step.note(lost=failure.reason)
-        return "lost"
-
-
-def take_over(run: Run, done: Done) -> None:
-    """The end of the answer that was followed, as the end of this one."""
-    if done.text_sha256 != hashlib.sha256(run.text.encode()).hexdigest():
-        raise Internal("", trace_id=run.trace_id)
-    theirs = done.cache if done.cache.verdict == "coalesced" else None  # they followed somebody themselves
-    run.cache = CacheReceipt(
-        "coalesced",
-        source_answer_id=theirs.source_answer_id if theirs else done.answer_id,
-        saved_nanousd=theirs.saved_nanousd if theirs else done.cost_nanousd,
-    )
-    run.model, run.provider, run.finish_reason, run.verdict = done.model, done.provider, done.finish_reason, done.verdict
-
-
-def serve_again(run: Run, cached: CachedAnswer) -> None:
-    """A cached answer as if it were new: passages, text, citations. It was checked before it was kept."""
-    run.show(cached.passages)
-    run.write(cached.text)
-    run.model, run.provider, run.finish_reason, run.verdict = cached.model, cached.provider, cached.finish_reason, "passed"
 
 
 async def find_passages(recalling: Recalling, step: StepRecord) -> tuple[Passage, ...]:
@@ -490,78 +269,14 @@ async def record(run: Run, failure: DomainError | None, step: StepRecord) -> Non
     booked = await run.kit.books.record(run.record(failure))
     run.kit.credit.recorded(run.question.answer_id, run.attempts, booked)
     kept_whole = failure is None and run.verdict == "passed" and run.finish_reason != "tool_use"
-    works = [_keep_turn(run, complete=kept_whole)] if run.pieces else []
+    works = [keep_turn(run, complete=kept_whole)] if run.pieces else []
     if run.kit.shelf is not None:
         works.append(run.keep_prompts())
     # Whose time is up waits for nothing more.
     await _briefly(run.kit, 0.0 if isinstance(failure, DeadlineTooShort) else BOOKED_WAIT_S, *works, also=booked)
     if run.pieces:
-        await _spool_turn(run, complete=kept_whole)
+        await spool_turn(run, complete=kept_whole)
     step.note(booked=booked.done(), cost_nanousd=run.cost_nanousd)
-
-
-async def _keep_turn(run: Run, *, complete: bool) -> None:
-    """The words go to the ledger on their own way. A follow-up that comes meanwhile waits for them; see `_history`."""
-    kept = asyncio.get_running_loop().create_future()
-    under_way = run.kit.turns_under_way.setdefault(run.conversation, set())
-    under_way.add(kept)
-    try:
-        run.turn_is_settled = await _append_turn(run, complete=complete)
-        if run.turn_is_settled and run.turn_is_spooled:
-            await _forget_turn(run)
-    finally:
-        kept.set_result(None)
-        under_way.discard(kept)
-        if not under_way:
-            run.kit.turns_under_way.pop(run.conversation, None)
-
-
-async def _append_turn(run: Run, *, complete: bool) -> bool:
-    """Whether the ledger has the turn, or never will; what it was not there for in all these tries waits on disk, or is lost."""
-    asked = run.question
-    for tries in range(TURN_TRIES_MAX):
-        try:
-            turn = run.turn(complete=complete)
-            kept = await run.kit.ledger.append_turn(asked.session_id, turn, asked.principal, asked.replaces, _asked_after(run))
-            if complete:
-                look_after(run, kept)
-            return True
-        except (Unavailable, DeadlineTooShort, Overloaded):
-            await asyncio.sleep(random.uniform(0.1, min(TURN_WAIT_MAX_S, 0.25 * 2**tries)))  # noqa: S311 - jitter, not a secret
-        except NotFound:
-            log.info("conversation_deleted_meanwhile", answer_id=asked.answer_id)
-            return True
-        except DomainError as error:
-            log.error("turn_rejected", answer_id=asked.answer_id, reason=error.reason)
-            return True
-    if not run.turn_is_spooled:
-        log.error("turn_lost", answer_id=asked.answer_id, tries=TURN_TRIES_MAX)
-    return False
-
-
-def _asked_after(run: Run) -> str:
-    """The latest turn that the conversation had, if it was read."""
-    return run.turns[-1].answer_id if run.turns else ""
-
-
-async def _spool_turn(run: Run, *, complete: bool) -> None:
-    """Make the turn durable that the ledger has not kept yet: `done` is not to promise more than a crash leaves."""
-    if run.kit.late_turns is None or run.turn_is_settled:
-        return
-    run.turn_is_spooled = True
-    try:
-        await run.kit.late_turns.keep(run.question, run.turn(complete=complete), _asked_after(run))
-    except DomainError as error:
-        run.turn_is_spooled = False
-        log.error("turn_not_durable", answer_id=run.question.answer_id, reason=error.reason)
-
-
-async def _forget_turn(run: Run) -> None:
-    assert run.kit.late_turns is not None
-    try:
-        await run.kit.late_turns.forget(run.question.answer_id)
-    except DomainError as error:  # it is sent once more then, which changes nothing
-        log.warning("late_turn_not_forgotten", answer_id=run.question.answer_id, reason=error.reason)
 
 
 async def _briefly(kit: Toolkit, wait_s: float, *works: Coroutine[Any, Any, None], also: "asyncio.Future[None] | None" = None) -> None:

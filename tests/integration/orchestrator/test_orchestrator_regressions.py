@@ -21,7 +21,7 @@ from services.chassis.errors import AnswerCancelled, Internal, PriceUnknown
 from services.chassis.money import Usage
 from services.chassis.redis_pool import PatientPool
 from services.local.stores import Valkey
-from services.orchestrator import answer, attempts
+from services.orchestrator import answer, attempts, reuse, turns
 from services.orchestrator.domain import CachedAnswer, Candidate, Edition, HeldAnswer, Question
 from services.orchestrator.redis_cache import RedisCache
 from services.orchestrator.rpc import OrchestratorRpc
@@ -90,7 +90,7 @@ async def test_usage_written_after_loop_instead_of_finally(claude: World, monkey
 
 async def test_generator_finalised_by_gc(claude: World) -> None:
     """No step of an answer is an async generator, and none of ours is left for the collector when readers go away."""
-    for module in (answer, attempts):
+    for module in (answer, attempts, reuse, turns):
         assert not [name for name, work in vars(module).items() if inspect.isasyncgenfunction(work)]
     assert not [name for name, work in vars(OrchestratorRpc).items() if inspect.isasyncgenfunction(work)]
     left: list[str] = []

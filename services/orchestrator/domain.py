@@ -706,6 +706,8 @@ class SharedAnswer:
     """Why it ended, unless it ended well."""
     events_gone: bool = False
     """Whether it has ended and nothing but that is kept any more."""
+    left_at: int | None = None
+    """After how many events its owner stopped it, if it went on for others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -724,6 +726,8 @@ class LogPart:
     """Whether the log, once it has ended, is kept for a short time only, because there are too many."""
     keyed: bool = False
     """Whether an idempotency key stands for the answer: how it ended is kept as long as the key, when its events are gone too."""
+    left_at: int | None = None
+    """After how many events the owner stopped it, if it goes on for others. Known from then on, also if later parts do not say so."""
 
 
 LogWord = Literal["taken", "unknown", "fenced"]
@@ -749,3 +753,5 @@ class SharedEvents:
     events: tuple[tuple[int, bytes], ...]
     ended: bool
     failure: DomainError | None = None
+    left_at: int | None = None
+    """See SharedAnswer. Whoever finds an event that came after that finds this, too."""

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from services.chassis.errors import DomainError, ModelFailed, Overloaded
+from services.chassis.errors import AnswerCancelled, DomainError, ModelFailed, Overloaded
 from services.orchestrator.domain import Citation, Done, Event, PassagesFound, Reasoned, Recorded, TextDelta, ToolCall, ToolResult
 
 EVENTS_MAX = 70_000
@@ -48,6 +48,8 @@ class EventLog:
         """Told of every event from when something is `shown` on, and of the end. Must be quick."""
         self.on_deserted: Callable[[], None] | None = None
         """Told when the last reader has left before the end. Must be quick."""
+        self.left_at: int | None = None
+        """After how many events its owner stopped the answer, if it goes on for others. Set by `leave_at`."""
         self._entries: list[Entry] = []
         self._events_max, self._bytes_max, self._readers_max = events_max, bytes_max, readers_max
         self._readers: set[Reader] = set()
@@ -102,6 +104,7 @@ class EventLog:
             raise Overloaded("too many readers follow this answer", retry_after_ms=1000)
         reader = Reader(self, after, is_follower=is_follower)
         self._readers.add(reader)
+        self._dismiss(reader)
         return reader
 
     def leave(self, reader: "Reader") -> None:
@@ -110,10 +113,17 @@ class EventLog:
         if not self._readers and not self.ended and self.on_deserted is not None:
             self.on_deserted()
 
-    def dismiss(self, failure: DomainError) -> None:
-        """End the log for those who read it now, followers excepted, as if it had ended here in `failure`. It goes on."""
-        for reader in [reader for reader in self._readers if not reader.is_follower]:
-            reader.dismiss(len(self._entries), failure)
+    def leave_at(self, last: int) -> None:
+        """End the log for its owner, who stopped it after event number `last`: for all readers, followers excepted. It goes on."""
+        self.left_at = last
+        for reader in self._readers:
+            self._dismiss(reader)
+        if self.on_change is not None:
+            self.on_change(self)
+
+    def _dismiss(self, reader: "Reader") -> None:
+        if self.left_at is not None and not reader.is_follower:
+            reader.dismiss(self.left_at, AnswerCancelled("the answer was stopped", answer_id=self.answer_id))
 
     def _wake(self) -> None:
         for reader in self._readers:

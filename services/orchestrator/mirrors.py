@@ -48,7 +48,9 @@ class Mirrors:
         return len(self._mirrors)
 
     @contextlib.asynccontextmanager
-    async def reading(self, answer_id: str, known: SharedAnswer, after: int) -> AsyncIterator[tuple[EventLog, Reader]]:
+    async def reading(
+        self, answer_id: str, known: SharedAnswer, after: int, *, is_follower: bool = False
+    ) -> AsyncIterator[tuple[EventLog, Reader]]:
         """Read a copy, which holds by then all that was in the log. With its last reader it goes. Raises Overloaded, Unavailable."""
         mirror = self._mirrors.get(answer_id)
         if mirror is None:
@@ -59,7 +61,7 @@ class Mirrors:
         mirror.users += 1
         try:
             await mirror.begun.wait()
-            reader = mirror.events.reader(after)
+            reader = mirror.events.reader(after, is_follower=is_follower)
             try:
                 yield mirror.events, reader
             finally:
@@ -100,6 +102,8 @@ class Mirrors:
                 if number != len(events) + 1:
                     raise AnswerInterrupted("the answer's log has a gap", answer_id=mirror.answer_id)
                 events.append(Recorded(payload))
+            if found.left_at is not None and events.left_at is None and len(events) >= found.left_at:
+                events.leave_at(found.left_at)
             if found.ended:
                 events.end(found.failure)
                 return

@@ -223,6 +223,7 @@ class Publisher:
             events.failure if ended else None,
             brief=ended and self._is_full(published.bytes + _stored(payloads)),
             keyed=published.keyed,
+            left_at=events.left_at,
         )
 
     def _is_full(self, more: int) -> bool:

@@ -39,7 +39,7 @@ _decode = msgspec.msgpack.Decoder(_Failure).decode
 
 _APPEND = """
 local replica, tenant, user, life = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local first, over, after, known_for = tonumber(ARGV[5]), ARGV[6], ARGV[7], life
+local first, over, after, known_for, left = tonumber(ARGV[5]), ARGV[6], ARGV[7], life, ARGV[9]
 local known = redis.call('HMGET', KEYS[1], 'replica', 'end', 'cancel')
 if known[1] and known[1] ~= replica or known[2] then return {'fenced', 0, 0} end
 local last = 0
@@ -47,8 +47,9 @@ local newest = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)
 if newest[1] then last = tonumber(string.match(newest[1][1], '^%d+')) end
 if last + 1 < first then return {'unknown', 0, 0} end
 if not known[1] then redis.call('HSET', KEYS[1], 'replica', replica, 'tenant', tenant, 'user', user) end
-for i = 9, #ARGV do
-  local sequence = first + i - 9
+if left ~= '' then redis.call('HSET', KEYS[1], 'left', left) end
+for i = 10, #ARGV do
+  local sequence = first + i - 10
   if sequence > last then
     redis.call('XADD', KEYS[2], string.format('%d-0', sequence), 'e', ARGV[i])
     last = sequence
@@ -135,6 +136,7 @@ class RedisLogs:
                     *_keys(part.answer_id),
                     _followed(part.answer_id),
                     *(replica, *part.owner, self._running_life_s, part.first, over, after_s, KEY_LIFE_S if part.keyed else after_s),
+                    "" if part.left_at is None else part.left_at,
                     *part.payloads,
                 )
             return list(await pipeline.execute())
@@ -142,18 +144,22 @@ class RedisLogs:
     async def look_up(self, answer_id: str) -> SharedAnswer | None:
         answer, events = _keys(answer_id)
         async with self._asking(), self._client.pipeline(transaction=True) as pipeline:
-            pipeline.hmget(answer, "tenant", "user", "replica", "end")
+            pipeline.hmget(answer, "tenant", "user", "replica", "end", "left")
             pipeline.exists(events)
-            (tenant, user, replica, end), kept = await pipeline.execute()
+            (tenant, user, replica, end, left), kept = await pipeline.execute()
         if replica is None:
             return None
         failure = _failure_of(end) if end is not None else None
-        return SharedAnswer((tenant.decode(), user.decode()), replica.decode(), end is not None, failure, end is not None and not kept)
+        return SharedAnswer(
+            (tenant.decode(), user.decode()), replica.decode(), end is not None, failure, end is not None and not kept, _number(left)
+        )
 
     async def read(self, answer_id: str, after: int, wait_s: float) -> SharedEvents:
-        stream = _keys(answer_id)[1]
-        async with self._asking(wait_s):
-            found = await self._blocking.xread({stream: f"{after}-0"}, count=READ_EVENTS_MAX, block=max(1, int(wait_s * 1000)))
+        answer, stream = _keys(answer_id)
+        async with self._asking(wait_s), self._blocking.pipeline(transaction=False) as pipeline:
+            pipeline.xread({stream: f"{after}-0"}, count=READ_EVENTS_MAX, block=max(1, int(wait_s * 1000)))
+            pipeline.hget(answer, "left")  # asked after the events, so none of them came after what it says
+            found, left = await pipeline.execute()
         rows = found[0][1] if found else []
         events, ended, failure = [], False, None
         for number, fields in rows:
@@ -161,7 +167,7 @@ class RedisLogs:
                 ended, failure = True, _failure_of(fields[b"x"])
             else:
                 events.append((int(number.partition(b"-")[0]), fields[b"e"]))
-        return SharedEvents(tuple(events), ended, failure)
+        return SharedEvents(tuple(events), ended, failure, _number(left))
 
     async def interrupt(self, answer_id: str, replica: str, failure: DomainError) -> bool:
         async with self._asking():
@@ -249,6 +255,10 @@ def _claim_value(claim: Claim) -> bytes:
 def _claim_of(value: bytes) -> Claim:
     answer_id, _, fingerprint = value.partition(b"\n")
     return Claim(answer_id.decode(), fingerprint)
+
+
+def _number(value: bytes | None) -> int | None:
+    return None if value is None else int(value)
 
 
 def _failure(error: DomainError) -> bytes:

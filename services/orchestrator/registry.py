@@ -79,8 +79,6 @@ class Kept:
     task: "asyncio.Task[None]"
     alarm: asyncio.TimerHandle | None = None
     """While it runs: looks whether anybody reads it. Afterwards: forgets it."""
-    left_at: int | None = None
-    """After how many events its owner stopped it, if it goes on for others."""
     counted: tuple[int, int] = (0, 0)
     """Events and bytes it was counted with when it ended: its last words may still come."""
 
@@ -213,17 +211,17 @@ class Registry:
         try:
             return await self.find(question.principal, answer_id)
         except AnswerLogGone:
+            known = await self._logs.look_up(answer_id)
+            if known is not None and known.left_at is not None:
+                return _ended(answer_id, _cancelled(answer_id))
             booked = await self._booked(question.principal, answer_id)
             if booked is not None:
                 return Retold(await asyncio.to_thread(retold, question, booked))  # a long text has many sentences to judge
-            known = await self._logs.look_up(answer_id)
             if known is None:
                 raise
             if known.failure is None:
                 raise Unavailable("the answer was done and is not in the books yet", dependency="ledger", retry_after_ms=1000) from None
-            events = EventLog(answer_id)
-            events.end(known.failure)
-            return Retold(events)
+            return _ended(answer_id, known.failure)
 
     @contextlib.contextmanager
     def _given_up_unless_told(self, question: Question, fingerprint: bytes) -> Iterator[None]:
@@ -280,6 +278,8 @@ class Registry:
 
     async def _may_run_again(self, found: Found) -> bool:
         """Whether an answer failed in a way that another try may heal, or its replica is gone. What was cancelled or refused stays so."""
+        if (found.known.left_at if isinstance(found, Elsewhere) else found.events.left_at) is not None:
+            return False
         if isinstance(found, Kept | Retold):
             failure = found.events.failure
         elif found.known.ended:
@@ -315,10 +315,10 @@ class Registry:
         found = await self.find(principal, answer_id)
         if isinstance(found, Kept):
             was_running = await self._stop_for_owner(found)
-            if found.left_at is None:
+            if found.events.left_at is None:
                 await asyncio.wait([found.task], timeout=CANCEL_WAIT_S)  # whoever is told that it was stopped gets no more of it
             return was_running
-        if found.known.ended:
+        if found.known.ended or found.known.left_at is not None:
             return False
         if not await self._logs.ask_to_cancel(answer_id, found.known.replica):
             await self._logs.interrupt(answer_id, found.known.replica, interrupted(answer_id))
@@ -327,7 +327,7 @@ class Registry:
         while time.monotonic() < ends_at:
             await asyncio.sleep(CANCEL_PAUSE_S)
             known = await self._logs.look_up(answer_id)
-            if known is None or known.ended:
+            if known is None or known.ended or known.left_at is not None:
                 break
         return True
 
@@ -342,9 +342,7 @@ class Registry:
             yield found.events, found.events.reader(after)
             return
         kept, reader = found, found.events.reader(after)
-        if kept.left_at is not None:
-            reader.dismiss(kept.left_at, _cancelled(kept))
-        elif kept.question.answer_id in self._running and kept.alarm is not None:
+        if kept.events.left_at is None and kept.question.answer_id in self._running and kept.alarm is not None:
             kept.alarm.cancel()
             kept.alarm = None
         try:
@@ -354,14 +352,13 @@ class Registry:
 
     async def _stop_for_owner(self, kept: Kept) -> bool:
         """Stop an answer; one that others follow ends for its owner alone, and for them it goes on. Return whether it was running."""
-        if kept.left_at is not None or kept.task.done() or kept.events.ended:
+        if kept.events.left_at is not None or kept.task.done() or kept.events.ended:
             return False
         if not await self._followed(kept.question.answer_id):
             return _stop(kept, None)
         if kept.task.done() or kept.events.ended:
             return False
-        kept.left_at = len(kept.events)
-        kept.events.dismiss(_cancelled(kept))
+        kept.events.leave_at(len(kept.events))
         return True
 
     def _is_deserted(self, kept: Kept) -> None:
@@ -369,7 +366,7 @@ class Registry:
         if kept.task.done() or kept.alarm is not None:
             return
         on_disconnect = kept.question.cancel_on_disconnect and not kept.question.idempotency_key  # with a key one can come back
-        if on_disconnect or kept.left_at is not None:
+        if on_disconnect or kept.events.left_at is not None:
             self._look(kept)
         else:
             self._look_later(kept, self._bounds.detach_grace_s)
@@ -463,7 +460,7 @@ class Registry:
         del self._running[answer_id]
         self._give_place_back(kept.question)
         if len(kept.events) == 0 and not kept.events.ended:  # stopped before its first step: nothing was used, nothing is booked
-            kept.events.end(kept.events.stopping or _cancelled(kept))
+            kept.events.end(kept.events.stopping or _cancelled(answer_id))
         if kept.alarm is not None:
             kept.alarm.cancel()
         kept.events.on_deserted = None
@@ -491,8 +488,14 @@ class Registry:
         self._ended_bytes -= kept.counted[1]
 
 
-def _cancelled(kept: Kept) -> AnswerCancelled:
-    return AnswerCancelled("the answer was stopped", answer_id=kept.question.answer_id)
+def _cancelled(answer_id: str) -> AnswerCancelled:
+    return AnswerCancelled("the answer was stopped", answer_id=answer_id)
+
+
+def _ended(answer_id: str, failure: DomainError) -> Retold:
+    events = EventLog(answer_id)
+    events.end(failure)
+    return Retold(events)
 
 
 def _picture_bytes(question: Question) -> int:

@@ -132,7 +132,10 @@ class SingleFlight:
         await self._shared.follow(ahead.answer_id)
         telling = asyncio.create_task(self._tell_forever(ahead.answer_id), name=f"follow {ahead.answer_id}")
         try:
-            async with self._mirrors.reading(ahead.answer_id, SharedAnswer(("", ""), ahead.replica, False), 0) as (_, reader):
+            async with self._mirrors.reading(ahead.answer_id, SharedAnswer(("", ""), ahead.replica, False), 0, is_follower=True) as (
+                _,
+                reader,
+            ):
                 yield reader
         finally:
             await ended(telling)

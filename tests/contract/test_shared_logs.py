@@ -150,6 +150,23 @@ async def test_wish_to_cancel_reaches_the_maker_and_stays_with_the_log(logs: Sha
     assert (reply.word, reply.cancel_asked) == ("taken", True)
 
 
+async def test_where_the_owner_left_is_known_before_anything_that_came_after(logs: SharedLogs, answer_id: str) -> None:
+    """To whoever reads on, begins to read or looks it up, also once the log has ended; later parts need not say it again."""
+    await append(logs, answer_id, 1, b"one")
+    before = [(await logs.read(answer_id, 0, 0.5)).left_at]
+    await append(logs, answer_id, 2, b"two", b"three", left_at=2)
+    found = await logs.read(answer_id, 1, 0.5)
+    nothing = await logs.read(answer_id, 3, 0.01)
+    known = await logs.look_up(answer_id)
+    assert known is not None
+    await append(logs, answer_id, 4, b"four", ended=True)
+    after = [await logs.read(answer_id, 0, 0.5), await logs.look_up(answer_id)]
+
+    assert before == [None]
+    assert [found.left_at, nothing.left_at, known.left_at] == [2, 2, 2]
+    assert [one.left_at for one in after if one is not None] == [2, 2]
+
+
 async def test_signs_of_life_and_of_readers(logs: SharedLogs, answer_id: str) -> None:
     """Nobody is alive or read who did not say so."""
     replica = str(uuid.uuid4())

@@ -20,6 +20,7 @@ class Kept:
     cancel: bool = False
     brief: bool = False
     keyed: bool = False
+    left_at: int | None = None
     gone: bool = False
     """Whether its events have run out."""
 
@@ -77,12 +78,13 @@ class MemoryLogs:
             kept = self.answers[part.answer_id] = Kept(part.owner, replica)
         kept.events += part.payloads[len(kept.events) + 1 - part.first :]
         kept.ended, kept.failure, kept.brief, kept.keyed = part.ended, part.failure, part.brief, part.keyed
+        kept.left_at = part.left_at if part.left_at is not None else kept.left_at
         return LogReply("taken", kept.cancel)
 
     async def look_up(self, answer_id: str) -> SharedAnswer | None:
         self._ask()
         kept = self.answers.get(answer_id)
-        return SharedAnswer(kept.owner, kept.replica, kept.ended, kept.failure, kept.gone) if kept else None
+        return SharedAnswer(kept.owner, kept.replica, kept.ended, kept.failure, kept.gone, kept.left_at) if kept else None
 
     async def read(self, answer_id: str, after: int, wait_s: float) -> SharedEvents:
         try:
@@ -93,10 +95,10 @@ class MemoryLogs:
                         kept = self.answers.get(answer_id)
                         if kept is not None and not kept.gone and (len(kept.events) > after or kept.ended):
                             events = tuple(enumerate(kept.events[after:], after + 1))
-                            return SharedEvents(events, kept.ended, kept.failure)
+                            return SharedEvents(events, kept.ended, kept.failure, kept.left_at)
                         await self._news.wait()
         except TimeoutError:
-            return SharedEvents((), False)
+            return SharedEvents((), False, left_at=kept.left_at if (kept := self.answers.get(answer_id)) else None)
 
     async def interrupt(self, answer_id: str, replica: str, failure: DomainError) -> bool:
         self._ask()

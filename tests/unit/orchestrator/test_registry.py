@@ -96,7 +96,7 @@ class Replica:
         self.books: dict[str, BookedAnswer] = {}
         self.name, self.logs = name, logs
         self.publisher = Publisher(logs, name, lambda _, entry: _payload(entry), kept_s=60, bytes_max=2**20, intervals_s=(0.001, 0.001))
-        mirrors = Mirrors(logs, 5, wait_s=0.01)
+        self.mirrors = Mirrors(logs, 5, wait_s=0.01)
 
         async def is_followed(answer_id: str) -> bool:
             return answer_id in self.followed
@@ -104,7 +104,7 @@ class Replica:
         self.followed: set[str] = set()
         """Answers that others are told again."""
         given = Bounds(**values)  # type: ignore[arg-type]
-        self.answers = Registry(producer, logs, self.publisher, mirrors, knows, look_up, name, given, is_followed)
+        self.answers = Registry(producer, logs, self.publisher, self.mirrors, knows, look_up, name, given, is_followed)
         self.tasks = [asyncio.create_task(work) for work in (self.publisher.run_forever(), self.answers.listen_forever())]
         logs.alive.add(name)
 
@@ -234,6 +234,59 @@ async def test_stop_that_the_maker_did_not_hear_reaches_it_with_its_next_words(r
     await until(lambda: kept.task.done())
 
     assert isinstance(kept.events.failure, AnswerCancelled)
+
+
+async def told(one: Replica, answer_id: str) -> tuple[int, DomainError | None]:
+    """What the owner is told there, from the beginning to the end: how many events, and the failure."""
+    count = 0
+    async with one.answers.reading(await one.answers.find(ALICE, answer_id), 0) as (_, reader):
+        async with asyncio.timeout(5):
+            while (entries := await reader.next(1)) or not reader.ended:
+                count += len(entries)
+        return count, reader.failure
+
+
+async def test_who_stops_an_answer_that_others_follow_reads_no_more_of_it_anywhere(producer: Producer, replica: Make) -> None:
+    """While it goes on for them and when it has ended: the same events at every replica, then `cancelled`. They are told all of it."""
+    maker, other, third = replica("r1"), replica("r2"), replica("r3")
+    asked = question(new_answer_id(), key="k")
+    kept = await began(maker.answers, asked)
+    maker.followed.add(asked.answer_id)
+    reading = asyncio.create_task(told(third, asked.answer_id))
+    async with third.mirrors.reading(asked.answer_id, await known(third, asked.answer_id), 0, is_follower=True) as (mirrored, follower):
+        async with asyncio.timeout(5):
+            while not await follower.next(1):
+                pass
+        assert await other.answers.cancel(ALICE, asked.answer_id)
+        ended = await reading
+        for _ in range(3):
+            kept.events.append(TextDelta("more"))
+        later = [await told(one, asked.answer_id) for one in (maker, other, third)]
+        stopped_again = [await one.answers.cancel(ALICE, asked.answer_id) for one in (maker, other, third)]
+        async with asyncio.timeout(5):
+            while len(mirrored) < len(kept.events):
+                await follower.next(1)
+        assert not follower.ended
+    producer.failure = AnswerInterrupted("its replica stops", answer_id=asked.answer_id)
+    producer.go.set()
+    await asyncio.wait([kept.task])
+    later += [await told(one, asked.answer_id) for one in (maker, other, third)]
+    again = [await one.answers.begin(replace(asked, answer_id=new_answer_id()), b"1") for one in (maker, third)]
+    maker.logs.lose_events(asked.answer_id)
+    gone = await third.answers.begin(replace(asked, answer_id=new_answer_id()), b"1")
+
+    assert [(count, type(failure)) for count, failure in [ended, *later]] == [(1, AnswerCancelled)] * 7
+    assert stopped_again == [False] * 3
+    assert [type(found) for found in again] == [Kept, Elsewhere]
+    assert isinstance(gone, Retold)
+    assert isinstance(gone.events.failure, AnswerCancelled)
+    assert producer.asked == [asked.answer_id]
+
+
+async def known(one: Replica, answer_id: str) -> SharedAnswer:
+    found = await one.logs.look_up(answer_id)
+    assert found is not None
+    return found
 
 
 async def test_oldest_ended_answers_go_first_when_there_are_too_many(producer: Producer, replica: Make) -> None:

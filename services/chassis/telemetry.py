@@ -22,6 +22,8 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from services.chassis.errors import DomainError, Internal
+
 TRACEPARENT = "traceparent"
 
 # The gen_ai names are still in development upstream; a rename is a change of these lines alone.
@@ -61,6 +63,8 @@ _tracer = trace.get_tracer("tailrace")
 _meter = metrics.get_meter("tailrace")
 
 METRICS_INTERVAL_MS = 10_000
+CUT_SHORT = "cut_short"
+"""Why a step failed that would have gone on: what it was part of was stopped, or had no more time."""
 
 
 class Gauge(Protocol):
@@ -208,6 +212,19 @@ class StepRecord:
         self.status = "skipped"
         self.note(reason=reason)
 
+    def fail(self, error: BaseException) -> None:
+        """Say that it ended in `error`, by its name alone."""
+        self.status = "failed"
+        if isinstance(error, asyncio.CancelledError):
+            self.note(reason=CUT_SHORT)
+        else:
+            self.note(reason=error.reason or error.code if isinstance(error, DomainError) else Internal.reason)
+
+    def cut_short(self, elapsed_ms: float) -> "StepRecord":
+        """This running step as it stands if nothing is ever heard of it after `elapsed_ms`."""
+        facts = {**(self.facts or {}), "reason": CUT_SHORT}
+        return StepRecord(self.name, self.started_ms, round(elapsed_ms - self.started_ms, 3), "failed", facts)
+
 
 class Trail:
     """The timed steps of one request, each also a span. `changed` hears of every end, and of every begin that lasts.
@@ -242,8 +259,8 @@ class Trail:
         with span(f"{self._prefix}.{name}", **attributes) as running:
             try:
                 yield record
-            except BaseException:
-                record.status = "failed"
+            except BaseException as error:
+                record.fail(error)
                 raise
             finally:
                 beginning.cancel()

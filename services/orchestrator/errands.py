@@ -231,10 +231,9 @@ class _Errand:
         )
 
     def _record(self, failure: BaseException | None, attempt: Attempt | None) -> OperationRecord:
-        steps = tuple(
-            StepChange(step.name, "done" if step.status == "running" else step.status, step.started_ms, step.duration_ms, step.facts or {})
-            for step in self._trail.steps
-        )
+        now_ms = self._trail.elapsed_ms
+        told = [step.cut_short(now_ms) if step.status == "running" else step for step in self._trail.steps]
+        steps = tuple(StepChange(step.name, step.status, step.started_ms, step.duration_ms, step.facts or {}) for step in told)
         attempts = () if attempt is None else (attempt,)
         status: Literal["done", "failed", "cancelled"] = "done"
         if failure is not None:

@@ -362,15 +362,18 @@ class Run:
         )
 
     def record(self, failure: DomainError | None, *running: Attempt) -> OperationRecord:
-        """What is booked, with the attempts that are `running`. The step that books it is in it too, with the time it had taken so far."""
+        """What is booked, with the attempts that are `running`. The step that books it is in it too, with the time it had taken so far;
+        any other that runs is in it as cut short, for then this is booked only if nothing more is heard of the answer.
+        """
         attempts = (*self.attempts, *running)
         status = "done" if failure is None else "cancelled" if isinstance(failure, AnswerAbandoned | AnswerCancelled) else "failed"
+        now_ms = self.trail.elapsed_ms
         steps = [_change(step) for step in self.trail.steps if step.status != "running"]
-        steps += [
-            StepChange(step.name, "done", step.started_ms, round(self.trail.elapsed_ms - step.started_ms, 3), {})
-            for step in self.trail.steps
-            if step.status == "running"
-        ]
+        for step in self.trail.steps:
+            if step.status == "running" and step.name == "record":
+                steps.append(StepChange(step.name, "done", step.started_ms, round(now_ms - step.started_ms, 3), {}))
+            elif step.status == "running":
+                steps.append(_change(step.cut_short(now_ms)))
         return OperationRecord(
             question=self.question,
             trace_id=self.trace_id,

@@ -128,6 +128,7 @@ async def test_upstream_failure_mid_stream_not_logged(claude: World, behaviour: 
     assert operation.usage.input_tokens == record.input_tokens
     assert operation.usage.output_tokens >= record.output_tokens == 7
     assert operation.estimated
+    assert how_steps_ended(operation)["generate"] == ("failed", failure.reason)
     assert claude.ledger.turns[operation.session_id][0].complete is False
 
 
@@ -180,9 +181,16 @@ async def test_upstream_not_closed(claude: World) -> None:
     assert time.monotonic() - began < 1
     assert record.state == "client_closed"
     assert (operation.status, operation.error_reason, operation.estimated) == ("cancelled", "ANSWER_CANCELLED", True)
+    assert how_steps_ended(operation)["generate"] == ("failed", "cut_short")
+    assert how_steps_ended(operation)["record"][0] == "done"
     assert operation.usage.input_tokens == record.input_tokens
     assert abs(operation.usage.output_tokens - record.output_tokens) <= 2
     assert not await claude.cancel(reply.answer_id)
+
+
+def how_steps_ended(operation: Any) -> dict[str, tuple[str, str]]:
+    """Status and reason of each step of a booked answer."""
+    return {step.name: (step.status, step.facts.get("reason", "")) for step in operation.steps}
 
 
 async def _ask_and_leave(claude: World, **fields: object) -> Reply:
@@ -371,6 +379,7 @@ async def test_deadline_ends_an_answer_that_is_never_silent(tmp_path: Path, valk
         operation = await running.booked(reply.answer_id)
 
         assert ended.value.metadata["step"] == "generate"
+        assert how_steps_ended(operation)["generate"] == ("failed", "cut_short")
         assert operation.usage.output_tokens > 0
         assert (await running.records())[0].state == "client_closed"
 

@@ -159,6 +159,8 @@ async def test_an_answer_whose_orchestrator_is_killed_is_interrupted_and_paid(
     (hold,) = await until(probe)
     (operation,) = await suite.rows("SELECT * FROM operations WHERE operation_id = $1::uuid", read.answer_id)
     assert (operation["status"], operation["error_reason"], operation["estimated"]) == ("failed", "ANSWER_INTERRUPTED", True)
+    steps = (await client.get(f"/v1/answers/{read.answer_id}")).json()["steps"]
+    assert [(step["status"], step["facts"]["reason"]) for step in steps if step["name"] == "generate"] == [("failed", "cut_short")]
     over = hold["output_tokens"] - record.output_tokens
     assert -MARK_TOKENS_MAX - 10 <= over <= MARK_TOKENS_MAX // 2  # what no mark has told of is expected at half
     assert hold["input_tokens"] > 0

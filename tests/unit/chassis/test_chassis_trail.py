@@ -7,7 +7,7 @@ import pytest
 from services.chassis.afterwork import AfterWork
 from services.chassis.deadline import Deadline, budget_s, current_deadline
 from services.chassis.errors import DeadlineTooShort, Overloaded
-from services.chassis.telemetry import StepRecord, Trail
+from services.chassis.telemetry import CUT_SHORT, StepRecord, Trail
 
 
 async def test_a_step_is_heard_of_when_it_begins_and_when_it_ends() -> None:
@@ -58,6 +58,21 @@ async def test_a_step_that_raises_is_failed_and_timed() -> None:
         raise ValueError("x")
 
     assert trail.steps[0].status == "failed"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(Overloaded("full"), "OVERLOADED"), (asyncio.CancelledError(), CUT_SHORT), (ValueError("x"), "INTERNAL")],
+)
+async def test_a_failed_step_says_of_what(error: BaseException, reason: str) -> None:
+    """Its own failure, or that what it was part of was stopped or had no more time; an unexpected error by no words of its own."""
+    trail = Trail("test")
+
+    with pytest.raises(type(error)), trail.step("generate") as step:
+        step.note(tokens=12)
+        raise error
+
+    assert (trail.steps[0].status, trail.steps[0].facts) == ("failed", {"tokens": "12", "reason": reason})
 
 
 async def test_a_skipped_step_says_why() -> None:

@@ -346,8 +346,8 @@ class StepTiming(_message.Message):
     DURATION_MS_FIELD_NUMBER: _builtins.int
     FACTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """`recall`, `passages`, `history`, `compose`, `hold`, `generate`, `validate`, `record`, `remember`; with tools also `tools`, `tool` (each
-    call), `suspend` and `resume`.
+    """`history`, `rewrite`, `recall`, `passages`, `follow`, `compose`, `hold`, `generate`, `validate`, `record`, `remember`; with tools also
+    `tools`, `tool` (each call), `suspend` and `resume`.
     """
     status: _builtins.str
     """`done`, `skipped` or `failed`."""
@@ -357,7 +357,9 @@ class StepTiming(_message.Message):
     """How long it took, in milliseconds."""
     @_builtins.property
     def facts(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Small facts for people, without any text of prompts or answers: counts, model names, reasons. At most 16 pairs."""
+        """Small facts for people, without any text of prompts or answers: counts, model names, reasons. At most 16 pairs. `reason` says why a
+        step was skipped, or what it failed of: a name of ErrorReason, or `cut_short` if what it was part of was stopped or out of time.
+        """
 
     def __init__(
         self,

@@ -509,7 +509,7 @@ class Step(_message.Message):
     """How long it took, in milliseconds. 0 while running."""
     @_builtins.property
     def facts(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Small facts for people: counts, model names, reasons; never text of prompts or answers."""
+        """Small facts for people: counts, model names, reasons; never text of prompts or answers. See tailrace.common.v1.StepTiming."""
 
     def __init__(
         self,

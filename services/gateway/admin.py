@@ -234,20 +234,20 @@ async def erase_user(exchange: Exchange, kit: Kit) -> None:
     exchange.query(())
     user = _subject(exchange, "user")
     # First what can be served again; if that fails, the user is still there to try again.
-    await _forget_answers(kit, user)
+    await _forget_answers(kit, user, erased=False)
     await kit.backends.ledger.unary(kit.backends.ledger.stub.EraseUser, ledger.EraseUserRequest(user=user), timeout_s=ERASE_TIMEOUT_S)
     # An answer may have ended in between. Now none is under way any more: the ledger erases nobody who has money set aside.
-    await _forget_answers(kit, user)
+    await _forget_answers(kit, user, erased=True)
     _forget(kit, user)
     await exchange.respond(204, b"", b"")
 
 
-async def _forget_answers(kit: Kit, user: str) -> None:
+async def _forget_answers(kit: Kit, user: str, *, erased: bool) -> None:
     """Forget what is kept of a user's answers outside the ledger, as the user themselves would have it forgotten."""
     forget = retrieval.ForgetAnswersRequest()
     themselves = Principal(current_principal().tenant, user)
     await kit.backends.retrieval.unary(kit.backends.retrieval.stub.ForgetAnswers, forget, principal=themselves, timeout_s=30.0)
-    kept = orchestrator.ForgetPromptsRequest(user=user)
+    kept = orchestrator.ForgetPromptsRequest(user=user, erased=erased)
     await kit.backends.orchestrator.unary(kit.backends.orchestrator.stub.ForgetPrompts, kept, timeout_s=30.0)
 
 

@@ -284,6 +284,13 @@ class SharedLogs(Protocol):
         """End the log of an answer whose replica is gone; return whether it was still open."""
         ...
 
+    async def forget(self, owner: tuple[str, str]) -> int:
+        """Forget the logs of an owner's answers, and the keys that stand for them. Return how many.
+
+        Whoever still appends to one is fenced off.
+        """
+        ...
+
     async def ask_to_cancel(self, answer_id: str, replica: str) -> bool:
         """Tell the replica that produces an answer to stop it, and leave the wish with the log; return whether that replica is alive."""
         ...

@@ -23,6 +23,12 @@ KEY_LIFE_S = 86_400
 FOLLOWED_S = 10
 BRIEF_S = 30
 """How long an ended log is kept when there are too many: enough for a browser that lost its line to come back."""
+WALK_KEYS = 500
+FORGOTTEN_S = 60
+"""How long it is known that a log was forgotten: until whoever may still append to it has tried."""
+_NOBODY = b"-"
+"""Who makes a log that was forgotten."""
+_ANSWER, _KEY = "tailrace:answer:", "tailrace:key:"
 _DONE = b"-"
 """What the end of a log says if the answer ended well; otherwise it is the failure."""
 
@@ -147,7 +153,7 @@ class RedisLogs:
             pipeline.hmget(answer, "tenant", "user", "replica", "end", "left")
             pipeline.exists(events)
             (tenant, user, replica, end, left), kept = await pipeline.execute()
-        if replica is None:
+        if replica is None or replica == _NOBODY:
             return None
         failure = _failure_of(end) if end is not None else None
         return SharedAnswer(
@@ -172,6 +178,42 @@ class RedisLogs:
     async def interrupt(self, answer_id: str, replica: str, failure: DomainError) -> bool:
         async with self._asking():
             return bool(await self._interrupt(list(_keys(answer_id)), [replica, _failure(failure), self._ended_life_s]))
+
+    async def forget(self, owner: tuple[str, str]) -> int:
+        # All keys are walked, a part of them within the time of one question: erasing is rare, and an index would be written always.
+        theirs = set[str]()
+        async for answers in self._walk(_ANSWER):
+            async with self._asking(), self._client.pipeline(transaction=False) as pipeline:
+                for answer in answers:
+                    pipeline.hmget(answer, "tenant", "user")
+                said = await pipeline.execute()
+            mine = [part.encode() for part in owner]
+            theirs |= {answer.decode()[len(_ANSWER) :].strip("{}") for answer, whose in zip(answers, said, strict=True) if whose == mine}
+        async for keys in self._walk(_KEY):
+            async with self._asking():
+                held = await self._client.mget(keys)
+                stale = [key for key, value in zip(keys, held, strict=True) if value and _claim_of(value).answer_id in theirs]
+                if stale:
+                    await self._client.delete(*stale)
+        for answer_id in theirs:
+            known, events = _keys(answer_id)
+            async with self._asking(), self._client.pipeline(transaction=True) as pipeline:
+                pipeline.delete(known, events)
+                pipeline.hset(known, "replica", _NOBODY)
+                pipeline.expire(known, FORGOTTEN_S)
+                await pipeline.execute()
+        return len(theirs)
+
+    async def _walk(self, prefix: str) -> AsyncIterator[list[bytes]]:
+        """Keys that begin with `prefix`, a handful at a time; one may come twice."""
+        cursor = 0
+        while True:
+            async with self._asking():
+                cursor, found = await self._client.scan(cursor, match=f"{prefix}*", count=WALK_KEYS)
+            if found:
+                yield found
+            if cursor == 0:
+                return
 
     async def ask_to_cancel(self, answer_id: str, replica: str) -> bool:
         async with self._asking(), self._client.pipeline(transaction=False) as pipeline:
@@ -223,7 +265,7 @@ def _errors_are_unavailable() -> Iterator[None]:
 
 def _keys(answer_id: str) -> tuple[str, str]:
     """Hash and stream of an answer; the braces keep them in one slot of a cluster."""
-    return f"tailrace:answer:{{{answer_id}}}", f"tailrace:events:{{{answer_id}}}"
+    return f"{_ANSWER}{{{answer_id}}}", f"tailrace:events:{{{answer_id}}}"
 
 
 def _followed(answer_id: str) -> str:
@@ -245,7 +287,7 @@ def _claim_key(owner: tuple[str, str], key: str) -> str:
         encoded = part.encode()
         digest.update(len(encoded).to_bytes(8, "big"))
         digest.update(encoded)
-    return f"tailrace:key:{digest.hexdigest()}"
+    return f"{_KEY}{digest.hexdigest()}"
 
 
 def _claim_value(claim: Claim) -> bytes:

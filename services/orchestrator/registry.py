@@ -310,6 +310,14 @@ class Registry:
             raise AnswerLogGone("the events of this answer are no longer kept", answer_id=answer_id)
         raise NotFound("there is no such answer", kind="answer")
 
+    async def forget(self, tenant: str, user: str) -> int:
+        """Forget the answers of a user who was erased: what replicas share of them, and what is kept here of those that have ended. Return
+        how many were shared. The memory of other replicas has its own time.
+        """
+        for answer_id in [one for one, kept in self._ended.items() if kept.owner == (tenant, user)]:
+            self._forget(answer_id)
+        return await self._logs.forget((tenant, user))
+
     async def cancel(self, principal: Principal, answer_id: str) -> bool:
         """Stop an answer at once, wherever it is made; return whether it was still running. Raises as `find`."""
         found = await self.find(principal, answer_id)

@@ -498,6 +498,8 @@ class OrchestratorRpc(pb_grpc.OrchestratorServiceServicer):
         admin.require_scope("admin")
         _require_user(request.user)
         await self._exact.forget(admin.tenant, request.user)
+        if request.erased:
+            await self._registry.forget(admin.tenant, request.user)
         # Also where nothing is kept any more: what was kept before the setting was changed is still there.
         return pb.ForgetPromptsResponse(forgotten=await self._shelf.forget(admin.tenant, request.user))
 

@@ -167,6 +167,26 @@ async def test_where_the_owner_left_is_known_before_anything_that_came_after(log
     assert [one.left_at for one in after if one is not None] == [2, 2]
 
 
+async def test_answers_of_an_owner_are_forgotten_with_the_keys_that_stand_for_them(logs: SharedLogs) -> None:
+    """Also one whose end is still on its way, and nothing of a namesake elsewhere or of a colleague."""
+    name = str(uuid.uuid4())
+    owners = [("acme", name), ("acme", f"{name}-too"), ("other", name), ("acme", name)]
+    claims = [Claim(str(uuid.uuid4()), b"body") for _ in owners]
+    for number, (owner, claim) in enumerate(zip(owners, claims, strict=True)):
+        part = LogPart(claim.answer_id, owner, 1, (b"one",), ended=number != 3, keyed=True)
+        assert await logs.claim(owner, f"k{number}", claim) is None
+        await logs.append("r1", [part])
+    forgotten = [await logs.forget(owners[0]) for _ in range(2)]
+
+    assert forgotten == [2, 0]
+    assert [await logs.look_up(claim.answer_id) is None for claim in claims] == [True, False, False, True]
+    assert (await logs.read(claims[0].answer_id, 0, 0.01)).events == ()
+    assert await append(logs, claims[3].answer_id, 2, b"two") == "fenced"
+    assert await logs.look_up(claims[3].answer_id) is None
+    held = [await logs.claim(owner, f"k{number}", Claim("new", b"other")) for number, owner in enumerate(owners)]
+    assert held == [None, *claims[1:3], None]
+
+
 async def test_signs_of_life_and_of_readers(logs: SharedLogs, answer_id: str) -> None:
     """Nobody is alive or read who did not say so."""
     replica = str(uuid.uuid4())

@@ -277,6 +277,7 @@ async def test_a_line_that_drips_changes_nothing(suite: Suite, client: httpx.Asy
 async def test_a_user_who_has_just_asked_can_be_erased_at_once(suite: Suite) -> None:
     """Credit is held ready for them at the orchestrator; it is called back. What they cost stays, under another name."""
     async with suite.client("leaver") as leaver, suite.client("admin", roles=("user", "admin")) as admin:
+        leaver.headers["idempotency-key"] = "of the leaver"
         answer_id = (await ask(leaver, "What is kept of me?", cache="off")).answer_id
         await operation_of(suite, answer_id)
         await until(
@@ -286,7 +287,9 @@ async def test_a_user_who_has_just_asked_can_be_erased_at_once(suite: Suite) -> 
         )
         erased = await admin.delete("/v1/admin/users/leaver")
         export = await admin.get("/v1/admin/users/leaver/export")
+        anew = await ask(leaver, "Who was here before me?", cache="off")
 
+    assert anew.answer_id != answer_id
     assert (erased.status_code, export.status_code) == (204, 404), erased.text
     assert (await operation_of(suite, answer_id))["user_id"].startswith("erased-")
     assert (await operation_of(suite, answer_id))["cost_nanousd"] > 0

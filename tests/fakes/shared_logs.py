@@ -34,6 +34,7 @@ class MemoryLogs:
     claims: dict[tuple[tuple[str, str], str], Claim] = field(default_factory=dict)
     alive: set[str] = field(default_factory=set)
     followed: set[str] = field(default_factory=set)
+    forgotten: set[str] = field(default_factory=set)
     appends: int = 0
     """Round trips with parts."""
     _wishes: dict[str, asyncio.Queue[str]] = field(default_factory=dict)
@@ -70,7 +71,7 @@ class MemoryLogs:
 
     def _append(self, replica: str, part: LogPart) -> LogReply:
         kept = self.answers.get(part.answer_id)
-        if kept is not None and (kept.replica != replica or kept.ended):
+        if part.answer_id in self.forgotten or (kept is not None and (kept.replica != replica or kept.ended)):
             return LogReply("fenced")
         if (len(kept.events) if kept else 0) + 1 < part.first:
             return LogReply("unknown")
@@ -109,6 +110,15 @@ class MemoryLogs:
         async with self._news:
             self._news.notify_all()
         return True
+
+    async def forget(self, owner: tuple[str, str]) -> int:
+        self._ask()
+        theirs = {answer_id for answer_id, kept in self.answers.items() if kept.owner == owner}
+        self.claims = {key: claim for key, claim in self.claims.items() if claim.answer_id not in theirs}
+        for answer_id in theirs:
+            del self.answers[answer_id]
+        self.forgotten |= theirs
+        return len(theirs)
 
     async def ask_to_cancel(self, answer_id: str, replica: str) -> bool:
         self._ask()

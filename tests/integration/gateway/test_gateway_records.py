@@ -189,6 +189,7 @@ async def test_plans_prices_keys_and_users_are_kept(front: Front, admin: httpx.A
     # An answer that ended between the first two is forgotten by the last two.
     forgetting = ["ForgetAnswers", "ForgetPrompts"]
     assert [name for name, *_ in front.behind.seen.calls if name in (*forgetting, "EraseUser")] == [*forgetting, "EraseUser", *forgetting]
+    assert [asked.erased for name, asked, *_ in front.behind.seen.calls if name == "ForgetPrompts"] == [False, True]
 
 
 async def test_a_price_that_says_nothing_of_cached_tokens_does_not_make_them_free(front: Front, admin: httpx.AsyncClient) -> None:

@@ -14,7 +14,7 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.struct_pb2 import Struct
 
 from bench.script import Behaviour
-from services.chassis.errors import NotAllowed, NotFound, RequestInvalid
+from services.chassis.errors import AnswerLogGone, NotAllowed, NotFound, RequestInvalid
 from services.chassis.principal import Principal
 from services.chassis.wire import usage_value
 from services.local.stores import Valkey
@@ -424,6 +424,22 @@ async def test_prompts_go_with_their_user(claude: World) -> None:
     assert (await prompts(claude, others[1].answer_id, Principal("other", "root", frozenset({"admin"})))).prompts
     with pytest.raises(RequestInvalid):
         await claude.caller.unary(claude.stub.ForgetPrompts, pb.ForgetPromptsRequest(), principal=ROOT)
+
+
+async def test_logs_and_keys_of_answers_go_with_their_user(keyless: World) -> None:
+    """Only when nothing of theirs waits for the books any more, which the ledger says by having erased them."""
+    leaver = Principal("acme", f"user-{uuid.uuid4()}")
+    first = await keyless.ask(PORT, principal=leaver, idempotency_key="k")
+    request = pb.ForgetPromptsRequest(user=leaver.user)
+    await keyless.caller.unary(keyless.stub.ForgetPrompts, request, principal=ROOT)
+    before = await keyless.ask(PORT, principal=leaver, idempotency_key="k")
+    request.erased = True
+    await keyless.caller.unary(keyless.stub.ForgetPrompts, request, principal=ROOT)
+    after = await keyless.ask(f"{PORT} ", principal=leaver, idempotency_key="k")
+
+    assert before.answer_id == first.answer_id != after.answer_id
+    with pytest.raises((NotFound, AnswerLogGone)):
+        await keyless.resume(first.answer_id, principal=leaver)
 
 
 async def test_answers_by_exact_words_go_with_their_user(keyless: World) -> None:

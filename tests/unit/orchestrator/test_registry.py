@@ -401,6 +401,23 @@ async def test_key_of_an_answer_that_ended_and_is_not_booked_yet_begins_no_secon
     assert (producer.asked, refused.value.metadata["dependency"]) == (["a"], "ledger")
 
 
+async def test_key_of_an_erased_user_begins_anew(producer: Producer, replica: Make) -> None:
+    """Whatever was asked with it before, and although the books have nothing of its answer; what it stood for is not found again."""
+    producer.failure = None
+    producer.go.set()
+    here, there = replica("r1"), replica("r2")
+    await asyncio.gather((await began(here.answers, question("a", key="k"))).task)
+    assert await here.publisher.flushed(5) == 0
+    assert await here.answers.forget(ALICE.tenant, ALICE.user) == 1
+    for one in (here, there):
+        with pytest.raises(NotFound):
+            await one.answers.find(ALICE, "a")
+    anew = await there.answers.begin(question("b", key="k"), b"2")
+
+    assert isinstance(anew, Kept)
+    assert anew.question.answer_id == "b"
+
+
 @pytest.mark.parametrize(("failure", "again"), [(ModelStalled(), True), (ModelRefused(), False)])
 async def test_key_of_an_answer_that_failed_unbooked_means_what_it_failed_of(
     producer: Producer, replica: Make, failure: DomainError, again: bool

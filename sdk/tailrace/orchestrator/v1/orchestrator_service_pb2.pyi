@@ -1054,16 +1054,22 @@ class ForgetPromptsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     USER_FIELD_NUMBER: _builtins.int
+    ERASED_FIELD_NUMBER: _builtins.int
     user: _builtins.str
     """Which user. 1-256 characters."""
+    erased: _builtins.bool
+    """Whether the ledger has erased the user: then the logs of their answers and what their idempotency keys stand for are forgotten, too.
+    Before that, those say which answers are made already that the ledger has not booked yet.
+    """
     def __init__(
         self,
         *,
         user: _builtins.str = ...,
+        erased: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["erased", b"erased", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

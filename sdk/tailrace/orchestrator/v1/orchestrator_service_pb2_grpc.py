@@ -130,7 +130,8 @@ class OrchestratorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ForgetPrompts(self, request, context):
-        """Forgets the prompts that are kept of a user's answers, and their answers in the exact cache. Administrators only. Again changes nothing.
+        """Forgets the prompts that are kept of a user's answers, and their answers in the exact cache; of a user who was erased, the logs of their
+        answers as well. Administrators only. Again changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -48,7 +48,9 @@ class OrchestratorServiceStub:
     ExportPrompts: _grpc.UnaryStreamMultiCallable[_orchestrator_service_pb2.ExportPromptsRequest, _orchestrator_service_pb2.ExportPromptsResponse]
     """Everything that is kept of the prompts of a user's answers, for the export of a person's data. Administrators only."""
     ForgetPrompts: _grpc.UnaryUnaryMultiCallable[_orchestrator_service_pb2.ForgetPromptsRequest, _orchestrator_service_pb2.ForgetPromptsResponse]
-    """Forgets the prompts that are kept of a user's answers, and their answers in the exact cache. Administrators only. Again changes nothing."""
+    """Forgets the prompts that are kept of a user's answers, and their answers in the exact cache; of a user who was erased, the logs of their
+    answers as well. Administrators only. Again changes nothing.
+    """
     ListModels: _grpc.UnaryUnaryMultiCallable[_orchestrator_service_pb2.ListModelsRequest, _orchestrator_service_pb2.ListModelsResponse]
     """The models and tiers that can be asked for."""
     GetStatus: _grpc.UnaryUnaryMultiCallable[_orchestrator_service_pb2.GetStatusRequest, _orchestrator_service_pb2.GetStatusResponse]
@@ -74,7 +76,9 @@ class OrchestratorServiceAsyncStub(OrchestratorServiceStub):
     ExportPrompts: _aio.UnaryStreamMultiCallable[_orchestrator_service_pb2.ExportPromptsRequest, _orchestrator_service_pb2.ExportPromptsResponse]  # type: ignore[assignment]
     """Everything that is kept of the prompts of a user's answers, for the export of a person's data. Administrators only."""
     ForgetPrompts: _aio.UnaryUnaryMultiCallable[_orchestrator_service_pb2.ForgetPromptsRequest, _orchestrator_service_pb2.ForgetPromptsResponse]  # type: ignore[assignment]
-    """Forgets the prompts that are kept of a user's answers, and their answers in the exact cache. Administrators only. Again changes nothing."""
+    """Forgets the prompts that are kept of a user's answers, and their answers in the exact cache; of a user who was erased, the logs of their
+    answers as well. Administrators only. Again changes nothing.
+    """
     ListModels: _aio.UnaryUnaryMultiCallable[_orchestrator_service_pb2.ListModelsRequest, _orchestrator_service_pb2.ListModelsResponse]  # type: ignore[assignment]
     """The models and tiers that can be asked for."""
     GetStatus: _aio.UnaryUnaryMultiCallable[_orchestrator_service_pb2.GetStatusRequest, _orchestrator_service_pb2.GetStatusResponse]  # type: ignore[assignment]
@@ -139,7 +143,9 @@ class OrchestratorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _orchestrator_service_pb2.ForgetPromptsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_orchestrator_service_pb2.ForgetPromptsResponse, _abc.Awaitable[_orchestrator_service_pb2.ForgetPromptsResponse]]:
-        """Forgets the prompts that are kept of a user's answers, and their answers in the exact cache. Administrators only. Again changes nothing."""
+        """Forgets the prompts that are kept of a user's answers, and their answers in the exact cache; of a user who was erased, the logs of their
+        answers as well. Administrators only. Again changes nothing.
+        """
 
     @_abc_1.abstractmethod
     def ListModels(

@@ -264,6 +264,10 @@ class SharedLogs(Protocol):
         """Let `key` stand for `claim`, unless it stands for something already, which is returned then."""
         ...
 
+    async def claimed(self, owner: tuple[str, str], key: str) -> Claim | None:
+        """What `key` stands for, if for anything."""
+        ...
+
     async def claim_again(self, owner: tuple[str, str], key: str, old: Claim, new: Claim) -> bool:
         """Let `key` stand for `new` if it still stands for `old`; return whether it did."""
         ...

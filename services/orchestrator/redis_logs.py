@@ -118,6 +118,11 @@ class RedisLogs:
             held = await self._client.set(_claim_key(owner, key), _claim_value(claim), nx=True, get=True, ex=KEY_LIFE_S)
         return _claim_of(held) if isinstance(held, bytes) else None
 
+    async def claimed(self, owner: tuple[str, str], key: str) -> Claim | None:
+        async with self._asking():
+            held = await self._client.get(_claim_key(owner, key))
+        return _claim_of(held) if isinstance(held, bytes) else None
+
     async def claim_again(self, owner: tuple[str, str], key: str, old: Claim, new: Claim) -> bool:
         async with self._asking():
             return bool(await self._claim_again([_claim_key(owner, key)], [_claim_value(old), _claim_value(new), KEY_LIFE_S]))

@@ -173,6 +173,22 @@ class Registry:
         beginning.add_done_callback(self._beginnings.discard)
         return await asyncio.shield(beginning)
 
+    async def begun_before(self, principal: Principal, key: str, fingerprint: bytes, *, is_json: bool, uses_tools: bool) -> Found | None:
+        """What `key` stands for already; None if for nothing, or for something that another try may heal.
+
+        For a request that is no good any more to begin an answer. Raises IdempotencyConflict, AnswerLogGone, Unavailable.
+        """
+        earlier = await self._logs.claimed(owner_of(principal), key)
+        if earlier is None:
+            return None
+        if earlier.fingerprint != fingerprint:
+            raise IdempotencyConflict("this idempotency key came with another body", key=key)
+        try:
+            found = await self._find_or_retell(principal, earlier.answer_id, is_json=is_json, uses_tools=uses_tools)
+        except NotFound:
+            return None
+        return None if await self._may_run_again(found) else found
+
     async def _begin_by_key(self, question: Question, fingerprint: bytes) -> Found:
         try:
             # Known to all before the key stands for it: whoever finds the key finds the answer.
@@ -196,7 +212,10 @@ class Registry:
         if earlier.fingerprint != fingerprint:
             raise IdempotencyConflict("this idempotency key came with another body", key=key)
         try:
-            found = await self._find_or_retell(question, earlier.answer_id)
+            asked = question
+            found = await self._find_or_retell(
+                asked.principal, earlier.answer_id, is_json=asked.output_schema is not None, uses_tools=asked.uses_tools
+            )
             if not await self._may_run_again(found):
                 return found
         except NotFound:  # its replica died between the claim and the first step: it never was, and nothing was booked
@@ -206,17 +225,17 @@ class Registry:
                 return None
         raise Overloaded("the same request is just beginning again", retry_after_ms=500)
 
-    async def _find_or_retell(self, question: Question, answer_id: str) -> Found:
+    async def _find_or_retell(self, principal: Principal, answer_id: str, *, is_json: bool, uses_tools: bool) -> Found:
         """As `find`; an answer whose log is gone is told again, as far as the books have it."""
         try:
-            return await self.find(question.principal, answer_id)
+            return await self.find(principal, answer_id)
         except AnswerLogGone:
             known = await self._logs.look_up(answer_id)
             if known is not None and known.left_at is not None:
                 return _ended(answer_id, _cancelled(answer_id))
-            booked = await self._booked(question.principal, answer_id)
-            if booked is not None:
-                return Retold(await asyncio.to_thread(retold, question, booked))  # a long text has many sentences to judge
+            booked = await self._booked(principal, answer_id)
+            if booked is not None:  # a long text has many sentences to judge
+                return Retold(await asyncio.to_thread(retold, booked, is_json=is_json, uses_tools=uses_tools))
             if known is None:
                 raise
             if known.failure is None:

@@ -9,13 +9,13 @@ from dataclasses import replace
 
 from services.chassis.errors import AnswerLogGone, DomainError, restore
 from services.orchestrator.citations import CitationReader
-from services.orchestrator.domain import Accepted, BookedAnswer, Citation, PassagesFound, Question, TextDelta, Turn
+from services.orchestrator.domain import Accepted, BookedAnswer, Citation, PassagesFound, TextDelta, Turn
 from services.orchestrator.log import EventLog
 
 
-def retold(asked: Question, booked: BookedAnswer) -> EventLog:
-    """The log of an answer to the same request as `asked`: whole, or ended in what the answer failed of. If too little is kept of one
-    that ended well, that is AnswerLogGone, which says how it had ended.
+def retold(booked: BookedAnswer, *, is_json: bool, uses_tools: bool) -> EventLog:
+    """The log of an answer, whose request says whether it is JSON and uses tools: whole, or ended in what the answer failed of. If too
+    little is kept of one that ended well, that is AnswerLogGone, which says how it had ended.
     """
     receipt, events = booked.receipt, EventLog(booked.receipt.answer_id)
     if (turn := booked.turn) is None or booked.status != "done" or receipt.finish_reason == "tool_use":
@@ -25,22 +25,22 @@ def retold(asked: Question, booked: BookedAnswer) -> EventLog:
     events.append(PassagesFound(turn.passages))
     events.append(TextDelta(turn.text))
     reader = CitationReader(turn.passages)
-    for cited in _citations(asked, turn, reader):
+    for cited in _citations(turn, reader, is_json=is_json, uses_tools=uses_tools):
         events.append(cited)
     receipt = replace(receipt, text_sha256=hashlib.sha256(turn.text.encode()).hexdigest())
-    if not asked.uses_tools:
+    if not uses_tools:
         receipt = replace(receipt, groundedness=reader.groundedness, sentences_judged=reader.judged)
     events.append(receipt)
     events.end()
     return events
 
 
-def _citations(asked: Question, turn: Turn, reader: CitationReader) -> list[Citation]:
-    if asked.output_schema is not None:
+def _citations(turn: Turn, reader: CitationReader, *, is_json: bool, uses_tools: bool) -> list[Citation]:
+    if is_json:
         return []  # `[1]` in JSON is an array
     found = reader.read(turn.text)
     # What tools had returned bore sentences out as well.
-    return [replace(cited, support=None) for cited in found] if asked.uses_tools else found
+    return [replace(cited, support=None) for cited in found] if uses_tools else found
 
 
 def _failure(booked: BookedAnswer) -> DomainError:

@@ -15,7 +15,7 @@ from google.protobuf.struct_pb2 import Struct, Value
 
 from services.chassis.clock import Clock
 from services.chassis.deadline import current_deadline
-from services.chassis.errors import NotFound, Overloaded, RequestInvalid
+from services.chassis.errors import DomainError, IdempotencyConflict, NotFound, Overloaded, RequestInvalid, Unavailable
 from services.chassis.principal import Principal, current_principal
 from services.chassis.server import Server
 from services.chassis.wire import timestamp, usage_message, usage_value
@@ -441,13 +441,15 @@ class OrchestratorRpc(pb_grpc.OrchestratorServiceServicer):
         self._output_tokens_default, self._heartbeat_s = output_tokens_default, heartbeat_s
 
     async def Answer(self, request: pb.AnswerRequest, context: grpc.aio.ServicerContext) -> None:  # type: ignore[override]
-        resumed = await self._resumed(request)
-        question = read_question(
-            request, current_principal(), self._router, self._clock, self._output_tokens_default, self._tools.box, resumed
-        )
-        if not self._books.has_room:
-            raise Overloaded("too many records wait for the ledger", retry_after_ms=5000)
-        await self._follow(await self._registry.begin(question, fingerprint(request)), 0, context, batches=request.batches)
+        try:
+            found = await self._begin(request)
+        except IdempotencyConflict:
+            raise
+        except DomainError as refusal:
+            if (before := await self._begun_before(request, refusal)) is None:
+                raise
+            found = before
+        await self._follow(found, 0, context, batches=request.batches)
 
     async def ResumeAnswer(self, request: pb.ResumeAnswerRequest, context: grpc.aio.ServicerContext) -> None:  # type: ignore[override]
         if not 0 <= request.after_sequence <= EVENTS_MAX:
@@ -464,6 +466,38 @@ class OrchestratorRpc(pb_grpc.OrchestratorServiceServicer):
             raise RequestInvalid("the call id is missing or too long", field="call_id", bound=f"1-{CALL_ID_CHARACTERS_MAX} characters")
         await self._registry.find(current_principal(), answer_id)
         return pb.ConfirmToolCallResponse(was_waiting=await self._tools.confirmations.say(answer_id, request.call_id, request.allowed))
+
+    async def _begin(self, request: pb.AnswerRequest) -> Found:
+        resumed = await self._resumed(request)
+        question = read_question(
+            request, current_principal(), self._router, self._clock, self._output_tokens_default, self._tools.box, resumed
+        )
+        if not self._books.has_room:
+            raise Overloaded("too many records wait for the ledger", retry_after_ms=5000)
+        return await self._registry.begin(question, fingerprint(request))
+
+    async def _begun_before(self, request: pb.AnswerRequest, refusal: DomainError) -> Found | None:
+        """The answer that the same request began when it was not refused yet: the key stands for it, whatever has changed since.
+
+        A replica that is stopping refers to the others.
+        """
+        if (
+            not 1 <= len(request.idempotency_key) <= KEY_CHARACTERS_MAX
+            or "draining" in refusal.metadata
+            or isinstance(refusal, Unavailable)
+        ):
+            return None
+        uses_tools = bool(request.tools or request.server_tools or request.continues)
+        try:
+            return await self._registry.begun_before(
+                current_principal(),
+                request.idempotency_key,
+                fingerprint(request),
+                is_json=request.HasField("output_schema"),
+                uses_tools=uses_tools,
+            )
+        except Unavailable:  # nobody can say what the key stands for: then what was refused stays so
+            return None
 
     async def _resumed(self, request: pb.AnswerRequest) -> Suspended | None:
         """The answer that the request goes on with. Raises NotFound for a foreign or unknown one, and one that has waited too long."""

@@ -128,6 +128,8 @@ async def test_key_stands_for_one_answer_until_that_is_replaced(logs: SharedLogs
     assert len(winners) == 1
     assert {earlier for earlier in replies if earlier is not None} == {winners[0]}
 
+    assert await logs.claimed(OWNER, key) == winners[0]
+    assert await logs.claimed(("acme", "bob"), key) is None
     loser = next(claim for claim in claims if claim is not winners[0])
     assert not await logs.claim_again(OWNER, key, loser, claims[0])
     assert await logs.claim_again(OWNER, key, winners[0], loser)

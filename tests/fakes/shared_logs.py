@@ -54,6 +54,10 @@ class MemoryLogs:
         held = self.claims.setdefault((owner, key), claim)
         return None if held is claim else held
 
+    async def claimed(self, owner: tuple[str, str], key: str) -> Claim | None:
+        self._ask()
+        return self.claims.get((owner, key))
+
     async def claim_again(self, owner: tuple[str, str], key: str, old: Claim, new: Claim) -> bool:
         self._ask()
         if self.claims.get((owner, key)) != old:

@@ -353,6 +353,28 @@ async def test_same_idempotency_key_is_the_same_answer(claude: World) -> None:
     assert len(await claude.records()) == 2
 
 
+async def test_what_refuses_a_new_answer_does_not_refuse_the_same_request_again(tmp_path: Path, valkey: Valkey) -> None:
+    """Who has no place for one more still gets what the key stands for. Another body, and what was never begun, are refused as ever."""
+    async with world(tmp_path, valkey.url, TAILRACE_ORCHESTRATOR_ANSWERS_PER_USER_MAX="1") as running:
+        running.behave(tokens=100, tokens_per_s=100)
+        reply, fields = Reply(), {"idempotency_key": "again", "cache": pb.CACHE_MODE_OFF}
+        asking = asyncio.create_task(running.ask(QUESTION, into=reply, **fields))
+        await until(lambda: reply.text)
+        again = await running.ask(QUESTION, **fields)
+        first = await asking
+        other = Reply()
+        asking = asyncio.create_task(running.ask(QUESTION, into=other, cache=pb.CACHE_MODE_OFF))
+        await until(lambda: other.text)
+        for refused in ({"idempotency_key": "never begun"}, {**fields, "collection": "another"}):
+            with pytest.raises((Overloaded, IdempotencyConflict)) as failed:
+                await running.ask(QUESTION, **refused)
+            assert isinstance(failed.value, IdempotencyConflict if "collection" in refused else Overloaded)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+
+    assert again.events == first.events
+
+
 async def test_too_many_answers_are_refused_and_the_rest_go_on(tmp_path: Path, valkey: Valkey) -> None:
     """The bound on running answers sheds load with a time to come back."""
     async with world(tmp_path, valkey.url, TAILRACE_ORCHESTRATOR_ANSWERS_MAX="1") as running:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis.asyncio as redis
 
 from services.chassis.errors import NotAllowed, NotFound, RequestInvalid
 from services.local.stores import Valkey
@@ -83,6 +84,28 @@ async def test_a_clients_tool_is_called_by_the_client_and_goes_on_at_another_rep
     assert model.prompts[1].messages[-1].results[0].name == "weather" and [spec.name for spec in model.prompts[1].tools] == ["weather"]
     schema = model.prompts[0].tools[0].input_schema["properties"]["days"]
     assert schema == {"type": "integer", "maximum": 5} and isinstance(schema["maximum"], int)
+
+
+async def test_a_key_stands_for_what_went_on_longer_than_that_waited_for_its_client(
+    pair: tuple[World, World], model: ScriptedModel, valkey: Valkey
+) -> None:
+    """Results that are sent again when the answer they were for waits no more get the same answer; without the key there is none."""
+    one, two = pair
+    model.script = [["A moment.", call("weather", "w", town="Oslo", days=3)], "Cold.", "Colder."]
+    first = await one.ask(QUESTION, tools=[weather()])
+    goes_on: dict[str, Any] = {"continues": first.answer_id, "tool_results": [pb.ToolResult(call_id="w", text="minus 3")]}
+    second = await two.ask("", idempotency_key="went on", **goes_on)
+    store = redis.Redis.from_url(valkey.url)
+    assert await store.delete(f"tailrace:pending:{first.answer_id}") == 1
+    await store.aclose()
+    with pytest.raises(NotFound):
+        await one.ask("", **goes_on)
+    with pytest.raises(NotFound):
+        await one.ask("", idempotency_key="another", **goes_on)
+    again = [await where.ask("", idempotency_key="went on", **goes_on) for where in pair]
+
+    assert second.text == "Cold."
+    assert [reply.events for reply in again] == [second.events] * 2
 
 
 @pytest.mark.parametrize("deleted", ["while it waits for its client", "while its turn is kept"])

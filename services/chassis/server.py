@@ -17,7 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from opentelemetry.trace import SpanKind
 
-from services.chassis import telemetry
+from services.chassis import listening, telemetry
 from services.chassis.calls import Calls
 from services.chassis.deadline import Deadline, current_deadline
 from services.chassis.errors import DomainError, NotAuthenticated, Overloaded, RequestInvalid
@@ -256,7 +256,11 @@ class Server:
         self._names.append(service_name)
 
     async def start(self, host: str, port: int) -> int:
-        """Listen on `host:port` (0 = any free one) and return the port. Raises OSError if it is taken."""
+        """Listen on `host:port` (0 = any free one) and return the port. Raises OSError if it is taken, as `listening.claimed` does."""
+        try:
+            (await listening.claimed(host, port)).close()  # gRPC says neither why it cannot, nor may it be asked again without a noise
+        except OSError as error:
+            raise OSError(f"cannot listen on {host}:{port}: {error.strerror}") from error
         if self._reflect:
             reflection.enable_server_reflection([*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
         await self.report({"": False, **dict.fromkeys(self._names, False)})

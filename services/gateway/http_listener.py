@@ -19,7 +19,7 @@ from opentelemetry.trace import SpanKind
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
-from services.chassis import telemetry
+from services.chassis import listening, telemetry
 from services.chassis.errors import DomainError, Overloaded, RateLimited, RequestInvalid
 from services.gateway import problems
 from services.gateway.bodies import ANSWER_BYTES_MAX
@@ -224,12 +224,12 @@ class _Listening(uvicorn.Server):
         self.servers = [
             await asyncio.get_running_loop().create_server(
                 functools.partial(protocol, config=config, server_state=self.server_state, app_state=self.lifespan.state),
-                sock=listening,
+                sock=claim,
                 ssl=config.ssl,
                 ssl_handshake_timeout=HEADERS_TIMEOUT_S if config.ssl else None,
                 backlog=config.backlog,
             )
-            for listening in sockets
+            for claim in sockets
         ]
         self.started = True
 
@@ -279,21 +279,15 @@ class HttpListener:
         """The port listened on, once started."""
 
     async def start(self, host: str, port: int) -> int:
-        """Listen on `host:port` (0 = any free one) and return the port. Raises OSError that names the port if it is taken."""
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        # By its full name: asyncio takes the delay off a connection only where the protocol is given, and a response is two writes.
-        listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        """Listen on `host:port` (0 = any free one) and return the port. Raises OSError that names the port, as `listening.claimed` does."""
         try:
-            # A port in TIME_WAIT after a restart is free; one that somebody listens on is not.
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listening.bind((host, port))
-            listening.setblocking(False)
+            claim = await listening.claimed(host, port)
         except OSError as error:
-            listening.close()
             raise OSError(f"cannot listen on {host}:{port} ({self._port_setting}): {error.strerror}") from error
-        self.port = int(listening.getsockname()[1])
-        self._socket = listening
-        await self._server.startup(sockets=[listening])
+        claim.setblocking(False)
+        self.port = int(claim.getsockname()[1])
+        self._socket = claim
+        await self._server.startup(sockets=[claim])
         self._ticking = asyncio.create_task(self._server.main_loop(), name="http-tick")
         self._sweeping = asyncio.create_task(self._sweep(), name="http-sweep")
         log.info("serving_http", port=self.port)

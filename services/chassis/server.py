@@ -34,7 +34,7 @@ STREAMS_PER_CONNECTION_MAX = 2000
 CONNECTIONS_MAX = 5_000
 """Open at the same time, whoever they come from; ours are a few for each process."""
 CONNECTION_IDLE_MAX_S = 300
-"""How long one without a call may stay. Clients open another with their next call, and hardly any of ours is ever idle: health is asked for."""
+"""How long one without a call may stay. Clients open another with their next call."""
 METADATA_BYTES_MAX = 16 * 1024
 """Of one call, names and values: a token has at most 8 KiB, and a signed principal far less."""
 CONNECTION_AGE_MAX_S = 30 * 60

@@ -17,7 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from opentelemetry.trace import SpanKind
 
-from services.chassis import telemetry
+from services.chassis import listening, telemetry
 from services.chassis.calls import Calls
 from services.chassis.deadline import Deadline, current_deadline
 from services.chassis.errors import DomainError, NotAuthenticated, Overloaded, RequestInvalid
@@ -31,6 +31,10 @@ log = structlog.get_logger(__name__)
 MESSAGE_BYTES_MAX = 16 * 1024 * 1024
 """Room for a question with all that may come with it: pictures of 10 MiB, tools of 4 MiB, results of 1 MiB."""
 STREAMS_PER_CONNECTION_MAX = 2000
+CONNECTIONS_MAX = 5_000
+"""Open at the same time, whoever they come from; ours are a few for each process."""
+CONNECTION_IDLE_MAX_S = 300
+"""How long one without a call may stay. Clients open another with their next call."""
 METADATA_BYTES_MAX = 16 * 1024
 """Of one call, names and values: a token has at most 8 KiB, and a signed principal far less."""
 CONNECTION_AGE_MAX_S = 30 * 60
@@ -48,6 +52,8 @@ _OPEN_PREFIXES = ("/grpc.health.v1.", "/grpc.reflection.")
 SERVER_OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_allowed_incoming_connections", CONNECTIONS_MAX),
+    ("grpc.max_connection_idle_ms", CONNECTION_IDLE_MAX_S * 1000),
     ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION_MAX),
     # The hard bound is what gRPC calls absolute; between the two it refuses at random, so they are one.
     ("grpc.max_metadata_size", METADATA_BYTES_MAX),
@@ -256,7 +262,11 @@ class Server:
         self._names.append(service_name)
 
     async def start(self, host: str, port: int) -> int:
-        """Listen on `host:port` (0 = any free one) and return the port. Raises OSError if it is taken."""
+        """Listen on `host:port` (0 = any free one) and return the port. Raises OSError if it is taken, as `listening.claimed` does."""
+        try:
+            (await listening.claimed(host, port)).close()  # gRPC says neither why it cannot, nor may it be asked again without a noise
+        except OSError as error:
+            raise OSError(f"cannot listen on {host}:{port}: {error.strerror}") from error
         if self._reflect:
             reflection.enable_server_reflection([*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
         await self.report({"": False, **dict.fromkeys(self._names, False)})

@@ -16,6 +16,8 @@ OWN_REQUEST_HEADER = "x-tailrace-request"
 COOKIE_TOKEN_BYTES_MAX = 3800
 """Browsers drop a cookie of more than 4096 bytes, name and attributes included."""
 PREFLIGHT_AGE_S = 600
+OWN_MACHINE = ("localhost", "127.0.0.1", "::1")
+"""Between a browser and these nobody can stand, so plain http is as good there; browsers see it so, too."""
 
 ASKED, TOLD, BOTH = "asked", "told", "both"
 HEADERS = {
@@ -111,7 +113,7 @@ class Browser:
         What changes something must also carry our header, and say where it comes from.
         """
         lines = list(headers)
-        named = _refuse_foreign(lines)
+        named = self._refuse_foreign(lines)
         if method in ("GET", "HEAD"):
             return
         if not named or not any(_values(lines, OWN_REQUEST_HEADER)):
@@ -119,7 +121,26 @@ class Browser:
 
     def check_sign_in(self, headers: Iterable[tuple[str, str]]) -> None:
         """Raise NotAllowed if another site tries to sign its visitor in as somebody else."""
-        _refuse_foreign(list(headers))
+        self._refuse_foreign(list(headers))
+
+    def _refuse_foreign(self, headers: list[tuple[str, str]]) -> bool:
+        """Raise NotAllowed if the request says that another site made it; return whether it says where it comes from at all.
+
+        `same-site` is foreign too: a subdomain is not us, and neither is our name over plain http where https is the rule.
+        """
+        sites, origins, hosts = _values(headers, "sec-fetch-site"), _values(headers, "origin"), _values(headers, "host")
+        # `none` is an address that a person typed.
+        if any(site not in ("same-origin", "none") for site in sites) or not all(self._is_at(origin, hosts) for origin in origins):
+            raise NotAllowed("the request was made by another site", cause="csrf")
+        return bool(origins) or "same-origin" in sites
+
+    def _is_at(self, origin: str, hosts: list[str]) -> bool:
+        try:
+            parts = urlsplit(origin)
+        except ValueError:
+            return False
+        schemes = ("https",) if self._secure and parts.hostname not in OWN_MACHINE else ("http", "https")
+        return parts.scheme in schemes and len(hosts) == 1 and parts.netloc.lower() == hosts[0].lower()
 
     # --- other origins ---
 
@@ -151,26 +172,6 @@ def is_preflight(method: str, headers: Iterable[tuple[str, str]]) -> bool:
     """Whether a browser asks what another origin's script may do."""
     lines = list(headers)
     return method == "OPTIONS" and bool(_values(lines, "origin")) and bool(_values(lines, "access-control-request-method"))
-
-
-def _refuse_foreign(headers: list[tuple[str, str]]) -> bool:
-    """Raise NotAllowed if the request says that another site made it; return whether it says where it comes from at all.
-
-    `same-site` is foreign too: a subdomain is not us.
-    """
-    sites, origins, hosts = _values(headers, "sec-fetch-site"), _values(headers, "origin"), _values(headers, "host")
-    # `none` is an address that a person typed.
-    if any(site not in ("same-origin", "none") for site in sites) or any(not _is_at(origin, hosts) for origin in origins):
-        raise NotAllowed("the request was made by another site", cause="csrf")
-    return bool(origins) or "same-origin" in sites
-
-
-def _is_at(origin: str, hosts: list[str]) -> bool:
-    try:
-        parts = urlsplit(origin)
-    except ValueError:
-        return False
-    return parts.scheme in ("http", "https") and len(hosts) == 1 and parts.netloc.lower() == hosts[0].lower()
 
 
 def _values(headers: Iterable[tuple[str, str]], name: str) -> list[str]:

@@ -19,7 +19,7 @@ from opentelemetry.trace import SpanKind
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
-from services.chassis import telemetry
+from services.chassis import listening, telemetry
 from services.chassis.errors import DomainError, Overloaded, RateLimited, RequestInvalid
 from services.gateway import problems
 from services.gateway.bodies import ANSWER_BYTES_MAX
@@ -104,6 +104,7 @@ class _Protocol(HttpToolsProtocol):
         super().connection_made(transport)
         self._header_bytes = 0
         self._header_timer: asyncio.TimerHandle | None = None
+        self._head_ended = False
         if (refusal := self._peers.enter(transport)) is None:
             self._expect_headers()
         else:
@@ -120,11 +121,21 @@ class _Protocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if not self.transport.is_closing():
-            super().data_received(data)
+        if self.transport.is_closing():
+            return
+        super().data_received(data)
+        if self._between_requests():
+            # uvicorn has taken back the end of the idle connection, and would set it anew only after another response.
+            self._expect_headers()
+
+    def _between_requests(self) -> bool:
+        """Whether everything is answered that was asked, and this is still HTTP."""
+        answered = self.cycle is not None and self.cycle.response_complete
+        return answered and not self.transport.is_closing() and self.transport.get_protocol() is self
 
     def on_message_begin(self) -> None:
         self._header_bytes = 0
+        self._head_ended = False
         self._expect_headers()
         super().on_message_begin()
 
@@ -134,10 +145,13 @@ class _Protocol(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._count(len(name) + len(value) + HEADER_OVERHEAD_BYTES)
-        super().on_header(name, value)
+        if not self._head_ended:  # a trailer must not be taken for a header (RFC 9110, 6.5.1)
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._headers_came()
+        self._head_ended = True
+        _require_one_reading(self.parser.get_http_version(), self.headers)
         super().on_headers_complete()
 
     def _count(self, size: int) -> None:
@@ -161,6 +175,16 @@ class _Protocol(HttpToolsProtocol):
         self._header_timer = None
         if not self.transport.is_closing():
             self.transport.close()
+
+
+def _require_one_reading(version: str, headers: list[tuple[bytes, bytes]]) -> None:
+    """Raise ValueError for what a proxy before us might take for another request, or for one to somebody else (RFC 9112, 3.2 and 6.1)."""
+    hosts = sum(name == b"host" for name, _ in headers)
+    codings = [value.lower() for name, value in headers if name == b"transfer-encoding"]
+    if hosts > 1 or (version == "1.1" and not hosts):
+        raise ValueError("one host is needed")
+    if version not in ("1.0", "1.1") or (codings and (version, codings) != ("1.1", [b"chunked"])):
+        raise ValueError("its length could be read in more than one way")
 
 
 class _SocketProtocol(WebSocketsSansIOProtocol):
@@ -224,12 +248,12 @@ class _Listening(uvicorn.Server):
         self.servers = [
             await asyncio.get_running_loop().create_server(
                 functools.partial(protocol, config=config, server_state=self.server_state, app_state=self.lifespan.state),
-                sock=listening,
+                sock=claim,
                 ssl=config.ssl,
                 ssl_handshake_timeout=HEADERS_TIMEOUT_S if config.ssl else None,
                 backlog=config.backlog,
             )
-            for listening in sockets
+            for claim in sockets
         ]
         self.started = True
 
@@ -279,21 +303,15 @@ class HttpListener:
         """The port listened on, once started."""
 
     async def start(self, host: str, port: int) -> int:
-        """Listen on `host:port` (0 = any free one) and return the port. Raises OSError that names the port if it is taken."""
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        # By its full name: asyncio takes the delay off a connection only where the protocol is given, and a response is two writes.
-        listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        """Listen on `host:port` (0 = any free one) and return the port. Raises OSError that names the port, as `listening.claimed` does."""
         try:
-            # A port in TIME_WAIT after a restart is free; one that somebody listens on is not.
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listening.bind((host, port))
-            listening.setblocking(False)
+            claim = await listening.claimed(host, port)
         except OSError as error:
-            listening.close()
             raise OSError(f"cannot listen on {host}:{port} ({self._port_setting}): {error.strerror}") from error
-        self.port = int(listening.getsockname()[1])
-        self._socket = listening
-        await self._server.startup(sockets=[listening])
+        claim.setblocking(False)
+        self.port = int(claim.getsockname()[1])
+        self._socket = claim
+        await self._server.startup(sockets=[claim])
         self._ticking = asyncio.create_task(self._server.main_loop(), name="http-tick")
         self._sweeping = asyncio.create_task(self._sweep(), name="http-sweep")
         log.info("serving_http", port=self.port)

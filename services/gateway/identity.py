@@ -234,10 +234,10 @@ def keys_in_file(path: Path) -> Callable[[], Awaitable[bytes]]:
 
 
 def keys_at_url(client: httpx.AsyncClient, url: str) -> Callable[[], Awaitable[bytes]]:
-    """Reads a key set from where its issuer publishes it, no further than its bound."""
+    """Reads a key set from where its issuer publishes it, at no other place and no further than its bound."""
 
     async def read() -> bytes:
-        async with client.stream("GET", url) as response:
+        async with client.stream("GET", url, follow_redirects=False) as response:
             response.raise_for_status()
             document = bytearray()
             async for chunk in response.aiter_bytes():

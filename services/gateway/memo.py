@@ -56,7 +56,8 @@ class Memo(Generic[K, V]):
                 self._keep(key, value)
             return value
         finally:
-            del self._asking[key]
+            if self._asking.get(key) is answer:
+                del self._asking[key]
 
     def _keep(self, key: K, value: V) -> None:
         self._entries[key] = (self._clock(), value)
@@ -70,11 +71,13 @@ class Memo(Generic[K, V]):
         return entry[1] if entry else None
 
     def drop(self, key: K) -> None:
-        """Forget `key`, also what is being asked right now."""
+        """Forget `key`, also what is being asked right now: whoever comes from now on asks anew."""
         self._generation += 1
         self._entries.pop(key, None)
+        self._asking.pop(key, None)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget everything, as `drop` does one."""
         self._generation += 1
         self._entries.clear()
+        self._asking.clear()

@@ -222,7 +222,7 @@ async def _keys(settings: Settings) -> AsyncIterator[Keys]:
         if settings.jwks_file is not None:
             published.append(PublishedKeys(keys_in_file(settings.jwks_file), pause_s=FILE_PAUSE_S, refresh_s=settings.jwks_refresh_s))
         if settings.jwks_url:
-            client = await stack.enter_async_context(httpx.AsyncClient(timeout=5.0, follow_redirects=False))
+            client = await stack.enter_async_context(httpx.AsyncClient(timeout=5.0))
             read = keys_at_url(client, settings.jwks_url)
             published.append(PublishedKeys(read, pause_s=settings.jwks_pause_s, refresh_s=settings.jwks_refresh_s))
         for keys in published:

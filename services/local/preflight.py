@@ -4,11 +4,17 @@ import contextlib
 import fcntl
 import json
 import os
-import socket
-from collections.abc import Iterator, Mapping
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import psutil
+
+from services.chassis import listening
+
+PATIENCE_S = 65.0
+"""How long connections alone may hold a port. What a closed one leaves behind goes after a minute."""
 
 
 class NotPossible(Exception):
@@ -44,33 +50,57 @@ def sole_owner(state_dir: Path, url: str) -> Iterator[None]:
         yield
 
 
-def require_free_ports(ports: Mapping[str, int], host: str) -> None:
-    """Raise NotPossible that names every port which is taken, its variable and, if we may know, its process."""
+@contextlib.contextmanager
+def reserved_ports(ports: Mapping[str, int], host: str, say: Callable[[str], None], patience_s: float = PATIENCE_S) -> Iterator[None]:
+    """Keep `ports` for servers on this machine: no outgoing connection is given one, not even while its server is started anew.
+
+    Raises NotPossible that names every port which a server has, its variable and, if we may know, its process. One that only a connection
+    holds is waited for.
+    """
     doubled = [port for port in ports.values() if list(ports.values()).count(port) > 1]
     if doubled:
         variables = " and ".join(variable for variable, port in ports.items() if port == doubled[0])
         raise NotPossible(f"{variables} are the same port, {doubled[0]}")
-    taken = [f"  {variable}={port} is taken{by(port)}" for variable, port in ports.items() if not free(port, host)]
-    if taken:
-        raise NotPossible("these ports are not free; stop what has them or set the variables to others:\n" + "\n".join(taken))
+    ends_at, told = time.monotonic() + patience_s, False
+    while taken := {variable: port for variable, port in ports.items() if not free(port, host)}:
+        lines = "\n".join(f"  {variable}={port} is taken{by(port)}" for variable, port in taken.items())
+        if time.monotonic() >= ends_at or any(listening.listeners(port) for port in taken.values()):
+            raise NotPossible(f"these ports are not free; stop what has them or set the variables to others:\n{lines}")
+        if not told:
+            say(f"waiting up to {patience_s:.0f} s for these ports, which no server has:\n{lines}")
+            told = True
+        time.sleep(listening.PAUSE_S)
+    with contextlib.ExitStack() as claims:
+        for port in ports.values():
+            reserve(port, host, claims)
+        yield
+
+
+def reserve(port: int, host: str, claims: contextlib.ExitStack) -> None:
+    """Keep `port` from outgoing connections until `claims` end. Does nothing on a system whose servers could not have it then either."""
+    # Linux lets a server listen on what another socket is bound to, as long as both say so and that one does not listen.
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # taken this very moment: its server will wait, or say so
+            claims.enter_context(listening.bound(host, port))
 
 
 def free(port: int, host: str) -> bool:
     """Whether one can listen on `port` now."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
+    try:
+        listening.bound(host, port).close()
+    except OSError:
+        return False
     return True
 
 
 def by(port: int) -> str:
-    """Who listens on `port`, as words to append; empty if we may not know."""
+    """Who has `port`, as words to append; empty if we may not know."""
     with contextlib.suppress(psutil.Error, OSError):
-        for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
-                return f" by {psutil.Process(connection.pid).name()} (process {connection.pid})"
+        connections = [one for one in psutil.net_connections("tcp") if one.laddr.port == port]
+        for one in sorted(connections, key=lambda one: one.status != psutil.CONN_LISTEN):
+            if one.status == psutil.CONN_TIME_WAIT:
+                return " by a connection that was closed; the system keeps it for a minute"
+            if one.pid:
+                having = "" if one.status == psutil.CONN_LISTEN else "a connection of "
+                return f" by {having}{psutil.Process(one.pid).name()} (process {one.pid})"
     return ""

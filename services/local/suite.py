@@ -1,6 +1,7 @@
 """The whole suite on one machine: what is started, what needs what, and when it stops. How a process is kept alive is in `supervisor`."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -15,7 +16,7 @@ from services.local.banner import banner
 from services.local.child import Child, ChildFailed
 from services.local.config import LocalSettings, make_state_dir, state_dir
 from services.local.issuer import Issuer, write_secret
-from services.local.preflight import NotPossible, require_free_ports, sole_owner
+from services.local.preflight import NotPossible, reserve, reserved_ports, sole_owner
 from services.local.processes import ServiceProcess, grpc_health, http_ready
 from services.local.stores import Postgres, Valkey, free_port
 from services.local.supervisor import Supervisor, sweep
@@ -41,8 +42,12 @@ def up(environ: Mapping[str, str]) -> int:
         record = settings.state_dir.absolute() / "children.json"
         if swept := sweep(record):
             say(f"ended what an earlier run had left: {', '.join(swept)}")
-        require_free_ports(settings.ports, settings.bind_host)
-        return asyncio.run(Suite(settings, environ, record).run(began))
+        with reserved_ports(settings.ports, settings.bind_host, say), contextlib.ExitStack() as claims:
+            suite = Suite(settings, environ, record)
+            for store in (suite.postgres, suite.valkey):
+                if store is not None:
+                    reserve(store.port, "127.0.0.1", claims)
+            return asyncio.run(suite.run(began))
 
 
 class Suite:

@@ -1,5 +1,6 @@
 """Who may call what behind the edge: every RPC of the inner services, without a principal, with a forged one, and by every role."""
 
+import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,3 +191,30 @@ async def test_an_admins_narrowed_key_administers_nothing(served: dict[str, Serv
     code = await code_of(ledger, DESCRIPTORS["ledger"].methods_by_name[method], ledger.passport.sign(narrowed))
 
     assert code is grpc.StatusCode.PERMISSION_DENIED
+
+
+@pytest.mark.parametrize(("environment", "shown"), [("development", True), ("production", False)])
+async def test_no_service_describes_itself_in_production(
+    postgres: Postgres, valkey: Valkey, tmp_path: Path, environment: str, shown: bool
+) -> None:
+    """As each is wired: a stranger on an inner port learns no method by asking, only where somebody develops."""
+    variables = {"TAILRACE_ENV": environment}
+    codes = {}
+    async with (
+        ledger_kit.running(await ledger_kit.fresh_database(postgres), **variables) as ledger,
+        retrieval_kit.running(retrieval_kit.settings_for(tmp_path, environment=environment)) as retrieval,
+        orchestrator_world.world(tmp_path, valkey.url, **variables) as orchestrator,
+    ):
+        for name, target in {
+            "ledger": f"127.0.0.1:{ledger.port}",
+            "retrieval": retrieval.caller.target,
+            "orchestrator": orchestrator.caller.target,
+        }.items():
+            async with grpc.aio.insecure_channel(target) as channel:
+                call = channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")(iter([b""]), timeout=10)
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    async for _ in call:
+                        pass
+                codes[name] = await call.code()
+
+    assert codes == dict.fromkeys(DESCRIPTORS, grpc.StatusCode.OK if shown else grpc.StatusCode.UNIMPLEMENTED)

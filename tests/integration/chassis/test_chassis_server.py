@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -357,6 +357,69 @@ async def test_watches_of_health_are_bounded(monkeypatch: pytest.MonkeyPatch) ->
 
     assert [*first, checked.status, again.status] == [NOT_SERVING] * 4
     assert errors.restore("OVERLOADED", "", {}, "").code == caught.value.code().name
+
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00"
+"""What an HTTP/2 client says first: the preface and empty settings."""
+
+
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+def with_option(name: str, value: int) -> list[tuple[str, int]]:
+    """The options of every server, one of them set to something that a test can wait for."""
+    return [(one, value if one == name else usual) for one, usual in chassis_server.SERVER_OPTIONS]
+
+
+@contextlib.asynccontextmanager
+async def connections(
+    options: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Callable[[], Awaitable[Connection]]]:
+    """What opens a connection to a server with `options`, as a client does that asks nothing then."""
+    monkeypatch.setattr(chassis_server, "SERVER_OPTIONS", options)
+    server = Server(passport_identity(PASSPORT), reflect=False)
+    port = await server.start("127.0.0.1", 0)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(server.stop, 0, 0)
+
+        async def opened() -> Connection:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            stack.callback(writer.close)
+            writer.write(PREFACE)
+            return reader, writer
+
+        async with asyncio.timeout(30):
+            yield opened
+
+
+async def test_connections_are_bounded_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One too many is closed without a word; when another has left there is room."""
+    async with connections(with_option("grpc.max_allowed_incoming_connections", 2), monkeypatch) as opened:
+        held = [await opened() for _ in range(2)]
+        served = [await reader.read(1) for reader, _ in held]
+        refused = await heard(*await opened())
+        held[0][1].close()
+        while not (again := await heard(*await opened())):  # it counts who left a moment longer
+            pass
+
+    assert (refused, [again, again]) == (b"", served)
+
+
+async def heard(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> bytes:
+    """The first byte; none where the connection is closed."""
+    try:
+        return await reader.read(1)
+    except ConnectionError:
+        return b""
+
+
+async def test_a_connection_that_asks_nothing_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or strangers could take all there may be, and keep them."""
+    async with connections(with_option("grpc.max_connection_idle_ms", 200), monkeypatch) as opened:
+        reader, _ = await opened()
+        said = await reader.read()
+
+    assert b"connection idle" in said
 
 
 @pytest.mark.parametrize("cls", errors.leaves().values(), ids=lambda cls: cls.__name__)

@@ -234,6 +234,15 @@ BROKEN_REQUESTS = [
     b"GET /healthz HTTP/1.1\r\nhost: x\r\nx-ab : c\r\n\r\n",
     b"GET /healthz HTTP/1.1\r\nhost: x\r\n folded\r\n\r\n",
     b"GET /\xff HTTP/1.1\r\nhost: x\r\n\r\n",
+    b"GET /healthz HTTP/1.1\r\n\r\n",
+    b"GET /healthz HTTP/1.1\r\nhost: x\r\nhost: x\r\n\r\n",
+    b"GET /healthz\r\n\r\n",
+    b"GET /healthz HTTP/1.1\nhost: x\n\n",
+    b"GET /healthz HTTP/1.1\r\nhost: x\nx-a: b\r\n\r\n",
+    b"POST /v1/answers HTTP/1.1\r\nhost: x\r\ntransfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+    b"POST /v1/answers HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+    b"POST /v1/answers HTTP/1.0\r\nhost: x\r\nconnection: keep-alive\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+    b"POST /v1/answers HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n2;a\nb\r\nab\r\n0\r\n\r\n",
     b"get it\r\n\r\n",
 ]
 

@@ -7,6 +7,7 @@ import ssl
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx
@@ -183,6 +184,86 @@ async def test_what_is_refused_before_it_is_a_request_is_a_problem_with_ids(
     assert len(problem["request_id"]) == 32
     assert (response.headers["connection"], int(response.headers["content-length"])) == ("close", len(body))
     assert ("retry-after" in response.headers) is (status == 503)
+
+
+@contextlib.asynccontextmanager
+async def listening(app: Any) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A connection to a listener with `app`."""
+    listener = HttpListener(app)
+    reader, writer = await asyncio.open_connection("127.0.0.1", await listener.start("127.0.0.1", 0))
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+        await listener.stop(1)
+
+
+async def test_a_trailer_is_no_header() -> None:
+    """What comes after a body was seen by no proxy as a credential, an origin or a host, and is none."""
+    names: list[bytes] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        names.extend(name for name, _ in scope["headers"])
+        await empty(scope, receive, send)
+
+    async with listening(app) as (reader, writer), asyncio.timeout(30):
+        head = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+        writer.write(head + b"2\r\nab\r\n0\r\nauthorization: Bearer late\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n")
+
+    assert names == [b"host", b"transfer-encoding"]
+
+
+async def empty(scope: Any, receive: Any, send: Any) -> None:
+    """Answers without a look at the body, and takes every socket."""
+    if scope["type"] == "websocket":
+        await receive()
+        await send({"type": "websocket.accept"})
+        await receive()
+        return
+    await send({"type": "http.response.start", "status": 204, "headers": []})
+    await send({"type": "http.response.body"})
+
+
+@pytest.mark.parametrize(
+    ("head", "late"),
+    [
+        (b"GET / HTTP/1.1\r\nhost: x\r\n\r\n", b"\r\n"),
+        (b"GET / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n", b"1\r\n"),
+        (b"GET / HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n", b"1"),
+    ],
+    ids=["an empty line", "a chunk", "a byte"],
+)
+async def test_what_trickles_in_after_a_response_is_no_reason_to_keep_the_connection(
+    head: bytes, late: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request must follow in the time that headers have, or the connection would stay for ever without one."""
+    monkeypatch.setattr(http_listener, "HEADERS_TIMEOUT_S", 0.3)
+    async with listening(empty) as (reader, writer):
+        writer.write(head)
+        async with asyncio.timeout(30):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(late)
+
+            assert await reader.read() == b""
+
+
+async def test_a_socket_on_a_connection_that_had_a_request_before_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No timer of the request before cuts it."""
+    monkeypatch.setattr(http_listener, "HEADERS_TIMEOUT_S", 0.3)
+    handshake = b"connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+    async with listening(empty) as (reader, writer):
+        writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        async with asyncio.timeout(30):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n" + handshake + b"\r\n")
+            status = (await reader.readuntil(b"\r\n\r\n")).split()[1]
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(reader.read(), 1.0)
+
+    assert status == b"101"
 
 
 async def test_ten_thousand_parts_are_too_many(client: httpx.AsyncClient) -> None:

@@ -1,6 +1,7 @@
 """What a browser may do: the session cookie, forged requests, other origins, and the headers of every response."""
 
 import asyncio
+import contextlib
 import json
 import re
 from collections.abc import AsyncIterator
@@ -13,7 +14,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 
 from services.chassis.config import SettingsError
-from services.chassis.errors import BudgetExhausted, ModelOverloaded
+from services.chassis.errors import BudgetExhausted, ModelOverloaded, NotAllowed
 from services.chassis.lifecycle import started
 from services.gateway import websocket
 from services.gateway.browser import ALLOWED_HEADERS, API_POLICY, COOKIE_TOKEN_BYTES_MAX, Browser
@@ -162,6 +163,28 @@ def test_over_https_the_cookie_is_bound_to_the_host() -> None:
     assert browser.token_in([("cookie", "tailrace=evil; __Host-tailrace=t")]) == "t"
     assert browser.token_in([("cookie", "tailrace=evil")]) == ""
     assert any(name == b"strict-transport-security" for name, _ in browser.security_headers)
+
+
+@pytest.mark.parametrize(
+    ("secure", "origin", "allowed"),
+    [
+        (True, "https://tailrace.example", True),
+        (True, "http://tailrace.example", False),
+        (True, "http://localhost:8080", True),
+        (True, "http://[::1]:8080", True),
+        (True, "http://localhost.example", False),
+        (False, "http://tailrace.example", True),
+        (True, "https://[", False),
+    ],
+)
+def test_over_https_a_page_that_came_over_plain_http_is_another_site(secure: bool, origin: str, allowed: bool) -> None:
+    """Whoever stands between could have written it; nobody stands between a browser and its own machine."""
+    host = origin.partition("://")[2]
+    headers = [("host", host), ("origin", origin), ("x-tailrace-request", "page")]
+    checks = (lambda browser: browser.check_own("POST", headers), lambda browser: browser.check_sign_in(headers))
+    for check in checks:
+        with contextlib.nullcontext() if allowed else pytest.raises(NotAllowed):
+            check(Browser(secure=secure))
 
 
 # --- other origins ---

@@ -227,3 +227,64 @@ async def test_a_source_that_never_ends_its_reply_does_not_hold_those_without_a_
     async with asyncio.timeout(5):
         with pytest.raises(Unavailable):
             await tokens_by(read, Clock()).principal(Signer(1).token)
+
+
+ENDLESS = b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n"
+
+
+@pytest.mark.parametrize("reply", ["another place", "no end of it", "one id twice", "an error", "nothing"])
+async def test_an_address_that_gives_anything_but_a_good_key_set_changes_nothing(reply: str) -> None:
+    """It is followed nowhere and read no further than its bound; the keys known so far go on, and no other comes to count."""
+    known, planted = Signer(1), Signer(2)
+    asked: list[str] = []
+    sent = 0
+    good = document(known.public)
+    bad = document(known.public, planted.public)
+    twice = document(known.public, {**planted.public, "kid": known.kid})
+    hostile = False
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        asked.append((await reader.readuntil(b"\r\n\r\n")).split()[1].decode())
+        whole = b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%s"
+        if not hostile:
+            writer.write(whole % (len(good), good))
+        elif asked[-1] == "/elsewhere":
+            writer.write(whole % (len(bad), bad))
+        elif reply == "another place":
+            writer.write(
+                b"HTTP/1.1 302 Found\r\nlocation: /elsewhere\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%s" % (len(bad), bad)
+            )
+        elif reply == "one id twice":
+            writer.write(whole % (len(twice), twice))
+        elif reply == "an error":
+            writer.write(b"HTTP/1.1 500 Oh\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%s" % (len(bad), bad))
+        elif reply == "no end of it":
+            writer.write(ENDLESS + bad[:-1])
+            with contextlib.suppress(ConnectionError):
+                while sent < 64 * identity.DOCUMENT_BYTES_MAX:
+                    writer.write(b" " * 65_536)
+                    await writer.drain()
+                    sent += 65_536
+        with contextlib.suppress(ConnectionError):
+            await writer.drain()
+        writer.close()
+
+    clock = Clock()
+    async with (
+        await asyncio.start_server(serve, "127.0.0.1", 0) as server,
+        httpx.AsyncClient(trust_env=False, follow_redirects=True) as client,
+    ):
+        keys = PublishedKeys(keys_at_url(client, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/jwks.json"), clock)
+        tokens = Tokens(keys, issuer="issuer", audience="tailrace", leeway_s=30)
+        await tokens.principal(known.token)
+        hostile = True
+        clock.now += identity.REFRESH_S
+        with pytest.raises(NotAuthenticated) as refused:
+            await tokens.principal(planted.token)
+        still = await tokens.principal(known.token)
+
+    assert refused.value.metadata["cause"] == "unknown_key"
+    assert still.user == known.kid
+    assert asked == ["/jwks.json", "/jwks.json"]
+    assert sent < 64 * identity.DOCUMENT_BYTES_MAX

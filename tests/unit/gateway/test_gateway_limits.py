@@ -496,6 +496,34 @@ async def test_those_who_ask_at_once_share_one_question() -> None:
     assert asked == 2
 
 
+@pytest.mark.parametrize("forget", [lambda memo: memo.clear(), lambda memo: memo.drop("k")], ids=["all", "one"])
+async def test_who_asks_after_all_was_forgotten_shares_no_question_of_before(forget: Callable[[Memo[str, int]], None]) -> None:
+    """An API key is revoked between the two: the first may still have it, the second must not."""
+    memo: Memo[str, int] = Memo(10, 60)
+    gates = [asyncio.Event(), asyncio.Event()]
+    began: list[asyncio.Event] = []
+
+    async def ask() -> int:
+        number = len(began)
+        began.append(gates[number])
+        await gates[number].wait()
+        return number
+
+    first = asyncio.create_task(memo.get("k", ask))
+    await asyncio.sleep(0)
+    forget(memo)
+    second = asyncio.create_task(memo.get("k", ask))
+    await asyncio.sleep(0)
+    gates[0].set()
+    of_first = await first
+    third = asyncio.create_task(memo.get("k", ask))
+    await asyncio.sleep(0)
+    gates[1].set()
+
+    assert (of_first, await second, await third) == (0, 1, 1)
+    assert len(began) == 2
+
+
 async def test_the_memory_is_bounded_and_forgets() -> None:
     """In number and in age; what is being asked when all is forgotten is not kept either."""
     now = 0.0

@@ -185,3 +185,159 @@ BEGIN
     WHERE a.amount <> 0;
 END
 $$;
+
+-- Have these counters, locked; see lock_spending. `p_changes` names each once.
+CREATE FUNCTION lock_counters_named(p_changes spending[]) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    present integer;
+BEGIN
+    SELECT count(*) INTO present FROM unnest(p_changes) mine JOIN spending s USING (tenant, scope, subject, period, period_start);
+    IF present < cardinality(p_changes) THEN
+        INSERT INTO spending (tenant, scope, subject, period, period_start)
+        SELECT mine.tenant, mine.scope, mine.subject, mine.period, mine.period_start FROM unnest(p_changes) mine ORDER BY 1, 2, 3, 4, 5
+        ON CONFLICT DO NOTHING;
+    END IF;
+    PERFORM 1 FROM unnest(p_changes) mine JOIN spending s USING (tenant, scope, subject, period, period_start)
+    ORDER BY s.tenant, s.scope, s.subject, s.period, s.period_start FOR UPDATE OF s;
+END
+$$;
+
+-- As before, but a hold is looked at once, and all that a user's holds of a day move is counted together.
+CREATE OR REPLACE FUNCTION resolve_holds(p_moves jsonb, p_at timestamptz) RETURNS void LANGUAGE plpgsql
+SECURITY DEFINER SET search_path FROM CURRENT SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
+DECLARE
+    moment timestamptz := coalesce(p_at, clock_timestamp());
+    tenants text[];
+    moved uuid[];
+    moved_for uuid[];
+    movers text[];
+    mover_keys text[];
+    days timestamptz[];
+    kinds text[];
+    held bigint[];
+    spent bigint[];
+    changes spending[];
+BEGIN
+    WITH moving AS (
+        UPDATE holds h
+        SET state = m.state, resolved_at = moment, cost_nanousd = m.cost_nanousd, estimated = m.estimated,
+            input_tokens = m.input_tokens, output_tokens = m.output_tokens, cache_read_tokens = m.cache_read_tokens,
+            cache_write_tokens = m.cache_write_tokens, cache_write_1h_tokens = m.cache_write_1h_tokens
+        FROM moves_in(p_moves) m
+        WHERE h.hold_id = m.hold_id AND h.tenant = coalesce(nullif(current_setting('tailrace.tenant', true), ''), h.tenant)
+        RETURNING h.tenant, h.hold_id, h.operation_id, h.user_id, h.api_key_id, date_trunc('day', h.created_at, 'UTC') AS day,
+                  m.kind, m.held, m.spent
+    )
+    SELECT array_agg(m.tenant), array_agg(m.hold_id), array_agg(m.operation_id), array_agg(m.user_id), array_agg(m.api_key_id),
+           array_agg(m.day), array_agg(m.kind), array_agg(m.held), array_agg(m.spent)
+    INTO tenants, moved, moved_for, movers, mover_keys, days, kinds, held, spent FROM moving m;
+    IF coalesce(cardinality(moved), 0) < jsonb_array_length(p_moves) THEN
+        RAISE EXCEPTION 'a hold is of another tenant than is worked for, or gone' USING ERRCODE = 'insufficient_privilege';
+    END IF;
+
+    SELECT array_agg(ROW(d.*)::spending) INTO changes FROM (
+        SELECT o.tenant, c.scope, c.subject, c.period, c.period_start, sum(o.spent)::bigint, sum(o.held)::bigint
+        FROM (
+            SELECT m.tenant, m.user_id, m.api_key_id, m.day, sum(m.held) AS held, sum(m.spent) AS spent
+            FROM unnest(tenants, movers, mover_keys, days, held, spent) AS m (tenant, user_id, api_key_id, day, held, spent)
+            WHERE m.held <> 0 OR m.spent <> 0
+            GROUP BY 1, 2, 3, 4
+        ) o, counters_of(o.tenant, o.user_id, o.api_key_id, o.day) c
+        GROUP BY 1, 2, 3, 4, 5
+    ) d;
+    IF changes IS NULL THEN
+        RETURN;
+    END IF;
+    PERFORM lock_counters_named(changes);
+    UPDATE spending s SET held_nanousd = s.held_nanousd + d.held_nanousd, spent_nanousd = s.spent_nanousd + d.spent_nanousd
+    FROM unnest(changes) d
+    WHERE (s.tenant, s.scope, s.subject, s.period, s.period_start) = (d.tenant, d.scope, d.subject, d.period, d.period_start)
+      AND (d.held_nanousd <> 0 OR d.spent_nanousd <> 0);
+    INSERT INTO entries (posting_id, account, tenant, hold_id, operation_id, kind, amount_nanousd, booked_at)
+    SELECT m.posting_id, a.account, m.tenant, m.hold_id, m.operation_id, m.kind, a.amount, moment
+    FROM (
+        SELECT nextval('postings') AS posting_id, r.*
+        FROM unnest(tenants, moved, moved_for, kinds, held, spent) AS r (tenant, hold_id, operation_id, kind, held, spent)
+    ) m
+    CROSS JOIN LATERAL (VALUES ('available', -m.held - m.spent), ('held', m.held), ('spent', m.spent)) AS a (account, amount)
+    WHERE a.amount <> 0;
+END
+$$;
+
+-- As before, but a user's calls of a day are counted together.
+CREATE OR REPLACE FUNCTION counters_of_calls(p_calls jsonb)
+RETURNS TABLE (tenant text, scope text, subject text, period text, period_start date) LANGUAGE sql STABLE AS $$
+    SELECT o.tenant, c.scope, c.subject, c.period, c.period_start
+    FROM (
+        SELECT called.tenant, called.user_id, called.api_key_id, date_trunc('day', called.created_at, 'UTC') AS day FROM calls_in(p_calls) called
+        UNION
+        SELECT lease.tenant, lease.user_id, lease.api_key_id, date_trunc('day', lease.created_at, 'UTC')
+        FROM calls_in(p_calls) called
+        CROSS JOIN LATERAL (
+            SELECT x.tenant, x.user_id, x.api_key_id, x.created_at FROM holds x WHERE x.hold_id = called.lease_id OFFSET 0
+        ) lease
+    ) o, counters_of(o.tenant, o.user_id, o.api_key_id, o.day) c
+$$;
+
+-- Whether any of these users, or a conversation of any of them, may have been deleted at `p_since` or later: mostly nobody was, and then
+-- there is no need to ask for each. As sure as deleted_since.
+CREATE FUNCTION deleted_any_since(p_tenants text[], p_since timestamptz) RETURNS boolean LANGUAGE sql STABLE AS $$
+    SELECT EXISTS (SELECT FROM deleted_sessions d WHERE d.tenant = ANY (p_tenants) AND d.deleted_at >= p_since)
+$$;
+
+-- As before, but for deleted_any_since.
+CREATE OR REPLACE FUNCTION refuse_erased(p_tenants text[], p_users text[], p_operations uuid[], p_accepted timestamptz[]) RETURNS void
+LANGUAGE plpgsql SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
+BEGIN
+    PERFORM 1 FROM users u WHERE (u.tenant, u.user_id) IN (SELECT * FROM unnest(p_tenants, p_users)) ORDER BY u.tenant, u.user_id FOR KEY SHARE;
+    IF deleted_any_since(p_tenants, (SELECT min(a) FROM unnest(p_accepted) a)) AND EXISTS (
+        SELECT FROM unnest(p_tenants, p_users, p_operations, p_accepted) AS o (tenant, user_id, operation_id, accepted_at)
+        WHERE deleted_since(o.tenant, o.user_id, '', o.accepted_at) AND NOT EXISTS (
+            SELECT FROM holds h WHERE (h.tenant, h.operation_id, h.user_id) = (o.tenant, o.operation_id, o.user_id)
+        )
+    ) THEN
+        RAISE EXCEPTION 'the user was erased after the operation was accepted' USING ERRCODE = 'TR410';
+    END IF;
+END
+$$;
+
+-- As before, but for deleted_any_since.
+CREATE OR REPLACE FUNCTION book_operations(p_operations json, p_attempts json, p_steps json, p_moves jsonb) RETURNS uuid[] LANGUAGE plpgsql
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
+DECLARE
+    told operations[] := (SELECT array_agg(o) FROM json_populate_recordset(NULL::operations, p_operations) o);
+    new_ones uuid[];
+BEGIN
+    PERFORM ensure_user(mine.tenant, mine.user_id)
+    FROM (SELECT DISTINCT o.tenant, o.user_id FROM unnest(told) o ORDER BY 1, 2) mine
+    WHERE NOT EXISTS (SELECT FROM users u WHERE u.tenant = mine.tenant AND u.user_id = mine.user_id);
+    PERFORM refuse_erased(array_agg(o.tenant), array_agg(o.user_id), array_agg(o.operation_id), array_agg(o.created_at)) FROM unnest(told) o;
+    IF (SELECT deleted_any_since(array_agg(o.tenant), min(o.created_at)) FROM unnest(told) o) AND EXISTS (
+        SELECT FROM unnest(told) o WHERE o.session_id <> '' AND deleted_since(o.tenant, o.user_id, o.session_id, o.created_at)
+    ) THEN
+        told := (
+            SELECT array_agg(json_populate_record(o, CASE WHEN deleted_since(o.tenant, o.user_id, o.session_id, o.created_at)
+                                                     THEN '{"session_id": ""}' ELSE '{}' END::json))
+            FROM unnest(told) o
+        );
+    END IF;
+    IF jsonb_array_length(p_moves) > 0 THEN -- before anything else is locked: counters come first in every transaction
+        PERFORM resolve_holds(p_moves, clock_timestamp());
+    END IF;
+
+    WITH named AS (
+        INSERT INTO operation_ids AS k SELECT o.tenant, o.operation_id, o.created_at FROM unnest(told) o
+        ON CONFLICT DO NOTHING RETURNING k.operation_id
+    )
+    SELECT coalesce(array_agg(n.operation_id), '{}') INTO new_ones FROM named n;
+    WITH written AS (
+        INSERT INTO operations AS o SELECT t.* FROM unnest(told) t WHERE t.operation_id = ANY (new_ones)
+        RETURNING o.tenant, o.user_id, o.operation_id
+    )
+    SELECT coalesce(array_agg(w.operation_id), '{}') INTO new_ones
+    FROM written w, pg_notify('tailrace_operations', json_build_array(w.tenant, w.user_id, w.operation_id)::text);
+    INSERT INTO attempts SELECT * FROM json_populate_recordset(NULL::attempts, p_attempts) a WHERE a.operation_id = ANY (new_ones);
+    INSERT INTO steps SELECT * FROM json_populate_recordset(NULL::steps, p_steps) s WHERE s.operation_id = ANY (new_ones);
+    RETURN new_ones;
+END
+$$;

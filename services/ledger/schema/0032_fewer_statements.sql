@@ -341,3 +341,32 @@ BEGIN
     RETURN new_ones;
 END
 $$;
+
+-- As before, but the user is locked before the turn is looked for: who erases them, or deletes the conversation, comes before or after the
+-- whole of it, and not between the two.
+CREATE OR REPLACE FUNCTION put_summary(
+    p_tenant text, p_user text, p_session text, p_answer_id uuid, p_summary text, p_made_by text, p_created_at timestamptz
+) RETURNS boolean LANGUAGE plpgsql SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
+DECLARE
+    reached integer;
+BEGIN
+    PERFORM 1 FROM users WHERE tenant = p_tenant AND user_id = p_user FOR KEY SHARE;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    SELECT ordinal INTO reached FROM turns
+    WHERE tenant = p_tenant AND user_id = p_user AND answer_id = p_answer_id AND session_id = p_session;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    INSERT INTO summaries (tenant, user_id, session_id, through, summary, made_by, created_at)
+    VALUES (p_tenant, p_user, p_session, reached, p_summary, p_made_by, p_created_at)
+    ON CONFLICT (tenant, user_id, session_id, through) DO UPDATE
+    SET summary = excluded.summary, made_by = excluded.made_by, created_at = excluded.created_at;
+    DELETE FROM summaries s WHERE s.tenant = p_tenant AND s.user_id = p_user AND s.session_id = p_session AND s.through NOT IN (
+        SELECT k.through FROM summaries k WHERE k.tenant = p_tenant AND k.user_id = p_user AND k.session_id = p_session
+        ORDER BY k.through DESC LIMIT 16
+    );
+    RETURN true;
+END
+$$;

@@ -186,8 +186,8 @@ BEGIN
 END
 $$;
 
--- Have these counters, locked; see lock_spending. `p_changes` names each once.
-CREATE FUNCTION lock_counters_named(p_changes spending[]) RETURNS void LANGUAGE plpgsql AS $$
+-- As the one that reads JSON, which asks this one from now on. `p_changes` names each counter once.
+CREATE FUNCTION lock_spending(p_changes spending[]) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     present integer;
 BEGIN
@@ -199,6 +199,11 @@ BEGIN
     END IF;
     PERFORM 1 FROM unnest(p_changes) mine JOIN spending s USING (tenant, scope, subject, period, period_start)
     ORDER BY s.tenant, s.scope, s.subject, s.period, s.period_start FOR UPDATE OF s;
+END
+$$;
+CREATE OR REPLACE FUNCTION lock_spending(p_changes jsonb) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM lock_spending(ARRAY(SELECT c FROM spending_in(p_changes) c));
 END
 $$;
 
@@ -248,7 +253,7 @@ BEGIN
     IF changes IS NULL THEN
         RETURN;
     END IF;
-    PERFORM lock_counters_named(changes);
+    PERFORM lock_spending(changes);
     UPDATE spending s SET held_nanousd = s.held_nanousd + d.held_nanousd, spent_nanousd = s.spent_nanousd + d.spent_nanousd
     FROM unnest(changes) d
     WHERE (s.tenant, s.scope, s.subject, s.period, s.period_start) = (d.tenant, d.scope, d.subject, d.period, d.period_start)

@@ -131,16 +131,10 @@ class PostgresHolds:
 
     async def _do(self, key: tuple[str, str], asked: Sequence[_Call | Move]) -> Sequence[Any]:
         """Moves and calls of one tenant and API key: a row for each call, or _MovedMeanwhile for a move that came too late."""
-        if len(asked) == 1:
-            return [await self._do_alone(key[0], asked[0])]
         moves, calls = [one for one in asked if isinstance(one, Move)], [one for one in asked if isinstance(one, _Call)]
-        database, told = self._database.self_scoped(), encoded(moves)
+        wanted = orjson.dumps([call.row() for call in calls]).decode()
         try:
-            if calls:
-                wanted = orjson.dumps([call.row() for call in calls]).decode()
-                rows = iter(await database.fetch(SETTLE_AND_RESERVE, key[0], told, wanted, self._now()))
-            else:
-                await database.value(RESOLVE, key[0], told, self._now())
+            rows = iter(await self._database.self_scoped().fetch(SETTLE_AND_RESERVE, key[0], encoded(moves), wanted, self._now()))
         except asyncpg.PostgresError:  # of one of them: none was done, and the others must not suffer
             return [await self._outcome_alone(key[0], one) for one in asked]
         return [next(rows) if isinstance(one, _Call) else None for one in asked]

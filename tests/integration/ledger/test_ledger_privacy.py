@@ -18,7 +18,7 @@ from services.ledger.postgres_sums import PostgresSums
 from services.ledger.roller import roll_all
 from services.ledger.rpc.privacy import PAGE
 from tailrace.ledger.v1 import ledger_service_pb2 as pb
-from tests.integration.ledger.ledger_kit import RECORDER, Ledger, attempt, operation
+from tests.integration.ledger.ledger_kit import RECORDER, Ledger, attempt, operation, until
 
 COST = 100 * 1000 + 10 * 5000
 
@@ -126,6 +126,36 @@ async def test_a_record_that_comes_after_the_erasure_is_booked_without_a_name(le
 
     await ledger.record(operation(ann))  # by somebody else of the same id
     assert len(await ledger.rows("ListOperations", pb.ListOperationsRequest(), ann)) == 1
+
+
+@pytest.mark.parametrize("comes_again", [False, True])
+async def test_a_summary_that_meets_the_erasure_does_not_stay(ledger: Ledger, boss: Principal, comes_again: bool) -> None:
+    """It waits for the erasure and hears that there is no such turn, though somebody else of the same id has begun the same conversation."""
+    name, words = (f"{kind}-{secrets.token_hex(8)}" for kind in ("user", "words"))
+    ann, answer_id = Principal(boss.tenant, name), str(uuid.uuid4())
+    turn = pb.Turn(answer_id=answer_id, question=words, text=words, complete=True)
+    await ledger.ask("AppendTurn", pb.AppendTurnRequest(session_id="s", turn=turn), ann)
+    message = pb.Summary(through_answer_id=answer_id, text=words, made_by="claude-haiku-4-5")
+    connection = await asyncpg.connect(ledger.url)
+    try:
+        async with connection.transaction():
+            assert await connection.fetchval("SELECT erase_user($1, $2)", boss.tenant, name) == "erased"
+            if comes_again:
+                turns = (boss.tenant, name, "s", uuid.uuid4(), "another question")
+                await connection.execute("SELECT append_turn($1, $2, $3, $4, $5, '', '[]', true, clock_timestamp(), 'title', NULL)", *turns)
+            putting = asyncio.create_task(ledger.ask("PutSummary", pb.PutSummaryRequest(session_id="s", summary=message), ann))
+
+            async def waits() -> bool:
+                query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+                return bool(await connection.fetchval(query))
+
+            await until(waits)
+        with pytest.raises(NotFound):
+            await putting
+    finally:
+        await connection.close()
+
+    assert await traces(ledger.url, words) == {}
 
 
 async def test_a_record_that_meets_the_erasure_is_erased_with_it_or_has_no_name(ledger: Ledger, boss: Principal) -> None:

@@ -92,6 +92,50 @@ async def test_each_of_many_calls_gets_its_own_verdict(ledger: Ledger, ann: Prin
     assert await transactions(ledger, ann.tenant) - already <= 3, "the first, those that came meanwhile, and perhaps a late one"
 
 
+async def test_calls_that_come_together_are_lowered_one_after_the_other(ledger: Ledger, ann: Principal, bob: Principal, boss: Principal) -> None:
+    """The tenant's budget binds one, the user's another; each gets what those before it left, to the token, and the next one is refused."""
+    for who in (ann, bob):
+        await ledger.reserve(who)
+    put = [
+        pb.PutBudgetRequest(scope="tenant", subject=ann.tenant, period="month", limit_nanousd=5 * AMOUNT - 1),
+        pb.PutBudgetRequest(scope="user", subject="bob", period="day", limit_nanousd=2 * AMOUNT + 1000 * 2000 + 10 * 5000),
+    ]
+    for request in put:
+        await ledger.ask("PutBudget", request, boss)
+
+    async with held_up(ledger, ann.tenant):
+        asked = [(bob, 1), (bob, 10), (ann, 1), (bob, 10)]
+        first = asyncio.create_task(ledger.reserve(ann, output_tokens_min=1))  # goes alone
+        work: list[asyncio.Task[object]] = [first]
+        await waits(ledger, ann.tenant, work)
+        work += [asyncio.create_task(ledger.reserve(who, output_tokens_min=least)) for who, least in asked]
+        await asyncio.sleep(0.2)
+    outcomes = await asyncio.gather(*work, return_exceptions=True)
+
+    # The tenant's budget has A - 1 for the last two, and bob's last one but one takes 10 output tokens' worth of it.
+    anns = (AMOUNT - 1 - (1000 * 2000 + 10 * 5000) - 1000 * 2000) // 5000
+    assert [getattr(one, "output_tokens_max", one) for one in outcomes[:4]] == [1000, 1000, 10, anns]
+    assert isinstance(outcomes[4], BudgetExhausted)
+
+
+async def test_the_same_call_twice_at_once_is_one_hold(ledger: Ledger, ann: Principal) -> None:
+    """Both hear of it, those beside them of theirs, and with another body the later one is a conflict."""
+    await ledger.reserve(ann)
+    same, other = str(uuid.uuid4()), str(uuid.uuid4())
+    async with held_up(ledger, ann.tenant):
+        first = asyncio.create_task(ledger.reserve(ann))
+        work: list[asyncio.Task[object]] = [first]
+        await waits(ledger, ann.tenant, work)
+        for operation_id, most in ((same, 1000), (same, 1000), (other, 1000), (other, 999)):
+            work.append(asyncio.create_task(ledger.reserve(ann, operation_id, output_tokens_max=most)))
+        await asyncio.sleep(0.2)
+    _, one, again, kept, wrong = await asyncio.gather(*work, return_exceptions=True)
+
+    assert getattr(one, "hold_id", one) == getattr(again, "hold_id", again)
+    assert getattr(kept, "amount_nanousd", kept) == AMOUNT
+    assert isinstance(wrong, IdempotencyConflict)
+
+
 async def test_hold_that_was_moved_meanwhile_is_its_own_matter(ledger: Ledger, ann: Principal) -> None:
     """Another replica has voided it: that settlement hears so, and what came with it is done."""
     lost, *others = [await ledger.reserve(ann) for _ in range(3)]

@@ -12,6 +12,8 @@ from services.orchestrator.words import NEGATIONS, NUMBERS, OPPOSITES, STOP
 SENTENCE_CHARACTERS_MAX = 420
 """A longer one is a table or a list that lost its lines."""
 SENTENCE_WORDS_MIN = 4
+LEAD_WORDS_MIN = 8
+"""Of a sentence that ends in a colon and leads to code, it says by itself what the code does."""
 STEMS_KEPT_MAX = 16_384
 """The words of a few hundred passages: the same ones are asked for again and again."""
 _WORD = re.compile(r"[^\W_]+")
@@ -111,7 +113,10 @@ def clean(text: str) -> str:
 
 
 def split_sentences(text: str) -> list[str]:
-    """Whole sentences of a passage in reading order. Headings, code blocks, tables' rules and menus are left out."""
+    """Whole sentences of a passage in reading order. Headings, code blocks, tables' rules and menus are left out.
+
+    A few words that stand behind a sentence belong to it. One that leads to code ends in a full stop here.
+    """
     blocks: list[str] = []
     fenced = False
     paragraph: list[str] = []
@@ -126,6 +131,8 @@ def split_sentences(text: str) -> list[str]:
         if stripped.startswith(("```", "~~~")):
             fenced = not fenced
             close()
+            if fenced and blocks and blocks[-1].endswith(":"):
+                blocks[-1] = _led_to_code(blocks[-1])
         elif fenced or stripped.startswith("#") or (stripped and not any(letter.isalnum() for letter in stripped)) or not stripped:
             close()
         elif _LIST_MARK.match(line) or stripped.startswith("|"):
@@ -139,13 +146,29 @@ def split_sentences(text: str) -> list[str]:
     sentences = []
     for block in blocks:
         readable = clean(block)
+        found: list[str] = []
         begin = 0
-        for end in _SENTENCE_END.finditer(readable):
-            if not _ABBREVIATION.search(readable[begin : end.start()].rstrip("\"'”’)]")):
-                sentences.append(readable[begin : end.start()].strip())
-                begin = end.end()
-        sentences.append(readable[begin:].strip())
+        for end in (*(match.span() for match in _SENTENCE_END.finditer(readable)), (len(readable), len(readable))):
+            sentence = readable[begin : end[0]].strip()
+            if end[0] < len(readable) and _ABBREVIATION.search(sentence.rstrip("\"'”’)]")):
+                continue
+            begin = end[1]
+            if found and _belongs_to_the_one_before(sentence, found[-1]):
+                found[-1] += f" {sentence}"
+            else:
+                found.append(sentence)
+        sentences += found
     return [sentence for sentence in sentences if _readable(sentence)]
+
+
+def _led_to_code(block: str) -> str:
+    lead = block[max((end.end() for end in _SENTENCE_END.finditer(block)), default=0) :]
+    return block[:-1] + "." if len(lead.split()) >= LEAD_WORDS_MIN else block
+
+
+def _belongs_to_the_one_before(sentence: str, before: str) -> bool:
+    few = 0 < len(sentence.split()) < SENTENCE_WORDS_MIN and sentence.endswith((".", "!")) and any(map(str.isalnum, sentence))
+    return few and _readable(before) and len(before) + len(sentence) < SENTENCE_CHARACTERS_MAX
 
 
 def sentence_start(text: str) -> int:

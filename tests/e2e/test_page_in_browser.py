@@ -174,7 +174,7 @@ client = httpx.Client(follow_redirects=True)
 
 
 async def test_a_passage_of_a_markdown_document_reads_as_it_was_meant(visit: Visit) -> None:
-    """Headings, code and tables are drawn and no marks are left; nothing in it loads or runs; what the answer says is marked to the letter."""
+    """Headings, code and tables are drawn, no marks are left, nothing loads or runs, and what the answer says is marked to the letter."""
     said = "Unlike `requests`, HTTPX does not follow redirects by default."
     visit.gateway.on("Cite", passages(MARKDOWN_PASSAGE), delta(f"{said} [1]"), citation(1), done(f"{said} [1]"))
     await visit.ask("Cite")
@@ -222,7 +222,7 @@ SNB22 | 0.39 | alloyed"""
     ],
 )
 async def test_what_a_plain_passage_says_is_marked_to_the_letter(visit: Visit, said: str) -> None:
-    """Footnotes and abbreviations end no sentence wrongly, rows of a table keep their lines, and what is no Markdown is not read as such."""
+    """Footnotes and abbreviations end no sentence wrongly, rows of a table keep their lines, what is no Markdown is not read as such."""
     visit.gateway.on("Cite", passages(PLAIN_PASSAGE, ending="txt"), delta(f"{said} [1]"), citation(1), done(f"{said} [1]"))
     await visit.ask("Cite")
     await visit.page.locator(".cite").click()

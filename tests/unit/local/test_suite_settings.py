@@ -76,7 +76,7 @@ async def test_a_machine_that_is_slow_is_given_its_address_and_then_its_sample(
     async with asyncio.TaskGroup() as group:
         up = group.create_task(slow._bring_up(0.0))
         said = ""
-        while "Ctrl-C" not in (said := said + capsys.readouterr().out):
+        while "Ctrl-C" not in (said := said + capsys.readouterr().out):  # noqa: ASYNC110 - what is waited for is printed
             await asyncio.sleep(0.001)
         assert not embedder.done
         assert "README.md and answers.md can be asked about soon" in said

@@ -31,7 +31,7 @@ RELATIVE_SCORE_MIN = 0.7
 OVERLAP_MAX = 0.6
 """Sentences that share more of their words than this say the same."""
 
-ADDRESS_SHARE_MAX = 0.3
+ADDRESS_SHARE_MAX = 0.2
 """A sentence of which more are addresses is a reference. It may have the words of the question in its title and answers nothing."""
 ADDRESS_WEIGHT = 0.3
 

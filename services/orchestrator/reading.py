@@ -14,6 +14,8 @@ SENTENCE_CHARACTERS_MAX = 420
 SENTENCE_WORDS_MIN = 4
 LEAD_WORDS_MIN = 8
 """Of a sentence that ends in a colon and leads to code, it says by itself what the code does."""
+CODE_SPANS_MAX = 6400
+"""Of one text: so many private characters there are."""
 STEMS_KEPT_MAX = 16_384
 """The words of a few hundred passages: the same ones are asked for again and again."""
 _WORD = re.compile(r"[^\W_]+")
@@ -26,6 +28,9 @@ _LINK = re.compile(r"!?\[([^\]]*)\]\((?:[^()]|\([^()]*\))*\)")
 _REFERENCE_LINK = re.compile(r"!?\[([^\]]+)\]\[[^\]]*\]")
 _TAG = re.compile(r"</?[A-Za-z][^<>]{0,200}>|<!--.*?-->", re.DOTALL)
 _EMPHASIS = re.compile(r"(?<!\w)(\*{1,3}|_{1,3})(?=\S)(.+?)(?<=\S)\1(?!\w)")
+_CODE = re.compile(r"(?<!`)(`+)(?!`).+?(?<!`)\1(?!`)", re.DOTALL)
+_PRIVATE = re.compile("[\ue000-\uf8ff]")
+"""Characters that no text means. Each stands for a span of code while marks are taken away."""
 _MARKER = re.compile(r"\[\^?\d{1,3}\]")
 _SENTENCE_END = re.compile(r"(?<=[.!?。！？])[\"'”’)\]]*\s+(?=[\"'“‘(\[`]?[A-Z0-9À-ÞА-Я\u3040-\u9fff`])")
 _BLOCK_MARK = r"(?:[-*+•]|\d{1,3}[.)]|#{1,6}|>|\|)[ \t]+"
@@ -104,11 +109,21 @@ def negations(text: str) -> int:
 
 
 def clean(text: str) -> str:
-    """Markdown as plain reading text: links by their words, no emphasis marks, no tags, no footnote marks of its own."""
+    """Markdown as plain reading text: links by their words, no emphasis marks, no tags, no footnote marks. Code stays as it is written."""
+    code: list[str] = []
+    if "`" in text:
+
+        def put_aside(span: re.Match[str]) -> str:
+            code.append(span.group())
+            return chr(0xE000 + len(code) - 1) if len(code) <= CODE_SPANS_MAX else span.group()
+
+        text = _CODE.sub(put_aside, _PRIVATE.sub("", text))
     text = _TAG.sub(" ", text)
     text = _REFERENCE_LINK.sub(r"\1", _LINK.sub(r"\1", text))
     text = _MARKER.sub("", _EMPHASIS.sub(r"\2", text))
     text = _LIST_MARK.sub("", text).strip().lstrip(">").strip().strip("|").strip()
+    if code:
+        text = _PRIVATE.sub(lambda place: code[ord(place.group()) - 0xE000], text)
     return re.sub(r"\s+", " ", text)
 
 

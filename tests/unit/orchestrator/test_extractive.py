@@ -82,6 +82,10 @@ def test_addresses_are_the_last_thing_to_be_quoted() -> None:
         ("snake_case_name stays", "snake_case_name stays"),
         ("> quoted [text][ref] here[^1]", "quoted text here"),
         ("<b>tag</b> 3 < 4 <!-- gone -->", "tag 3 < 4"),
+        ('Such as `*.example.com`, or **all** by `hosts=["*"]`', 'Such as `*.example.com`, or all by `hosts=["*"]`'),
+        ("Write `[text](address)` or `<b>` [here](a.md)", "Write `[text](address)` or `<b>` here"),
+        ("[gone](a `b` c) but `this` stays \ue000", "gone but `this` stays"),
+        ("``a ` [1](b)`` and `open [2](c)", "``a ` [1](b)`` and `open 2"),
     ],
 )
 def test_markup_goes_and_words_stay(markdown: str, plain: str) -> None:

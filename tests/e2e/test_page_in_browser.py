@@ -234,6 +234,28 @@ async def test_what_a_plain_passage_says_is_marked_to_the_letter(visit: Visit, s
     assert re.sub(r"\[\d+\]", "", marked) == said
 
 
+async def test_a_question_goes_to_the_collection_that_was_chosen(visit: Visit) -> None:
+    """There is a choice where there is more than one; it holds for the follow-up, a retry and after a reload."""
+    visit.gateway.on("Go", delta("Gone."), done("Gone."))
+    await visit.ask("Go")
+    await expect(visit.page.locator(".receipt")).to_be_visible()
+    choice = visit.page.get_by_role("combobox", name="Collection")
+    await expect(choice).to_have_count(0)
+    visit.gateway.documents = [document("a.md", 1), {**document("b.md", 1), "collection": "notes"}]
+    await visit.page.reload()
+    await expect(choice.locator("option")).to_have_text(["default", "notes"])
+    await expect(choice).to_have_value("default")
+    await choice.select_option("notes")
+    await visit.ask("Go")
+    await expect(visit.page.locator(".receipt")).to_have_count(2)
+    await visit.page.reload()
+    await expect(choice).to_have_value("notes")
+    await visit.page.get_by_role("button", name="Regenerate").click()
+    await expect(visit.page.locator(".receipt")).to_have_count(2)
+
+    assert [body.get("collection") for body in visit.gateway.asked] == [None, "notes", "notes"]
+
+
 async def test_steps_appear_while_they_run_and_end_with_their_milliseconds(visit: Visit) -> None:
     """Running, done, skipped with its reason: each in one row, in the order they came."""
     found, end = asyncio.Event(), asyncio.Event()

@@ -19,6 +19,7 @@ export class ProblemError extends Error {
 export interface Question {
   question: string;
   session_id: string;
+  collection?: string;
   cache?: "use" | "refresh" | "off";
   /** The answer whose turn this one takes the place of. */
   replaces?: string;

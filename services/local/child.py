@@ -12,11 +12,17 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 LOG_BYTES_MAX = 10 * 1024 * 1024
+ASKED_FIRST_S, ASKED_MAX_S = 0.02, 0.2
+"""Pauses between two questions whether a child is ready: each costs processor time that it would start with."""
 _LEASH = str(Path(__file__).with_name("leash.py"))
 
 
 class ChildFailed(Exception):
     """A child did not start; the text says which and why."""
+
+
+class NotReady(ChildFailed):
+    """A child lives, and does not answer in time."""
 
 
 class User(NamedTuple):
@@ -111,16 +117,19 @@ class Child:
             )
         self.spawned(self)
 
-    async def _until_ready(self) -> None:
+    async def until_ready(self) -> None:
+        """Wait until it answers, at most `ready_timeout_s`. Raises ChildFailed, which is NotReady if it lives."""
         assert self.process is not None
+        pause_s = ASKED_FIRST_S
         try:
             async with asyncio.timeout(self.ready_timeout_s):
                 while not await self.answers():
                     if self.process.returncode is not None:
                         raise ChildFailed(f"{self.name} {ending(self.process.returncode)}:\n{self.last_lines()}")
-                    await asyncio.sleep(0.02)
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(1.2 * pause_s, ASKED_MAX_S)
         except TimeoutError:
-            raise ChildFailed(f"{self.name} was not ready within {self.ready_timeout_s:.0f} s; see {self.log}") from None
+            raise NotReady(f"{self.name} was not ready within {self.ready_timeout_s:.0f} s; see {self.log}") from None
 
     def last_lines(self, count: int = 6) -> str:
         """The end of its log, indented."""

@@ -39,7 +39,7 @@ class ServiceProcess(Child):
 
     async def start(self) -> None:
         await self._spawn(self._command, env=dict(self._environ()))
-        await self._until_ready()
+        await self.until_ready()
 
     async def answers(self) -> bool:
         return await self._probe()

@@ -85,7 +85,7 @@ class Postgres(Child):
         self.port = self.port or free_port()
         command = [str(programs / "postgres"), "-D", str(data), "-h", "127.0.0.1", "-p", str(self.port), "-k", ""]
         await self._spawn([*command, "-c", "shared_buffers=64MB", "-c", "max_connections=60"], user=user, cwd="/")
-        await self._until_ready()
+        await self.until_ready()
 
     def _home(self) -> Path:
         """Where cluster and programs live: `folder`, unless we are root and others cannot enter it (a clone under /root)."""
@@ -200,7 +200,7 @@ class Valkey(Child):
         }
         config.write_text("".join(f"{key} {value}\n" for key, value in lines.items()))
         await self._spawn([str(get_binary_path()), str(config)])
-        await self._until_ready()
+        await self.until_ready()
 
     async def answers(self) -> bool:
         client = redis.Redis.from_url(self.url, socket_timeout=1, socket_connect_timeout=1)

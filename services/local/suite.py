@@ -26,6 +26,7 @@ VALKEY_PORT_PREFERRED = 56379
 DRAIN_GRACE_MS = 3000
 """On one machine nobody else takes over running answers, so Ctrl-C need not wait long."""
 SAMPLE_WAIT_S = 20.0
+"""How long the address waits for the first documents."""
 
 
 def up(environ: Mapping[str, str]) -> int:
@@ -148,10 +149,16 @@ class Suite:
         write_secret(self.state_dir / "database-url", self.database_url)
         write_secret(self.state_dir / "redis-url", self.redis_url)
         first, others = self._sample_documents()
-        trouble = await self._sample(first)
-        note = trouble or _can_be_asked(first, others)
-        print(banner(self.settings, signed_in=self.issuer is not None, seconds=time.monotonic() - began, note=note), flush=True)
-        if others and not trouble:
+        async with asyncio.TaskGroup() as group:
+            ingesting = group.create_task(self._sample(first))
+            await asyncio.wait({ingesting}, timeout=SAMPLE_WAIT_S)
+            late = not ingesting.done()
+            note = _can_be_asked(first, others, soon=True) if late else ingesting.result() or _can_be_asked(first, others, soon=False)
+            print(banner(self.settings, signed_in=self.issuer is not None, seconds=time.monotonic() - began, note=note), flush=True)
+            trouble = await ingesting
+        if late and trouble:
+            say(trouble)
+        if first and not trouble:
             trouble = await self._sample(others)
             say(trouble or f"all {len(first) + len(others)} documents of the project can be asked about")
         if first and not trouble:
@@ -171,19 +178,17 @@ class Suite:
             return ""
         token = (self.state_dir / "dev-token").read_text()
         try:
-            async with asyncio.timeout(SAMPLE_WAIT_S):
-                await sample.ingest(self.settings.url, token, paths)
-        except (httpx.HTTPError, ValueError, TimeoutError) as error:
+            await sample.ingest(self.settings.url, token, paths)
+        except (httpx.HTTPError, ValueError) as error:
             return f"the sample documents could not be ingested ({str(error) or type(error).__name__}); the next start tries again"
         return ""
 
 
-def _can_be_asked(first: Sequence[Path], others: Sequence[Path]) -> str:
+def _can_be_asked(first: Sequence[Path], others: Sequence[Path], *, soon: bool) -> str:
     if not first:
         return ""
-    return (
-        f"{' and '.join(path.name for path in first)} can be asked about, in the collection `default`; {len(others)} more documents follow"
-    )
+    names, when = " and ".join(path.name for path in first), "about soon" if soon else "about"
+    return f"{names} can be asked {when}, in the collection `default`; {len(others)} more documents follow"
 
 
 async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:

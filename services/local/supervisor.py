@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from services.local.child import Child, ChildFailed, ending
+from services.local.child import Child, ChildFailed, NotReady, ending
 
 BACKOFF_FIRST_S = 0.2
 BACKOFF_MAX_S = 10.0
@@ -62,13 +62,24 @@ class Supervisor:
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(2 * backoff_s, BACKOFF_MAX_S)
                 try:
-                    await child.start()
+                    await self._revive(child)
                 except ChildFailed as failed:
                     await child.stop()
                     self._say(f"{failed}\n  next try in {backoff_s:.1f} s")
                     continue
                 self._say(f"{child.name} is ready again")
                 break
+
+    async def _revive(self, child: Child) -> None:
+        """Start `child` and wait until it answers, as long as one that it needs does not: another start would help neither."""
+        try:
+            await child.start()
+        except NotReady:
+            while absent := [needed.name for needed in self._needs[child] if not await needed.answers()]:
+                self._say(f"{child.name} waits for {' and '.join(absent)}")
+                with contextlib.suppress(NotReady):
+                    return await child.until_ready()
+            raise
 
     async def stop(self) -> None:
         """Stop all, in reverse: none before those that need it. Cancelled, it kills what is left."""

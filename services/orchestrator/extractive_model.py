@@ -31,6 +31,10 @@ RELATIVE_SCORE_MIN = 0.7
 OVERLAP_MAX = 0.6
 """Sentences that share more of their words than this say the same."""
 
+ADDRESS_SHARE_MAX = 0.2
+"""A sentence of which more are addresses is a reference. It may have the words of the question in its title and answers nothing."""
+ADDRESS_WEIGHT = 0.3
+
 NOT_FOUND = {
     "en": "The documents I can search do not seem to answer this question.",
     "de": "In den durchsuchten Dokumenten finde ich darauf keine Antwort.",
@@ -97,6 +101,8 @@ def choose(question: str, passages: Sequence[Passage]) -> list[Sentence]:
             value += NUMBER_SHARE
         if _DANGLING.match(sentence.text):
             value *= 0.85
+        if _is_reference(sentence.text):
+            value *= ADDRESS_WEIGHT
         words = len(sentence.text.split())
         return value * (1.0 if words >= 5 else 0.8) / (1.0 + max(0, words - 45) / 60)
 
@@ -114,6 +120,13 @@ def choose(question: str, passages: Sequence[Passage]) -> list[Sentence]:
         if all(_overlap(sentence.words, other.words) <= OVERLAP_MAX for other in chosen):
             chosen.append(sentence)
     return sorted(chosen, key=lambda sentence: (sentence.passage, sentence.position))
+
+
+def _is_reference(text: str) -> bool:
+    """Whether much of `text` is an address, even one that a line's end has broken."""
+    if "://" not in text:
+        return False
+    return sum(len(word) for word in text.split() if "/" in word) > ADDRESS_SHARE_MAX * len(text)
 
 
 def _overlap(left: frozenset[str], right: frozenset[str]) -> float:

@@ -4,7 +4,7 @@ import asyncio
 import tomllib
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import structlog
@@ -61,9 +61,13 @@ class _Tier(msgspec.Struct, forbid_unknown_fields=True, rename={"continues": "co
 
 class _File(msgspec.Struct, forbid_unknown_fields=True):
     models: Annotated[list[_Model], Meta(min_length=1, max_length=MODELS_MAX)]
-    tiers: Annotated[dict[_TierName, _Tier], Meta(min_length=1, max_length=TIERS_MAX)]
+    tiers: Annotated[dict[_TierName, Any], Meta(min_length=1, max_length=TIERS_MAX)]
+    """Each is checked by itself, so that a mistake is told with the name of its tier."""
     providers: list[Any] = []
     """Read and checked by whoever speaks to them."""
+
+
+_Form = TypeVar("_Form", bound=msgspec.Struct)
 
 
 class ModelsFileInvalid(ValueError):
@@ -77,25 +81,24 @@ def read_table(path: Path = MODELS_FILE) -> Table:
             content = opened.read(FILE_BYTES_MAX + 1)
         if len(content) > FILE_BYTES_MAX:
             raise _invalid(path, f"it has more than {FILE_BYTES_MAX} bytes")
-        return table_of(tomllib.loads(content.decode()), path)
+        return table_of(tomllib.loads(content.decode("utf-8-sig")), path)
     except OSError as error:
         raise _invalid(path, f"it cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise _invalid(path, str(error)) from error  # tomllib names line and column
+    except RecursionError as error:
+        raise _invalid(path, "it is nested too deeply") from error
 
 
 def table_of(content: dict[str, Any], path: Path = MODELS_FILE) -> Table:
     """Check what the file says. Raises ModelsFileInvalid."""
-    try:
-        file = msgspec.convert(content, _File)
-    except msgspec.ValidationError as error:
-        raise _invalid(path, str(error).replace("`$.", "`")) from error  # msgspec names key and bound
+    file = _checked(path, "", content, _File)
     names = [row.model for row in file.models]
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise _invalid(path, f"models: {', '.join(doubled)} is there more than once")
     if EXTRACTIVE not in names:
         raise _invalid(path, f"models: {EXTRACTIVE!r} is missing; it serves tiers of which no provider is configured")
-    tiers = {name: _tier(path, name, row) for name, row in file.tiers.items()}
+    tiers = {name: _tier(path, name, _checked(path, f"tiers.{name}: ", row, _Tier)) for name, row in file.tiers.items()}
     for name, tier in tiers.items():
         if missing := sorted({model for model, _ in tier.models} - set(names)):
             raise _invalid(path, f"tiers.{name}.models: there is no model {', '.join(missing)}")
@@ -110,6 +113,13 @@ def table_of(content: dict[str, Any], path: Path = MODELS_FILE) -> Table:
         ),
         tiers,
     )
+
+
+def _checked(path: Path, place: str, content: Any, form: type[_Form]) -> _Form:
+    try:
+        return msgspec.convert(content, form)
+    except msgspec.ValidationError as error:
+        raise _invalid(path, place + str(error).replace("`$.", "`")) from error  # msgspec names key and bound
 
 
 def _tier(path: Path, name: str, row: _Tier) -> Tier:

@@ -146,7 +146,7 @@ def _is_openai(base_url: str) -> bool:
 
 def _rows(path: Path) -> list[_Row]:
     try:
-        rows = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), _File).providers
+        rows = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8-sig")), _File).providers
     except msgspec.ValidationError as error:
         raise ProvidersInvalid(f"{path.name}: {str(error).replace('`$.', '`')}") from error
     names = [row.name for row in rows]

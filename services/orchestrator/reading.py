@@ -12,6 +12,10 @@ from services.orchestrator.words import NEGATIONS, NUMBERS, OPPOSITES, STOP
 SENTENCE_CHARACTERS_MAX = 420
 """A longer one is a table or a list that lost its lines."""
 SENTENCE_WORDS_MIN = 4
+LEAD_WORDS_MIN = 8
+"""Of a sentence that ends in a colon and leads to code, it says by itself what the code does."""
+CODE_SPANS_MAX = 6400
+"""Of one text: so many private characters there are."""
 STEMS_KEPT_MAX = 16_384
 """The words of a few hundred passages: the same ones are asked for again and again."""
 _WORD = re.compile(r"[^\W_]+")
@@ -24,6 +28,9 @@ _LINK = re.compile(r"!?\[([^\]]*)\]\((?:[^()]|\([^()]*\))*\)")
 _REFERENCE_LINK = re.compile(r"!?\[([^\]]+)\]\[[^\]]*\]")
 _TAG = re.compile(r"</?[A-Za-z][^<>]{0,200}>|<!--.*?-->", re.DOTALL)
 _EMPHASIS = re.compile(r"(?<!\w)(\*{1,3}|_{1,3})(?=\S)(.+?)(?<=\S)\1(?!\w)")
+_CODE = re.compile(r"(?<!`)(`+)(?!`).+?(?<!`)\1(?!`)", re.DOTALL)
+_PRIVATE = re.compile("[\ue000-\uf8ff]")
+"""Characters that no text means. Each stands for a span of code while marks are taken away."""
 _MARKER = re.compile(r"\[\^?\d{1,3}\]")
 _SENTENCE_END = re.compile(r"(?<=[.!?。！？])[\"'”’)\]]*\s+(?=[\"'“‘(\[`]?[A-Z0-9À-ÞА-Я\u3040-\u9fff`])")
 _BLOCK_MARK = r"(?:[-*+•]|\d{1,3}[.)]|#{1,6}|>|\|)[ \t]+"
@@ -102,16 +109,29 @@ def negations(text: str) -> int:
 
 
 def clean(text: str) -> str:
-    """Markdown as plain reading text: links by their words, no emphasis marks, no tags, no footnote marks of its own."""
+    """Markdown as plain reading text: links by their words, no emphasis marks, no tags, no footnote marks. Code stays as it is written."""
+    code: list[str] = []
+    if "`" in text:
+
+        def put_aside(span: re.Match[str]) -> str:
+            code.append(span.group())
+            return chr(0xE000 + len(code) - 1) if len(code) <= CODE_SPANS_MAX else span.group()
+
+        text = _CODE.sub(put_aside, _PRIVATE.sub("", text))
     text = _TAG.sub(" ", text)
     text = _REFERENCE_LINK.sub(r"\1", _LINK.sub(r"\1", text))
     text = _MARKER.sub("", _EMPHASIS.sub(r"\2", text))
     text = _LIST_MARK.sub("", text).strip().lstrip(">").strip().strip("|").strip()
+    if code:
+        text = _PRIVATE.sub(lambda place: code[ord(place.group()) - 0xE000], text)
     return re.sub(r"\s+", " ", text)
 
 
 def split_sentences(text: str) -> list[str]:
-    """Whole sentences of a passage in reading order. Headings, code blocks, tables' rules and menus are left out."""
+    """Whole sentences of a passage in reading order. Headings, code blocks, tables' rules and menus are left out.
+
+    A few words that stand behind a sentence belong to it. One that leads to code ends in a full stop here.
+    """
     blocks: list[str] = []
     fenced = False
     paragraph: list[str] = []
@@ -126,6 +146,8 @@ def split_sentences(text: str) -> list[str]:
         if stripped.startswith(("```", "~~~")):
             fenced = not fenced
             close()
+            if fenced and blocks and blocks[-1].endswith(":"):
+                blocks[-1] = _led_to_code(blocks[-1])
         elif fenced or stripped.startswith("#") or (stripped and not any(letter.isalnum() for letter in stripped)) or not stripped:
             close()
         elif _LIST_MARK.match(line) or stripped.startswith("|"):
@@ -139,13 +161,29 @@ def split_sentences(text: str) -> list[str]:
     sentences = []
     for block in blocks:
         readable = clean(block)
+        found: list[str] = []
         begin = 0
-        for end in _SENTENCE_END.finditer(readable):
-            if not _ABBREVIATION.search(readable[begin : end.start()].rstrip("\"'”’)]")):
-                sentences.append(readable[begin : end.start()].strip())
-                begin = end.end()
-        sentences.append(readable[begin:].strip())
+        for end in (*(match.span() for match in _SENTENCE_END.finditer(readable)), (len(readable), len(readable))):
+            sentence = readable[begin : end[0]].strip()
+            if end[0] < len(readable) and _ABBREVIATION.search(sentence.rstrip("\"'”’)]")):
+                continue
+            begin = end[1]
+            if found and _belongs_to_the_one_before(sentence, found[-1]):
+                found[-1] += f" {sentence}"
+            else:
+                found.append(sentence)
+        sentences += found
     return [sentence for sentence in sentences if _readable(sentence)]
+
+
+def _led_to_code(block: str) -> str:
+    lead = block[max((end.end() for end in _SENTENCE_END.finditer(block)), default=0) :]
+    return block[:-1] + "." if len(lead.split()) >= LEAD_WORDS_MIN else block
+
+
+def _belongs_to_the_one_before(sentence: str, before: str) -> bool:
+    few = 0 < len(sentence.split()) < SENTENCE_WORDS_MIN and sentence.endswith((".", "!")) and any(map(str.isalnum, sentence))
+    return few and _readable(before) and len(before) + len(sentence) < SENTENCE_CHARACTERS_MAX
 
 
 def sentence_start(text: str) -> int:

@@ -71,17 +71,17 @@ def citation(number: int) -> Event:
     return Event("citation", {"number": number, "start": "0", "end": "3", "document_id": f"doc-{number}", "chunk_id": f"chunk-{number}"})
 
 
-def passages(*texts: str, title: str = "Streams") -> Event:
-    return Event("passages", {"passages": [passage(number, text, f"{title} {number}") for number, text in enumerate(texts, 1)]})
+def passages(*texts: str, title: str = "Streams", ending: str = "md") -> Event:
+    return Event("passages", {"passages": [passage(number, text, f"{title} {number}", ending) for number, text in enumerate(texts, 1)]})
 
 
-def passage(number: int, text: str, title: str) -> dict[str, Any]:
+def passage(number: int, text: str, title: str, ending: str) -> dict[str, Any]:
     return {
         "number": number,
         "document_id": f"doc-{number}",
         "chunk_id": f"chunk-{number}",
         "title": title,
-        "source_uri": f"docs/streams-{number}.md",
+        "source_uri": f"docs/streams-{number}.{ending}",
         "text": text,
         "start": str(1200 * number),
         "end": str(1200 * number + len(text)),

@@ -5,6 +5,7 @@ and on the whole suite for the way through.
 import asyncio
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -131,7 +132,7 @@ async def test_a_citation_opens_its_passage_and_gives_the_focus_back(visit: Visi
     """`[2]` is a chip; the panel shows where the passage stands and marks the sentence that carries the statement."""
     text = "It goes on: the producer runs on for a grace time of 60 seconds [2]. Unknown [7]."
     passage = f"First comes\nthis. Then {EXACT}. And more.\n\n- one\n- two"
-    found = passages("Something else entirely.", passage)
+    found = passages("Something else entirely.", passage, ending="txt")
     visit.gateway.on("Cite", found, delta(text), citation(2), done(text))
     await visit.ask("Cite")
     chip = visit.page.get_by_role("button", name="Passage 2: Streams 2")
@@ -143,7 +144,7 @@ async def test_a_citation_opens_its_passage_and_gives_the_focus_back(visit: Visi
     panel = visit.page.get_by_role("dialog", name="Streams 2")
     await expect(panel).to_be_focused()
     await expect(panel.locator(".path")).to_have_text("Design › Part 2")
-    await expect(panel.locator("dd")).to_have_text(["docs/streams-2.md", f"2,400–{2400 + len(passage):,}", "3", "0.0325"])
+    await expect(panel.locator("dd")).to_have_text(["docs/streams-2.txt", f"2,400–{2400 + len(passage):,}", "3", "0.0325"])
     await expect(panel.locator("mark")).to_have_text(f"Then {EXACT}.")
     shown = await panel.locator(".passage-text").text_content()
     assert shown == passage.replace("comes\nthis", "comes this")
@@ -152,6 +153,107 @@ async def test_a_citation_opens_its_passage_and_gives_the_focus_back(visit: Visi
     await visit.page.keyboard.press("Escape")
     await expect(visit.page.get_by_role("dialog")).to_have_count(0)
     await expect(chip).to_be_focused()
+
+
+MARKDOWN_PASSAGE = """## Redirects
+
+Unlike `requests`, HTTPX does
+**not follow redirects by default**. We [differ](https://example.org/why) here, *[see](javascript:alert(1))*.
+
+![a chart](https://example.org/chart.png) <img src="https://example.org/x.png" onerror="alert(1)">
+
+```python
+# No heading.
+client = httpx.Client(follow_redirects=True)
+```
+
+| verb | follows |
+|---|---|
+| GET | no |
+"""
+
+
+async def test_a_passage_of_a_markdown_document_reads_as_it_was_meant(visit: Visit) -> None:
+    """Headings, code and tables are drawn, no marks are left, nothing loads or runs, and what the answer says is marked to the letter."""
+    said = "Unlike `requests`, HTTPX does not follow redirects by default."
+    visit.gateway.on("Cite", passages(MARKDOWN_PASSAGE), delta(f"{said} [1]"), citation(1), done(f"{said} [1]"))
+    await visit.ask("Cite")
+    await visit.page.locator(".cite").click()
+    text = visit.page.locator(".passage-text")
+    await expect(text.locator("h2")).to_have_text("Redirects")
+    await expect(text.locator("strong")).to_have_text("not follow redirects by default")
+    await expect(text.locator("pre code")).to_have_text("# No heading.\nclient = httpx.Client(follow_redirects=True)")
+    await expect(text.locator("td")).to_have_text(["GET", "no"])
+    assert "".join(await text.locator("mark").all_text_contents()) == said.replace("`", "")
+    assert await text.locator("a").evaluate_all("links => links.map(link => link.href)") == ["https://example.org/why"]
+    await expect(text.locator("img")).to_have_count(0)
+    await expect(text).not_to_contain_text("**")
+    await expect(text).not_to_contain_text("```")
+    await text.get_by_role("button", name="Copy").click()
+    await expect(text.get_by_role("button", name="Copied")).to_be_visible()
+
+
+async def test_a_passage_that_begins_within_code_is_shown_as_code(visit: Visit) -> None:
+    """A long block of code is cut in several passages: the end of one has a fence that closes, and none that opens."""
+    visit.gateway.on("Cite", passages("x = 1  # one\n```\n\nThen *prose*."), delta("So [1]."), citation(1), done("So [1]."))
+    await visit.ask("Cite")
+    await visit.page.locator(".cite").click()
+    text = visit.page.locator(".passage-text")
+    await expect(text.locator("pre code")).to_have_text("x = 1  # one")
+    await expect(text.locator("em")).to_have_text("prose")
+
+
+PLAIN_PASSAGE = """# There he said that an offer had been made by Norwich.[42] Roberts did not
+want to leave *the club*.[42]
+In July 1997, Norwich paid the sum of money for Roberts.[43] His time did not begin happily.
+She was suffering from la grippe; a new word in St. Petersburg, used by
+the elite.
+
+Grade | Carbon | Steel
+SNB22 | 0.39 | alloyed"""
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "In July 1997, Norwich paid the sum of money for Roberts.",
+        "She was suffering from la grippe; a new word in St. Petersburg, used by the elite.",
+        "SNB22 | 0.39 | alloyed",
+    ],
+)
+async def test_what_a_plain_passage_says_is_marked_to_the_letter(visit: Visit, said: str) -> None:
+    """Footnotes and abbreviations end no sentence wrongly, rows of a table keep their lines, what is no Markdown is not read as such."""
+    visit.gateway.on("Cite", passages(PLAIN_PASSAGE, ending="txt"), delta(f"{said} [1]"), citation(1), done(f"{said} [1]"))
+    await visit.ask("Cite")
+    await visit.page.locator(".cite").click()
+    text = visit.page.locator(".passage-text")
+    await expect(text).to_contain_text("# There he said that")
+    await expect(text).to_contain_text("*the club*")
+    assert "Steel\nSNB22" in (await text.inner_text())
+    marked = "".join(await text.locator("mark").all_text_contents())
+    assert re.sub(r"\[\d+\]", "", marked) == said
+
+
+async def test_a_question_goes_to_the_collection_that_was_chosen(visit: Visit) -> None:
+    """There is a choice where there is more than one; it holds for the follow-up, a retry and after a reload."""
+    visit.gateway.on("Go", delta("Gone."), done("Gone."))
+    await visit.ask("Go")
+    await expect(visit.page.locator(".receipt")).to_be_visible()
+    choice = visit.page.get_by_role("combobox", name="Collection")
+    await expect(choice).to_have_count(0)
+    visit.gateway.documents = [document("a.md", 1), {**document("b.md", 1), "collection": "notes"}]
+    await visit.page.reload()
+    await expect(choice.locator("option")).to_have_text(["default", "notes"])
+    await expect(choice).to_have_value("default")
+    await choice.select_option("notes")
+    await visit.ask("Go")
+    await expect(visit.page.locator(".receipt")).to_have_count(2)
+    await visit.page.reload()
+    await expect(choice).to_have_value("notes")
+    await visit.page.get_by_role("button", name="Regenerate").click()
+    await expect(visit.page.locator(".receipt")).to_have_count(2)
+
+    assert [body.get("collection") for body in visit.gateway.asked] == [None, "notes", "notes"]
 
 
 async def test_steps_appear_while_they_run_and_end_with_their_milliseconds(visit: Visit) -> None:
@@ -260,6 +362,38 @@ async def test_a_step_that_a_stop_cut_short_is_shown_as_stopped_and_one_that_fai
         await expect(visit.page.locator("[data-step=generate]")).to_have_class("step stopped")
         await expect(visit.page.locator("[data-step=generate] .step-time")).to_have_text("stopped")
         await expect(visit.page.locator("[data-step=recall]")).to_have_class("step failed")
+
+
+async def test_an_answer_waits_for_a_browser_that_is_offline(visit: Visit) -> None:
+    """The page says that the browser is offline, does not use up its attempts, and goes on by itself once it is not."""
+    text = "One two."
+    visit.gateway.on("Count", delta("One "), Cut(), delta("two."), done(text))
+    await visit.page.evaluate("Object.defineProperty(navigator, 'onLine', { configurable: true, get: () => false })")
+    await visit.ask("Count")
+    await expect(visit.page.locator(".notice")).to_have_text("You are offline. The answer goes on as soon as you are back.")
+    assert visit.gateway.resumed == []
+    await visit.page.evaluate("delete navigator.onLine; dispatchEvent(new Event('online'))")
+    await expect(visit.page.locator(".receipt")).to_be_visible()
+    assert visit.gateway.resumed == [("answer-1", 2)]
+
+
+async def test_a_question_that_cannot_be_sent_says_what_a_person_can_do(visit: Visit) -> None:
+    """Offline is the browser's, an unreachable host is not; neither speaks of parts that a reader does not know."""
+    notice = visit.page.locator(".notice")
+    visit.gateway.on("Go", delta("Gone."), done("Gone."))
+    await visit.page.route("**/v1/answers", lambda route: route.abort())
+    await visit.ask("Go")
+    await expect(notice.locator("strong")).to_have_text("Tailrace cannot be reached")
+    await expect(notice.locator("p")).to_have_text("It may be starting again, or your connection may be broken. Try again in a moment.")
+    await visit.context.set_offline(True)
+    await notice.get_by_role("button", name="Retry").click()
+    await expect(notice.locator("strong")).to_have_text("You are offline")
+    await expect(notice.locator("p")).to_have_text("Nothing was lost. Try again once you are connected.")
+    await visit.context.set_offline(False)
+    await visit.page.unroute("**/v1/answers")
+    await notice.get_by_role("button", name="Retry").click()
+    await expect(visit.page.locator(".answer").last).to_have_text("Gone.")
+    visit.troubles.clear()  # the browser itself logs what it could not send
 
 
 async def test_an_interrupted_stream_goes_on_where_it_broke(visit: Visit) -> None:

@@ -2,6 +2,7 @@
 import { computed, signal } from "@preact/signals";
 import { ask, cancel, ProblemError, problemOf, type Question, resume } from "./api";
 import { MarkdownStream } from "./markdown";
+import { connected } from "./network";
 import { events, type ServerEvent } from "./sse";
 import type { Accepted, Citation, Done, Passage, Problem, Step } from "./wire";
 
@@ -161,6 +162,7 @@ export class Answer {
       if (attempt + 1 >= (this.#answerId ? ATTEMPTS_MAX : 2)) return this.#refused(this.#answerId ? INTERRUPTED : problemOf(undefined));
       this.phase.value = this.#answerId ? "reconnecting" : "asking";
       await pause(Math.min(BACKOFF_FIRST_MS * 2 ** attempt, BACKOFF_MAX_MS), this.#abort.signal);
+      if (this.#answerId) await connected(this.#abort.signal);
       if (this.#abort.signal.aborted) return;
       if (this.#answerId) connect = (signal) => resume(this.#answerId, this.#sequence, signal);
     }

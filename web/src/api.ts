@@ -1,5 +1,6 @@
 // Calls to the gateway. Every refusal becomes a ProblemError; a network failure stays the TypeError that fetch throws.
 import { expire, OWN_REQUEST, SIGNED_OUT } from "./identity";
+import { unreachable } from "./network";
 import { readProblem } from "./problem";
 import type { DocumentPage, KeptSession, Problem, Session, SessionPage } from "./wire";
 
@@ -18,6 +19,7 @@ export class ProblemError extends Error {
 export interface Question {
   question: string;
   session_id: string;
+  collection?: string;
   cache?: "use" | "refresh" | "off";
   /** The answer whose turn this one takes the place of. */
   replaces?: string;
@@ -88,7 +90,7 @@ export function sessionPath(sessionId: string): string {
 /** A problem document out of anything that was thrown. */
 export function problemOf(error: unknown): Problem {
   if (error instanceof ProblemError) return error.problem;
-  return { title: "The gateway cannot be reached", detail: "Check that Tailrace is running, then try again.", retryable: true };
+  return unreachable();
 }
 
 async function call(path: string, init: RequestInit): Promise<Response> {

@@ -1,5 +1,5 @@
 // What a person leaves in the tab, and when it goes: with an expired token it stays for the same person, for another it never does.
-import { draft, restore, startNew } from "./conversation";
+import { draft, forgetCollection, restore, startNew } from "./conversation";
 import { forgetDocuments } from "./documents";
 import { owner, signOut } from "./identity";
 import { forgetSessions } from "./sessions";
@@ -22,6 +22,7 @@ export function leave(): void {
 function forget(): void {
   startNew();
   draft.value = "";
+  forgetCollection();
   forgetDocuments();
   forgetSessions();
 }

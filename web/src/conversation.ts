@@ -6,6 +6,8 @@ import type { Question } from "./api";
 import type { KeptSession } from "./wire";
 
 const KEY = "tailrace.conversation";
+const COLLECTION_KEY = "tailrace.collection";
+const DEFAULT_COLLECTION = "default";
 
 /** Older answers leave the page (not the ledger) beyond this. */
 const ANSWERS_MAX = 50;
@@ -19,6 +21,19 @@ export const busy = computed(() => answers.value.at(-1)?.running.value ?? false)
 
 /** What is being typed; survives everything but the tab. */
 export const draft = signal("");
+
+/** Which documents are asked; survives a reload of the tab. */
+export const collection = signal(DEFAULT_COLLECTION);
+
+export function choose(name: string): void {
+  collection.value = name;
+  sessionStorage.setItem(COLLECTION_KEY, JSON.stringify({ owner: owner.peek(), name }));
+}
+
+export function forgetCollection(): void {
+  collection.value = DEFAULT_COLLECTION;
+  sessionStorage.removeItem(COLLECTION_KEY);
+}
 
 let sessionId = "";
 
@@ -38,7 +53,8 @@ async function run(body: Question, before: readonly Answer[]): Promise<void> {
   const shown = answers.value;
   openPassage.value = undefined;
   answers.value = [...before.slice(1 - ANSWERS_MAX), answer];
-  await answer.run(body, ({ session_id }) => {
+  const wanted = collection.peek() === DEFAULT_COLLECTION ? {} : { collection: collection.peek() };
+  await answer.run({ ...body, ...wanted }, ({ session_id }) => {
     sessionId = session_id;
     save();
   });
@@ -94,6 +110,8 @@ export function startNew(): void {
 /** Brings back what this tab showed before a reload, and goes on with an answer that was still on its way. */
 export function restore(): void {
   try {
+    const chosen = JSON.parse(sessionStorage.getItem(COLLECTION_KEY) ?? "null") as { owner: string; name: string } | null;
+    if (chosen?.owner === owner.peek()) collection.value = chosen.name;
     const saved = JSON.parse(sessionStorage.getItem(KEY) ?? "null") as { owner: string; sessionId: string; answers: Saved[] } | null;
     if (saved?.owner !== owner.peek()) return startNew();
     sessionId = saved.sessionId;

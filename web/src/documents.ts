@@ -98,6 +98,8 @@ export class Upload {
 }
 
 export const documents = signal<readonly StoredDocument[]>([]);
+/** The collections that are known to hold something, the one that is asked by itself first. */
+export const collections = computed(() => ["default", ...new Set(documents.value.map(({ collection }) => collection).filter((name) => name && name !== "default").sort())]);
 export const documentsState = signal<"unknown" | "loading" | "ready" | "failed">("unknown");
 export const documentsProblem = signal<Problem | undefined>(undefined);
 export const nextPage = signal("");

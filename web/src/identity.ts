@@ -1,5 +1,6 @@
 // Who uses the page. The token goes to the gateway once and comes back as a cookie that no script can read; nothing here keeps it.
 import { computed, signal } from "@preact/signals";
+import { unreachable } from "./network";
 import { readProblem } from "./problem";
 
 export interface Bearer {
@@ -29,7 +30,7 @@ export async function begin(): Promise<void> {
     const response = await fetch("/v1/session", { cache: "no-store", headers: OWN_REQUEST });
     if (response.ok) bearer.value = (await response.json()) as Bearer;
   } catch {
-    signInNotice.value = UNREACHABLE;
+    signInNotice.value = nobodyThere();
   }
 }
 
@@ -49,7 +50,7 @@ export async function signIn(token: string): Promise<void> {
     const problem = await readProblem(response);
     expire(problem.detail ?? problem.title);
   } catch {
-    expire(UNREACHABLE);
+    expire(nobodyThere());
   }
 }
 
@@ -87,5 +88,8 @@ function takeFromFragment(): string {
 /** What a refusal for want of a good cookie comes to for a person; what the gateway says of it is for those who write clients. */
 export const SIGNED_OUT = { title: "Your sign-in has ended", detail: "Sign in again to go on. What was here is kept, also what you typed." };
 
-const UNREACHABLE = "The gateway cannot be reached. Check that Tailrace is running, then try again.";
-const NOT_SIGNED_OUT = "Signing out did not reach the gateway. Sign in and out again before you leave this browser to somebody else.";
+const nobodyThere = () => {
+  const { title, detail } = unreachable();
+  return `${title}. ${detail}`;
+};
+const NOT_SIGNED_OUT = "Signing out did not reach Tailrace. Sign in and out again before you leave this browser to somebody else.";

@@ -12,7 +12,7 @@ export interface Block {
 const purifier = DOMPurify();
 
 const entities: Record<string, string> = { "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;" };
-const escape = (text: string) => text.replace(/[&<>"']/g, (character) => entities[character] ?? "");
+export const escape = (text: string) => text.replace(/[&<>"']/g, (character) => entities[character] ?? "");
 
 const SAFE_ADDRESS = /^(?:https?:\/\/|mailto:)/i;
 const MARKER = /^ ?\[(\d{1,2}(?:\s*,\s*\d{1,2})*)\](?!\()/;
@@ -21,10 +21,11 @@ const MARKER = /^ ?\[(\d{1,2}(?:\s*,\s*\d{1,2})*)\](?!\()/;
 const tied = (html: string) =>
   html.replace(/(?<=[\s>])([^\s<>]{1,24})((?:<button type="button" class="cite"[^>]*>\d+<\/button>)+[.,;:!?)]?)/g, '<span class="tied">$1$2</span>');
 
-function safe(html: string): string {
+/** The last word on any HTML that is shown. */
+export function safe(html: string): string {
   return purifier.sanitize(tied(html), {
     ALLOWED_TAGS: [
-      ...["p", "br", "hr", "strong", "em", "del", "code", "pre", "blockquote", "ul", "ol", "li", "a", "button", "span", "div"],
+      ...["p", "br", "hr", "strong", "em", "del", "mark", "code", "pre", "blockquote", "ul", "ol", "li", "a", "button", "span", "div"],
       ...["h1", "h2", "h3", "h4", "h5", "h6", "table", "thead", "tbody", "tr", "th", "td"],
     ],
     ALLOWED_ATTR: ["href", "rel", "target", "class", "type", "start", "align", "tabindex", "data-number", "data-copy", "aria-label"],
@@ -75,6 +76,9 @@ export class MarkdownStream {
   }
 }
 
+/** A whole Markdown text without citations, not yet safe. */
+export const unsafeHtml = (text: string) => plainMarked.parse(text, { async: false });
+
 const isBlock = (token: Token) => token.type !== "space" && token.type !== "def";
 
 const renderer = {
@@ -106,6 +110,8 @@ const renderer = {
     return checked ? "☑ " : "☐ ";
   },
 };
+
+const plainMarked = new Marked({ gfm: true }).use({ renderer });
 
 function citation(titleOf: (number: number) => string | undefined) {
   return {

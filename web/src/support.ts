@@ -9,13 +9,11 @@ const WORD = /[\p{L}\p{N}]+/gu;
 
 /** The statement that ends where a marker stands: back to the end of the sentence before. */
 export function statementBefore(text: string): string {
-  const bare = text.replace(/\s+/g, " ").trim().replace(/[.!?]+$/, "");
-  const boundaries = [...bare.matchAll(/[.!?:]["')\]]*\s+(?=[\p{Lu}\p{N}"'(])/gu)];
-  const last = boundaries.at(-1);
-  return last ? bare.slice(last.index + last[0].length) : bare;
+  const bare = text.replace(/\s+/g, " ").trim();
+  return bare.slice(Math.max(0, ...sentenceEnds(bare))).replace(/[.!?]+$/, "");
 }
 
-/** The sentence of the passage that shares most words with the statement; none if nothing shares about half of them. */
+/** The sentence of the passage that shares most words with the statement, the shortest of such; none if nothing shares about half of them. */
 export function findSupport(passage: string, statement: string): Span | undefined {
   const wanted = new Set(words(statement).filter((word) => word.length > 2));
   if (wanted.size < 2) return undefined;
@@ -24,15 +22,16 @@ export function findSupport(passage: string, statement: string): Span | undefine
   for (const span of sentences(passage)) {
     const held = new Set(words(passage.slice(span.start, span.end)));
     const shared = [...wanted].filter((word) => held.has(word)).length;
-    const score = shared / wanted.size;
+    const score = shared / wanted.size - held.size / 10_000;
     if (score > bestScore) [best, bestScore] = [span, score];
   }
   return best;
 }
 
 const FENCE = /^\s*(?:```|~~~)/;
-const BLOCK_START = /^\s*(?:$|[-*+]\s|\d+[.)]\s|#|>|\||```|~~~)/;
-const STANDS_ALONE = /^\s*(?:$|#|\||```|~~~)/;
+const ROW = String.raw`\||\S[^\n]* \| `;
+const BLOCK_START = new RegExp(String.raw`^\s*(?:$|[-*+•]\s|\d+[.)]\s|#|>|${ROW}|\`\`\`|~~~)`);
+const STANDS_ALONE = new RegExp(String.raw`^\s*(?:$|#|${ROW}|\`\`\`|~~~)`);
 
 /** The same text with hard-wrapped prose on one line. Every character keeps its place; lists, tables, code and headings keep their lines. */
 export function unwrap(text: string): string {
@@ -52,15 +51,25 @@ function words(text: string): string[] {
   return text.toLowerCase().match(WORD) ?? [];
 }
 
+// The same ends of sentences as the orchestrator sees, footnote marks being none of the text.
+const SENTENCE_END = /(?<=[.!?。！？])["'”’)\]]*(?:\[\^?\d{1,3}\])*\s+(?=["'“‘([`]?[\p{Lu}\p{Lo}\p{N}`])/gu;
+const ABBREVIATION = /(?:\b(?:e\.g|i\.e|etc|cf|vs|approx|no|nr|fig|mr|mrs|ms|dr|st|inc|ltd|co|z\.B|d\.h|bzw|usw)|\b[A-Z])\.$/i;
+const ABBREVIATION_CHARACTERS_MAX = 16;
+
+/** Where sentences end and others begin, within one paragraph. */
+function* sentenceEnds(text: string): Generator<number> {
+  for (const match of text.matchAll(SENTENCE_END)) {
+    if (!ABBREVIATION.test(text.slice(Math.max(0, match.index - ABBREVIATION_CHARACTERS_MAX), match.index))) yield match.index + match[0].length;
+  }
+}
+
 function* sentences(text: string): Generator<Span> {
-  const end = /[.!?]["')\]]*(?=\s|$)|\n{2,}|\n(?=\s*(?:[-*|#]|\d+\.)\s?)/g;
+  const breaks = [...text.matchAll(new RegExp(String.raw`\n{2,}|\n(?=\s*(?:[-*#•]|\d+[.)]|${ROW})\s?)`, "g"))].map(({ index }) => index);
   let start = 0;
-  for (const match of text.matchAll(end)) {
-    const stop = match.index + match[0].length;
+  for (const stop of [...breaks, ...sentenceEnds(text), text.length].sort((one, other) => one - other)) {
     yield* trimmed(text, start, stop);
     start = stop;
   }
-  yield* trimmed(text, start, text.length);
 }
 
 function* trimmed(text: string, start: number, end: number): Generator<Span> {

@@ -89,7 +89,7 @@ def read_servers(path: Path, environ: Mapping[str, str]) -> tuple[ServerSettings
 
     Raises ValueError, OSError.
     """
-    table = tomllib.loads(path.read_text(encoding="utf-8")).get("servers", {})
+    table = tomllib.loads(path.read_text(encoding="utf-8-sig")).get("servers", {})
     if not isinstance(table, dict) or len(table) > SERVERS_MAX:
         raise ValueError(f"servers: a table of at most {SERVERS_MAX}")
     return tuple(_server(name, row, environ) for name, row in table.items())

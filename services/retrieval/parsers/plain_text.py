@@ -14,5 +14,6 @@ def parse_plain(text: str) -> Extracted:
         Block(BlockKind.PARAGRAPH, match.start(), match.start() + len(match.group().rstrip())) for match in _PARAGRAPH.finditer(text)
     )
     first = text[blocks[0].start :].split("\n", 1)[0].strip() if blocks else ""
-    title = first if len(first) <= TITLE_CHARACTERS_MAX and not first.endswith((".", ",", ";", ":")) else ""
+    names = len(first) <= TITLE_CHARACTERS_MAX and not first.endswith((".", ",", ";", ":")) and any(map(str.isalpha, first))
+    title = first if names else ""
     return Extracted(text, blocks, "text/plain", title)

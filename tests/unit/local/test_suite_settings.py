@@ -1,14 +1,18 @@
 """What the launcher tells the services, and when it refuses."""
 
+import asyncio
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from services.local import sample
 from services.local.banner import banner
 from services.local.config import LocalSettings
 from services.local.preflight import NotPossible
 from services.local.suite import Suite
+from services.local.supervisor import Supervisor
 
 KEYS = {"TAILRACE_JWT_ISSUER": "https://login.example.com/", "TAILRACE_JWKS_URL": "https://login.example.com/jwks.json"}
 
@@ -47,6 +51,43 @@ def test_servers_that_run_elsewhere_are_not_started(tmp_path: Path) -> None:
     order = suite(tmp_path, DATABASE_URL="postgresql://db", REDIS_URL="redis://cache").supervisor._needs
 
     assert [child.name for child in order] == ["retrieval", "ledger", "orchestrator", "gateway"]
+
+
+class Embedder:
+    """Ingests what it is told when it may."""
+
+    def __init__(self) -> None:
+        self.may, self.done = asyncio.Event(), list[str]()
+
+    async def ingest(self, url: str, token: str, paths: Sequence[Path]) -> None:
+        await self.may.wait()
+        self.done += [path.name for path in paths]
+
+
+async def test_a_machine_that_is_slow_is_given_its_address_and_then_its_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What takes longer than the address waits for goes on behind it, to the end."""
+    embedder = Embedder()
+    monkeypatch.setattr(sample, "ingest", embedder.ingest)
+    monkeypatch.setattr("services.local.suite.SAMPLE_WAIT_S", 0.01)
+    slow = suite(tmp_path, DATABASE_URL="postgresql://db", REDIS_URL="redis://cache")
+    slow.supervisor = Supervisor({}, tmp_path / "children.json", print)
+    async with asyncio.TaskGroup() as group:
+        up = group.create_task(slow._bring_up(0.0))
+        said = ""
+        while "Ctrl-C" not in (said := said + capsys.readouterr().out):  # noqa: ASYNC110 - what is waited for is printed
+            await asyncio.sleep(0.001)
+        assert not embedder.done
+        assert "README.md and answers.md can be asked about soon" in said
+        embedder.may.set()
+        await up
+    await slow.supervisor.stop()
+    names = [path.name for part in sample.documents() for path in part]
+
+    assert embedder.done == names
+    assert f"all {len(names)} documents of the project can be asked about" in capsys.readouterr().out
+    assert (tmp_path / "sample-ingested").read_text().split() == names
 
 
 def test_the_internal_key_is_made_once_for_its_owner_alone(tmp_path: Path) -> None:

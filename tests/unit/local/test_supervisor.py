@@ -34,7 +34,7 @@ class Sleeper(Child):
         self.events.append(f"{self.name} starts")
         code = f"import pathlib, signal, time; {self._before}; pathlib.Path({str(self._file)!r}).touch(); {self._body}"
         await self._spawn([sys.executable, "-S", "-c", code])
-        await self._until_ready()
+        await self.until_ready()
         self.events.append(f"{self.name} ready")
 
     async def answers(self) -> bool:
@@ -96,6 +96,49 @@ async def test_a_killed_child_is_started_again_and_the_event_is_said(tmp_path: P
     assert said == ["worker was ended by SIGKILL; starting it again", "worker is ready again"]
     assert after != before
     assert not psutil.pid_exists(after)
+
+
+async def test_a_child_that_waits_for_another_is_left_alone(tmp_path: Path) -> None:
+    """What is not ready because of what it needs would not be so after another start either, and has work that a start would break off."""
+    said: list[str] = []
+    store = Sleeper("store", tmp_path, [])
+    needed = f"pathlib.Path({str(tmp_path / 'store.ready')!r}).exists()"
+    child = Sleeper("worker", tmp_path, [], before=f"[time.sleep(0.01) for _ in iter(lambda: {needed}, True)]")
+    child.ready_timeout_s = 0.3  # type: ignore[misc] # this one alone
+    supervisor = Supervisor({store: [], child: [store]}, tmp_path / "children.json", said.append)
+    child._file.touch()  # the first start is none of this test
+    store._file.touch()
+    await supervisor.start()
+    store._file.unlink()
+    assert child.process is not None
+    child.kill()
+    await until(lambda: "worker waits for store" in said)
+    waiting = child.process.pid
+    store._file.touch()
+    await until(lambda: "worker is ready again" in said)
+    after = child.process.pid
+    await supervisor.stop()
+
+    assert after == waiting
+    assert said == ["worker was ended by SIGKILL; starting it again", "worker waits for store", "worker is ready again"]
+
+
+async def test_a_child_that_is_slow_to_start_is_not_asked_all_the_time(tmp_path: Path) -> None:
+    """Each question takes the time that the child would start with."""
+    child = Sleeper("worker", tmp_path, [], before="time.sleep(600)")
+    child.ready_timeout_s = 2.0  # type: ignore[misc] # this one alone
+    asked: list[bool] = []
+
+    async def answers() -> bool:
+        asked.append(False)
+        return False
+
+    child.answers = answers  # type: ignore[method-assign]
+    with pytest.raises(ChildFailed, match="not ready"):
+        await child.start()
+    await child.stop()
+
+    assert 2 <= len(asked) <= 25
 
 
 async def test_a_child_that_ends_during_its_start_fails_the_start_with_the_end_of_its_log(tmp_path: Path) -> None:

@@ -44,6 +44,37 @@ def test_sentences_are_whole_and_free_of_markup() -> None:
     ]
 
 
+def test_a_few_words_belong_to_the_sentence_before() -> None:
+    """`Defaults to 500.` says something only with it. Where nothing is before, as in a new item, they are left out."""
+    text = "Intro is here now.\n\n* `size` - Smaller answers are not packed. Defaults to `500`.\n* `level` - How hard it tries. Nine."
+
+    assert split_sentences(text) == [
+        "Intro is here now.",
+        "`size` - Smaller answers are not packed. Defaults to `500`.",
+        "`level` - How hard it tries. Nine.",
+    ]
+    assert split_sentences("Nine. Then come whole sentences.") == ["Then come whole sentences."]
+
+
+def test_a_sentence_that_leads_to_code_is_one() -> None:
+    """It says what the code does. One that leads to a list, or has few words, says nothing alone."""
+    text = "You can change the address by setting the `client` attribute:\n\n```python\nx = 1\n```\n\nFor example:\n\n```\ny\n```\n"
+    listed = "The following arguments can be given to the client:\n\n- `one` stands for the first."
+
+    assert split_sentences(text) == ["You can change the address by setting the `client` attribute."]
+    assert split_sentences(listed) == ["`one` stands for the first."]
+
+
+def test_addresses_are_the_last_thing_to_be_quoted() -> None:
+    """A reference has the words of the question in its title, and says nothing."""
+    reference = (
+        '"Holds live longer, say holds" (https://www.example.org/news/2016/how-long-do-holds-live-and-other-stories-1-6015191.html).'
+    )
+
+    assert "example.org" not in answer("How long do holds live?", f"{LEDGER}\n\n{reference}")
+    assert "example.org" in answer("How long do holds live?", reference)
+
+
 @pytest.mark.parametrize(
     ("markdown", "plain"),
     [
@@ -51,6 +82,10 @@ def test_sentences_are_whole_and_free_of_markup() -> None:
         ("snake_case_name stays", "snake_case_name stays"),
         ("> quoted [text][ref] here[^1]", "quoted text here"),
         ("<b>tag</b> 3 < 4 <!-- gone -->", "tag 3 < 4"),
+        ('Such as `*.example.com`, or **all** by `hosts=["*"]`', 'Such as `*.example.com`, or all by `hosts=["*"]`'),
+        ("Write `[text](address)` or `<b>` [here](a.md)", "Write `[text](address)` or `<b>` here"),
+        ("[gone](a `b` c) but `this` stays \ue000", "gone but `this` stays"),
+        ("``a ` [1](b)`` and `open [2](c)", "``a ` [1](b)`` and `open 2"),
     ],
 )
 def test_markup_goes_and_words_stay(markdown: str, plain: str) -> None:

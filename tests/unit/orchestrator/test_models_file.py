@@ -75,3 +75,30 @@ def test_models_without_a_configured_provider_are_named_at_start(tmp_path: Path)
         tell_left_out(Router(read_table(tmp_path / "models.toml"), {"extractive"}, "fast", lambda: 0.0))
 
     assert [(line["log_level"], line["models"], line["why"]) for line in lines] == [("info", "mine", "the provider is not configured")]
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        (
+            BEFORE + '[tiers.slow]\nmodels = [{ model = "extractive", weight = 0 }]\n',
+            "tiers.slow: Expected `float` > 0.0 - at `models[0].weight`",
+        ),
+        (BEFORE + '[tiers.slow]\nmodles = ["extractive"]\n', "tiers.slow: Object contains unknown field `modles`"),
+        (f"nested = {'[' * 5000}{']' * 5000}\n{BEFORE}", "it is nested too deeply"),
+    ],
+)
+async def test_a_mistake_is_told_with_its_place(tmp_path: Path, content: str, place: str) -> None:
+    """Of many tiers, which. What was read before stays, and the file is looked at on."""
+    (refused,) = await told_of(tmp_path / "models.toml", content)
+
+    assert (refused["event"], refused["log_level"]) == ("models_file_refused", "error")
+    assert place in refused["why"]
+
+
+def test_a_mark_of_byte_order_is_no_mistake(tmp_path: Path) -> None:
+    """Some editors put it before the text."""
+    path = tmp_path / "models.toml"
+    path.write_text(BEFORE, encoding="utf-8-sig")
+
+    assert read_table(path).tiers

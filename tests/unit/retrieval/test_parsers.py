@@ -88,6 +88,7 @@ def test_plain_text_is_cut_at_empty_lines() -> None:
 
     assert extracted.title == "A title"
     assert [text for _, text in kinds(extracted)] == ["A title", "one\ntwo", "three"]
+    assert read(Upload(b'{\n  "name": "cut",\n', source_uri="a.txt")).title == "", "a line without a word names nothing"
 
 
 @pytest.mark.parametrize(

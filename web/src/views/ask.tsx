@@ -1,7 +1,7 @@
 import { useEffect, useRef } from "preact/hooks";
 import { useSignal, useSignalEffect } from "@preact/signals";
-import { answers, ask, busy, draft, openPassage, startNew } from "../conversation";
-import { documents, documentsState, refresh } from "../documents";
+import { answers, ask, busy, choose, collection, draft, openPassage, startNew } from "../conversation";
+import { collections, documents, documentsState, refresh } from "../documents";
 import { plural } from "../format";
 import { QUESTION_BYTES_MAX } from "../wire";
 import { Send, Stop } from "./icons";
@@ -132,7 +132,26 @@ function Composer() {
           </>
         )}
       </p>
+      <Collection />
     </form>
+  );
+}
+
+/** Only where there is something to choose. */
+function Collection() {
+  const names = collections.value.includes(collection.value) ? collections.value : [...collections.value, collection.value];
+  if (names.length < 2) return null;
+  return (
+    <label class="collection">
+      <span>Collection</span>
+      <select value={collection.value} onChange={(event) => choose(event.currentTarget.value)}>
+        {names.map((name) => (
+          <option key={name} value={name}>
+            {name}
+          </option>
+        ))}
+      </select>
+    </label>
   );
 }
 

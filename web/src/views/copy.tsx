@@ -20,6 +20,14 @@ export async function copyText(text: string): Promise<boolean> {
   }
 }
 
+/** Copies the block of code that `button` stands on. */
+export async function copyCode(button: HTMLElement): Promise<void> {
+  const code = button.closest(".code")?.querySelector("code")?.textContent ?? "";
+  if (!(await copyText(code))) return;
+  button.textContent = "Copied";
+  window.setTimeout(() => (button.textContent = "Copy"), SHOWN_MS);
+}
+
 export function CopyButton({ text, label, children }: { text: string; label: string; children?: preact.ComponentChildren }) {
   const copied = useSignal(false);
   const copy = async () => {

@@ -1,8 +1,9 @@
-import { useEffect, useRef } from "preact/hooks";
+import { useEffect, useMemo, useRef } from "preact/hooks";
 import { openPassage } from "../conversation";
 import { count } from "../format";
-import { findSupport, unwrap } from "../support";
+import { passageHtml } from "../passage_text";
 import type { Passage } from "../wire";
+import { copyCode } from "./copy";
 import { Back, Close, Forward } from "./icons";
 
 /** The passage behind a citation, beside the answer. Not modal: the answer stays readable and usable. */
@@ -25,6 +26,8 @@ export function PassagePanel() {
   if (!open || !passage) return null;
   const { answer, number } = open;
   const flags = passage.flags ?? []; // an answer this browser kept may be older than the field
+  const [top, ...below] = passage.heading_path;
+  const path = top === passage.title ? below : passage.heading_path;
   const show = (other: number) => (openPassage.value = { ...open, number: other, statement: "" });
   return (
     <div class="panel" role="dialog" aria-labelledby="passage-title" tabIndex={-1} ref={panel}>
@@ -45,31 +48,35 @@ export function PassagePanel() {
       </div>
       <div class="panel-body">
         <h2 id="passage-title">{passage.title || passage.source_uri}</h2>
-        {passage.heading_path.length > 0 && <p class="path">{passage.heading_path.join(" › ")}</p>}
+        {path.length > 0 && <p class="path">{path.join(" › ")}</p>}
         {flags.length > 0 && (
           <p class="flagged" role="note">
             This passage looks like an instruction to the model ({flags.join(", ").replaceAll("_", " ")}). It is treated as text, and the
             answer was not kept for others.
           </p>
         )}
-        <div class="passage-text" tabIndex={0} role="region" aria-label="Text of the passage">
-          <Highlighted text={unwrap(passage.text)} statement={open.statement} />
-        </div>
+        <Text passage={passage} statement={open.statement} />
         <Facts passage={passage} />
       </div>
     </div>
   );
 }
 
-function Highlighted({ text, statement }: { text: string; statement: string }) {
-  const span = statement ? findSupport(text, statement) : undefined;
-  if (!span) return <>{text}</>;
+function Text({ passage, statement }: { passage: Passage; statement: string }) {
+  const html = useMemo(() => passageHtml(passage, statement), [passage, statement]);
+  const click = (event: MouseEvent) => {
+    const button = (event.target as Element).closest<HTMLElement>("[data-copy]");
+    if (button) void copyCode(button);
+  };
   return (
-    <>
-      {text.slice(0, span.start)}
-      <mark>{text.slice(span.start, span.end)}</mark>
-      {text.slice(span.end)}
-    </>
+    <div
+      class="passage-text block"
+      tabIndex={0}
+      role="region"
+      aria-label="Text of the passage"
+      onClick={click}
+      dangerouslySetInnerHTML={{ __html: html }}
+    />
   );
 }
 

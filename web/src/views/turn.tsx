@@ -2,10 +2,11 @@ import { useSignal } from "@preact/signals";
 import { memo } from "preact/compat";
 import type { Answer } from "../answer";
 import { answers, ask, askInstead, busy, openPassage, retry } from "../conversation";
+import { offline } from "../network";
 import { statementBefore } from "../support";
 import type { Block } from "../markdown";
 import { type Passage, type Problem, QUESTION_BYTES_MAX } from "../wire";
-import { CopyButton, copyText } from "./copy";
+import { CopyButton, copyCode } from "./copy";
 import { Warning } from "./icons";
 import { Receipt } from "./receipt";
 import { Steps } from "./steps";
@@ -117,13 +118,6 @@ function Text({ answer }: { answer: Answer }) {
 
 const Html = memo(({ html }: Pick<Block, "html">) => <div class="block" dangerouslySetInnerHTML={{ __html: html }} />);
 
-async function copyCode(button: HTMLButtonElement) {
-  const code = button.closest(".code")?.querySelector("code")?.textContent ?? "";
-  if (!(await copyText(code))) return;
-  button.textContent = "Copied";
-  window.setTimeout(() => (button.textContent = "Copy"), 1_600);
-}
-
 /** The statement that a citation chip stands behind, without the numbers of other chips. */
 function statementOf(chip: HTMLElement): string {
   const block = chip.closest("li, p, td, th, blockquote, h1, h2, h3, h4, h5, h6") ?? chip.parentElement;
@@ -175,7 +169,8 @@ function Source({ answer, passage, cited }: { answer: Answer; passage: Passage; 
 /** How an answer ended, when that needs saying; what had arrived stays above it. */
 function Ending({ answer }: { answer: Answer }) {
   if (answer.phase.value === "reconnecting" && answer.text.value) {
-    return <p class="notice">Connection lost. Going on from where it broke…</p>;
+    const notice = offline.value ? "You are offline. The answer goes on as soon as you are back." : "Connection lost. Going on from where it broke…";
+    return <p class="notice">{notice}</p>;
   }
   if (answer.phase.value === "stopped") {
     return (

@@ -130,7 +130,7 @@ async def test_a_record_that_comes_after_the_erasure_is_booked_without_a_name(le
 
 @pytest.mark.parametrize("comes_again", [False, True])
 async def test_a_summary_that_meets_the_erasure_does_not_stay(ledger: Ledger, boss: Principal, comes_again: bool) -> None:
-    """It waits for the erasure and hears that there is no such turn, though somebody else of the same id has begun the same conversation."""
+    """It waits for the erasure and hears that there is no such turn, though another user of the same id has begun the conversation anew."""
     name, words = (f"{kind}-{secrets.token_hex(8)}" for kind in ("user", "words"))
     ann, answer_id = Principal(boss.tenant, name), str(uuid.uuid4())
     turn = pb.Turn(answer_id=answer_id, question=words, text=words, complete=True)

@@ -13,7 +13,7 @@ from services.chassis.principal import Principal
 from services.ledger import holds
 from services.ledger.holds import Hold
 from services.ledger.postgres_database import Connection, Database, opened
-from services.ledger.postgres_holds import resolve
+from services.ledger.postgres_holds import SETTLE_AND_RESERVE, encoded, resolve
 from tailrace.common.v1 import common_pb2
 from tailrace.ledger.v1 import ledger_service_pb2 as pb
 from tests.integration.ledger.ledger_kit import HAIKU, RECORDER, Ledger, attempt, operation
@@ -96,9 +96,12 @@ async def test_without_a_filter_nothing_foreign_is_touched(database: Database, a
 
 
 async def test_foreign_holds_are_not_resolved(database: Database, ledger: Ledger, ann: Principal, stranger: Principal) -> None:
-    """resolve_holds runs in the owner's name, and still moves a tenant's own holds only; the chain cannot be touched at all."""
+    """resolve_holds runs in the owner's name, and still moves a tenant's own holds only, as what moves many at once does in the tenant's;
+    the chain cannot be touched at all."""
     held = await ledger.reserve(stranger)
     hold = Hold(held.hold_id, held.amount_nanousd, Price(*HAIKU))
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        await database.self_scoped().fetch(SETTLE_AND_RESERVE, ann.tenant, encoded([holds.void(hold)]), "[]", None)
     for tenant, refused in ((ann.tenant, True), (stranger.tenant, False)):
         work = database.of(tenant).run(lambda connection: resolve(connection, [holds.void(hold)], None))
         if refused:

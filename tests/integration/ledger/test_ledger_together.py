@@ -92,7 +92,9 @@ async def test_each_of_many_calls_gets_its_own_verdict(ledger: Ledger, ann: Prin
     assert await transactions(ledger, ann.tenant) - already <= 3, "the first, those that came meanwhile, and perhaps a late one"
 
 
-async def test_calls_that_come_together_are_lowered_one_after_the_other(ledger: Ledger, ann: Principal, bob: Principal, boss: Principal) -> None:
+async def test_calls_that_come_together_are_lowered_one_after_the_other(
+    ledger: Ledger, ann: Principal, bob: Principal, boss: Principal
+) -> None:
     """The tenant's budget binds one, the user's another; each gets what those before it left, to the token, and the next one is refused."""
     for who in (ann, bob):
         await ledger.reserve(who)

@@ -30,10 +30,10 @@ from bench.hostile_files import bombs
 from bench.retrieval_figures import Span, backwards, common, length, mean, ndcg, percentile, recall
 from bench.retrieval_ground import DENSE, DIMENSION, HYBRID, MODELS, QUANT, ROOT, SPARSE, File, Service, filling, scratch, serving
 from bench.scenarios_command import rows
+from services.retrieval import parsers
 from services.retrieval.chunking import chunked, in_context
-from services.retrieval.domain import Chunk, Stage
+from services.retrieval.domain import Chunk, Stage, Upload
 from services.retrieval.minilm_embedder import MiniLmEmbedder
-from services.retrieval.parsers.plain_text import parse_plain
 from services.retrieval.word_pieces import WordPieces
 from tailrace.retrieval.v1 import retrieval_service_pb2 as pb
 from tests.suite import running
@@ -139,7 +139,11 @@ def _chunk_texts(corpus: list[dict[str, str]]) -> list[str]:
         MiniLmEmbedder.load(MODELS, QUANT).close()
         folder = next(MODELS.glob(f"minilm-l6-v2-{QUANT}-*"))
     count = WordPieces(folder / "tokenizer.json").count
-    return [in_context(row["title"], chunk) for row in corpus for chunk in chunked(parse_plain(row["text"]), count, row["title"])]
+    texts: list[str] = []
+    for row in corpus:
+        extracted = parsers.read(Upload(row["text"].encode(), title=row["title"], media_type=PLAIN))  # by content: one is a list
+        texts += [in_context(row["title"], chunk) for chunk in chunked(extracted, count, row["title"])]
+    return texts
 
 
 async def _alone(texts: list[str]) -> float:

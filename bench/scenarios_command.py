@@ -1,17 +1,19 @@
-"""`make bench-streams` and `make bench-money`: run scenarios in full and print every figure beside its bar. What a scenario does lives in
-`bench.streams`, `bench.crowd`, `bench.rotation`, `bench.model_faults`, `bench.money`, `bench.budgets` and `bench.full_disk`.
+"""`make bench-streams` and `make bench-money`: run scenarios in full and print every figure beside its bar.
 
-It runs a suite of its own on free ports in a temporary folder, so that nothing that runs or is stored is touched.
+What a scenario does lives in `bench.streams`, `bench.crowd`, `bench.rotation`, `bench.standstill`, `bench.model_faults`, `bench.money`,
+`bench.budgets` and `bench.full_disk`. It runs a suite of its own on free ports in a temporary folder, so that nothing that runs or is
+stored is touched.
 """
 
 import argparse
-import asyncio
 import os
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
 
-from bench import budgets, crowd, full_disk, model_faults, money, rotation, streams
+import uvloop
+
+from bench import budgets, crowd, full_disk, model_faults, money, rotation, standstill, streams
 from bench.ground import Ground, Outcome, ground, seed_of_run
 
 Scenarios = Mapping[str, tuple[Callable[[Ground, int], Awaitable[Outcome]], int]]
@@ -54,7 +56,7 @@ def main() -> None:
         f"make bench-{kind}",
         {**money.SCENARIOS, **budgets.SCENARIOS, **full_disk.SCENARIOS}
         if kind == "money"
-        else {**streams.SCENARIOS, **crowd.SCENARIOS, **rotation.SCENARIOS, **model_faults.SCENARIOS},
+        else {**streams.SCENARIOS, **crowd.SCENARIOS, **rotation.SCENARIOS, **standstill.SCENARIOS, **model_faults.SCENARIOS},
     )
     parser = argparse.ArgumentParser(prog=command, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=f"which ones; without any, all of: {', '.join(scenarios)}")
@@ -65,7 +67,8 @@ def main() -> None:
         parser.error(f"there is no scenario {', '.join(sorted(unknown))}; there are {', '.join(scenarios)}")
     if (options.n is not None and options.n < 1) or options.replicas < 1:
         parser.error("--n and --replicas are at least 1")
-    good = asyncio.run(run(command, scenarios, options.scenarios or list(scenarios), options.n, seed_of_run(), options.replicas))
+    # As fast a loop as the services have: what a reader waits for its own is no figure of theirs.
+    good = uvloop.run(run(command, scenarios, options.scenarios or list(scenarios), options.n, seed_of_run(), options.replicas))
     sys.exit(not good)
 
 

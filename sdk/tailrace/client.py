@@ -33,8 +33,10 @@ from tailrace.retrieval.v1 import retrieval_service_pb2 as retrieval
 DEFAULT_TARGET = "localhost:50050"
 CONTENT_BYTES_PER_MESSAGE = 256 * 1024
 _CHANNEL_OPTIONS = (
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_time_ms", 20_000),
+    # What gRPC waits for an answer to a ping; the documented `keepalive_timeout_ms` is not heeded, and a minute is what it would be.
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )

@@ -12,9 +12,10 @@ from typing import Any
 import grpc
 
 from services.chassis import telemetry
-from services.chassis.deadline import budget_s
-from services.chassis.errors import DomainError, Overloaded, Unavailable
+from services.chassis.deadline import HOP_SHAVE_S, budget_s, current_deadline
+from services.chassis.errors import DeadlineTooShort, DomainError, Overloaded, Unavailable
 from services.chassis.passport import Passport
+from services.chassis.pings import with_pings
 from services.chassis.principal import Principal, current_principal
 from services.chassis.server import MESSAGE_BYTES_MAX
 from services.chassis.status import from_rpc_error
@@ -24,12 +25,13 @@ ATTEMPTS_MAX = 3
 BACKOFF_BASE_S = 0.05
 PAUSE_MAX_S = 0.5
 
-CHANNEL_OPTIONS = [
+PING_AFTER_S, PING_ANSWER_S = 4.0, 4.0
+STANDS_STILL_S = PING_AFTER_S + PING_ANSWER_S
+"""After so long a replica that stands still is found out: its calls end as unavailable, and new ones go to the others."""
+
+_OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.lb_policy_name", "round_robin"),
     # A restarted peer is found again within a second, not after minutes of back-off.
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -39,6 +41,7 @@ CHANNEL_OPTIONS = [
     # We retry ourselves, where we know what is idempotent; two layers of retries make storms.
     ("grpc.enable_retries", 0),
 ]
+CHANNEL_OPTIONS = with_pings(_OPTIONS, every_s=PING_AFTER_S, answer_within_s=PING_ANSWER_S)
 
 
 def open_channel(target: str, tls: MutualTls | None = None) -> grpc.aio.Channel:
@@ -62,6 +65,12 @@ def _ours(error: grpc.aio.AioRpcError, target: str) -> BaseException:
     if error.code() is grpc.StatusCode.CANCELLED and (task := asyncio.current_task()) and task.cancelling():
         return asyncio.CancelledError()
     return from_rpc_error(error, target)
+
+
+def _time_is_over() -> bool:
+    """Whether the request itself has too little time left for another call."""
+    deadline = current_deadline.get()
+    return deadline is not None and deadline.remaining_s < 2 * HOP_SHAVE_S
 
 
 class Patience:
@@ -105,16 +114,23 @@ class Caller:
     ) -> Any:
         """Call a unary method within `timeout_s` or what the request has left, whichever is less.
 
-        An idempotent call is tried up to three times while the target cannot be reached.
+        An idempotent call is tried up to three times while the target cannot be reached, and twice if it says nothing within `timeout_s`.
+        Then it is Unavailable as well: DeadlineTooShort is for a request whose own time is over.
         """
-        for attempt in range(ATTEMPTS_MAX):
+        for attempts_left in reversed(range(ATTEMPTS_MAX)):
             try:
                 with errors_of(self.target):
                     return await method(request, metadata=self.metadata(principal), timeout=budget_s(timeout_s))
-            except Unavailable:
-                if not idempotent or attempt + 1 == ATTEMPTS_MAX:
+            except DeadlineTooShort as error:
+                if error.metadata.get("step") != self.target or _time_is_over():
                     raise
-                await asyncio.sleep(random.uniform(0, BACKOFF_BASE_S * 4**attempt))  # noqa: S311 - jitter, not a secret
+                if not idempotent or attempts_left < ATTEMPTS_MAX - 1:
+                    raise Unavailable(f"{self.target} does not answer", dependency=self.target) from None
+            except Unavailable:
+                if not idempotent or not attempts_left:
+                    raise
+                pause_s = BACKOFF_BASE_S * 4 ** (ATTEMPTS_MAX - 1 - attempts_left)
+                await asyncio.sleep(random.uniform(0, pause_s))  # noqa: S311 - jitter, not a secret
         raise AssertionError("unreachable")
 
     @contextlib.asynccontextmanager

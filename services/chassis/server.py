@@ -22,6 +22,7 @@ from services.chassis.calls import Calls
 from services.chassis.deadline import Deadline, current_deadline
 from services.chassis.errors import DomainError, NotAuthenticated, Overloaded, RequestInvalid
 from services.chassis.passport import Passport
+from services.chassis.pings import LEAST_BETWEEN_PINGS_S, with_pings
 from services.chassis.principal import Principal, set_current
 from services.chassis.status import abort, unexpected
 from services.chassis.tls import MutualTls
@@ -49,7 +50,7 @@ CALLS_SHARE = 0.9
 Identify = Callable[[grpc.aio.ServicerContext], Awaitable[Principal]]
 _OPEN_PREFIXES = ("/grpc.health.v1.", "/grpc.reflection.")
 
-SERVER_OPTIONS = [
+_OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_allowed_incoming_connections", CONNECTIONS_MAX),
@@ -62,16 +63,14 @@ SERVER_OPTIONS = [
     # Old connections move on to new replicas and new certificates; what runs on them may end first.
     ("grpc.max_connection_age_ms", CONNECTION_AGE_MAX_S * 1000),
     ("grpc.max_connection_age_grace_ms", CONNECTION_GRACE_S * 1000),
-    # A peer that vanished without a word does not keep its streams.
-    ("grpc.keepalive_time_ms", 60_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.enable_channelz", 0),
     # Two servers on one port would share calls in a way nobody asked for; a taken port must be an error.
     ("grpc.so_reuseport", 0),
-    # Clients ping every 30 s to keep idle streams alive through proxies; the default would call that an attack.
-    ("grpc.http2.min_ping_interval_without_data_ms", 15_000),
-    ("grpc.keepalive_permit_without_calls", 1),
+    # Clients ping to find out who stands still and to keep idle streams alive through proxies; the default would call that an attack.
+    ("grpc.http2.min_ping_interval_without_data_ms", int(LEAST_BETWEEN_PINGS_S * 1000)),
 ]
+# A peer that vanished without a word does not keep its streams.
+SERVER_OPTIONS = with_pings(_OPTIONS, every_s=60, answer_within_s=20)
 
 
 class _Wrapping(grpc.aio.ServerInterceptor):  # type: ignore[misc]

@@ -27,6 +27,9 @@ ALL = ""
 ACQUIRE_TIMEOUT_S = 3.0
 CONNECT_TIMEOUT_S = 3.0
 COMMAND_TIMEOUT_S = 10.0
+IDLE_IN_TRANSACTION_MAX_S = 5.0
+"""How long the database waits for the next word of a replica in the middle of a transaction. One that stands still there, or whose machine
+is gone, would keep its locks, and everybody who needs the same rows would wait with it."""
 TRIES_MAX = 3
 RETRY_PAUSE_S = 0.05
 OPEN_AT_START = 4
@@ -218,8 +221,12 @@ async def _first_answer(url: str, connections_max: int, wait_s: float) -> Any:
                 command_timeout=COMMAND_TIMEOUT_S,
                 reset=_leave_clean,
                 max_inactive_connection_lifetime=0,
-                # Compiling a plan takes longer than any of our queries.
-                server_settings={"application_name": "tailrace-ledger", "timezone": "UTC", "jit": "off"},
+                server_settings={
+                    "application_name": "tailrace-ledger",
+                    "timezone": "UTC",
+                    "jit": "off",  # compiling a plan takes longer than any of our queries
+                    "idle_in_transaction_session_timeout": f"{IDLE_IN_TRANSACTION_MAX_S * 1000:.0f}",
+                },
             )
         except (*_AWAY, *_SHUTTING) as error:
             if asyncio.get_running_loop().time() > ends_at:

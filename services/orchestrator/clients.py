@@ -60,8 +60,8 @@ SEARCH_TIMEOUT_S = 15.0
 EMBED_TIMEOUT_S = 15.0
 RECORD_STREAM_S = 3600.0
 ACK_TIMEOUT_S = 30.0
-RESERVE_TIMEOUT_S, RESERVE_HURRIED_S = 5.0, 2.0
-"""How long a reservation may take; less for who can pay otherwise."""
+RESERVE_TIMEOUT_S, RESERVE_HURRIED_S = 5.0, 1.0
+"""How long a ledger may say nothing to a reservation before another is asked; less for who can pay otherwise."""
 RUSH_S = 10.0
 """How long a question waits for a ledger that has too much to do: a queue that lasts for longer is better told to come again."""
 

@@ -16,7 +16,7 @@ from opentelemetry.trace import StatusCode
 from services.chassis import errors, telemetry
 from services.chassis import server as chassis_server
 from services.chassis.channel import Caller, open_channel
-from services.chassis.deadline import current_deadline
+from services.chassis.deadline import Deadline, current_deadline
 from services.chassis.passport import Passport
 from services.chassis.principal import Principal, current_principal
 from services.chassis.server import Server, passport_identity
@@ -185,6 +185,40 @@ async def test_a_call_that_its_caller_left_is_no_failure_in_the_trace(scripted: 
     assert (left.status.status_code, left.attributes["rpc.response.status_code"]) == (StatusCode.UNSET, "CANCELLED")
     assert "error.type" not in left.attributes
     assert (leaked.status.status_code, leaked.attributes["error.type"]) == (StatusCode.ERROR, "CancelledError")
+
+
+async def test_who_says_nothing_is_asked_once_more_and_is_away(scripted: Any) -> None:
+    """A call may go to another replica the next time. The request has time left, so that is not what is short."""
+    servicer, caller, stub, _ = scripted
+    current_deadline.set(Deadline.after(30))
+
+    with pytest.raises(errors.Unavailable) as caught:
+        await caller.unary(stub.GetDocument, pb.GetDocumentRequest(), principal=ALICE, timeout_s=0.3)
+
+    assert caught.value.metadata["dependency"] == "retrieval"
+    assert [await asyncio.wait_for(servicer.entered.acquire(), 5) for _ in range(2)] == [True, True]
+    assert servicer.entered.locked(), "it was asked more than twice"
+
+
+async def test_who_says_nothing_is_not_asked_again_for_what_must_happen_once(scripted: Any) -> None:
+    servicer, caller, stub, _ = scripted
+
+    with pytest.raises(errors.Unavailable):
+        await caller.unary(stub.GetDocument, pb.GetDocumentRequest(), principal=ALICE, timeout_s=0.3, idempotent=False)
+
+    await asyncio.wait_for(servicer.entered.acquire(), 5)
+    assert servicer.entered.locked()
+
+
+async def test_a_request_whose_time_is_over_asks_nobody_again(scripted: Any) -> None:
+    servicer, caller, stub, _ = scripted
+    current_deadline.set(Deadline.after(0.4))
+
+    with pytest.raises(errors.DeadlineTooShort):
+        await caller.unary(stub.GetDocument, pb.GetDocumentRequest(), principal=ALICE, timeout_s=5)
+
+    await asyncio.wait_for(servicer.entered.acquire(), 5)
+    assert servicer.entered.locked()
 
 
 async def test_a_deadline_becomes_our_own_error(scripted: Any) -> None:

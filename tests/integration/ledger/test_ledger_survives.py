@@ -18,7 +18,7 @@ from services.chassis.channel import errors_of
 from services.chassis.errors import BudgetExhausted, HoldAlreadySettled, Unavailable
 from services.chassis.money import Usage
 from services.chassis.principal import Principal
-from services.ledger import postgres_schema
+from services.ledger import postgres_database, postgres_schema
 from services.ledger.domain import Reservation
 from services.ledger.postgres_budgets import PostgresBudgets
 from services.ledger.postgres_database import opened
@@ -258,3 +258,33 @@ async def test_a_stopping_ledger_lets_its_endless_calls_go(postgres: Postgres, a
             assert await watching >= 1
 
     assert time.monotonic() - began < 5
+
+
+async def test_a_replica_that_stands_still_in_a_transaction_keeps_its_locks_for_a_moment_only(
+    postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others get the rows; what it had not finished is undone, and when it wakes it is told, like one that lost its line."""
+    url = await fresh_database(postgres)
+    monkeypatch.setattr(postgres_database, "IDLE_IN_TRANSACTION_MAX_S", 1.0)
+    locked, others_done = asyncio.Event(), asyncio.Event()
+    tries = 0
+
+    async def stands_still(connection: asyncpg.Connection) -> None:
+        nonlocal tries
+        tries += 1
+        async with connection.transaction():
+            await connection.execute("UPDATE counted SET n = n + 100")
+            locked.set()
+            await others_done.wait()
+            await connection.execute("UPDATE counted SET n = n + 1000")
+
+    async with opened(url, connections_max=1, wait_s=10) as still, opened(url, connections_max=1, wait_s=10) as other:
+        await other.fetch("CREATE TABLE counted AS SELECT 0 AS n")
+        standing = asyncio.create_task(still.run(stands_still))
+        await locked.wait()
+        await other.fetch("UPDATE counted SET n = n + 1")  # within the time that a command has
+        others_done.set()
+        await standing
+
+        assert tries == 2
+        assert await other.value("SELECT n FROM counted") == 1101

@@ -5,7 +5,7 @@ Of CommonMark 0.31 what can be told without reading on: a fenced block, and a sp
 
 import re
 
-_TOKEN = re.compile(r"`+|~+|\n|[^`~\n]+")
+_PART = re.compile(r"`+|~+|\n|[^`~\n]+")
 _BEFORE_FENCE = " \t>-*+0123456789.)"
 """What may stand on the line before a fence: the marks of lists and quotations."""
 FENCE_MIN = 3
@@ -27,16 +27,16 @@ class CodeMarks:
         """Whether this is the line that opened the block."""
 
     def read(self, piece: str) -> None:
-        for token in _TOKEN.findall(piece):
-            if token[0] in "`~":
-                if self._run and self._run[0] != token[0]:
+        for part in _PART.findall(piece):
+            if part[0] in "`~":
+                if self._run and self._run[0] != part[0]:
                     self._settle()
-                self._run += token
+                self._run += part
                 continue
             self._settle()
-            if token == "\n":
+            if part == "\n":
                 self._span, self._begins, self._opening = 0, True, False
-            elif token.strip(_BEFORE_FENCE):
+            elif part.strip(_BEFORE_FENCE):
                 self._begins = False
 
     @property

@@ -430,6 +430,8 @@ class Draft:
     """Bytes of calls received, also of those that are not whole."""
     deltas: int = 0
     """Pieces as the provider cut them: at least one token each."""
+    unseen: int = 0
+    """Estimate of tokens that were generated and had not been sent when the call ended, by a provider that sends some output only whole."""
     model: str = ""
     """Model as the provider calls it."""
     provider: str = ""
@@ -491,7 +493,7 @@ class Draft:
         """Estimate of the tokens that came. A provider that cuts text token by token has counted for us; longer pieces say less."""
         size = sum(len(piece.encode()) for piece in self.pieces)
         of_text = self.deltas if size <= TOKEN_BYTES_MAX * self.deltas else -(-size // ESTIMATE_BYTES_PER_TOKEN)
-        return of_text + -(-(self.reasoned + self.called) // ESTIMATE_BYTES_PER_TOKEN)
+        return of_text + -(-(self.reasoned + self.called) // ESTIMATE_BYTES_PER_TOKEN) + self.unseen
 
     def usage(self, prompt: Prompt) -> tuple[Usage, bool]:
         """What was used, and whether any count is an estimate. A reported 0 is a count; an absent one is estimated."""

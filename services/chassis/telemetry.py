@@ -23,6 +23,7 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from services.chassis.errors import DomainError, Internal
+from services.chassis.tracebacks import without_words
 
 TRACEPARENT = "traceparent"
 
@@ -91,7 +92,7 @@ def start(service: str, otlp_endpoint: str, log_level: str, otlp_metrics_endpoin
             structlog.processors.add_log_level,
             _add_trace_id,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
+            without_words,
             structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[log_level.upper()]),

@@ -61,6 +61,11 @@ class Route:
     """Where a sample of the same prompts is answered as well, to know what the choice of tier costs and saves."""
     shadow_share: float = 0.0
 
+    @property
+    def named(self) -> str:
+        """The model that the question named; empty = it was chosen of a tier."""
+        return self.candidates[0].model if self.reason == "asked" else ""
+
 
 @dataclass(frozen=True, slots=True)
 class Image:
@@ -356,6 +361,8 @@ class Suspended:
     server_tools: tuple[str, ...]
     asked_at: datetime | None = None
     """When its question was asked; None = kept by a former version."""
+    model: str = ""
+    """The model that was named for it; empty = the tier's."""
 
     @property
     def calls(self) -> tuple[ToolCall, ...]:

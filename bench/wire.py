@@ -109,7 +109,7 @@ VENDORS = {
     "openai_responses": Vendor(
         "gpt-6-luna", "/v1/responses", {"authorization": "Bearer simulated"}, b"response.output_text.delta", b"response.completed"
     ),
-    "openai_chat": Vendor("bench-chat", "/v1/chat/completions", {"authorization": "Bearer simulated"}, b'"content":"', b"[DONE]"),
+    "openai_chat": Vendor("bench-chat", "/v1/chat/completions", {"authorization": "Bearer simulated"}, b'"delta":{"content":"', b"[DONE]"),
     "gemini": Vendor(
         "gemini-3.8-flash",
         "/v1beta/models/gemini-3.8-flash:streamGenerateContent?alt=sse",

@@ -162,13 +162,11 @@ def choose(question: str, passages: Sequence[Passage]) -> list[Sentence]:
     for value, sentence in ranked:
         if len(chosen) == SENTENCES_MAX or value < RELATIVE_SCORE_MIN * top:
             break
-        if not any(_is_same_code(sentence, other) or _overlap(sentence.words, other.words) > OVERLAP_MAX for other in chosen):
+        if sentence.is_code and any(other.is_code for other in chosen):
+            continue  # one block is enough to read
+        if all(_overlap(sentence.words, other.words) <= OVERLAP_MAX for other in chosen):
             chosen.append(sentence)
     return sorted(chosen, key=lambda sentence: (sentence.passage, sentence.position))
-
-
-def _is_same_code(left: Sentence, right: Sentence) -> bool:
-    return left.is_code and right.is_code and (left.passage, left.block) == (right.passage, right.block)
 
 
 def _is_reference(text: str) -> bool:

@@ -155,3 +155,11 @@ def test_a_sentence_that_says_the_same_goes_before_code() -> None:
     text = "The mill listens on port 80.\n\n```python\nmill.listen(80)  # port\n```\n"
 
     assert answer("Which port does the mill listen on?", text) == "The mill listens on port 80. [1]"
+
+
+def test_one_block_of_code_is_enough() -> None:
+    """The best one; whoever asks reads an answer, not a manual."""
+    steps = ("--sacks 3 --water high", "--wheel slow --stone old", "--night --guard dog")
+    text = answer("How do I run the mill?", "\n\n".join(f"Read on, it says.\n\n```sh\nmill run {step}\n```" for step in steps))
+
+    assert text.count("```sh") == 1

@@ -120,7 +120,7 @@ def choose(question: str, passages: Sequence[Passage]) -> list[Sentence]:
     best_score = max((passage.score for passage in passages), default=0.0)
     nearest = max((passage.similarity or 0.0 for passage in passages), default=0.0)
     wants_number = _WANTS_NUMBER.match(question.casefold())
-    code_weight = WANTED_CODE_WEIGHT if _WANTS_CODE.search(question.casefold()) else CODE_WEIGHT
+    wants_code = _WANTS_CODE.search(question.casefold()) is not None
     best_of_block: dict[tuple[int, int], float] = {}
     for sentence in sentences:
         place = (sentence.passage, sentence.block)
@@ -147,7 +147,7 @@ def choose(question: str, passages: Sequence[Passage]) -> list[Sentence]:
         if _is_reference(sentence.text):
             value *= ADDRESS_WEIGHT
         if sentence.is_code:
-            return value * code_weight
+            return value * (WANTED_CODE_WEIGHT if wants_code else CODE_WEIGHT)
         words = len(sentence.text.split())
         return value * (1.0 if words >= 5 else 0.8) / (1.0 + max(0, words - 45) / 60)
 
@@ -162,8 +162,8 @@ def choose(question: str, passages: Sequence[Passage]) -> list[Sentence]:
     for value, sentence in ranked:
         if len(chosen) == SENTENCES_MAX or value < RELATIVE_SCORE_MIN * top:
             break
-        if sentence.is_code and any(other.is_code for other in chosen):
-            continue  # one block is enough to read
+        if sentence.is_code and (any(other.is_code for other in chosen) if wants_code else chosen):
+            continue  # one block is enough to read; one that nobody asked for must be the best there is
         if all(_overlap(sentence.words, other.words) <= OVERLAP_MAX for other in chosen):
             chosen.append(sentence)
     return sorted(chosen, key=lambda sentence: (sentence.passage, sentence.position))

@@ -3,6 +3,7 @@
 Passages are Markdown, or what ingestion makes of other formats: tables as lines with ` | ` between cells, code without a fence. Pure.
 """
 
+import itertools
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -78,10 +79,10 @@ def _stretches(text: str) -> Iterator[tuple[str, list[str]]]:
 
 def _blocks(lines: Sequence[str]) -> Iterator[tuple[str, int, int, list[str]]]:
     """Kind, first line and the one after the last of each table and block of code, and of code the lines to be said."""
-    place = _torn_code(lines)
-    if place:
-        yield "code", 0, place + 1, ["", *lines[:place]]
-        place += 1
+    place = 0
+    if (closed := _torn_code(lines)) is not None:
+        yield "code", 0, closed + 1, ["", *lines[:closed]]
+        place = closed + 1
     while place < len(lines):
         if (fence := _FENCE.match(lines[place])) is not None:
             end = next((n for n in range(place + 1, len(lines)) if lines[n].strip().startswith(fence[1])), len(lines))
@@ -97,12 +98,15 @@ def _blocks(lines: Sequence[str]) -> Iterator[tuple[str, int, int, list[str]]]:
             place += 1
 
 
-def _torn_code(lines: Sequence[str]) -> int:
-    """The line that closes a block of code whose beginning is in the passage before; 0 = there is none."""
-    fences = [n for n, line in enumerate(lines) if _FENCE.match(line)]
-    if len(fences) % 2 and not lines[fences[0]].strip().strip("`~") and _looks_like_code(lines[: fences[0]]):
-        return fences[0]
-    return 0
+def _torn_code(lines: Sequence[str]) -> int | None:
+    """The line that closes a block of code whose beginning is in the passage before, if there is one."""
+    fences = [place for place, line in enumerate(lines) if _FENCE.match(line)]
+    if len(fences) % 2 == 0 or lines[fences[0]].strip().strip("`~"):
+        return None
+    before = lines[: fences[0]]
+    after = list(itertools.takewhile(str.strip, lines[fences[0] + 1 :]))
+    torn = _looks_like_code(before) if any(map(str.strip, before)) else not _looks_like_code(after)
+    return fences[0] if torn else None
 
 
 def _table_end(lines: Sequence[str], begin: int) -> int:

@@ -103,6 +103,8 @@ def test_a_line_of_code_is_said_with_its_block() -> None:
         ),
         ("import mill\nmill.run(port=80)", ["```\nimport mill\nmill.run(port=80)\n```"]),
         ("run(port=80)\nstop()\n```\n\nThen all is well here.", ["```\nrun(port=80)\nstop()\n```"]),
+        ("```\n![the mill](mill.gif)\n\nThen all is well here.", []),
+        ("```\nmill.run(port=80)\nmill.stop()", ["```\nmill.run(port=80)\nmill.stop()\n```"]),
         ("~~~\n```\nrun\n```\n~~~", ["````\n```\nrun\n```\n````"]),
         ("```sh\nmill run", ["```sh\nmill run\n```"]),
         ("The mill (of the river)\nis old and grinds corn\nfor all of us.", []),
@@ -163,3 +165,12 @@ def test_one_block_of_code_is_enough() -> None:
     text = answer("How do I run the mill?", "\n\n".join(f"Read on, it says.\n\n```sh\nmill run {step}\n```" for step in steps))
 
     assert text.count("```sh") == 1
+
+
+def test_code_that_nobody_asked_for_is_said_if_nothing_says_it_better() -> None:
+    """An example has a value, which is not the answer to what the default is."""
+    text = "```python\nmill.run(sacks_min=1000)\n```\n\n`sacks_min` - Fewer are not ground. The default of it is 500."
+
+    assert "1000" not in answer("What is the default of sacks_min?", text)
+    assert "1000" in answer("What is the code to run with sacks_min?", text)
+    assert "1000" in answer("What is sacks_min?", text.partition("\n\n")[0])

@@ -1,6 +1,11 @@
 """A failure in the log says where and what, and nothing that anybody asked."""
 
+import logging
+
+from structlog.testing import capture_logs
+
 from services.chassis.errors import ModelFailed
+from services.chassis.library_logs import Wordless
 from services.chassis.tracebacks import told, without_words
 
 QUESTION = "why-does-my-knee-hurt"
@@ -55,3 +60,24 @@ def test_a_log_line_has_it_in_whatever_form_it_was_given() -> None:
         assert "exc_info" not in event
     assert without_words(None, "info", {"event": "well", "exc_info": None}) == {"event": "well"}
     assert without_words(None, "info", {"event": "well"}) == {"event": "well"}
+
+
+def test_of_what_a_library_logs_the_place_is_told() -> None:
+    """Warnings and errors, with what was raised; not a word of them."""
+    library = logging.getLogger("some.library")
+    library.handlers, library.propagate = [Wordless()], False
+    with capture_logs() as lines:
+        library.info("asked %s", QUESTION)
+        library.warning(f"cannot read {QUESTION}")
+        try:
+            raise ValueError(QUESTION)
+        except ValueError:
+            library.exception("failed on %s", QUESTION)
+
+    assert [(line["log_level"], line["event"], line["library"]) for line in lines] == [
+        ("warning", "library_complained", "some.library"),
+        ("error", "library_complained", "some.library"),
+    ]
+    assert all(line["place"].startswith("test_tracebacks.py:") for line in lines)
+    assert QUESTION not in str([{key: value for key, value in line.items() if key != "exc_info"} for line in lines])
+    assert QUESTION not in str([without_words(None, "error", dict(line)) for line in lines])

@@ -18,10 +18,11 @@ CODE_CHARACTERS_MAX = 1_200
 CODE_SHARE_MIN = 0.6
 """So many lines of a paragraph must look like code for it to be taken for code where nothing marks it."""
 _CELL_END = re.compile(r"(?<!\\)\|")
-_RULE = re.compile(r"\s*\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)+\|?\s*\Z|\s*\|\s*:?-+:?\s*\|\s*\Z")
+_RULE = re.compile(r"\|?:?-+:?(?:\|:?-+:?)+\|?|\|:?-+:?\|")
+"""Below a table's header, white space gone."""
 _BORDER = re.compile(r"\s*\+[-=+]{3,}\+\s*\Z")
 _NUMBER = re.compile(r"[^\w]{0,3}\d[\d.,:/ -]*[^\w]{0,2}\w{0,3}\Z")
-_FENCE = re.compile(r"\s*(`{3,}|~{3,})\s*([^`]*)\Z")
+_FENCE = re.compile(r"\s*(`{3,}|~{3,})([^`]*)\Z")
 _TICKS = re.compile(r"`{3,}")
 _CODE = re.compile(
     r"""\w\(|[{};\\]\s*$|^\s*["']?[\w.\[\]-]+["']?\s*[:+-]?=\s*\S|^\s*[\]})]|^\s*["'][\w-]+["']\s*:"""
@@ -119,7 +120,11 @@ def _table_end(lines: Sequence[str], begin: int) -> int:
 
 def _is_row(line: str) -> bool:
     stripped = line.strip()
-    return bool(stripped) and (" | " in line or bool(_RULE.match(line)) or (stripped.startswith("|") and stripped.count("|") > 1))
+    return bool(stripped) and (" | " in line or _is_rule(line) or (stripped.startswith("|") and stripped.count("|") > 1))
+
+
+def _is_rule(line: str) -> bool:
+    return "-" in line and _RULE.fullmatch("".join(line.split())) is not None
 
 
 def _bare_code_end(lines: Sequence[str], begin: int) -> int:
@@ -139,8 +144,8 @@ def _looks_like_code(lines: Sequence[str]) -> bool:
 
 
 def _rows(lines: Sequence[str], block: int) -> Iterator[Quote]:
-    table = [line for line in lines if not (_RULE.match(line) or _BORDER.match(line))]
-    framed = any(_RULE.match(line) for line in lines) or all(line.strip().startswith("|") and line.strip().endswith("|") for line in table)
+    table = [line for line in lines if not (_is_rule(line) or _BORDER.match(line))]
+    framed = any(_is_rule(line) for line in lines) or all(line.strip().startswith("|") and line.strip().endswith("|") for line in table)
     rows = [_cells(line, framed=framed) for line in table]
     header = rows[0] if rows and _has_header(lines, rows[0], framed=framed) else []
     names = " ".join(filter(None, header))
@@ -166,7 +171,7 @@ def _cells(line: str, *, framed: bool) -> list[str]:
 def _has_header(lines: Sequence[str], first: Sequence[str], *, framed: bool) -> bool:
     """Whether the first row names the columns. Part of a framed table that has lost its rule has lost its header, too."""
     if framed:
-        return any(_RULE.match(line) or (_BORDER.match(line) and "=" in line) for line in lines)
+        return any(_is_rule(line) or (_BORDER.match(line) and "=" in line) for line in lines)
     named = [cell for cell in first if cell]
     return len(named) > 1 and not any(map(_NUMBER.match, named)) and sum(map(len, named)) <= HEADER_CHARACTERS_MAX
 

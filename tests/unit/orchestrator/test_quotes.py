@@ -1,5 +1,7 @@
 """What can be quoted of a passage besides sentences: rows under the names of their columns, and code in its block."""
 
+import time
+
 import pytest
 
 from services.orchestrator.citations import CitationReader
@@ -174,3 +176,27 @@ def test_code_that_nobody_asked_for_is_said_if_nothing_says_it_better() -> None:
     assert "1000" not in answer("What is the default of sacks_min?", text)
     assert "1000" in answer("What is the code to run with sacks_min?", text)
     assert "1000" in answer("What is sacks_min?", text.partition("\n\n")[0])
+
+
+BLANK = " " * 30_000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"```{BLANK}`\nx",
+        f"{BLANK}x | y\na | b",
+        f"-|-{BLANK}x | y\na | b",
+        f"|-|-{BLANK}x\n| a | b |",
+        f"+---{BLANK}x\n| a | b |",
+        " | " * 15_000,
+        "; " * 15_000 + "\nx",
+        "1" * 30_000 + " | 2\na | b",
+    ],
+)
+def test_no_text_takes_long(text: str) -> None:
+    """White space counts little when a document is cut, so that a passage may have much of it."""
+    began = time.process_time()
+    quotable(text)
+
+    assert time.process_time() - began < 2.0, "quadratic, this takes ten seconds"

@@ -1,6 +1,7 @@
 """A bare HTTP/1.1 client that stamps when things arrive: the same one for the provider and for Tailrace. It retries nothing."""
 
 import asyncio
+import contextlib
 import time
 from dataclasses import dataclass
 from typing import Self
@@ -8,6 +9,8 @@ from typing import Self
 import orjson
 
 READ_BYTES = 65536
+REFUSAL_S = 0.5
+"""How long the words of a refusal are waited for."""
 
 
 class BadAnswer(Exception):
@@ -56,11 +59,20 @@ class Line:
             if not first_ms and call.first in body:
                 first_ms = (time.perf_counter() - began) * 1000
             if not data or not body.startswith(b"HTTP/1.1 200"):
-                raise BadAnswer(body[:1000].decode(errors="replace"))
+                raise BadAnswer((body + await self._rest()).decode(errors="replace"))
         done_ms = (time.perf_counter() - began) * 1000
         if not first_ms or call.last not in body:
             raise BadAnswer(body[-1000:].decode(errors="replace"))
         return Timing(first_ms, done_ms, body)
+
+    async def _rest(self) -> bytes:
+        """What is said of a refusal behind its head."""
+        said = b""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(REFUSAL_S):
+                while data := await self._reader.read(READ_BYTES):
+                    said += data
+        return said
 
     async def aclose(self) -> None:
         self._writer.close()
@@ -97,7 +109,7 @@ VENDORS = {
     "openai_responses": Vendor(
         "gpt-6-luna", "/v1/responses", {"authorization": "Bearer simulated"}, b"response.output_text.delta", b"response.completed"
     ),
-    "openai_chat": Vendor("bench-chat", "/v1/chat/completions", {"authorization": "Bearer simulated"}, b'"content":"', b"[DONE]"),
+    "openai_chat": Vendor("bench-chat", "/v1/chat/completions", {"authorization": "Bearer simulated"}, b'"delta":{"content":"', b"[DONE]"),
     "gemini": Vendor(
         "gemini-3.8-flash",
         "/v1beta/models/gemini-3.8-flash:streamGenerateContent?alt=sse",

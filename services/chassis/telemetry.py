@@ -23,6 +23,8 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from services.chassis.errors import DomainError, Internal
+from services.chassis.library_logs import Wordless
+from services.chassis.tracebacks import without_words
 
 TRACEPARENT = "traceparent"
 
@@ -91,7 +93,7 @@ def start(service: str, otlp_endpoint: str, log_level: str, otlp_metrics_endpoin
             structlog.processors.add_log_level,
             _add_trace_id,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
+            without_words,
             structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[log_level.upper()]),
@@ -99,6 +101,7 @@ def start(service: str, otlp_endpoint: str, log_level: str, otlp_metrics_endpoin
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(service=service)
+    logging.getLogger().handlers = [Wordless()]
     resource = Resource.create({"service.name": f"tailrace-{service}", "service.namespace": "tailrace"})
     provider = TracerProvider(sampler=ALWAYS_ON if otlp_endpoint else ALWAYS_OFF, resource=resource)
     if otlp_endpoint:

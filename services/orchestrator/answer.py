@@ -20,7 +20,7 @@ from services.orchestrator.conversation import rewrite
 from services.orchestrator.domain import CachedAnswer, CacheReceipt, Draft, HeldAnswer, Passage, Prompt, Question
 from services.orchestrator.json_watch import JsonWatch
 from services.orchestrator.log import EventLog
-from services.orchestrator.output_schema import asked_again, problems_of, tokens_max_of, told, unfenced
+from services.orchestrator.output_schema import asked_again, begun_wrong, problems_of, tokens_max_of, told, unfenced
 from services.orchestrator.packing import pack
 from services.orchestrator.ports import Recalling
 from services.orchestrator.reuse import follow, found, looking_ahead, serve_again
@@ -193,8 +193,8 @@ def write_prompt(run: Run, passages: tuple[Passage, ...], step: StepRecord) -> P
 async def fitting_draft(run: Run, prompt: Prompt) -> Draft:
     """A draft; where a schema is asked for, one that satisfies it, or one that its model did not end by itself.
 
-    What nobody has read yet is repaired once by the model. What is read as it comes cannot be unsaid: it ends where it goes wrong.
-    Raises OutputInvalid.
+    What nobody has read yet is repaired once by the model. What is read as it comes cannot be unsaid: it ends where it goes wrong, unless
+    that is its very beginning. Raises OutputInvalid.
     """
     schema = run.question.output_schema
     if schema is None:
@@ -202,7 +202,15 @@ async def fitting_draft(run: Run, prompt: Prompt) -> Draft:
     run.holding = run.question.whole or run.route.holds_back
     if not run.holding:
         run.watch, run.unfencing = JsonWatch(schema), Unfencing()
-    draft, answered = await draft_with_tools(run, prompt)
+    try:
+        draft, answered = await draft_with_tools(run, prompt)
+    except OutputInvalid as ruled_out:
+        if run.pieces or run.question.uses_tools:
+            raise
+        run.watch, run.unfencing = JsonWatch(schema), Unfencing()
+        answered = asked_again(prompt, run.ruled_out, [begun_wrong(ruled_out.metadata["keyword"])])
+        draft = await first_draft(run, answered)
+        require_no_calls(draft)
     problems = await _problems(run, draft, schema)
     if problems and run.holding:
         draft = await first_draft(run, asked_again(without_tools(answered), draft.text, problems))

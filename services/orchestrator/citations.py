@@ -1,12 +1,14 @@
 """The citations of a text that is being written: where each marker stands, which sentence it belongs to, and how well that is borne out.
 
-Nothing here changes or holds back a text, and nothing is done for a piece that completes no marker but counting its characters.
+Nothing here changes or holds back a text, and nothing is done for a piece that completes no marker but counting its characters. A marker
+in code is code.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from services.orchestrator.code_marks import CodeMarks
 from services.orchestrator.domain import Citation, Passage
 from services.orchestrator.grounding import SUPPORT_MIN, Evidence, support
 from services.orchestrator.reading import sentence_start
@@ -21,6 +23,8 @@ _UNFINISHED_MARKER = re.compile(r"\[[\d\s,]{0,189}\Z")
 """As long as a marker with as many numbers as there can be passages."""
 _BETWEEN = re.compile(r"[\s,;.:!?。！？)\"'”’*_]*\Z")
 """What may stand between two markers of the same sentence."""
+_FENCED = re.compile(r"(?:\A|(?<=\n))[ \t]*(`{3,}|~{3,})(?:(?!\n[ \t]*\1).)*\n[ \t]*\1[`~]*\Z", re.DOTALL)
+"""A block of code at the end of a text."""
 
 
 @dataclass(slots=True)
@@ -50,6 +54,9 @@ class CitationReader:
         self._held = ""
         self._offset = 0
         """Code points before `_held`."""
+        self._code = CodeMarks()
+        self._code_read = 0
+        """How much of `_before` the marks of code have been looked for in."""
         self._marker_end = 0
         self._sentence: _Cited | None = None
         self._judged = 0
@@ -76,9 +83,13 @@ class CitationReader:
         found, read_to = list[Citation](), 0
         for marker in _MARKER.finditer(text):
             self._pass(text[read_to : marker.start()])
+            read_to = marker.end()
+            if self._in_code():
+                self._pass(marker[0])
+                continue
             found += self._cite(marker)
             self._pass(marker[0])
-            read_to, self._marker_end = marker.end(), self._offset
+            self._marker_end = self._offset
         unfinished = _UNFINISHED_MARKER.search(text, read_to)
         kept_from = unfinished.start() if unfinished else len(text)
         self._pass(text[read_to:kept_from])
@@ -99,7 +110,14 @@ class CitationReader:
         self._offset += len(text)
         self._before += text
         if len(self._before) > 2 * SENTENCE_CHARACTERS_MAX:
+            self._code.read(self._before[self._code_read :])
             self._before = self._before[-SENTENCE_CHARACTERS_MAX:]
+            self._code_read = len(self._before)
+
+    def _in_code(self) -> bool:
+        self._code.read(self._before[self._code_read :])
+        self._code_read = len(self._before)
+        return self._code.inside
 
     def _cite(self, marker: re.Match[str]) -> list[Citation]:
         """The citations of a marker that begins at `_offset`."""
@@ -137,7 +155,7 @@ class CitationReader:
             return self._sentence
         self._close()
         text = recent.rstrip()
-        begin = sentence_start(text)
+        begin = block.start() if text.endswith(("```", "~~~")) and (block := _FENCED.search(text)) else sentence_start(text)
         start = self._offset - since + begin
         self._sentence = _Cited(start, start + len(text) - begin, text[begin:], {})
         return self._sentence

@@ -61,6 +61,11 @@ class Route:
     """Where a sample of the same prompts is answered as well, to know what the choice of tier costs and saves."""
     shadow_share: float = 0.0
 
+    @property
+    def named(self) -> str:
+        """The model that the question named; empty = it was chosen of a tier."""
+        return self.candidates[0].model if self.reason == "asked" else ""
+
 
 @dataclass(frozen=True, slots=True)
 class Image:
@@ -356,6 +361,8 @@ class Suspended:
     server_tools: tuple[str, ...]
     asked_at: datetime | None = None
     """When its question was asked; None = kept by a former version."""
+    model: str = ""
+    """The model that was named for it; empty = the tier's."""
 
     @property
     def calls(self) -> tuple[ToolCall, ...]:
@@ -430,6 +437,8 @@ class Draft:
     """Bytes of calls received, also of those that are not whole."""
     deltas: int = 0
     """Pieces as the provider cut them: at least one token each."""
+    unseen: int = 0
+    """Estimate of tokens that were generated and had not been sent when the call ended, by a provider that sends some output only whole."""
     model: str = ""
     """Model as the provider calls it."""
     provider: str = ""
@@ -491,7 +500,7 @@ class Draft:
         """Estimate of the tokens that came. A provider that cuts text token by token has counted for us; longer pieces say less."""
         size = sum(len(piece.encode()) for piece in self.pieces)
         of_text = self.deltas if size <= TOKEN_BYTES_MAX * self.deltas else -(-size // ESTIMATE_BYTES_PER_TOKEN)
-        return of_text + -(-(self.reasoned + self.called) // ESTIMATE_BYTES_PER_TOKEN)
+        return of_text + -(-(self.reasoned + self.called) // ESTIMATE_BYTES_PER_TOKEN) + self.unseen
 
     def usage(self, prompt: Prompt) -> tuple[Usage, bool]:
         """What was used, and whether any count is an estimate. A reported 0 is a count; an absent one is estimated."""

@@ -1,6 +1,7 @@
 """A model that needs no key: it answers with the best sentences of the passages, word for word and cited, and writes nothing of its own.
 
-It is honest rather than clever: what the passages do not say, it says it did not find.
+A table's row is said with the names of its columns, a line of code with the block around it. It is honest rather than clever: what the
+passages do not say, it says it did not find.
 """
 
 import asyncio
@@ -11,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from services.orchestrator.domain import Candidate, Draft, Passage, Prompt
-from services.orchestrator.reading import content_words, split_sentences
+from services.orchestrator.quotes import quotable
+from services.orchestrator.reading import content_words
 
 SENTENCES_MAX = 4
 COVERAGE_MIN = 0.34
@@ -34,6 +36,8 @@ OVERLAP_MAX = 0.6
 ADDRESS_SHARE_MAX = 0.2
 """A sentence of which more are addresses is a reference. It may have the words of the question in its title and answers nothing."""
 ADDRESS_WEIGHT = 0.3
+CODE_WEIGHT, WANTED_CODE_WEIGHT = 0.85, 1.15
+"""Code says a thing less plainly than a sentence, unless it is asked for."""
 
 NOT_FOUND = {
     "en": "The documents I can search do not seem to answer this question.",
@@ -51,9 +55,15 @@ _DANGLING = re.compile(
 _WANTS_NUMBER = re.compile(r"\s*(?:how (?:many|much|long|old|large|big|often|fast)|when|what (?:port|size|number|version|year))\b")
 
 
+_WANTS_CODE = re.compile(
+    r"\b(?:code|snippet|example|beispiel|exemple|ejemplo|command|syntax|config(?:uration)?|import|install"
+    r"|how (?:do|can|would|to)|wie|comment|cómo)\b"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Sentence:
-    """A sentence of a passage, cleaned for reading."""
+    """A sentence of a passage, or what else can be quoted of it, cleaned for reading."""
 
     text: str
     passage: int
@@ -61,20 +71,43 @@ class Sentence:
     position: int
     """Place within the passage."""
     words: frozenset[str]
+    """Of it alone, without `beside`."""
+    beside: frozenset[str] = frozenset()
+    """Words that it is said under: a table's header, what leads to code."""
+    block: int = 0
+    """The table or block of code that it is of, from 1; 0 = none."""
+    is_code: bool = False
+
+    @property
+    def is_row(self) -> bool:
+        return self.block > 0 and not self.is_code
+
+    @property
+    def said(self) -> frozenset[str]:
+        """Words that it says."""
+        return self.words | self.beside if self.is_row else self.words
 
 
 def choose(question: str, passages: Sequence[Passage]) -> list[Sentence]:
     """The sentences that answer best, at most SENTENCES_MAX, in reading order; none if nothing answers."""
     asked = list(dict.fromkeys(content_words(question)))
     sentences = [
-        Sentence(text, index, position, frozenset(content_words(text)))
+        Sentence(
+            quote.text,
+            index,
+            position,
+            frozenset(content_words(quote.own)),
+            frozenset(content_words(quote.beside)),
+            quote.block,
+            quote.is_code,
+        )
         for index, passage in enumerate(passages)
-        for position, text in enumerate(split_sentences(passage.text))
+        for position, quote in enumerate(quotable(passage.text))
     ]
     if not asked or not sentences:
         return []
     headings = [frozenset(content_words(" ".join((passage.title, *passage.heading_path)))) for passage in passages]
-    seen_in = Counter(word for sentence in sentences for word in sentence.words)
+    seen_in = Counter(word for sentence in sentences for word in sentence.said)
     weight = {word: math.log(1 + (len(sentences) - seen_in[word] + 0.5) / (seen_in[word] + 0.5)) for word in asked}
     for word in asked:
         if not seen_in[word]:  # perhaps what the question is about, perhaps only how it is put
@@ -87,13 +120,23 @@ def choose(question: str, passages: Sequence[Passage]) -> list[Sentence]:
     best_score = max((passage.score for passage in passages), default=0.0)
     nearest = max((passage.similarity or 0.0 for passage in passages), default=0.0)
     wants_number = _WANTS_NUMBER.match(question.casefold())
+    wants_code = _WANTS_CODE.search(question.casefold()) is not None
+    best_of_block: dict[tuple[int, int], float] = {}
+    for sentence in sentences:
+        place = (sentence.passage, sentence.block)
+        best_of_block[place] = max(best_of_block.get(place, 0.0), covered(sentence.words))
+
+    def under(sentence: Sentence) -> frozenset[str]:
+        return sentence.words | sentence.beside | headings[sentence.passage]
 
     def score(sentence: Sentence) -> float:
-        own = covered(sentence.words)
+        own = covered(sentence.said)
         if own == 0.0:
             return 0.0
+        if sentence.block and covered(sentence.words) < RELATIVE_SCORE_MIN * best_of_block[sentence.passage, sentence.block]:
+            return 0.0  # another row, or line, is meant
         passage = passages[sentence.passage]
-        context = covered(sentence.words | headings[sentence.passage]) - own
+        context = covered(under(sentence)) - own
         rank = (passage.score / best_score) if best_score > 0 else 1.0 / (1 + sentence.passage)
         meaning = (passage.similarity or 0.0) / nearest if nearest > 0 else 0.0
         value = own + HEADINGS_SHARE * context + RANK_SHARE * max(0.0, rank) + MEANING_SHARE * max(0.0, meaning)
@@ -103,12 +146,14 @@ def choose(question: str, passages: Sequence[Passage]) -> list[Sentence]:
             value *= 0.85
         if _is_reference(sentence.text):
             value *= ADDRESS_WEIGHT
+        if sentence.is_code:
+            return value * (WANTED_CODE_WEIGHT if wants_code else CODE_WEIGHT)
         words = len(sentence.text.split())
         return value * (1.0 if words >= 5 else 0.8) / (1.0 + max(0, words - 45) / 60)
 
     ranked = sorted(((score(sentence), sentence) for sentence in sentences), key=lambda pair: (-pair[0], pair[1].passage, pair[1].position))
     top = ranked[0][0]
-    coverage = max(covered(sentence.words | headings[sentence.passage]) for sentence in sentences)
+    coverage = max(covered(under(sentence)) for sentence in sentences)
     by_meaning = any(passage.similarity is not None for passage in passages)
     enough = nearest + COVERAGE_SHARE * coverage >= EVIDENCE_MIN if by_meaning else coverage >= COVERAGE_MIN
     if not enough or top == 0.0:
@@ -117,6 +162,8 @@ def choose(question: str, passages: Sequence[Passage]) -> list[Sentence]:
     for value, sentence in ranked:
         if len(chosen) == SENTENCES_MAX or value < RELATIVE_SCORE_MIN * top:
             break
+        if sentence.is_code and (any(other.is_code for other in chosen) if wants_code else chosen):
+            continue  # one block is enough to read; one that nobody asked for must be the best there is
         if all(_overlap(sentence.words, other.words) <= OVERLAP_MAX for other in chosen):
             chosen.append(sentence)
     return sorted(chosen, key=lambda sentence: (sentence.passage, sentence.position))
@@ -134,11 +181,18 @@ def _overlap(left: frozenset[str], right: frozenset[str]) -> float:
 
 
 def written(sentences: Sequence[Sentence], passages: Sequence[Passage]) -> list[str]:
-    """The answer in pieces, one sentence each, with the number of its passage."""
-    pieces = []
-    for place, sentence in enumerate(sentences):
-        text = sentence.text if sentence.text.endswith((".", "!", "。", "！")) else sentence.text.rstrip(";,") + "."
-        pieces.append(f"{' ' if place else ''}{text} [{passages[sentence.passage].number}]")
+    """The answer in pieces, one sentence each, with the number of its passage. Code stands in a paragraph of its own."""
+    pieces = list[str]()
+    after_code = False
+    for sentence in sentences:
+        number = f"[{passages[sentence.passage].number}]"
+        gap = "" if not pieces else "\n\n" if sentence.is_code or after_code else " "
+        if sentence.is_code:
+            pieces.append(f"{gap}{sentence.text}\n{number}")
+        else:
+            text = sentence.text if sentence.text.endswith((".", "!", "。", "！")) else sentence.text.rstrip(";,") + "."
+            pieces.append(f"{gap}{text} {number}")
+        after_code = sentence.is_code
     return pieces
 
 

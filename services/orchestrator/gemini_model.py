@@ -5,8 +5,9 @@ contract suite holds to the pinned version. Nothing is retried here.
 """
 
 import base64
+import time
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import aiohttp
@@ -59,6 +60,8 @@ FINISH_REASONS = {
 """Gemini's finish reasons as ours. Any other means that the answer is not whole."""
 BROKEN_OUTPUT = frozenset({"MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL", "MALFORMED_RESPONSE", "TOO_MANY_TOOL_CALLS"})
 """The model has written what Gemini itself cannot read. Another try may go better."""
+UNSEEN_TOKENS_PER_S = 100
+"""A call comes only whole. How much of one was written when we left is told by the time alone, at about the pace of these models."""
 NO_SIGNATURE = base64.b64encode(b"skip_thought_signature_validator").decode()
 """Stands with a call that another model has made: Gemini 3 refuses a call without a signature, and documents this one for the purpose."""
 
@@ -120,8 +123,21 @@ _decode = msgspec.json.Decoder(_Chunk).decode
 class GeminiReading(Reading):
     """The chunks of a stream. Nothing but the end of the stream follows the chunk with the finish reason, as a rule."""
 
+    def __init__(self, provider: str, draft: Draft, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(provider, draft)
+        self._clock = clock
+        self._heard_at = clock()
+
+    def left(self, output_tokens_max: int) -> None:
+        """The stream was left, or cut, before the end of an answer that may call tools: estimate what had not been sent of it."""
+        if not self.finished and not self.draft.rejected:
+            known = self.draft.tokens_heard
+            written = max(int((self._clock() - self._heard_at) * UNSEEN_TOKENS_PER_S), 0 if known else 1)
+            self.draft.unseen = min(written, max(0, output_tokens_max - known))
+
     def read(self, data: bytes) -> None:
         chunk, draft = _decode(data), self.draft
+        self._heard_at = self._clock()
         if chunk.error is not None:
             draft.rejected = not self.began
             raise _failed_midway(self.provider, chunk.error)
@@ -238,7 +254,12 @@ class GeminiModel:
                 assert isinstance(response, aiohttp.ClientResponse)
                 answered = True
                 async with response:
-                    await follow(Incoming(response.content.iter_any(), response), GeminiReading(self._provider, draft), silence)
+                    reading = GeminiReading(self._provider, draft)
+                    try:
+                        await follow(Incoming(response.content.iter_any(), response), reading, silence)
+                    finally:
+                        if prompt.tools and not silence.over:
+                            reading.left(output_tokens_max)
         except DomainError as error:
             self._keys.note(key, error)
             raise

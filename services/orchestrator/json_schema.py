@@ -5,6 +5,7 @@ bound on its work. What tools do with arguments, and how a model is told of a sc
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
@@ -33,6 +34,8 @@ CHECKS_MAX = 50_000
 ANSWER_CHECKS_MAX = 100_000
 """The same for an answer, which may be larger than what a tool takes."""
 REASONS_MAX = 4
+NAMED_MAX = 8
+"""Properties that are named where there is no such one."""
 REASON_CHARACTERS_MAX = 240
 _REFUSED = frozenset({"$dynamicRef", "$recursiveRef", "$id"})
 """Keywords that change what references mean, or mean another thing with every use."""
@@ -326,7 +329,8 @@ def _additional_properties(validator: Any, inner: Any, instance: Any, schema: An
         if name in listed or any(matches(name) for matches in matchers):
             continue
         if inner is False:
-            yield ValidationError(f"there is no property {name!r:.64}")
+            known = ", ".join(f"{each!r:.64}" for each in itertools.islice(listed, NAMED_MAX))
+            yield ValidationError(f"there is no property {name!r:.64}" + (f"; there are: {known}" if known else ""))
         elif isinstance(inner, dict):
             yield from validator.descend(value, inner, path=name)
 

@@ -58,6 +58,11 @@ def asked_again(prompt: Prompt, text: str, problems: list[tuple[str, str]]) -> P
     return replace(prompt, messages=(*prompt.messages, *more), input_tokens_max=prompt.input_tokens_max + size)
 
 
+def begun_wrong(place: str) -> tuple[str, str]:
+    """The problem of a text whose first words rule out the schema, at this place of it."""
+    return place, "it is not JSON, or has words before the JSON" if place == JSON else f"its beginning breaks the schema at {place}"
+
+
 def unfenced(text: str) -> str:
     """The JSON in a Markdown block of code, if that is all the text is, else the text."""
     bare = text.strip()

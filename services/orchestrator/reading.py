@@ -34,7 +34,8 @@ _PRIVATE = re.compile("[\ue000-\uf8ff]")
 _MARKER = re.compile(r"\[\^?\d{1,3}\]")
 _SENTENCE_END = re.compile(r"(?<=[.!?。！？])[\"'”’)\]]*\s+(?=[\"'“‘(\[`]?[A-Z0-9À-ÞА-Я\u3040-\u9fff`])")
 _BLOCK_MARK = r"(?:[-*+•]|\d{1,3}[.)]|#{1,6}|>|\|)[ \t]+"
-_BLOCK_START = re.compile(rf"\n\s*\n[ \t]*(?:{_BLOCK_MARK})?|(?:\A|\n)[ \t]{{0,6}}{_BLOCK_MARK}")
+_FENCE_LINE = r"(?:`{3,}|~{3,})[^\n]*\n[ \t]*"
+_BLOCK_START = re.compile(rf"\n\s*\n[ \t]*(?:{_BLOCK_MARK})?|(?:\A|\n)[ \t]{{0,6}}(?:{_BLOCK_MARK}|{_FENCE_LINE})")
 ABBREVIATION_CHARACTERS_MAX = 16
 _ABBREVIATION = re.compile(
     r"(?:\b(?:e\.g|i\.e|etc|cf|vs|approx|no|nr|fig|mr|mrs|ms|dr|st|inc|ltd|co|z\.B|d\.h|bzw|usw)|\b[A-Z])\.$", re.IGNORECASE
@@ -187,7 +188,8 @@ def _belongs_to_the_one_before(sentence: str, before: str) -> bool:
 
 
 def sentence_start(text: str) -> int:
-    """Where the last sentence of a Markdown text begins, in code points: after the end of another, a blank line or a list's mark."""
+    """Where the last sentence of a Markdown text begins, in code points: after the end of another, a blank line, a list's mark or
+    a line that opens or closes code."""
     start = 0
     for line in _BLOCK_START.finditer(text):
         start = line.end()

@@ -114,7 +114,7 @@ def read_question(
     size = len(request.question.encode())
     if size > QUESTION_BYTES_MAX:
         raise RequestInvalid(f"the question has {size} bytes", field="question", bound=f"1-{QUESTION_BYTES_MAX} bytes")
-    if not request.question.strip() and resumed is None:
+    if not request.question.strip() and not (request.continues or request.tool_results):
         raise RequestInvalid("the question is empty", field="question", bound=f"1-{QUESTION_BYTES_MAX} bytes")
     if "\x00" in request.question:
         raise RequestInvalid("the question holds a NUL character", field="question", bound="no U+0000")
@@ -147,7 +147,7 @@ def read_question(
     schema = _output_schema(request)
     output_tokens_max = request.max_output_tokens if request.HasField("max_output_tokens") else output_tokens_default
     wish = Wish(
-        request.model,
+        request.model or (resumed.model if resumed is not None and not request.tier else ""),
         request.tier or (resumed.tier if resumed is not None else ""),
         request.question,
         needs,

@@ -147,6 +147,8 @@ class Run:
         """Whether text is kept from readers until it was checked."""
         self.watch: JsonWatch | None = None
         """Set where text of a schema is shown as it comes: what cannot satisfy it any more is not shown."""
+        self.ruled_out = ""
+        """The piece that could not."""
         self.unfencing: Unfencing | None = None
         """Set beside it: a block of code around the JSON is not shown either."""
         self.led: Led | None = None
@@ -288,6 +290,7 @@ class Run:
         if self.unfencing is not None and not (text := self.unfencing.feed(text)):
             return
         if self.watch is not None and (wrong := self.watch.feed(text)):
+            self.ruled_out = text
             raise OutputInvalid("what the model writes cannot satisfy the schema any more", keyword=wrong)
         if not self.first_token_ms:
             self.first_token_ms = self.trail.elapsed_ms

@@ -24,7 +24,7 @@ def suspended(answer_id: str) -> Suspended:
     messages = (Message("user", "q"), calling)
     prompt = Prompt("template-1", "system", messages, "q", (passage,), 123, (spec,), {"type": "object"})
     results = (ToolResult("d", "double", "42", failed=True),)
-    return Suspended(answer_id, OWNER, "session", "default", "fast", "q", prompt, True, results, (spec,), ("double",), NOW)
+    return Suspended(answer_id, OWNER, "session", "default", "fast", "q", prompt, True, results, (spec,), ("double",), NOW, "gpt-6-luna")
 
 
 @pytest.fixture(params=["memory", "valkey"])

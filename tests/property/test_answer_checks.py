@@ -40,6 +40,10 @@ WORDS = [
     "🙂",
     "é",
     " ",
+    "`",
+    "``",
+    "\n```\n",
+    "\n~~~",
 ]
 TEXTS = st.lists(st.sampled_from(WORDS), max_size=40).map("".join)
 VALUES: st.SearchStrategy[Any] = st.recursive(

@@ -366,6 +366,7 @@ async def _suspend(run: Run, prompt: Prompt, results: Sequence[ToolResult]) -> N
         tools=asked.tools,
         server_tools=asked.server_tools,
         asked_at=asked.asked_at,
+        model=asked.route.named if asked.route is not None else "",
     )
     with run.step("suspend") as step:
         try:

@@ -107,6 +107,41 @@ async def test_stream_ends_where_the_text_goes_wrong(claude: World) -> None:
     assert operation.attempts[0].error_reason == "OUTPUT_INVALID"
 
 
+@pytest.mark.parametrize("tokens_per_s", [0, 50])
+async def test_stream_of_which_nothing_was_read_is_repaired_once(claude: World, tokens_per_s: float) -> None:
+    """Words before the JSON, as models like to write them, are ruled out by the first piece: the second try streams as if it were the
+    first. Both calls are booked, and the first is closed where it went wrong."""
+    claude.behave(text="Here is the JSON: " + '{"port": 8080} ' * 100, tokens_per_s=tokens_per_s)
+    when_asked_again(claude, '{"port": 8080}')
+    reply = await claude.ask(QUESTION, output_schema=shaped(), cache=pb.CACHE_MODE_OFF)
+    operation = await claude.booked(reply.answer_id)
+
+    assert (reply.text, reply.done.verdict) == ('{"port": 8080}', "passed")
+    assert [attempt.error_reason for attempt in operation.attempts] == ["OUTPUT_INVALID", ""]
+    assert b"words before the JSON" in claude.provider.prompts[-1]
+    assert not claude.ledger.open_holds
+
+
+async def test_stream_that_is_wrong_again_ends_in_the_error(claude: World) -> None:
+    """There is no third try."""
+    claude.behave(text="Here is the JSON: none.")
+    read = Reply()
+    with pytest.raises(OutputInvalid) as failed:
+        await claude.ask(QUESTION, output_schema=shaped(), into=read)
+
+    assert (failed.value.metadata["keyword"], read.text) == ("json", "")
+    assert len(await claude.records()) == 2
+
+
+async def test_stream_with_tools_that_goes_wrong_is_not_asked_again(claude: World) -> None:
+    """What its tools have said would have to be told once more."""
+    claude.behave(text="Here is the JSON: none.")
+    with pytest.raises(OutputInvalid):
+        await claude.ask(QUESTION, output_schema=shaped(), server_tools=["calculator"])
+
+    assert len(await claude.records()) == 1
+
+
 async def test_stream_whose_whole_is_wrong_ends_in_the_error(claude: World) -> None:
     """What only the whole text tells is told at its end."""
     claude.behave(text="{}")

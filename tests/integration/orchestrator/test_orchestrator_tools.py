@@ -129,6 +129,23 @@ async def test_what_went_on_with_a_clients_tool_does_not_bring_back_a_deleted_co
     assert third.text == "Cold." and one.ledger.turns == {}
 
 
+async def test_a_model_that_was_named_goes_on_itself(pair: tuple[World, World], model: ScriptedModel) -> None:
+    """It knows what it thought and called; another one is asked only if the request with the results names it, or a tier."""
+    one, two = pair
+    model.script = [call("weather", "w", town="Oslo"), call("weather", "v", town="Rome"), "Cold.", "Colder.", "Coldest."]
+    named = "claude-sonnet-5-5"
+    first = await one.ask(QUESTION, tools=[weather()], model=named)
+    second = await two.ask("", continues=first.answer_id, tool_results=[pb.ToolResult(call_id="w", text="minus 3")])
+    results = [pb.ToolResult(call_id="v", text="30")]
+    third = await one.ask("", continues=second.answer_id, tool_results=results)
+    other = await one.ask("", continues=second.answer_id, tool_results=results, model="claude-haiku-5-5")
+    tier = await one.ask("", continues=second.answer_id, tool_results=results, tier="fast")
+
+    assert [named] * 3 == [reply.done.model for reply in (first, second, third)]
+    assert ["claude-haiku-5-5"] * 2 == [reply.done.model for reply in (other, tier)]
+    assert "asked" == third.done.choices[0].reason
+
+
 async def test_an_answer_goes_on_with_what_its_plan_still_has(pair: tuple[World, World], model: ScriptedModel) -> None:
     """It was suspended with tools of ours; whoever has lost them since is told before anything is asked or paid."""
     one, two = pair
@@ -180,9 +197,10 @@ async def test_nobody_else_goes_on_with_an_answer(pair: tuple[World, World], mod
             await two.ask("", continues=first.answer_id, **fields)
         assert field == raised.value.field
     for fields, field in (({"continues": first.answer_id}, "tool_results"), ({"tool_results": results}, "continues")):
-        with pytest.raises(RequestInvalid) as raised:
-            await two.ask("more", **fields)
-        assert field == raised.value.field
+        for question in ("more", ""):
+            with pytest.raises(RequestInvalid) as raised:
+                await two.ask(question, **fields)
+            assert field == raised.value.field
 
     assert len(model.prompts) == 2
 

@@ -101,6 +101,38 @@ def test_marker_belongs_to_the_sentence_it_ends(text: str, sentences: list[str])
     assert [text[c.sentence_start : c.sentence_end] for c in found] == sentences
 
 
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("Take `argv[1]` or ``a`[1]`` first [2].", ["Take `argv[1]` or ``a`[1]`` first"]),
+        ("So:\n\n```python\nx = argv[1]\n```\n[2]", ["```python\nx = argv[1]\n```"]),
+        ("So:\n\n~~~\n```\n# [1]. New\n~~~\n[2] It is so [1]", ["~~~\n```\n# [1]. New\n~~~", "It is so"]),
+        ("- Do this:\n  ```\n  a[1]\n  ```\n  It is old [2]", ["It is old"]),
+        ("```x[1]``` and y [2]", ["```x[1]``` and y"]),
+        ("A ` stands alone.\nThe gate opens [1]", ["The gate opens"]),
+        ("```\nx[1]\n````\nThe gate opens [1]", ["The gate opens"]),
+        ("````\n```\nx[1]", []),
+    ],
+)
+def test_a_marker_in_code_is_code(text: str, sentences: list[str]) -> None:
+    """Which a reader sees as code, too; neither a citation nor an unknown number. A block of code is cited as a whole."""
+    for parts in ([text], list(text)):
+        reader = CitationReader([passage(1, GATE), passage(2, LEDGER)])
+        found = [citation for part in parts for citation in reader.read(part)]
+
+        assert [text[c.sentence_start : c.sentence_end] for c in found] == sentences
+        assert not reader.unknown
+
+
+def test_code_is_known_far_behind_its_beginning() -> None:
+    """Also where more than any sentence stands between, or a run of marks comes in pieces."""
+    for text in ("```\n" + "x\n" * SENTENCE_CHARACTERS_MAX * 3 + "y[1] [7]", "``" + "x " * SENTENCE_CHARACTERS_MAX * 3 + "` [7]"):
+        reader = CitationReader([passage(1, GATE)])
+
+        assert [citation for place in range(0, len(text), 7) for citation in reader.read(text[place : place + 7])] == []
+        assert not reader.unknown
+
+
 def test_sentence_far_before_its_marker_is_cut() -> None:
     """No answer is kept whole for a marker that may come."""
     (citation,) = CitationReader([passage(1, GATE)]).read("x " * SENTENCE_CHARACTERS_MAX + "end [1]")

@@ -1,5 +1,6 @@
 """What single events of the vendors' streams come to, where they differ from what the simulator sends."""
 
+import contextlib
 from typing import Any
 
 import orjson
@@ -8,7 +9,7 @@ from google.genai.errors import APIError
 
 from services.chassis.errors import DomainError, ModelFailed, ModelMisconfigured, ModelOverloaded, ModelRefused
 from services.orchestrator.claude_model import ClaudeReading
-from services.orchestrator.domain import Draft, ToolCall
+from services.orchestrator.domain import Draft, Prompt, ToolCall
 from services.orchestrator.gemini_model import GeminiReading, _refused
 from services.orchestrator.model_stream import Reading, arguments_object, retry_after_ms, sealed, unsealed
 from services.orchestrator.openai_chat_model import ChatReading
@@ -239,3 +240,30 @@ def test_a_count_that_gemini_leaves_out_is_what_its_sum_says(total: dict[str, in
     made = reading(GeminiReading, {"candidates": [said], "usageMetadata": {"promptTokenCount": 5, **total}}).draft
 
     assert (made.output_tokens, made.usage_is_final) == (output, final)
+
+
+@pytest.mark.parametrize(
+    ("events", "waited_s", "bound", "output_tokens"),
+    [
+        ([], 0.0, 500, 1),
+        ([], 2.0, 500, 200),
+        ([], 20.0, 500, 500),
+        ([{"candidates": [{"content": {"parts": [{"text": "Yes"}]}}]}], 0.0, 500, 1),
+        ([{"candidates": [{"content": {"parts": [{"text": "Yes"}]}}]}], 1.0, 500, 101),
+        ([{"candidates": [{"finishReason": "STOP"}], "usageMetadata": {"promptTokenCount": 5, "candidatesTokenCount": 7}}], 1.0, 500, 7),
+        ([{"error": {"code": 503, "status": "UNAVAILABLE"}}], 1.0, 500, 0),
+    ],
+)
+def test_what_gemini_had_written_of_a_call_is_told_by_the_time(events: list[Any], waited_s: float, bound: int, output_tokens: int) -> None:
+    """From what came last, up to the bound; nothing where the answer was over, or was refused before it began."""
+    now = 100.0
+    draft = Draft(lambda text: None, sent=True)
+    made = GeminiReading("gemini", draft, lambda: now)
+    for event in events:
+        with contextlib.suppress(ModelOverloaded):
+            made.read(orjson.dumps(event))
+    made.flush()
+    now += waited_s
+    made.left(bound)
+
+    assert draft.usage(Prompt("t", "", (), "?", (), 10))[0].output_tokens == output_tokens

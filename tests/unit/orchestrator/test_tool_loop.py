@@ -90,7 +90,7 @@ async def test_no_text_of_calls_or_results_is_in_a_step() -> None:
         (ToolCall("x", "double", "[1]"), "not a JSON object"),
         (call("double"), "'number' is a required property"),
         (call("double", number="many"), "is not of type 'integer'"),
-        (call("double", number=1, unit="m"), "there is no property 'unit'"),
+        (call("double", number=1, unit="m"), "there is no property 'unit'; there are: 'number'"),
         (call("treble", number=1), "there is no tool of this name; there are: double"),
         (ToolCall("x", "double", '{"number":' + "[" * 40 + "]" * 40 + "}"), "nested deeper"),
         (ToolCall("x", "double", '{"number": 1e999}'), "not valid JSON"),

@@ -126,7 +126,7 @@ async def test_whole_books_pass_and_every_law_was_held_against_something(filled:
 
 
 async def test_no_law_looks_up_row_after_row(books: str) -> None:
-    """The one bad row that is asked for is mostly not there, so all of them are read; a way that is good for the first only is not taken."""
+    """The bad row that is asked for is mostly not there, so all rows are read: no way is taken that is good for the first one only."""
     async with opened(books, connections_max=2, wait_s=10) as database:
         prices = PostgresPrices(database, SystemClock())
         recorder = PostgresOperations(database, PostgresHolds(database, prices), prices, SystemClock())

@@ -176,7 +176,7 @@ async def drain(ledger: Running, folder: Path, n: int, *, calls: int) -> Outcome
             sender.cancel()
             await asyncio.gather(sender, return_exceptions=True)
         rejected = outbox.dead_letters
-    cpu_ms = {name: round((cpu_s - used[name]) / n * 1000, 2) for name, cpu_s in ledger.cpu_s().items()}
+    cpu_ms = {name: round((cpu_s - used[name]) / n * 1000, 3) for name, cpu_s in ledger.cpu_s().items()}
     return Outcome(
         "spool drain, " + ("one late provider call a record" if calls else "cache hits"),
         n,

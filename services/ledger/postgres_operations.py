@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import asyncpg
 import orjson
@@ -18,11 +18,12 @@ from services.chassis.money import Price, Usage
 from services.chassis.principal import Principal
 from services.ledger import holds, savings
 from services.ledger.domain import Attempt, CacheFacts, Operation, Recorded, Step
-from services.ledger.holds import Hold, Move
+from services.ledger.holds import NO_USAGE, Hold, Move
 from services.ledger.paging import Page
 from services.ledger.postgres_database import Connection, Database
 from services.ledger.postgres_holds import HOLD_COLUMNS, PostgresHolds, encoded, usage_columns, usage_of
 from services.ledger.postgres_prices import PostgresPrices
+from services.ledger.prices import ListedPrice
 from services.ledger.roller import months_kept_since
 
 RECORDING_MAX = 4
@@ -46,17 +47,30 @@ _THE_OPERATION = (
     " AND o.created_at = (SELECT k.created_at FROM operation_ids k WHERE k.tenant = $1 AND k.operation_id = $2)"
 )
 
-_HOLD = f"{HOLD_COLUMNS}, tenant, operation_id"
-HoldsByCall = dict[tuple[str, str], dict[int, Hold]]
-"""By tenant and operation, then by attempt."""
+_HOLD = f"{HOLD_COLUMNS}, operation_id"
+HoldsByCall = dict[str, dict[int, Hold]]
+"""By operation, then by attempt."""
 Baseline = tuple[str, str]
 """Provider and model that tiers are compared with."""
 _ERASED = "TR410"
 """What the schema's refuse_erased says."""
+_HOLD_THERE = "TR409"
+"""What the schema's book_late says."""
+STEP_COLUMNS = 7
+BOOK = f"SELECT book_records({', '.join(f'${number}' for number in range(1, 5 + STEP_COLUMNS))})"
 
 
 class _Erased(Exception):
     """The user of an operation was erased after it was accepted; nothing was booked."""
+
+
+class _HoldsMeanwhile(Exception):
+    """A call that had no hold when it was looked for has one now; nothing was booked."""
+
+    def __init__(self, late: int) -> None:
+        super().__init__(late)
+        self.late = late
+        """How many calls had none."""
 
 
 class PostgresOperations:
@@ -134,21 +148,31 @@ class PostgresOperations:
 
         Raises _Erased.
         """
-        try:
-            return await self._book(connection, operations)
-        except asyncpg.PostgresError as error:
-            if error.sqlstate == _ERASED:
-                raise _Erased from None
-            raise
+        late_before: int | None = None
+        while True:
+            try:
+                return await self._book(connection, operations)
+            except _HoldsMeanwhile as met:
+                # A hold that somebody else has made in the meantime is found the next time, unless it is another user's.
+                if late_before is not None and met.late >= late_before:
+                    raise IdempotencyConflict("the operation belongs to another user", key=operations[0].operation_id) from None
+                late_before = met.late
 
     async def _book(self, connection: Connection, operations: Sequence[Operation]) -> list[Recorded]:
         async with connection.transaction():
             known = await self._known_holds(connection, operations)
-            booked, moves = list[Operation](), list[Move]()
+            booked, moves, late = list[Operation](), list[Move](), list[dict[str, Any]]()
             for operation in operations:
                 baseline = await self._baseline_price(operation, connection)
-                attempts, own = _resolved(operation, known.get((operation.tenant, operation.operation_id), {}), baseline)
-                moves += own
+                own = known.get(operation.operation_id, {})
+                prices = {
+                    attempt.attempt: await self._price_told(operation, attempt, connection)
+                    for attempt in operation.attempts
+                    if attempt.attempt not in own
+                }
+                attempts, own_moves, own_late = _resolved(operation, own, prices, baseline)
+                moves += own_moves
+                late += own_late
                 booked.append(
                     replace(
                         operation,
@@ -158,14 +182,22 @@ class PostgresOperations:
                         estimated=operation.estimated or any(attempt.estimated for attempt in attempts),
                     )
                 )
-                if not own and self._purged(operation):
+                if not own_moves and not own_late and self._purged(operation):
                     if len(operations) > 1:
                         raise IdempotencyConflict("the operation was recorded before", key=operation.operation_id)
                     return [Recorded(booked[-1].cost_nanousd, duplicate=True)]
-            fresh = await connection.fetchval("SELECT book_operations($1, $2, $3, $4)", *_rows(booked), encoded(moves))
-            if len(fresh) == len(booked):
+            late_rows = orjson.dumps(late).decode()
+            try:
+                all_new = await connection.fetchval(BOOK, *_rows(booked), encoded(moves), late_rows, *_columns_of_steps(booked))
+            except asyncpg.PostgresError as error:
+                if error.sqlstate == _ERASED:
+                    raise _Erased from None
+                if error.sqlstate == _HOLD_THERE:
+                    raise _HoldsMeanwhile(len(late)) from None
+                raise
+            if all_new:
                 return [Recorded(operation.cost_nanousd, duplicate=False) for operation in booked]
-            if moves or len(booked) > 1:
+            if moves or late or len(booked) > 1:
                 # The very same record would have found all its holds resolved; the error undoes what was done here.
                 raise IdempotencyConflict("the operation was recorded with other attempts", key=booked[0].operation_id)
             return [await self._duplicate(connection, booked[0])]
@@ -195,60 +227,25 @@ class PostgresOperations:
         return Recorded(booked.cost_nanousd, duplicate=True)
 
     async def _known_holds(self, connection: Connection, operations: Sequence[Operation]) -> HoldsByCall:
-        """The holds of every operation that has attempts, by attempt; those that are missing are made first."""
+        """The holds there are of operations of one tenant, by attempt, locked."""
         calling = [operation for operation in operations if operation.attempts]
         if not calling:
             return {}
-        known = await self._holds(connection, calling)
-        missing = [
-            (operation, attempt)
-            for operation in calling
-            for attempt in operation.attempts
-            if attempt.attempt not in known.get((operation.tenant, operation.operation_id), {})
-        ]
-        if missing:
-            calls = [await self._late(connection, operation, attempt) for operation, attempt in missing]
-            made = await connection.fetch(f"SELECT {_HOLD} FROM open_late_holds($1, NULL)", orjson.dumps(calls).decode())
-            if len(made) < len(missing):  # somebody else has made some in the meantime
-                return await self._holds(connection, calling)
-            await self._add(known, made, connection)
-        return known
-
-    async def _holds(self, connection: Connection, operations: Sequence[Operation]) -> HoldsByCall:
-        """Holds by operation and attempt, locked. `operations` are of one tenant."""
         rows = await connection.fetch(
             f"SELECT {_HOLD} FROM holds_of($1, $2, $3)",
-            operations[0].tenant,
-            [UUID(operation.operation_id) for operation in operations],
-            [operation.user for operation in operations],
+            calling[0].tenant,
+            [UUID(operation.operation_id) for operation in calling],
+            [operation.user for operation in calling],
         )
         found: HoldsByCall = {}
-        await self._add(found, rows, connection)
+        for row in rows:
+            found.setdefault(str(row["operation_id"]), {})[row["attempt"]] = await self._held.hold_of(row, connection)
         return found
 
-    async def _add(self, found: HoldsByCall, rows: Sequence[Any], connection: Connection) -> None:
-        for row in rows:
-            found.setdefault((row["tenant"], str(row["operation_id"])), {})[row["attempt"]] = await self._held.hold_of(row, connection)
-
-    async def _late(self, connection: Connection, operation: Operation, attempt: Attempt) -> dict[str, Any]:
-        """A call that has no hold as open_late_holds reads it, so that late money takes the same way through the books as any other."""
+    async def _price_told(self, operation: Operation, attempt: Attempt, connection: Connection) -> ListedPrice:
+        """What a call that has no hold was counted with, or costs."""
         named = (operation.tenant, attempt.provider, attempt.model, attempt.price_version)
-        listed = await self._prices.told(*named, operation.created_at, connection)
-        return {
-            "tenant": operation.tenant,
-            "user_id": operation.user,
-            "api_key_id": operation.api_key_id,
-            "operation_id": operation.operation_id,
-            "attempt": attempt.attempt,
-            "provider": attempt.provider,
-            "model": attempt.model,
-            "price_id": listed.price_id,
-            "lease_id": attempt.lease_id or None,
-            "input_tokens_max": attempt.usage.prompt_tokens,
-            "output_tokens_max": attempt.usage.output_tokens,
-            "amount_nanousd": attempt.drawn_nanousd,
-            "created_at": operation.created_at,
-        }
+        return await self._prices.told(*named, operation.created_at, connection)
 
     async def get(self, principal: Principal, operation_id: UUID) -> Operation:
         row = await self._database.of(principal.tenant).row(
@@ -301,28 +298,63 @@ async def recorded(connection: Connection, tenant: str, operation_id: UUID) -> t
     return (operation_of(row), row["recorded_at"]) if row else None
 
 
-def _resolved(operation: Operation, known: dict[int, Hold], baseline: Price | None) -> tuple[tuple[Attempt, ...], list[Move]]:
-    """The attempts with what they cost and saved, and the moves that book it."""
-    attempts, moves = [], []
+def _resolved(
+    operation: Operation, known: dict[int, Hold], prices: dict[int, ListedPrice], baseline: Price | None
+) -> tuple[tuple[Attempt, ...], list[Move], list[dict[str, Any]]]:
+    """The attempts with what they cost and saved, the moves of those that have a hold, and the others as book_late reads them."""
+    attempts, moves, late = [], list[Move](), list[dict[str, Any]]()
     for attempt in sorted(operation.attempts, key=lambda attempt: attempt.attempt):
-        hold = known.get(attempt.attempt)
-        if hold is None:
-            raise IdempotencyConflict("the operation belongs to another user", key=operation.operation_id)
+        listed = prices.get(attempt.attempt)
+        # What a late call draws on its lease, if anything, is found out where that is locked.
+        hold = Hold(str(uuid4()), 0, listed.price) if listed else known[attempt.attempt]
         if attempt.hold_id and attempt.hold_id != hold.hold_id:
             raise RequestInvalid(f"attempt {attempt.attempt} names a hold that is not its own", field="attempts.hold_id")
-        if attempt.not_sent and attempt.usage != Usage():
+        if attempt.not_sent and attempt.usage != NO_USAGE:
             raise RequestInvalid(f"attempt {attempt.attempt} was not sent and yet used tokens", field="attempts.not_sent")
         move = holds.not_sent(hold) if attempt.not_sent else holds.settle(hold, attempt.usage, estimated=attempt.estimated)
         if move is not None:
-            moves.append(move)
             hold = move.hold
-        # What its lease was is the hold's to know.
-        attempt = replace(attempt, lease_id="", drawn_nanousd=0, hold_id=hold.hold_id)
-        attempt = replace(attempt, cost_nanousd=hold.cost_nanousd, price_version=hold.price.version)
-        tiering = savings.tiering_saved_nanousd(hold.price, baseline, attempt.usage) if baseline else 0
-        prompt_cache = savings.prompt_cache_saved_nanousd(hold.price, attempt.usage)
-        attempts.append(replace(attempt, prompt_cache_saved_nanousd=prompt_cache, tiering_saved_nanousd=tiering))
-    return tuple(attempts), moves
+            if listed is None:
+                moves.append(move)
+            else:
+                late.append(_late(operation, attempt, hold, listed.price_id))
+        attempts.append(
+            replace(
+                attempt,
+                lease_id="",  # what its lease was is the hold's to know
+                drawn_nanousd=0,
+                hold_id=hold.hold_id,
+                cost_nanousd=hold.cost_nanousd,
+                price_version=hold.price.version,
+                prompt_cache_saved_nanousd=savings.prompt_cache_saved_nanousd(hold.price, attempt.usage),
+                tiering_saved_nanousd=savings.tiering_saved_nanousd(hold.price, baseline, attempt.usage) if baseline else 0,
+            )
+        )
+    return tuple(attempts), moves, late
+
+
+def _late(operation: Operation, attempt: Attempt, hold: Hold, price_id: int) -> dict[str, Any]:
+    """A call that nobody has told of before, as it ends: its hold as book_late reads it."""
+    return {
+        "hold_id": hold.hold_id,
+        "tenant": operation.tenant,
+        "user_id": operation.user,
+        "api_key_id": operation.api_key_id,
+        "operation_id": operation.operation_id,
+        "attempt": attempt.attempt,
+        "provider": attempt.provider,
+        "model": attempt.model,
+        "price_id": price_id,
+        "lease_id": attempt.lease_id or None,
+        "input_tokens_max": attempt.usage.prompt_tokens,
+        "output_tokens_max": attempt.usage.output_tokens,
+        "amount_nanousd": attempt.drawn_nanousd,
+        "created_at": operation.created_at,
+        "state": hold.state.value,
+        "cost_nanousd": hold.cost_nanousd,
+        "estimated": hold.estimated,
+        **usage_columns(hold.usage),
+    }
 
 
 def _nameless(operation: Operation) -> Operation:
@@ -331,26 +363,24 @@ def _nameless(operation: Operation) -> Operation:
     return replace(operation, user=f"erased-{operation.operation_id}", session_id="", trace_id="", api_key_id="", cache=cache)
 
 
-def _rows(operations: Sequence[Operation]) -> tuple[str, str, str]:
-    """Operations, their attempts and their steps as book_operations reads them: rows of these tables, as JSON."""
-    told, attempts, steps = list[dict[str, Any]](), list[dict[str, Any]](), list[dict[str, Any]]()
+def _rows(operations: Sequence[Operation]) -> tuple[str, str]:
+    """Operations and their attempts as book_records reads them: rows of these tables, as JSON."""
+    told, attempts = list[dict[str, Any]](), list[dict[str, Any]]()
     for operation in operations:
         key = {"tenant": operation.tenant, "operation_id": operation.operation_id, "created_at": operation.created_at}
         told.append({**key, **_columns(operation)})
         attempts += ({**key, **_attempt_columns(attempt)} for attempt in operation.attempts)
-        steps += (
-            {
-                **key,
-                "ordinal": ordinal,
-                "name": step.name,
-                "status": step.status,
-                "started_ms": step.started_ms,
-                "duration_ms": step.duration_ms,
-                "facts": step.facts,
-            }
-            for ordinal, step in enumerate(operation.steps, 1)
-        )
-    return orjson.dumps(told).decode(), orjson.dumps(attempts).decode(), orjson.dumps(steps).decode()
+    return orjson.dumps(told).decode(), orjson.dumps(attempts).decode()
+
+
+def _columns_of_steps(operations: Sequence[Operation]) -> tuple[list[Any], ...]:
+    """The steps of operations as book_records reads them: of which operation each is, counted from 1, then its columns."""
+    rows = [
+        (place, ordinal, step.name, step.status, step.started_ms, step.duration_ms, orjson.dumps(step.facts).decode())
+        for place, operation in enumerate(operations, 1)
+        for ordinal, step in enumerate(operation.steps, 1)
+    ]
+    return tuple(map(list, zip(*rows, strict=True))) or ([],) * STEP_COLUMNS
 
 
 def _columns(operation: Operation) -> dict[str, Any]:

@@ -143,15 +143,58 @@ async def test_a_move_has_the_outcome_of_its_kind(ledger: Ledger, ann: Principal
     assert await refused(connection, f"UPDATE holds SET state = '{state}', resolved_at = now(), {outcome} WHERE hold_id = $1", hold_id)
 
 
-async def test_holds_begin_as_reserved_and_are_never_deleted(ledger: Ledger, ann: Principal, connection: Connection) -> None:
-    """Nothing is born settled, and nothing goes away."""
-    hold_id = await hold_in("settled", ledger.url, ann)
-    born = (
-        "INSERT INTO holds (tenant, user_id, api_key_id, operation_id, attempt, provider, model, price_id, input_tokens_max,"
-        " output_tokens_max, amount_nanousd, created_at, expires_at, state, resolved_at) SELECT tenant, user_id, api_key_id,"
-        " gen_random_uuid(), 1, provider, model, price_id, 1, 1, 1, now(), now(), 'settled', now() FROM holds WHERE hold_id = $1"
-    )
+NOBODY = "'00000000-0000-4000-8000-000000000000'::uuid"
+BORN = (
+    "INSERT INTO holds (tenant, user_id, api_key_id, operation_id, attempt, provider, model, price_id, lease_id, input_tokens_max,"
+    " output_tokens_max, amount_nanousd, created_at, expires_at, state, resolved_at, cost_nanousd, output_tokens)"
+    " SELECT tenant, user_id, api_key_id, gen_random_uuid(), 1, {provider}, model, price_id, {lease}, 1, 1, {amount}, now(), now(),"
+    " '{state}', now(), {cost}, {cost} FROM holds WHERE hold_id = $1"
+)
 
-    assert await refused(connection, born, hold_id)
+
+@pytest.mark.parametrize(
+    "birth",
+    [
+        {"amount": "1"},  # set aside by nobody: only what a lease has can be taken along
+        {"state": "voided", "amount": "1"},
+        {"state": "voided", "cost": "1"},
+        {"state": "expired"},
+        {"state": "expired", "lease": "hold_id"},
+        {"state": "reconciled", "lease": "hold_id"},
+        {"provider": "''", "lease": "hold_id"},  # a lease
+    ],
+)
+async def test_only_a_call_that_is_over_is_born_resolved(
+    ledger: Ledger, ann: Principal, connection: Connection, birth: dict[str, str]
+) -> None:
+    """It has cost something or was never sent, and what it takes along is of a lease; every other hold begins as reserved."""
+    hold_id = await hold_in("settled", ledger.url, ann)
+    legal = {"state": "settled", "provider": "provider", "lease": "NULL", "amount": "0", "cost": "0"}
+
+    assert not await refused(connection, BORN.format(**legal), hold_id)
+    assert not await refused(connection, BORN.format(**legal | {"lease": "hold_id", "amount": "1"}), hold_id)
+    assert await refused(connection, BORN.format(**legal | birth), hold_id)
+
+
+async def test_holds_are_never_deleted(ledger: Ledger, ann: Principal, connection: Connection) -> None:
+    """Nothing goes away."""
+    hold_id = await hold_in("settled", ledger.url, ann)
+
     assert await refused(connection, "DELETE FROM holds WHERE hold_id = $1", hold_id)
     assert await refused(connection, "TRUNCATE holds CASCADE")
+
+
+async def test_an_entry_is_of_a_hold(ledger: Ledger, ann: Principal, connection: Connection) -> None:
+    """One that is there, and of its tenant and operation."""
+    hold_id = await hold_in("reserved", ledger.url, ann)
+    entry = (
+        "INSERT INTO entries SELECT 1000, a.account, {tenant}, {hold}, {operation}, 'correct', a.amount, now()"
+        " FROM holds CROSS JOIN (VALUES ('available', -1), ('spent', 1)) AS a (account, amount) WHERE hold_id = $1"
+    )
+    own = {"tenant": "tenant", "hold": "hold_id", "operation": "operation_id"}
+
+    for other in ({"hold": NOBODY}, {"tenant": "'other'"}, {"operation": NOBODY}):
+        with pytest.raises(asyncpg.CheckViolationError, match="not of its hold"):
+            async with connection.transaction():
+                await connection.execute(entry.format(**own | other), hold_id)
+    await connection.execute(entry.format(**own), hold_id)

@@ -53,19 +53,27 @@ class _Former:
         return getattr(self._connection, name)
 
     async def fetchval(self, query: str, *arguments: Any) -> Any:
-        if "book_operations" in query:
-            operations, *parts, moves = arguments
-            undated = [
-                orjson.dumps([{name: told for name, told in row.items() if name != "created_at"} for row in orjson.loads(part)]).decode()
-                for part in parts
-            ]
-            query, arguments = query.replace("book_operations", "record_operations"), (operations, *undated, moves)
-        return await self._connection.fetchval(query, *arguments)
+        if "book_records" not in query:
+            return await self._connection.fetchval(query, *arguments)
+        operations, attempts, moves, calls = (orjson.loads(part) for part in arguments[:4])
+        steps = [
+            {"tenant": operations[place - 1]["tenant"], "operation_id": operations[place - 1]["operation_id"], "ordinal": ordinal}
+            | {"name": name, "status": status, "started_ms": started_ms, "duration_ms": duration_ms, "facts": orjson.loads(facts)}
+            for place, ordinal, name, status, started_ms, duration_ms, facts in zip(*arguments[4:], strict=True)
+        ]
+        # It had calls that nobody had told of set aside first, under ids of the database, and moved them as any other.
+        await self._connection.execute("SELECT open_late($1, NULL)", orjson.dumps(calls).decode())
+        for call in calls:
+            kind = "settle" if call["state"] == "settled" else "void"
+            own = "SELECT hold_id::text, amount_nanousd FROM holds WHERE (tenant, operation_id, attempt) = ($1, $2::text::uuid, $3)"
+            hold_id, amount = await self._connection.fetchrow(own, call["tenant"], call["operation_id"], call["attempt"])
+            attempts = [{**row, "hold_id": hold_id} if row["hold_id"] == call["hold_id"] else row for row in attempts]
+            moves.append({**call, "hold_id": hold_id, "kind": kind, "held": -amount, "spent": call["cost_nanousd"]})
+        undated = ([{name: told for name, told in row.items() if name != "created_at"} for row in part] for part in (attempts, steps))
+        sent = [orjson.dumps(part).decode() for part in (operations, *undated, moves)]
+        return len(await self._connection.fetchval("SELECT record_operations($1, $2, $3, $4)", *sent)) == len(operations)
 
     async def fetch(self, query: str, *arguments: Any) -> Any:
-        if "open_late_holds" in query:  # which told nothing: its holds are looked for
-            await self._connection.execute("SELECT open_late($1, NULL)", *arguments)
-            return []
         named = "holds WHERE tenant = $1 AND (operation_id, user_id) IN (SELECT * FROM unnest($2::uuid[], $3::text[])) FOR UPDATE"
         return await self._connection.fetch(query.replace("holds_of($1, $2, $3)", named), *arguments)
 

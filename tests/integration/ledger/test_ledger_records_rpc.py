@@ -3,6 +3,8 @@
 import asyncio
 import uuid
 from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
 
 import asyncpg
 import pytest
@@ -13,7 +15,7 @@ from services.chassis.wire import timestamp
 from services.ledger.histograms import ERROR_MAX
 from tailrace.common.v1 import common_pb2
 from tailrace.ledger.v1 import ledger_service_pb2 as pb
-from tests.integration.ledger.ledger_kit import RECORDER, Ledger, attempt, operation, until
+from tests.integration.ledger.ledger_kit import HAIKU, RECORDER, Ledger, attempt, audit, operation, until
 
 COST = 100 * 1000 + 10 * 5000
 
@@ -70,6 +72,64 @@ async def test_attempts_without_a_hold_are_booked_late_at_the_price_of_their_day
         costs.append(ack.cost_nanousd)
 
     assert costs == [200_000_000, 100_000_000]
+
+
+async def test_a_hold_that_is_made_while_its_call_is_told_of_late_is_the_one_that_is_settled(
+    ledger: Ledger, ann: Principal, boss: Principal
+) -> None:
+    """The record waits for whom it met, looks again, and books the other calls of its answer all the same."""
+    told = operation(ann, attempts=[attempt(1), attempt(2)])
+    connection = await asyncpg.connect(ledger.url)
+    try:
+        async with connection.transaction():
+            hold_id = await hold_made(connection, ann, told.operation_id)
+            recording = asyncio.create_task(ledger.record(told))
+            await until_waiting(ledger.url)
+        (ack,) = await recording
+        holds = await connection.fetch(
+            "SELECT hold_id, attempt, state FROM holds WHERE operation_id = $1 ORDER BY attempt", told.operation_id
+        )
+    finally:
+        await connection.close()
+
+    assert (ack.rejected_reason, ack.duplicate, ack.cost_nanousd) == ("", False, 2 * COST)
+    assert [(hold["attempt"], hold["state"]) for hold in holds] == [(1, "settled"), (2, "settled")]
+    assert holds[0]["hold_id"] == hold_id
+    assert await audit(ledger.url) == {}
+
+
+async def test_a_late_call_of_anothers_operation_is_refused(ledger: Ledger, ann: Principal, bob: Principal) -> None:
+    """For good, and what was told with it is booked."""
+    told, other = operation(ann, attempts=[attempt(1)]), operation(ann, attempts=[attempt(1)])
+    connection = await asyncpg.connect(ledger.url)
+    try:
+        await hold_made(connection, bob, told.operation_id)
+    finally:
+        await connection.close()
+    acks = await ledger.record(told, other)
+
+    assert [ack.rejected_reason for ack in acks] == ["IDEMPOTENCY_CONFLICT", ""]
+    assert await audit(ledger.url) == {}
+
+
+async def hold_made(connection: Any, principal: Principal, operation_id: str) -> UUID:
+    """Money set aside for an operation's first attempt, in whatever transaction the connection is in."""
+    price_id = await connection.fetchval("SELECT price_id FROM prices WHERE (provider, model) = ($1, $2)", *HAIKU)
+    reserve = "SELECT hold_id FROM reserve_hold($1, $2, '', $3, 1, $4, $5, $6, 0, 0, 1, 1, 1, '1 hour', NULL)"
+    made = await connection.fetchval(reserve, principal.tenant, principal.user, UUID(operation_id), *HAIKU, price_id)
+    assert isinstance(made, UUID)
+    await connection.execute("SELECT leave_tenant()")
+    return made
+
+
+async def until_waiting(url: str) -> None:
+    """Until somebody waits for a lock."""
+    connection = await asyncpg.connect(url)
+    try:
+        waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        await until(lambda: connection.fetchval(waiting))
+    finally:
+        await connection.close()
 
 
 async def test_every_attempt_is_booked_and_only_an_unsent_one_is_free(ledger: Ledger, ann: Principal, boss: Principal) -> None:

@@ -115,7 +115,7 @@ async def test_foreign_holds_are_not_resolved(database: Database, ledger: Ledger
 
 
 async def test_foreign_calls_are_not_booked_late(database: Database, ledger: Ledger, ann: Principal, stranger: Principal) -> None:
-    """open_late_holds runs in the owner's name, and still makes a tenant's own holds only, on its own leases only."""
+    """open_late_holds and book_late run in the owner's name, and still make a tenant's own holds only, on its own leases only."""
     price_id = await database.value("SELECT price_id FROM prices WHERE (provider, model) = ($1, $2)", *HAIKU)
     call = {
         "user_id": stranger.user,
@@ -144,6 +144,18 @@ async def test_foreign_calls_are_not_booked_late(database: Database, ledger: Led
     made = await opened({"tenant": ann.tenant, "user_id": ann.user, "lease_id": lease})
 
     assert [tuple(row) for row in made] == [(ann.tenant, None, 0)]
+
+    async def booked(told: dict[str, Any]) -> None:
+        over = {"hold_id": str(uuid.uuid4()), "state": "settled", "cost_nanousd": 0, "estimated": False, "operation_id": str(uuid.uuid4())}
+        tokens = dict.fromkeys(("input_tokens", "output_tokens", "cache_read_tokens", "cache_write_tokens", "cache_write_1h_tokens"), 0)
+        row = {**call, **bounds, **over, **tokens, "tenant": ann.tenant, "user_id": ann.user, "lease_id": lease, **told}
+        await database.of(ann.tenant).value("SELECT book_late($1)", orjson.dumps([row]).decode())
+        seen = await database.row("SELECT lease_id, amount_nanousd FROM holds WHERE hold_id = $1", uuid.UUID(row["hold_id"]))
+        assert tuple(seen) == (None, 0)
+
+    await booked({})
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        await booked({"tenant": stranger.tenant, "user_id": stranger.user})
 
 
 async def test_a_connection_that_entered_no_tenant_sees_nothing(database: Database) -> None:

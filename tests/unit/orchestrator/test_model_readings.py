@@ -9,7 +9,7 @@ from google.genai.errors import APIError
 
 from services.chassis.errors import DomainError, ModelFailed, ModelMisconfigured, ModelOverloaded, ModelRefused
 from services.orchestrator.claude_model import ClaudeReading
-from services.orchestrator.domain import Draft, Prompt, ToolCall
+from services.orchestrator.domain import ESTIMATE_BYTES_PER_TOKEN, Draft, Prompt, ToolCall
 from services.orchestrator.gemini_model import GeminiReading, _refused
 from services.orchestrator.model_stream import Reading, arguments_object, retry_after_ms, sealed, unsealed
 from services.orchestrator.openai_chat_model import ChatReading
@@ -70,6 +70,18 @@ def test_a_call_cut_by_the_bound_is_no_call() -> None:
 
     assert (cut.draft.calls, cut.draft.finish_reason) == ([], "max_tokens")
     assert cut.draft.called > 0
+
+
+@pytest.mark.parametrize("told", [{}, {"promptTokenCount": 9}, {"promptTokenCount": 9, "totalTokenCount": 9}])
+def test_a_call_that_comes_whole_is_counted_though_its_usage_was_cut_off(told: dict[str, int]) -> None:
+    """Gemini sends calls in one piece, and what they took with the end of the stream: until then it is estimated by name and arguments."""
+    call = {"functionCall": {"name": "search", "args": {"query": "x" * 400}}}
+    made = reading(GeminiReading, {"candidates": [{"content": {"parts": [call]}}], "usageMetadata": told}).draft
+    made.sent = True
+    usage, estimated = made.usage(Prompt("t", "s", (), "?", (), 10))
+
+    assert estimated
+    assert usage.output_tokens >= 400 / ESTIMATE_BYTES_PER_TOKEN
 
 
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])

@@ -51,7 +51,7 @@ async def test_tokens_are_reserved_then_corrected_by_the_receipt(front: Front) -
         assert first.headers["x-ratelimit-limit-tokens"] == "12000"
         assert first.headers["x-ratelimit-remaining-tokens"] == str(12_000 - 4096 - 1024 - 2)
         front.behind.orchestrator.script = [ModelFailed("no")]
-        problem_of(await client.post("/v1/answers", json={"question": "Why?"}), 503, "MODEL_FAILED")
+        problem_of(await client.post("/v1/answers", json={"question": "Why?"}), 502, "MODEL_FAILED")
         front.behind.orchestrator.script = [accepted(), receipt]
 
         async def settled() -> bool:

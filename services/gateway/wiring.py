@@ -186,7 +186,7 @@ async def _limits(settings: Settings, limiter: RedisLimiter, backends: Backends,
         backends.ledger.entitlements,
         settings.requests_per_minute_default,
         fallback,
-        booked=backends.ledger.tokens_booked,
+        booked=backends.ledger.ending_booked,
         detached_s=settings.detach_grace_s,
     )
     async with _running(limits.renew_forever(), "renew-leases"):

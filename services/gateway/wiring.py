@@ -21,6 +21,7 @@ from services.gateway.bridge import Timing
 from services.gateway.browser import Browser
 from services.gateway.clients import Backends, connected
 from services.gateway.config import Settings
+from services.gateway.guesses import Guesses
 from services.gateway.http_listener import HttpListener
 from services.gateway.identity import FILE_PAUSE_S, AllKeys, Identity, Keys, PublishedKeys, SharedSecret, Tokens, keys_at_url, keys_in_file
 from services.gateway.kit import Kit
@@ -122,7 +123,8 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         )
         revocations = Revocations(store, lifetime_max_s=settings.jwt_lifetime_max_s, on_stale=metrics.revocations_stale.inc)
         await stack.enter_async_context(_running(revocations.watch(), "revocations"))
-        identity = Identity(tokens, backends.ledger.resolve_api_key, revocations)
+        guesses = Guesses(by_source=settings.http_connections_per_peer_max > 0)
+        identity = Identity(tokens, backends.ledger.resolve_api_key, revocations, guesses)
         kit = Kit(
             backends=backends,
             identity=identity,

@@ -23,6 +23,7 @@ from tailrace.common.v1 import common_pb2 as common
 from tailrace.gateway.v1.gateway_service_pb2_grpc import GatewayServiceStub
 from tailrace.ledger.v1 import ledger_service_pb2 as ledger
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
+from tests.fakes.api_keys import key_named
 from tests.integration.gateway.backends import ANSWER, accepted, delta, done, forever
 from tests.integration.gateway.conftest import Front, problem_of, settings_for, unique_user, until
 
@@ -200,13 +201,13 @@ async def test_an_api_key_has_its_own_limit_and_the_tenant_its_own(front: Front)
     front.behind.ledger.plan.key_limits.requests_per_minute = 1
     front.behind.ledger.plan.tenant_limits.CopyFrom(ledger.Limits(requests_per_minute=3))
     front.behind.ledger.keys = {
-        f"trk_{tenant}_{number}": Principal(tenant, "robot", frozenset({"user"}), f"key-{number}") for number in range(4)
+        key_named(f"{tenant} {number}"): Principal(tenant, "robot", frozenset({"user"}), f"key-{number}") for number in range(4)
     }
 
     async with httpx.AsyncClient(base_url=front.url, trust_env=False) as client:
 
         async def search(number: int) -> httpx.Response:
-            return await client.post("/v1/search", json={"query": "q"}, headers={"x-api-key": f"trk_{tenant}_{number}"})
+            return await client.post("/v1/search", json={"query": "q"}, headers={"x-api-key": key_named(f"{tenant} {number}")})
 
         statuses = [(await search(number)).status_code for number in (0, 1)]
         of_key = problem_of(await search(0), 429, "RATE_LIMITED")

@@ -31,6 +31,8 @@ class Settings(ServiceSettings):
     """Its key in PEM, not encrypted."""
     http_connections_per_peer_max: int = Field(1000, ge=0, le=100_000, validation_alias="TAILRACE_HTTP_CONNECTIONS_PER_PEER_MAX")
     """Open HTTP connections of one address. 0 = no bound, for a proxy in front, which is one address for everybody."""
+    grpc_connections_per_peer_max: int = Field(1000, ge=0, le=5_000, validation_alias="TAILRACE_GATEWAY_CONNECTIONS_PER_PEER_MAX")
+    """Open gRPC connections of one address; the newest beyond it are cut within seconds. 0 = no bound, for a proxy in front."""
     own_target: str = Field("127.0.0.1:50050", validation_alias="TAILRACE_GATEWAY_TARGET")
     """Address under which others reach the gRPC port. Told to every service alike; not used by the gateway itself."""
     orchestrator_target: str = Field("127.0.0.1:50051", validation_alias="TAILRACE_ORCHESTRATOR_TARGET")

@@ -502,7 +502,7 @@ def grant_of(principal: Principal, request: Any) -> str:
     asked.CopyFrom(request)
     for name in _HOW_IT_IS_READ:
         asked.ClearField(name)
-    digest = hashlib.blake2s(principal.user.encode() + b"\0" + asked.SerializeToString(deterministic=True), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(principal.user.encode() + b"\0" + asked.SerializeToString(deterministic=True), digest_size=16).hexdigest()
     return f"tailrace:limits:{{{_digest(principal.tenant)}}}:grant:{digest}"
 
 

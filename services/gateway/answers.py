@@ -1,10 +1,10 @@
 """The routes of an answer: ask, resume, cancel, look up. What an answer is, the orchestrator decides; here one stream becomes the other."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from services.chassis.errors import AnswerInterrupted, RequestInvalid
-from services.gateway import bodies, deadlines, render
+from services.gateway import bodies, deadlines, render, sse
 from services.gateway.answer_stream import AnswerStream
 from services.gateway.bridge import Bridge
 from services.gateway.exchange import Exchange
@@ -36,8 +36,10 @@ async def ask(exchange: Exchange, kit: Kit) -> None:
 async def resume(exchange: Exchange, kit: Kit) -> None:
     """GET /v1/answers/{id}/events"""
     request = orchestrator.ResumeAnswerRequest(answer_id=exchange.params["id"], after_sequence=_after(exchange))
+    # Who comes back has heard when to; nobody else begins in the middle, and `accepted` says it to those who begin at the start.
+    begins = request.after_sequence > 0 and not exchange.header("last-event-id")
     async with kit.resuming(request) as events:
-        await _relay(exchange, kit, events)
+        await _relay(exchange, kit, events, tell_retry=begins)
 
 
 async def cancel(exchange: Exchange, kit: Kit) -> None:
@@ -92,12 +94,28 @@ async def models(exchange: Exchange, kit: Kit) -> None:
     await exchange.respond_json({"object": "list", "data": data, "default_tier": reply.default_tier})
 
 
-async def _relay(exchange: Exchange, kit: Kit, events: AnswerStream | Metered) -> None:
-    bridge = Bridge(exchange, render.answer_event, render.is_done, kit.timing, kit.draining, at_hand=events.at_hand)
+async def _relay(exchange: Exchange, kit: Kit, events: AnswerStream | Metered, *, tell_retry: bool = False) -> None:
+    as_block = _telling_retry(render.answer_event) if tell_retry else render.answer_event
+    bridge = Bridge(exchange, as_block, render.is_done, kit.timing, kit.draining, at_hand=events.at_hand)
     with kit.counted(bridge, "answers"):
         if not await bridge.run(events):
             # The log has ended and the client has all of it: 204 is what stops a browser from coming back.
             await exchange.respond(204, b"", b"")
+
+
+def _telling_retry(as_block: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
+    """`as_block`, with `retry:` within the first block that has data."""
+    told = False
+
+    def telling(event: Any) -> bytes:
+        nonlocal told
+        block = as_block(event)
+        if told or not block or block == sse.HEARTBEAT:
+            return block
+        told = True
+        return sse.RETRY + block
+
+    return telling
 
 
 async def _whole(events: AsyncIterator[Any]) -> dict[str, Any]:
@@ -152,10 +170,13 @@ def _idempotency_key(exchange: Exchange) -> str:
 
 
 def _after(exchange: Exchange) -> int:
-    """What the client has already: `?after=`, else `Last-Event-ID`, else nothing."""
+    """What the client has already, by `?after=` and `Last-Event-ID`: the later of them, since a browser comes back to the same address."""
     query = exchange.query({"after"})
-    field = "after" if "after" in query else "Last-Event-ID"
-    value = query.get("after", exchange.header("last-event-id"))
+    return max(_number(query.get("after", ""), "after"), _number(exchange.header("last-event-id"), "Last-Event-ID"))
+
+
+def _number(value: str, field: str) -> int:
+    """The number of an event, 0 if there is none. Raises RequestInvalid."""
     if not value:
         return 0
     if not (value.isascii() and value.isdecimal() and len(value) <= 18):

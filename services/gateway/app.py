@@ -275,7 +275,7 @@ class Edge:
     async def _admit(self, exchange: Exchange, rule: Rule) -> None:
         if rule.open:
             return
-        principal = await self._kit.identity.principal(self._credential(exchange))
+        principal = await self._kit.identity.principal(self._credential(exchange), exchange.address)
         rule.check(principal)
         exchange.principal = principal
         set_current(principal)

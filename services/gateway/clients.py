@@ -13,7 +13,7 @@ from services.chassis.errors import DomainError, Internal, NotFound, Overloaded,
 from services.chassis.passport import Passport
 from services.chassis.principal import Principal
 from services.chassis.tls import MutualTls
-from services.gateway.limits import Allowance, Entitlements, tokens_in
+from services.gateway.limits import Allowance, Ending, Entitlements, tokens_in
 from services.gateway.metrics import Metrics
 from tailrace.ledger.v1 import ledger_service_pb2 as ledger
 from tailrace.ledger.v1.ledger_service_pb2_grpc import LedgerServiceStub
@@ -180,14 +180,15 @@ class Ledger(Peer):
             plan.cache_scope,
         )
 
-    async def tokens_booked(self, principal: Principal, answer_id: str) -> int | None:
-        """What an answer of `principal` used; None as long as its end is not in the books."""
+    async def ending_booked(self, principal: Principal, answer_id: str) -> Ending | None:
+        """How an answer of `principal` ended; None as long as its end is not in the books."""
         request = ledger.GetOperationRequest(operation_id=answer_id)
         try:
             reply = await self.unary(self.stub.GetOperation, request, timeout_s=2.0, principal=principal)
         except NotFound:
             return None
-        return tokens_in(reply.operation.usage) if reply.operation.status else None
+        operation = reply.operation
+        return Ending(tokens_in(operation.usage), lasts=operation.status == "done") if operation.status else None
 
     async def resolve_api_key(self, secret: str) -> Principal | None:
         """Whose key this is; None if it is nobody's."""

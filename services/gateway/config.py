@@ -1,8 +1,10 @@
 """What the gateway is told. No default of another module is repeated here."""
 
+import ipaddress
 import re
 from pathlib import Path
 from typing import ClassVar, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, model_validator
 
@@ -29,6 +31,8 @@ class Settings(ServiceSettings):
     """Its key in PEM, not encrypted."""
     http_connections_per_peer_max: int = Field(1000, ge=0, le=100_000, validation_alias="TAILRACE_HTTP_CONNECTIONS_PER_PEER_MAX")
     """Open HTTP connections of one address. 0 = no bound, for a proxy in front, which is one address for everybody."""
+    grpc_connections_per_peer_max: int = Field(1000, ge=0, le=5_000, validation_alias="TAILRACE_GATEWAY_CONNECTIONS_PER_PEER_MAX")
+    """Open gRPC connections of one address; the newest beyond it are cut within seconds. 0 = no bound, for a proxy in front."""
     own_target: str = Field("127.0.0.1:50050", validation_alias="TAILRACE_GATEWAY_TARGET")
     """Address under which others reach the gRPC port. Told to every service alike; not used by the gateway itself."""
     orchestrator_target: str = Field("127.0.0.1:50051", validation_alias="TAILRACE_ORCHESTRATOR_TARGET")
@@ -45,7 +49,7 @@ class Settings(ServiceSettings):
     jwt_audience: str = Field("tailrace", min_length=1, validation_alias="TAILRACE_JWT_AUDIENCE")
     """The one `aud` that is accepted."""
     jwks_url: str = Field("", pattern=r"^(https?://.+)?$", validation_alias="TAILRACE_JWKS_URL")
-    """Where the issuer publishes its public keys."""
+    """Where the issuer publishes its public keys. In production https, unless it is this machine itself."""
     jwks_path: Path | None = Field(None, validation_alias="TAILRACE_JWKS_FILE")
     """A file with the issuer's public keys. Unset in development = `dev-jwks.json` in the state directory."""
     jwks_refresh_s: float = Field(300.0, ge=1, le=86_400, validation_alias="TAILRACE_JWKS_REFRESH_S")
@@ -96,6 +100,8 @@ class Settings(ServiceSettings):
                 raise ValueError(f"TAILRACE_JWT_ISSUER={DEVELOPMENT_ISSUER} is for development; name your own issuer")
             if not (self.jwks_url or self.jwks_path or self.jwt_hs256_secret.get_secret_value()):
                 raise ValueError("one of TAILRACE_JWKS_URL, TAILRACE_JWKS_FILE and TAILRACE_JWT_HS256_SECRET is needed")
+            if self.jwks_url and not _is_private_way(self.jwks_url):
+                raise ValueError("TAILRACE_JWKS_URL has https in production: whoever changes keys on their way can sign as anybody")
         if self.http_certificate is not None:
             check_pair(*self.http_certificate)
         if self.jwks_url and self.jwks_path:
@@ -138,3 +144,14 @@ class Settings(ServiceSettings):
         if self.environment == "production" or self.jwt_hs256_secret.get_secret_value():
             return None
         return self.state_dir / "dev-jwks.json"
+
+
+def _is_private_way(url: str) -> bool:
+    """Whether nobody on the way to `url` can change what comes from there."""
+    parts = urlsplit(url)
+    if parts.scheme == "https" or parts.hostname == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(parts.hostname or "").is_loopback
+    except ValueError:
+        return False

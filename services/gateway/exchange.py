@@ -50,6 +50,8 @@ class Exchange:
         self._body_ended = False
         self.method: str = scope["method"]
         self.headers: list[tuple[str, str]] = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
+        self.address: str = (scope.get("client") or ("",))[0]
+        """Of the other end of the connection."""
         self._query_string: bytes = scope.get("query_string", b"")
         self.request_id = request_id
         self.trace_id = telemetry.current_trace_id()

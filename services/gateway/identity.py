@@ -24,18 +24,20 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from jwt.exceptions import PyJWTError
 from jwt.utils import base64url_decode
 
+from services.chassis import api_key
 from services.chassis.ending import ended
 from services.chassis.errors import DomainError, NotAuthenticated, Unavailable
 from services.chassis.principal import ROLES, Principal
+from services.gateway.guesses import Guesses
 from services.gateway.memo import Memo
 
 log = structlog.get_logger(__name__)
 
 TOKEN_BYTES_MAX = 8192
-API_KEY_PREFIX = "trk_"
-API_KEY_BYTES_MAX = 256
 API_KEY_AGE_MAX_S = 5.0
 """How long a revoked key may go on."""
+API_KEYS_KNOWN_MAX = 8192
+"""Keys that were good once, of which no flood of made-up ones keeps anybody from asking again."""
 KEYS_MAX = 64
 RSA_BITS_MIN = 2048
 SECRET_BYTES_MIN = 32
@@ -512,21 +514,25 @@ Resolve = Callable[[str], Awaitable[Principal | None]]
 class Identity:
     """Turns credentials into principals."""
 
-    def __init__(self, tokens: Tokens, resolve_api_key: Resolve, revocations: Revoked) -> None:
+    def __init__(self, tokens: Tokens, resolve_api_key: Resolve, revocations: Revoked, guesses: Guesses | None = None) -> None:
         self._tokens = tokens
         self._revocations = revocations
         self.now = tokens.now
         self.lifetime_max_s = tokens.lifetime_max_s
         self._resolve = resolve_api_key
         self._known: Memo[bytes, Principal | None] = Memo(4096, API_KEY_AGE_MAX_S)
+        self._once_good: OrderedDict[bytes, None] = OrderedDict()
+        """API keys by their digests, the one used last at the end."""
+        self._guesses = guesses or Guesses()
 
-    async def principal(self, credential: str) -> Principal:
-        """Whose credential this is. Raises NotAuthenticated, Unavailable."""
-        if not credential.startswith(API_KEY_PREFIX):
+    async def principal(self, credential: str, address: str = "") -> Principal:
+        """Whose credential this is that came from `address`. Raises NotAuthenticated, RateLimited, Unavailable."""
+        if not credential.startswith(api_key.PREFIX):
             return (await self.verified(credential)).principal
-        if len(credential) > API_KEY_BYTES_MAX or not credential.isascii():
-            raise NotAuthenticated("the API key is not valid", cause="api_key")
-        principal = await self._known.get(_digest_of(credential), lambda: self._ask(credential))
+        principal = None
+        if api_key.id_in(credential) is not None:
+            digest = _digest_of(credential)
+            principal = await self._known.get(digest, lambda: self._ask(credential, digest, address))
         if principal is None:
             raise NotAuthenticated("the API key is not valid", cause="api_key")
         return principal
@@ -543,15 +549,24 @@ class Identity:
         """Ask the ledger about every API key again."""
         self._known.clear()
 
-    async def _ask(self, secret: str) -> Principal | None:
+    async def _ask(self, secret: str, digest: bytes, address: str) -> Principal | None:
+        give_back = None if digest in self._once_good else self._guesses.take(address)
         try:
-            return await self._resolve(secret)
-        except Unavailable:
-            raise
+            principal = await self._resolve(secret)
         except DomainError as error:
             if error.code in ("NOT_FOUND", "UNAUTHENTICATED", "INVALID_ARGUMENT"):
                 return None
+            if give_back is not None:
+                give_back()  # nobody said that it is not good
             raise
+        if principal is not None:
+            self._once_good[digest] = None
+            self._once_good.move_to_end(digest)
+            if len(self._once_good) > API_KEYS_KNOWN_MAX:
+                self._once_good.popitem(last=False)
+            if give_back is not None:
+                give_back()
+        return principal
 
 
 def has_credential(headers: Iterable[tuple[str, str]]) -> bool:

@@ -15,7 +15,7 @@ from services.gateway.browser import Browser
 from services.gateway.clients import Backends
 from services.gateway.exchange import ClientLeft, Exchange
 from services.gateway.identity import Identity
-from services.gateway.limits import Admission, Limits, ReservedTokens
+from services.gateway.limits import Admission, Limits, ReservedTokens, grant_of
 from services.gateway.metrics import Metrics
 from services.gateway.places import Places
 from services.gateway.revocations import Revocations
@@ -80,6 +80,7 @@ class Kit:
         if request.priority == orchestrator.PRIORITY_BATCH:
             self.shedding.require_room_for_batch()
         principal = current_principal()
+        grant = grant_of(principal, request)
         given_ms = request.deadline_ms if request.HasField("deadline_ms") else None
         given = await self.limits.entitlements(principal)
         # Goes with the call: the orchestrator chooses models and the cache's reach by it, and looks at the tools of an answer that goes on.
@@ -91,8 +92,8 @@ class Kit:
             request.deadline_ms = deadline_ms
         timeout_s = deadlines.call_timeout_s(deadline_ms, self.answer_timeout_s)
         tokens = self.reserved_tokens.of(request)
-        goes_on = not request.cancel_on_disconnect
-        async with self.limits.answering(principal, tokens, lasts_s=timeout_s, goes_on=goes_on) as admission:
+        goes_on = not request.cancel_on_disconnect or bool(request.idempotency_key)  # with a key one can come back
+        async with self.limits.answering(principal, tokens, lasts_s=timeout_s, goes_on=goes_on, grant=grant) as admission:
             yield admission, timeout_s
 
     @contextlib.asynccontextmanager

@@ -5,11 +5,14 @@ What the Redis script must do is written here as plain Python, which also stands
 A window admits an amount if with it no more than the limit was charged in the `window_us` before. There are no buckets whose edge
 could be used twice: charges within a 600th of the window are kept as one entry, which leaves when the latest of them is one window
 old. That costs at most a 600th of what is allowed, never admits too much, and bounds what is remembered whatever the limit is.
+
+What was charged for an answer may be kept as a grant, by a name that the same request leads to whenever it is sent. Sent again, it is one
+more request and nothing else: it is for the same answer, which has its tokens and its place already.
 """
 
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 WINDOW_US = 60_000_000
@@ -17,6 +20,8 @@ ENTRIES_PER_WINDOW = 600
 """Into how many entries a window is kept at most, but for the one under way at either end."""
 LEASE_US = 30_000_000
 """How long a lease lives that nobody renews."""
+GRANT_US = 24 * 3600 * 1_000_000
+"""How long a grant is kept: as long as an idempotency key stands for its answer."""
 LEASE_RETRY_US = 1_000_000
 """When to try again for a lease: nobody knows when an answer ends."""
 
@@ -61,6 +66,18 @@ class Verdict:
     """When the window is empty again, if nothing more is charged; 0 of leases."""
     entry: int
     """Where a window keeps the charge, for `Correction`; 0 if nothing was charged."""
+    charged: int = 0
+    """What it is charged there, now or when the grant was given; 0 of leases."""
+
+
+class Before(StrEnum):
+    """Whether the same request came before."""
+
+    NEVER = "never"
+    OPEN = "open"
+    """Its answer was begun, and is not known to have ended."""
+    ENDED = "ended"
+    """Its answer has ended and would only be told again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,15 +88,42 @@ class Outcome:
     verdicts: tuple[Verdict, ...]
     now_us: int
     """The time that was decided by."""
+    before: Before = Before.NEVER
+    lease: str = ""
+    """The lease that the answer holds: of a request that came before, the one that was given to it then."""
 
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """What was really used, less what was charged: given back where it was charged, or charged now without asking."""
+    """What was really used instead of what was charged: the rest is given back where it was charged, or charged now without asking."""
 
     key: str
     entry: int
-    delta: int
+    charged: int
+    used: int
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """What is to be set right once an answer has ended."""
+
+    corrections: Sequence[Correction] = ()
+    """With a grant each is made once, by whoever comes first, since everybody who asked for the answer wants to make it."""
+    lease: str = ""
+    """Ended in all of `lease_keys`. Only the grant that gave it is changed; empty = none is."""
+    lease_keys: Sequence[str] = ()
+    grant: str = ""
+    lasts: bool = False
+    """Whether the same request would be told the same answer again. If not, its grant ends and it is admitted like any other."""
+
+
+@dataclass(slots=True)
+class _Grant:
+    lease: str
+    """Empty once it has ended, while corrections may still come."""
+    before: Before = Before.OPEN
+    reserved: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Windows of tokens: entry and what was charged there, until it is corrected."""
 
 
 class Window:
@@ -175,37 +219,77 @@ class LocalLimiter:
         self._subjects_max = subjects_max
         self._windows: OrderedDict[str, Window] = OrderedDict()
         self._leases: dict[str, Leases] = {}
+        self._grants: OrderedDict[str, _Grant] = OrderedDict()
 
-    def admit(self, now_us: int, charges: Sequence[Charge], lease: str = "") -> Outcome:
-        """Charge all of `charges`, or none. A clock that goes back counts as standing still."""
+    def admit(self, now_us: int, charges: Sequence[Charge], lease: str = "", grant: str = "") -> Outcome:
+        """Charge all of `charges`, or none. A clock that goes back counts as standing still.
+
+        With the name of a grant that is kept, only requests are charged.
+        """
         windows = {charge.key: self._window(charge.key) for charge in charges if charge.kind is not Kind.CONCURRENCY}
         now_us = max([now_us, *(window.latest_us for window in windows.values())])
+        given = self._grants.get(grant)
+        if given is None or not given.lease:
+            given = None
+        before, lease = (given.before, given.lease) if given else (Before.NEVER, lease)
         verdicts = []
         for charge in charges:
             if charge.kind is Kind.CONCURRENCY:
-                verdicts.append(self._leases.get(charge.key, Leases()).look(now_us, charge.limit))
+                verdict = self._leases.get(charge.key, Leases()).look(now_us, charge.limit)
             else:
-                verdicts.append(windows[charge.key].look(now_us, charge.limit, charge.amount))
+                verdict = windows[charge.key].look(now_us, charge.limit, charge.amount)
+            verdicts.append(replace(verdict, allowed=True, retry_after_us=0) if given and _is_granted(charge) else verdict)
         if not all(verdict.allowed for verdict in verdicts):
-            return Outcome(False, tuple(verdicts), now_us)
+            return Outcome(False, tuple(verdicts), now_us, before, lease)
         charged = []
         for charge, verdict in zip(charges, verdicts, strict=True):
             left = verdict.remaining - charge.charged
-            if charge.kind is Kind.CONCURRENCY:
+            if given and _is_granted(charge):
+                entry, amount = given.reserved.get(charge.key, (0, 0))
+                charged.append(replace(verdict, entry=entry, charged=amount))
+                if charge.kind is Kind.CONCURRENCY and before is Before.OPEN:
+                    self.hold(now_us, [(charge.key, lease)])
+            elif charge.kind is Kind.CONCURRENCY:
                 self.hold(now_us, [(charge.key, lease)])
                 charged.append(Verdict(True, left, 0, 0, 0))
             else:
-                charged.append(Verdict(True, left, 0, self._window_us, windows[charge.key].charge(now_us, charge.charged)))
-        return Outcome(True, tuple(charged), now_us)
+                entry = windows[charge.key].charge(now_us, charge.charged)
+                charged.append(Verdict(True, left, 0, self._window_us, entry, charge.charged))
+        if grant and not given:
+            reserved = {c.key: (v.entry, v.charged) for c, v in zip(charges, charged, strict=True) if c.kind is Kind.TOKENS}
+            self.keep(grant, lease, reserved)
+        return Outcome(True, tuple(charged), now_us, before, lease)
 
-    def correct(self, now_us: int, corrections: Sequence[Correction]) -> None:
-        """See Correction."""
-        for correction in corrections:
+    def keep(self, grant: str, lease: str, reserved: dict[str, tuple[int, int]] | None = None) -> None:
+        """Keep a grant by its name: the lease of its answer, and entry and charge of each window of tokens."""
+        self._grants[grant] = _Grant(lease, reserved=reserved or {})
+        self._grants.move_to_end(grant)
+        if len(self._grants) > self._subjects_max:
+            self._grants.popitem(last=False)
+
+    def settle(self, now_us: int, settlement: Settlement) -> None:
+        """See Settlement."""
+        given = self._grants.get(settlement.grant)
+        for correction in settlement.corrections:
+            delta = correction.used - correction.charged
+            if settlement.grant:
+                if given is not None and given.reserved.get(correction.key) == (correction.entry, correction.charged):
+                    del given.reserved[correction.key]
+                elif settlement.lasts and not (given is not None and given.lease and given.before is Before.ENDED):
+                    delta = correction.used  # given back when the first sending failed, and yet there is an answer
+                else:
+                    continue
             window = self._window(correction.key)
-            if correction.delta < 0:
-                window.give_back(correction.entry, -correction.delta)
-            elif correction.delta:
-                window.charge(max(now_us, window.latest_us), correction.delta)
+            if delta < 0:
+                window.give_back(correction.entry, -delta)
+            elif delta:
+                window.charge(max(now_us, window.latest_us), delta)
+        self.release([(key, settlement.lease) for key in settlement.lease_keys])
+        if given is not None and settlement.lease and given.lease == settlement.lease:
+            if settlement.lasts:
+                given.before = Before.ENDED
+            else:
+                given.lease = ""
 
     def hold(self, now_us: int, leases: Sequence[tuple[str, str]]) -> None:
         """Hold leases (key and name), known or not, for another lifetime."""
@@ -230,3 +314,8 @@ class LocalLimiter:
         else:
             self._windows.move_to_end(key)
         return window
+
+
+def _is_granted(charge: Charge) -> bool:
+    """Whether a grant has it already."""
+    return charge.kind in (Kind.TOKENS, Kind.CONCURRENCY)

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -20,7 +21,7 @@ from services.chassis.afterwork import AfterWork
 from services.chassis.deadline import current_deadline
 from services.chassis.errors import AnswerInterrupted, DomainError, Overloaded, RateLimited, Unavailable
 from services.chassis.principal import Principal
-from services.gateway.limiter import LEASE_US, WINDOW_US, Charge, Correction, Kind, LocalLimiter, Outcome, Verdict
+from services.gateway.limiter import LEASE_US, WINDOW_US, Before, Charge, Correction, Kind, LocalLimiter, Outcome, Settlement, Verdict
 from services.gateway.memo import Memo
 
 log = structlog.get_logger(__name__)
@@ -94,12 +95,12 @@ class ReservedTokens:
 class Limiter(Protocol):
     """Where limits are kept for all replicas."""
 
-    async def admit(self, charges: Sequence[Charge], lease: str = "") -> Outcome:
-        """Charge all of `charges`, or none. Raises Unavailable."""
+    async def admit(self, charges: Sequence[Charge], lease: str = "", grant: str = "") -> Outcome:
+        """Charge all of `charges`, or none; only requests if `grant` is kept. See LocalLimiter. Raises Unavailable."""
         ...
 
-    async def settle(self, corrections: Sequence[Correction], lease: str, lease_keys: Sequence[str]) -> int:
-        """Correct windows and end `lease`. Raises Unavailable."""
+    async def settle(self, settlement: Settlement) -> int:
+        """Correct windows, end a lease, and note in its grant whether its answer lasts. Raises Unavailable."""
         ...
 
     async def renew(self, leases: Sequence[tuple[str, str]]) -> None:
@@ -137,12 +138,18 @@ class Admission:
     lease_keys: list[str]
     local: bool
     """Whether this process alone decided, so that Redis knows nothing of the reservation."""
+    grant: str = ""
+    """By what name the same request finds this again; empty if it has no key, or if its answer has ended and is only told again."""
+    again: bool = False
+    """Whether the same request came before: what was charged then is this answer's as well."""
     answer_id: str = ""
     """Of the answer it was for, once that is known."""
     ended: bool = False
     """Whether its end was seen, or is certain."""
     tokens_used: int | None = None
     """What the answer really used. None = not known here."""
+    lasts: bool = False
+    """Whether the same request would be told this answer again, and would not begin another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,11 +164,20 @@ class Fallback:
     """Called when Redis is found to be away, and when it is back."""
 
 
-Booked = Callable[[Principal, str], Awaitable[int | None]]
-"""Asks the books how many tokens an answer of a principal used, by its id; None while it has not ended. Raises DomainError."""
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How an answer ended."""
+
+    tokens_used: int
+    lasts: bool = False
+    """See Admission."""
 
 
-async def nothing_booked(principal: Principal, answer_id: str) -> int | None:
+Booked = Callable[[Principal, str], Awaitable[Ending | None]]
+"""Asks the books how an answer of a principal ended, by its id; None while it has not. Raises DomainError."""
+
+
+async def nothing_booked(principal: Principal, answer_id: str) -> Ending | None:
     """Of books that nobody keeps."""
     return None
 
@@ -194,6 +210,10 @@ class Limits:
         self._probe_at = 0.0
         self._held: dict[str, list[str]] = {}
         """Keys of every lease under way, by its name."""
+        self._holders: Counter[str] = Counter()
+        """For how many requests each of those is held here: the same one may have come twice."""
+        self._looked_after: set[str] = set()
+        """Leases of the answers that are followed."""
         self._renewing = asyncio.Lock()
         self._settling = AfterWork()
         self._following = AfterWork(FOLLOWED_MAX)
@@ -206,16 +226,19 @@ class Limits:
 
     @contextlib.asynccontextmanager
     async def answering(
-        self, principal: Principal, tokens: int, *, lasts_s: float = 60.0, goes_on: bool = True
+        self, principal: Principal, tokens: int, *, lasts_s: float = 60.0, goes_on: bool = True, grant: str = ""
     ) -> AsyncIterator[Admission]:
         """Admit one answer that may use `tokens`, and count it as under way inside the block. Raises LimitReached.
 
+        With a `grant` the same request may come again: that is one more request, and no more tokens and no other place.
         After the block what it used corrects the reservation, in the background: nobody waits for that. An answer that was left before
         its end counts on until it has ended, at most `lasts_s`; if it had not said its id, only if it `goes_on` without a reader.
         """
-        admission = await self._admit(_charges(principal, await self.entitlements(principal), Kind.REQUESTS, max(1, tokens)))
+        charges = _charges(principal, await self.entitlements(principal), Kind.REQUESTS, max(1, tokens))
+        admission = await self._admit(charges, grant)
         if admission.lease_keys:
             self._held[admission.lease] = admission.lease_keys
+            self._holders[admission.lease] += 1
         try:
             yield admission
         except AnswerInterrupted:
@@ -276,38 +299,43 @@ class Limits:
         await self._following.drain(0)
         return await self._settling.drain(timeout_s)
 
-    async def _admit(self, charges: list[Charge]) -> Admission:
+    async def _admit(self, charges: list[Charge], grant: str = "") -> Admission:
         if not charges:
             return Admission([], [], "", [], local=False)
         lease = uuid.uuid4().hex
-        lease_keys = [charge.key for charge in charges if charge.kind is Kind.CONCURRENCY]
-        outcome = await self._ask_shared(charges, lease)
+        outcome = await self._ask_shared(charges, lease, grant)
         local = outcome is None
         if outcome is None:
             self._fallback.on_request()
             charges = [replace(charge, limit=max(1, charge.limit // self._fallback.replicas)) for charge in charges]
-            outcome = self._local.admit(self._now_us, charges, lease)
-        elif outcome.allowed:
-            self._local.hold(self._now_us, [(key, lease) for key in lease_keys])  # so that it counts when Redis goes away
+            outcome = self._local.admit(self._now_us, charges, lease, grant)
         headers = _headers(charges, outcome)
         if not outcome.allowed:
             refused = [pair for pair in zip(charges, outcome.verdicts, strict=True) if not pair[1].allowed]
             raise LimitReached(*max(refused, key=lambda pair: pair[1].retry_after_us), headers)
+        if outcome.before is Before.ENDED:
+            return Admission(headers, [], "", [], local)
+        lease_keys = [charge.key for charge in charges if charge.kind is Kind.CONCURRENCY]
+        if not local:  # so that it counts when Redis goes away
+            self._local.hold(self._now_us, [(key, outcome.lease) for key in lease_keys])
+            if grant:
+                self._local.keep(grant, outcome.lease)
         reserved = [
-            (charge.key, verdict.entry, charge.charged)
+            (charge.key, verdict.entry, verdict.charged)
             for charge, verdict in zip(charges, outcome.verdicts, strict=True)
-            if charge.kind is Kind.TOKENS
+            if charge.kind is Kind.TOKENS and verdict.charged
         ]
-        return Admission(headers, reserved, lease, lease_keys, local)
+        again = outcome.before is not Before.NEVER
+        return Admission(headers, reserved, outcome.lease, lease_keys, local, grant, again)
 
-    async def _ask_shared(self, charges: list[Charge], lease: str) -> Outcome | None:
+    async def _ask_shared(self, charges: list[Charge], lease: str, grant: str) -> Outcome | None:
         """What Redis says; None if it is away. While it is, one request a second finds out whether it is back."""
         if self._away:
             if self._clock() < self._probe_at:
                 return None
             self._probe_at = self._clock() + PROBE_PAUSE_S
         try:
-            outcome = await self._shared.admit(charges, lease)
+            outcome = await self._shared.admit(charges, lease, grant)
         except Unavailable:
             self._probe_at = self._clock() + PROBE_PAUSE_S
             self._note(away=True)
@@ -317,16 +345,37 @@ class Limits:
 
     def _conclude(self, principal: Principal, admission: Admission, lasts_s: float) -> None:
         """Settle an admission now, and later again if more is known then. `lasts_s` is how long its answer may go on."""
+        if admission.again and not admission.answer_id:  # it was told nothing of the answer, which is the first sending's to settle
+            self._let_go(admission)
+            return
         holds_on = bool(lasts_s and admission.lease_keys)
+        if holds_on and admission.lease in self._looked_after:
+            self._let_go(admission)
+            return
         if holds_on or (admission.answer_id and admission.reserved and admission.tokens_used is None):
             try:  # with a copy: what is settled now must not see what is found out later
                 self._following.spawn(self._follow(principal, replace(admission), lasts_s), "follow-answer")
+                if holds_on:
+                    self._looked_after.add(admission.lease)
             except Overloaded:
-                self._held.pop(admission.lease, None)  # then the lease ends by itself, and the reservation stays
+                if holds_on:
+                    self._let_go(admission)  # then the lease ends by itself, and the reservation stays
         if not holds_on:
-            self._held.pop(admission.lease, None)
+            if admission.ended:  # for whoever else asked for it here, too
+                del self._holders[admission.lease]
+                self.look_at(admission.answer_id)
+            self._let_go(admission)
             with contextlib.suppress(Overloaded):  # then the lease ends by itself, and the reservation stays
                 self._settling.spawn(self._settle(admission), "settle-limits")
+
+    def _let_go(self, admission: Admission) -> None:
+        """Renew a lease no more, unless another request for the same answer is under way here."""
+        lease = admission.lease
+        if self._holders[lease] > 1:
+            self._holders[lease] -= 1
+        else:
+            del self._holders[lease]
+            self._held.pop(lease, None)
 
     async def _follow(self, principal: Principal, admission: Admission, lasts_s: float) -> None:
         """Settle an admission once the books say what its answer used, or once it cannot run any more.
@@ -336,15 +385,21 @@ class Limits:
         current_deadline.set(None)  # the call's own is over
         try:
             if admission.answer_id:
-                admission.tokens_used = await self._used(principal, admission.answer_id, lasts_s or BOOKED_WITHIN_S)
+                ending = await self._ending(principal, admission.answer_id, lasts_s or BOOKED_WITHIN_S)
+                if ending is not None:
+                    admission.tokens_used, admission.lasts = ending.tokens_used, ending.lasts
             else:  # it cannot be asked for, and nobody else can read it on
                 await asyncio.sleep(min(lasts_s, self._detached_s))
         finally:
-            self._held.pop(admission.lease, None)
-        await self._settle(admission if lasts_s else replace(admission, lease_keys=[]))
+            if lasts_s:
+                self._looked_after.discard(admission.lease)
+                self._let_go(admission)
+        if admission.grant and not admission.answer_id:
+            return  # whoever asked again may have it by now, at another gateway; if nobody has, the lease ends by itself
+        await self._settle(admission if lasts_s else replace(admission, lease="", lease_keys=[]))
 
-    async def _used(self, principal: Principal, answer_id: str, timeout_s: float) -> int | None:
-        """Tokens that an answer used, once it has ended. None if that did not come out in time."""
+    async def _ending(self, principal: Principal, answer_id: str, timeout_s: float) -> Ending | None:
+        """How an answer ended, once it has. None if that did not come out in time."""
         news = self._news.setdefault(answer_id, asyncio.Event())
         pauses = iter(LOOK_PAUSES_S)
         ends_at = self._clock() + timeout_s
@@ -356,26 +411,32 @@ class Limits:
                         news.clear()
                         pauses = iter(LOOK_PAUSES_S)
                 with contextlib.suppress(DomainError):
-                    if (used := await self._booked(principal, answer_id)) is not None:
-                        return used
+                    if (ending := await self._booked(principal, answer_id)) is not None:
+                        return ending
             return None
         finally:
             self._news.pop(answer_id, None)
 
     async def _settle(self, admission: Admission) -> None:
         used = admission.tokens_used
-        corrections = [] if used is None else [Correction(key, at, used - charged) for key, at, charged in admission.reserved]
-        corrections = [correction for correction in corrections if correction.delta]
-        self._local.release([(key, admission.lease) for key in admission.lease_keys])
+        corrections = [] if used is None else [Correction(key, at, charged, used) for key, at, charged in admission.reserved]
+        settlement = Settlement(
+            [correction for correction in corrections if admission.grant or correction.used != correction.charged],
+            admission.lease,
+            admission.lease_keys,
+            admission.grant,
+            admission.lasts,
+        )
+        ended_here = replace(settlement, corrections=())
+        self._local.settle(self._now_us, settlement if admission.local else ended_here)
         if admission.local:
-            self._local.correct(self._now_us, corrections)
-            corrections = []
-        if not (corrections or admission.lease_keys):
+            settlement = ended_here
+        if not (settlement.corrections or settlement.lease_keys or (settlement.grant and settlement.lease)):
             return
         async with self._renewing:
             pass  # a renewal under way may hold the lease; one that begins now does not know it any more
         with contextlib.suppress(Unavailable):  # the lease ends by itself, and the reservation stays
-            await self._shared.settle(corrections, admission.lease, admission.lease_keys)
+            await self._shared.settle(settlement)
 
     def _note(self, *, away: bool) -> None:
         if away != self._away:
@@ -430,6 +491,25 @@ def _headers(charges: list[Charge], outcome: Outcome) -> list[tuple[bytes, bytes
     return headers
 
 
+def grant_of(principal: Principal, request: Any) -> str:
+    """The name of what is charged for an AnswerRequest, the same whenever it is sent again; empty if it has no idempotency key.
+
+    With another body it has another name: it is another request, even if the orchestrator refuses it.
+    """
+    if not request.idempotency_key:
+        return ""
+    asked = type(request)()
+    asked.CopyFrom(request)
+    for name in _HOW_IT_IS_READ:
+        asked.ClearField(name)
+    digest = hashlib.blake2b(principal.user.encode() + b"\0" + asked.SerializeToString(deterministic=True), digest_size=16).hexdigest()
+    return f"tailrace:limits:{{{_digest(principal.tenant)}}}:grant:{digest}"
+
+
+_HOW_IT_IS_READ = ("deadline_ms", "cancel_on_disconnect", "priority", "whole", "batches")
+"""Fields by which the orchestrator knows a request no other: how long the caller waits, how it reads and how it goes away."""
+
+
 class Metered:
     """The events of an answer as they pass; they say which answer it is, whether it ended here, and its receipt what it used.
 
@@ -448,9 +528,11 @@ class Metered:
     async def __anext__(self) -> Any:
         try:
             event = await self._events.__anext__()
-        except DomainError:
+        except DomainError as error:
             self._admission.ended = True
-            if not self._admission.answer_id:
+            if self._admission.answer_id:
+                self._admission.lasts = not error.retryable
+            else:
                 self._admission.tokens_used = 0  # it never began
             raise
         self._note(event)
@@ -469,7 +551,7 @@ class Metered:
             self._prepared = True
             self._on_prepared()
         if kind == "done":
-            self._admission.ended = True
+            self._admission.ended = self._admission.lasts = True
             self._admission.tokens_used = tokens_in(event.done.usage)
 
 

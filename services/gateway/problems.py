@@ -36,6 +36,9 @@ STATUS_BY_REASON = {
     "METHOD_NOT_ALLOWED": 405,
     "MEDIA_TYPE_UNSUPPORTED": 415,
     "REQUEST_TIMEOUT": 408,
+    "MODEL_FAILED": 502,
+    "OUTPUT_INVALID": 502,
+    "MODEL_STALLED": 504,
 }
 _OWN_MEMBERS = frozenset({"type", "title", "status", "detail", "instance", "reason", "retryable", "trace_id", "request_id"})
 

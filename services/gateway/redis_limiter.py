@@ -1,8 +1,9 @@
 """The limits in Redis: one script, Redis's own clock, one round trip. What a limit means is said in `limiter`, here in Lua.
 
 A window is one hash: `m` holds number of the first entry, number of the next, sum, first time of the latest entry, latest time; every
-entry is a field named by its number, with its latest time and amount. Leases are a sorted set by their end. All keys of a call are in
-one slot.
+entry is a field named by its number, with its latest time and amount. Leases are a sorted set by their end. A grant is a hash: `s` holds
+whether its answer has ended, and the lease, as long as the grant holds; of each window of tokens a field named by its key has entry and
+amount. All keys of a call are in one slot.
 """
 
 import asyncio
@@ -15,11 +16,25 @@ import redis.asyncio as redis
 from redis.exceptions import NoScriptError, RedisError
 
 from services.chassis.errors import Unavailable
-from services.gateway.limiter import ENTRIES_PER_WINDOW, LEASE_RETRY_US, LEASE_US, WINDOW_US, Charge, Correction, Kind, Outcome, Verdict
+from services.gateway.limiter import (
+    ENTRIES_PER_WINDOW,
+    GRANT_US,
+    LEASE_RETRY_US,
+    LEASE_US,
+    WINDOW_US,
+    Before,
+    Charge,
+    Kind,
+    Outcome,
+    Settlement,
+    Verdict,
+)
 from services.gateway.redis_line import RedisLine
 
 ANSWER_TIMEOUT_S = 1.0
 RENEWALS_PER_CALL = 500
+_LETTERS = {Kind.REQUESTS: "w", Kind.READS: "w", Kind.TOKENS: "t", Kind.CONCURRENCY: "l"}
+"""How the script is told what a key limits."""
 
 _COMMON = """
 local time = redis.call('TIME')
@@ -66,18 +81,26 @@ ADMIT = (
     _COMMON
     + """
 local window, grain, lease, lease_us, retry = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
+local count, grant, grant_us = tonumber(ARGV[6]), KEYS[tonumber(ARGV[6]) + 1], tonumber(ARGV[7])
+local function kind(i) return ARGV[5 + 3 * i] end
+local function asked(i)
+  local limit, amount = tonumber(ARGV[6 + 3 * i]), tonumber(ARGV[7 + 3 * i])
+  if amount > limit then amount = limit end
+  return limit, amount
+end
+local before = 'never'
+local given = grant and redis.call('HGET', grant, 's')
+if given then before, lease = string.match(given, '(%a+) (.*)') end
 local loaded = {}
-for i, key in ipairs(KEYS) do
-  if ARGV[3 + 3 * i] == 'w' then
-    loaded[i] = load(key)
+for i = 1, count do
+  if kind(i) ~= 'l' then
+    loaded[i] = load(KEYS[i])
     if loaded[i].latest > now then now = loaded[i].latest end
   end
 end
 local allowed, reply = 1, {}
-for i, key in ipairs(KEYS) do
-  local limit, amount = tonumber(ARGV[4 + 3 * i]), tonumber(ARGV[5 + 3 * i])
-  if amount > limit then amount = limit end
-  local w = loaded[i]
+for i = 1, count do
+  local key, w, limit, amount = KEYS[i], loaded[i], asked(i)
   if w then
     local head = w.head
     prune(key, w, now, window)
@@ -85,52 +108,74 @@ for i, key in ipairs(KEYS) do
     local reset = 0
     if w.head < w.next then reset = entry(key, w.next - 1) + window - now end
     if w.sum + amount <= limit then
-      reply[i] = {1, limit - w.sum, 0, reset, 0}
+      reply[i] = {1, limit - w.sum, 0, reset, 0, 0}
+    elseif given and kind(i) == 't' then
+      reply[i] = {1, math.max(0, limit - w.sum), 0, reset, 0, 0}
     else
       local left, at, leaves = w.sum, w.head, now
       while left + amount > limit do
         local last, charged = entry(key, at)
         left, leaves, at = left - charged, last + window, at + 1
       end
-      reply[i] = {0, math.max(0, limit - w.sum), leaves - now, reset, 0}
+      reply[i] = {0, math.max(0, limit - w.sum), leaves - now, reset, 0, 0}
     end
   else
     redis.call('ZREMRANGEBYSCORE', key, '-inf', int(now))
     local free = math.max(0, limit - redis.call('ZCARD', key))
-    if free > 0 then reply[i] = {1, free, 0, 0, 0} else reply[i] = {0, 0, retry, 0, 0} end
+    if free > 0 or given then reply[i] = {1, free, 0, 0, 0, 0} else reply[i] = {0, 0, retry, 0, 0, 0} end
   end
   if reply[i][1] == 0 then allowed = 0 end
 end
 if allowed == 1 then
-  for i, key in ipairs(KEYS) do
-    local limit, amount = tonumber(ARGV[4 + 3 * i]), tonumber(ARGV[5 + 3 * i])
-    if amount > limit then amount = limit end
-    reply[i][2] = reply[i][2] - amount
-    if loaded[i] then
-      reply[i][4], reply[i][5] = window, charge(key, loaded[i], now, window, grain, amount)
-    else
+  if grant and not given then
+    redis.call('DEL', grant)
+    redis.call('HSET', grant, 's', 'open ' .. lease)
+    redis.call('PEXPIRE', grant, math.ceil(grant_us / 1000))
+  end
+  for i = 1, count do
+    local key, limit, amount = KEYS[i], asked(i)
+    if given and kind(i) == 't' then
+      local at, charged = string.match(redis.call('HGET', grant, key) or '', '(%d+) (%d+)')
+      reply[i][5], reply[i][6] = tonumber(at or 0), tonumber(charged or 0)
+    elseif loaded[i] then
+      reply[i][2] = reply[i][2] - amount
+      reply[i][4], reply[i][5], reply[i][6] = window, charge(key, loaded[i], now, window, grain, amount), amount
+      if grant and kind(i) == 't' then redis.call('HSET', grant, key, int(reply[i][5]) .. ' ' .. int(amount)) end
+    elseif before ~= 'ended' then
+      if not given then reply[i][2] = reply[i][2] - amount end
       redis.call('ZADD', key, int(now + lease_us), lease)
       redis.call('PEXPIRE', key, math.ceil(lease_us / 1000) + 1000)
     end
   end
 end
-return {allowed, now, reply}
+return {allowed, now, before, lease, reply}
 """
 )
-CORRECT = (
+SETTLE = (
     _COMMON
     + """
-local window, grain, lease = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
-for i, key in ipairs(KEYS) do
-  local number, delta = ARGV[2 + 2 * i], tonumber(ARGV[3 + 2 * i])
-  if number == 'l' then
-    redis.call('ZREM', key, lease)
-  elseif delta > 0 then
+local window, grain, lease, lasts, count = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3], ARGV[4] == '1', tonumber(ARGV[5])
+local grant = ARGV[6] == '1' and KEYS[#KEYS]
+local before, holder
+if grant then before, holder = string.match(redis.call('HGET', grant, 's') or '', '(%a+) (.*)') end
+for i = 1, count do
+  local key, number, charged, used = KEYS[i], ARGV[4 + 3 * i], ARGV[5 + 3 * i], tonumber(ARGV[6 + 3 * i])
+  local delta = used - tonumber(charged)
+  if grant then
+    if redis.call('HGET', grant, key) == number .. ' ' .. charged then
+      redis.call('HDEL', grant, key)
+    elseif lasts and before ~= 'ended' then
+      delta = used
+    else
+      delta = 0
+    end
+  end
+  if delta > 0 then
     local w = load(key)
     local at = math.max(now, w.latest)
     prune(key, w, at, window)
     charge(key, w, at, window, grain, delta)
-  elseif redis.call('HEXISTS', key, number) == 1 then
+  elseif delta < 0 and redis.call('HEXISTS', key, number) == 1 then
     local w = load(key)
     local last, amount = entry(key, number)
     local taken = math.min(-delta, amount)
@@ -138,6 +183,10 @@ for i, key in ipairs(KEYS) do
     w.sum = w.sum - taken
     save(key, w)
   end
+end
+for i = count + 1, #KEYS - (grant and 1 or 0) do redis.call('ZREM', KEYS[i], lease) end
+if grant and lease ~= '' and holder == lease then
+  if lasts then redis.call('HSET', grant, 's', 'ended ' .. lease) else redis.call('HDEL', grant, 's') end
 end
 return now
 """
@@ -151,7 +200,7 @@ for i, key in ipairs(KEYS) do
 end
 return 1
 """
-_SHA = {script: hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest() for script in (ADMIT, CORRECT, RENEW)}
+_SHA = {script: hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest() for script in (ADMIT, SETTLE, RENEW)}
 
 
 class RedisLimiter:
@@ -172,22 +221,28 @@ class RedisLimiter:
         self._lease_us = lease_us
         self._timeout_s = timeout_s
 
-    async def admit(self, charges: Sequence[Charge], lease: str = "") -> Outcome:
-        """Charge all of `charges`, whose keys share a slot, or none. Raises Unavailable, after which they may or may not be charged."""
-        arguments: list[str | int] = [self._window_us, self._grain_us, lease, self._lease_us, LEASE_RETRY_US]
-        for charge in charges:
-            arguments += ["l" if charge.kind is Kind.CONCURRENCY else "w", charge.limit, charge.amount]
-        allowed, now_us, verdicts = await self._run(ADMIT, [charge.key for charge in charges], arguments)
-        return Outcome(bool(allowed), tuple(Verdict(bool(first), *rest) for first, *rest in verdicts), now_us)
+    async def admit(self, charges: Sequence[Charge], lease: str = "", grant: str = "") -> Outcome:
+        """Charge all of `charges`, or none; see LocalLimiter. All keys and the grant share a slot.
 
-    async def settle(self, corrections: Sequence[Correction], lease: str, lease_keys: Sequence[str]) -> int:
-        """Correct windows and end `lease`, all in one slot; return the time in microseconds. Raises Unavailable."""
-        arguments: list[str | int] = [self._window_us, self._grain_us, lease]
+        Raises Unavailable, after which they may or may not be charged.
+        """
+        arguments: list[str | int] = [self._window_us, self._grain_us, lease, self._lease_us, LEASE_RETRY_US, len(charges), GRANT_US]
+        for charge in charges:
+            arguments += [_LETTERS[charge.kind], charge.limit, charge.amount]
+        keys = [charge.key for charge in charges]
+        allowed, now_us, before, held, verdicts = await self._run(ADMIT, [*keys, grant] if grant else keys, arguments)
+        said = tuple(Verdict(bool(first), *rest) for first, *rest in verdicts)
+        return Outcome(bool(allowed), said, now_us, Before(before.decode()), held.decode())
+
+    async def settle(self, settlement: Settlement) -> int:
+        """See Settlement, whose keys share a slot; return the time in microseconds. Raises Unavailable."""
+        corrections, grant = settlement.corrections, settlement.grant
+        arguments: list[str | int] = [self._window_us, self._grain_us, settlement.lease, int(settlement.lasts), len(corrections)]
+        arguments.append(int(bool(grant)))
         for correction in corrections:
-            arguments += [correction.entry, correction.delta]
-        for _ in lease_keys:
-            arguments += ["l", 0]
-        return int(await self._run(CORRECT, [*(correction.key for correction in corrections), *lease_keys], arguments))
+            arguments += [correction.entry, correction.charged, correction.used]
+        keys = [*(correction.key for correction in corrections), *settlement.lease_keys]
+        return int(await self._run(SETTLE, [*keys, grant] if grant else keys, arguments))
 
     async def renew(self, leases: Sequence[tuple[str, str]]) -> None:
         """Hold leases (key and name), known or not, for another lifetime. Raises Unavailable."""

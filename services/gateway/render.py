@@ -22,8 +22,7 @@ def answer_event(event: orchestrator.AnswerEvent) -> bytes:
         return sse.HEARTBEAT
     if kind is None:
         return b""  # a kind of event that a newer orchestrator knows and we do not
-    retry_ms = sse.RETRY_MS if kind == "accepted" else None
-    return sse.block(_data(event, kind), event=kind.encode(), event_id=event.sequence, retry_ms=retry_ms)
+    return sse.block(_data(event, kind), event=kind.encode(), event_id=event.sequence, tells_retry=kind == "accepted")
 
 
 def answer_frame(event: orchestrator.AnswerEvent, tags: bytes) -> str:

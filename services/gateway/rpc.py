@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 
@@ -34,11 +35,16 @@ def token_identity(identity: Identity) -> Identify:
         metadata = [(key, value) for key, value in context.invocation_metadata() or () if isinstance(value, str)]
         # First, so that whatever is refused says which call it was.
         _tell(context, id_headers(request_id_of(dict(metadata).get("x-request-id", "")), telemetry.current_trace_id()))
-        principal = await identity.principal(credential_in(metadata))
+        principal = await identity.principal(credential_in(metadata), address_in(context.peer()))
         ANY_MEMBER.check(principal)
         return principal
 
     return identify
+
+
+def address_in(peer: str) -> str:
+    """The address in what gRPC calls a peer: `ipv4:192.0.2.1:4711`, `ipv6:%5B2001:db8::1%5D:4711`."""
+    return unquote(peer.partition(":")[2]).rpartition(":")[0].strip("[]")
 
 
 def _tell(context: Any, headers: Sequence[tuple[bytes, bytes]]) -> None:

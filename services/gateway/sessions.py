@@ -1,11 +1,12 @@
 """The routes of a browser's session: a verified token goes into a cookie that no script can read. Nothing is kept on this side."""
 
+from services.chassis import api_key
 from services.chassis.errors import NotAuthenticated, RequestInvalid
 from services.chassis.principal import Principal
 from services.gateway import bodies
 from services.gateway.browser import COOKIE_TOKEN_BYTES_MAX
 from services.gateway.exchange import Exchange
-from services.gateway.identity import API_KEY_PREFIX, credential_in, has_credential
+from services.gateway.identity import credential_in, has_credential
 from services.gateway.kit import Kit
 
 
@@ -18,7 +19,7 @@ async def open_session(exchange: Exchange, kit: Kit) -> None:
     if token and has_credential(exchange.headers):
         raise NotAuthenticated("the request carries more than one credential", cause="ambiguous")
     token = token or credential_in(exchange.headers)
-    if token.startswith(API_KEY_PREFIX):
+    if token.startswith(api_key.PREFIX):
         raise RequestInvalid("a session is for a token, not for an API key", field="token")
     if len(token) > COOKIE_TOKEN_BYTES_MAX:
         raise RequestInvalid("the token does not fit a cookie", field="token", bound=f"at most {COOKIE_TOKEN_BYTES_MAX} bytes")

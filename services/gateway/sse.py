@@ -12,19 +12,19 @@ HEARTBEAT = b": heartbeat\n\n"
 RETRY_MS = 1000
 """What a browser waits before it comes back. Sent within the first block, never as one of its own."""
 
+RETRY = b"retry: %d\n" % RETRY_MS
+
 _LINE_BREAKS = (b"\r", b"\n", b"\0")
 
 
-def block(data: bytes, *, event: bytes = b"", event_id: int | None = None, retry_ms: int | None = None) -> bytes:
+def block(data: bytes, *, event: bytes = b"", event_id: int | None = None, tells_retry: bool = False) -> bytes:
     """One event. Raises ValueError for empty data, or a line break or NUL in any field."""
     if not data:
         raise ValueError("an event needs data")
     for field in (data, event):
         if any(mark in field for mark in _LINE_BREAKS):
             raise ValueError("a line break or NUL inside a field")
-    lines = []
-    if retry_ms is not None:
-        lines.append(b"retry: %d\n" % retry_ms)
+    lines = [RETRY] if tells_retry else []
     if event_id is not None:
         if event_id < 0:
             raise ValueError("an id is not negative")

@@ -21,6 +21,8 @@ from services.gateway.bridge import Timing
 from services.gateway.browser import Browser
 from services.gateway.clients import Backends, connected
 from services.gateway.config import Settings
+from services.gateway.grpc_peers import GrpcPeers
+from services.gateway.guesses import Guesses
 from services.gateway.http_listener import HttpListener
 from services.gateway.identity import FILE_PAUSE_S, AllKeys, Identity, Keys, PublishedKeys, SharedSecret, Tokens, keys_at_url, keys_in_file
 from services.gateway.kit import Kit
@@ -64,6 +66,7 @@ class EdgeServer(Server):
         reflect: bool,
         tls: MutualTls | None,
         tells_dependencies: bool,
+        connections_per_peer_max: int,
     ) -> None:
         # Callers from outside have no certificate of ours: their token says who they are.
         super().__init__(identify, reflect=reflect, tls=tls, verify_clients=False, tells_dependencies=tells_dependencies)
@@ -72,16 +75,23 @@ class EdgeServer(Server):
         self.operations = operations
         self._operations_port = operations_port
         self.draining = draining
+        self._peers = GrpcPeers(connections_per_peer_max) if connections_per_peer_max else None
+        self._sweeping: asyncio.Task[None] | None = None
 
     async def start(self, host: str, port: int) -> int:
         await self.http.start(host, self._http_port)
         if self.operations is not None:
             await self.operations.start(host, self._operations_port)
-        return await super().start(host, port)
+        await super().start(host, port)
+        if self._peers is not None:
+            self._sweeping = asyncio.create_task(self._peers.watch(self.port), name="grpc-sweep")
+        return self.port
 
     async def stop(self, notice_s: float, grace_s: float) -> None:
         self.draining.set()
         await asyncio.gather(self._stop_http(notice_s, grace_s), super().stop(notice_s, grace_s))
+        if self._sweeping is not None:
+            await ended(self._sweeping)
 
     async def _stop_http(self, notice_s: float, grace_s: float) -> None:
         await asyncio.sleep(notice_s)
@@ -122,7 +132,8 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         )
         revocations = Revocations(store, lifetime_max_s=settings.jwt_lifetime_max_s, on_stale=metrics.revocations_stale.inc)
         await stack.enter_async_context(_running(revocations.watch(), "revocations"))
-        identity = Identity(tokens, backends.ledger.resolve_api_key, revocations)
+        guesses = Guesses(by_source=settings.http_connections_per_peer_max > 0)
+        identity = Identity(tokens, backends.ledger.resolve_api_key, revocations, guesses)
         kit = Kit(
             backends=backends,
             identity=identity,
@@ -166,6 +177,7 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
             reflect=reflect,
             tls=settings.mutual_tls(),
             tells_dependencies=not apart,
+            connections_per_peer_max=settings.grpc_connections_per_peer_max,
         )
         server.add(add_GatewayServiceServicer_to_server, GatewayService(kit), SERVICE_NAME)
         probes = {peer.name: peer.probe for peer in backends.all}
@@ -186,7 +198,7 @@ async def _limits(settings: Settings, limiter: RedisLimiter, backends: Backends,
         backends.ledger.entitlements,
         settings.requests_per_minute_default,
         fallback,
-        booked=backends.ledger.tokens_booked,
+        booked=backends.ledger.ending_booked,
         detached_s=settings.detach_grace_s,
     )
     async with _running(limits.renew_forever(), "renew-leases"):

@@ -2,12 +2,11 @@
 
 import hashlib
 import hmac
-import re
-import secrets
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
+from services.chassis import api_key
 from services.chassis.clock import Clock
 from services.chassis.errors import NotAuthenticated, NotFound, Overloaded
 from services.chassis.principal import Principal
@@ -16,7 +15,6 @@ from services.ledger.paging import Page
 from services.ledger.postgres_database import Connection, Database
 
 KEYS_OF_TENANT_MAX = 10_000
-SECRET_PATTERN = re.compile(r"trk_([0-9a-f]{16})_[A-Za-z0-9_-]{43}")
 _COLUMNS = "key_id, tenant, user_id, name, roles, scopes, created_at, expires_at, revoked_at IS NOT NULL AS revoked"
 
 
@@ -29,9 +27,7 @@ class PostgresKeys:
     async def create(
         self, tenant: str, user: str, name: str, roles: Sequence[str], scopes: Sequence[str], expires_at: datetime | None
     ) -> tuple[ApiKey, str]:
-        key_id = secrets.token_hex(8)
-        # 256 random bits need no slow hash: there is nothing to guess.
-        secret = f"trk_{key_id}_{secrets.token_urlsafe(32)}"
+        key_id, secret = api_key.made()
 
         async def work(connection: Connection) -> Any:
             async with connection.transaction():
@@ -65,8 +61,8 @@ class PostgresKeys:
             raise NotFound("no such key", kind="api_key")
 
     async def resolve(self, secret: str) -> Principal:
-        match = SECRET_PATTERN.fullmatch(secret)
-        row = match and await self._database.self_scoped().row(f"SELECT {_COLUMNS}, secret_sha256 FROM find_key($1)", match[1])
+        key_id = api_key.id_in(secret)
+        row = key_id and await self._database.self_scoped().row(f"SELECT {_COLUMNS}, secret_sha256 FROM find_key($1)", key_id)
         kept = row["secret_sha256"] if row else bytes(32)
         if not hmac.compare_digest(_digest(secret), kept) or not row:
             raise NotAuthenticated("the API key is not known", cause="unknown")

@@ -320,7 +320,7 @@ class Registry:
         if kept is not None and kept.owner == owner:
             return kept
         known = await self._logs.look_up(answer_id)
-        while known is None and 0 <= self._now() - _begun_at(answer_id) < YOUNG_S:
+        while (known is None or known.owner != owner) and 0 <= self._now() - _begun_at(answer_id) < YOUNG_S:
             await asyncio.sleep(YOUNG_PAUSE_S)  # its replica may only just be making it known
             known = await self._logs.look_up(answer_id)
         if known is not None and known.owner == owner and not known.events_gone:

@@ -4,6 +4,7 @@ and on the whole suite for the way through.
 
 import asyncio
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from playwright.async_api import Browser, BrowserContext, Page, Request, async_playwright, expect
+from playwright.async_api import Browser, BrowserContext, Dialog, Page, Request, async_playwright, expect
 
 from bench.script import Behaviour, answer_text
 from tests.e2e.page_gateway import TOKEN, TRACE, Cut, FakeGateway, Problem, citation, delta, document, done, passages, serving, step
@@ -547,6 +548,38 @@ async def test_hostile_text_runs_nothing_loads_nothing_and_links_nowhere_unsafe(
     for text in ("script", "data", "spaced", "by reference", "relative"):
         await expect(answer.get_by_role("link", name=text, exact=True)).to_have_count(0)
     assert await visit.page.evaluate("window.pwned") is None
+
+
+async def test_strings_that_broke_other_pages_break_nothing_here(visit: Visit, data_dir: Path) -> None:
+    """Every string of a public list, script injections of all kinds among them, as an answer and as the passage it cites: no element but
+    those of text, no dialog, no request to anybody else."""
+    dialogs: list[str] = []
+
+    async def dismiss(dialog: Dialog) -> None:
+        dialogs.append(dialog.message)
+        await dialog.dismiss()
+
+    visit.page.on("dialog", dismiss)
+    strings = [text for text in json.loads((data_dir / "hostile" / "naughty_strings.json").read_text("utf-8")) if text.strip()]
+    assert len(strings) > 200
+    whole = "\n\n".join(strings)
+    pieces = [delta(whole[start : start + 997]) for start in range(0, len(whole), 997)]
+    visit.gateway.on("All", passages(whole), *pieces, delta(" [1]"), citation(1), done(whole + " [1]"))
+    await visit.ask("All")
+    await expect(visit.page.locator(".receipt")).to_be_visible(timeout=30_000)
+    await visit.page.locator(".answer .cite").last.click()
+    await expect(visit.page.locator(".passage-text")).not_to_be_empty()
+    active = "img, script, svg, iframe, object, embed, style, link, form, video, audio, math, base, meta"
+    for place in (".answer", ".passage-text"):
+        await expect(visit.page.locator(place).locator(active)).to_have_count(0)
+        names = await visit.page.locator(place).first.evaluate(
+            "place => [...place.querySelectorAll('*')].flatMap(one => one.getAttributeNames()).filter(name => name.startsWith('on'))"
+        )
+        assert names == []
+    schemes = await visit.page.locator(".answer a").evaluate_all("links => [...new Set(links.map(link => link.protocol))]")
+
+    assert set(schemes) <= {"https:", "http:", "mailto:"}
+    assert dialogs == []
 
 
 async def test_the_token_leaves_the_address_bar_and_no_script_can_read_it(visit: Visit) -> None:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.chassis.errors import Unavailable
-from services.gateway.limiter import ENTRIES_PER_WINDOW, Charge, Correction, Kind, LocalLimiter, Outcome, Window
+from services.gateway.limiter import ENTRIES_PER_WINDOW, Charge, Correction, Kind, LocalLimiter, Outcome, Settlement, Window
 from services.gateway.redis_limiter import RedisLimiter
 from services.local.stores import Valkey
 
@@ -118,14 +118,14 @@ CHARGES = st.lists(
 )
 STEPS = st.lists(
     st.one_of(
-        st.tuples(st.just("admit"), CHARGES),
-        st.tuples(st.just("settle"), st.integers(0, 9), st.integers(-9, 9)),
+        st.tuples(st.just("admit"), CHARGES, st.integers(0, 2)),
+        st.tuples(st.just("settle"), st.integers(0, 9), st.integers(0, 18), st.booleans(), st.booleans()),
         st.tuples(st.just("renew"), st.integers(0, 9)),
         st.tuples(st.just("wait"), st.sampled_from([0.0005, 0.003, 0.008])),
     ),
     max_size=30,
 )
-"""Admissions by several limits at once, corrections up and down, leases ended, renewed and left to expire."""
+"""Admissions by several limits at once, of which some come again; corrections up and down, leases ended, renewed and left to expire."""
 _runs = 0
 
 
@@ -142,19 +142,21 @@ async def test_redis_decides_as_the_model_does(client: Any, window_us: int, step
     _runs += 1
     shared, model = RedisLimiter(client, window_us, LEASE_US), LocalLimiter(window_us, LEASE_US)
     admitted: list[tuple[Outcome, list[Charge], str]] = []
+    grants = ["", f"{{run{_runs}}}first", f"{{run{_runs}}}second"]
     for number, (what, *drawn) in enumerate(steps):
         if what == "admit":
             charges = [Charge(f"{{run{_runs}}}{kind}{who}", kind, "user", limit, amount) for kind, who, limit, amount in drawn[0]]
             charges = [Charge(c.key, c.kind, c.scope, c.limit, 1 if c.kind is Kind.CONCURRENCY else c.amount) for c in charges]
-            lease = f"lease{number}"
-            outcome = await shared.admit(charges, lease)
-            assert outcome == model.admit(outcome.now_us, charges, lease)
+            lease, grant = f"lease{number}", grants[drawn[1]]
+            outcome = await shared.admit(charges, lease, grant)
+            assert outcome == model.admit(outcome.now_us, charges, lease, grant)
             if outcome.allowed:
-                admitted.append((outcome, charges, lease))
+                admitted.append((outcome, charges, grant))
         elif what == "wait":
             await asyncio.sleep(drawn[0])
         elif admitted:
-            outcome, charges, lease = admitted[drawn[0] % len(admitted)]
+            outcome, charges, grant = admitted[drawn[0] % len(admitted)]
+            lease = outcome.lease
             lease_keys = [charge.key for charge in charges if charge.kind is Kind.CONCURRENCY]
             if what == "renew":
                 # Between two clocks: the model is told the end that Redis gave, so that nothing depends on how long the call took.
@@ -163,10 +165,9 @@ async def test_redis_decides_as_the_model_does(client: Any, window_us: int, step
                     model.hold(int(await client.zscore(key, lease)) - LEASE_US, [(key, lease)])
             else:
                 windows = zip(charges, outcome.verdicts, strict=True)
-                corrections = [Correction(c.key, v.entry, drawn[1]) for c, v in windows if c.kind is not Kind.CONCURRENCY and drawn[1]]
-                now_us = await shared.settle(corrections, lease, lease_keys)
-                model.correct(now_us, corrections)
-                model.release([(key, lease) for key in lease_keys])
+                corrections = [Correction(c.key, v.entry, v.charged, drawn[1]) for c, v in windows if c.kind is Kind.TOKENS and v.charged]
+                settlement = Settlement(corrections, lease if drawn[3] else "", lease_keys, grant, lasts=drawn[2])
+                model.settle(await shared.settle(settlement), settlement)
 
 
 async def test_redis_stands_still_when_its_clock_goes_back(client: Any) -> None:

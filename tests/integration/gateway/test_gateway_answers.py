@@ -233,17 +233,33 @@ async def test_a_log_that_was_read_to_its_end_is_204(front: Front, client: httpx
     assert (request.answer_id, request.after_sequence) == (ANSWER, 9)
 
 
-async def test_the_query_wins_over_the_header_and_both_are_checked(front: Front, client: httpx.AsyncClient) -> None:
-    """A number is digits and nothing else."""
-    front.behind.orchestrator.resumed = [delta(4, "x"), done(5)]
+async def test_the_later_of_query_and_header_counts_and_both_are_checked(front: Front, client: httpx.AsyncClient) -> None:
+    """A browser's EventSource comes back to the same address, query and all, with a header that says how far it came since. A number is
+    digits and nothing else."""
+    front.behind.orchestrator.resumed = [delta(10, "x"), done(11)]
 
-    await client.get(f"/v1/answers/{ANSWER}/events?after=3", headers={"last-event-id": "9"})
-    request, _ = front.behind.seen.last("ResumeAnswer")
+    for query, header, after in (("?after=3", "9", 9), ("?after=9", "3", 9), ("?after=3", "", 3), ("", "9", 9), ("", "", 0)):
+        await client.get(f"/v1/answers/{ANSWER}/events{query}", headers={"last-event-id": header} if header else {})
+        request, _ = front.behind.seen.last("ResumeAnswer")
 
-    assert request.after_sequence == 3
+        assert request.after_sequence == after
     for odd in ("-1", "1.5", "x", "１", "9" * 30):
         problem = problem_of(await client.get(f"/v1/answers/{ANSWER}/events", params={"after": odd}), 400, "REQUEST_INVALID")
         assert problem["field"] == "after"
+        header = {"last-event-id": odd.encode()}
+        problem = problem_of(await client.get(f"/v1/answers/{ANSWER}/events?after=1", headers=header), 400, "REQUEST_INVALID")
+        assert problem["field"] == "Last-Event-ID"
+
+
+async def test_who_begins_to_read_in_the_middle_is_told_when_to_come_back(front: Front, client: httpx.AsyncClient) -> None:
+    """Within its first block. Who comes back was told before, and joins the very bytes of an uncut stream."""
+    front.behind.orchestrator.resumed = [delta(4, "x"), delta(5, "y"), done(6)]
+
+    begun = await client.get(f"/v1/answers/{ANSWER}/events?after=3")
+    back = await client.get(f"/v1/answers/{ANSWER}/events?after=3", headers={"last-event-id": "3"})
+
+    assert [block.get("retry") for block in blocks_of(begun.text)] == ["1000", None, None]
+    assert begun.text == f"retry: 1000\n{back.text}"
 
 
 async def test_cancel_is_acknowledged(front: Front, client: httpx.AsyncClient) -> None:

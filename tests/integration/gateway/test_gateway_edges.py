@@ -21,6 +21,7 @@ from tailrace.gateway.v1.gateway_service_pb2_grpc import GatewayServiceStub
 from tailrace.ledger.v1 import ledger_service_pb2 as ledger
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
 from tailrace.retrieval.v1 import retrieval_service_pb2 as retrieval
+from tests.fakes.api_keys import key_named
 from tests.integration.gateway.backends import ANSWER, KEY, accepted, delta, done, forever
 from tests.integration.gateway.conftest import Front, problem_of, settings_for, unique_user, until
 from tests.integration.gateway.test_gateway_answers import blocks_of
@@ -95,7 +96,9 @@ async def test_every_call_works_over_grpc_for_the_tokens_principal(front: Front)
     assert {(principal.tenant, principal.user) for principal in called.values()} == {("acme", "ada")}
 
 
-@pytest.mark.parametrize("metadata", [(), (("authorization", "Bearer x.y.z"),), (("x-api-key", "trk_unknown"),)])
+@pytest.mark.parametrize(
+    "metadata", [(), (("authorization", "Bearer x.y.z"),), (("x-api-key", "trk_unknown"),), (("x-api-key", key_named("unknown")),)]
+)
 async def test_without_a_good_credential_nothing_is_served_over_grpc(front: Front, metadata: Any) -> None:
     """Health is for everybody, answers are not."""
     async with grpc.aio.insecure_channel(f"127.0.0.1:{front.grpc_port}") as channel:
@@ -119,8 +122,8 @@ async def test_leaving_a_grpc_stream_ends_the_call_behind(front: Front) -> None:
 
 async def test_an_api_key_is_a_credential_of_its_owner(front: Front) -> None:
     """In either header; the ledger is asked by the gateway itself."""
-    front.behind.ledger.keys["trk_robot"] = Principal("acme", "robot", frozenset({"service"}), "k-1")
-    for headers in ({"x-api-key": "trk_robot"}, {"authorization": "Bearer trk_robot"}):
+    front.behind.ledger.keys[key_named("robot")] = Principal("acme", "robot", frozenset({"service"}), "k-1")
+    for headers in ({"x-api-key": key_named("robot")}, {"authorization": f"Bearer {key_named('robot')}"}):
         async with httpx.AsyncClient(base_url=front.url, headers=headers, trust_env=False) as client:
             assert (await client.get("/v1/sessions")).status_code == 200
     _, principal = front.behind.seen.last("ListSessions")

@@ -27,7 +27,7 @@ from tailrace.gateway.v1.gateway_service_pb2_grpc import GatewayServiceStub
 from tailrace.ledger.v1 import ledger_service_pb2 as ledger
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
 from tests.certificates import Authority
-from tests.integration.gateway.backends import KEY, accepted, done
+from tests.integration.gateway.backends import ANSWER, KEY, accepted, done
 from tests.integration.gateway.conftest import Front, problem_of, settings_for, unique_user, until
 
 
@@ -196,6 +196,28 @@ async def listening(app: Any) -> AsyncIterator[tuple[asyncio.StreamReader, async
     finally:
         writer.close()
         await listener.stop(1)
+
+
+async def test_grpc_connections_of_one_peer_are_bounded_too(front: Front, valkey: Valkey, tmp_path: Path) -> None:
+    """The newest go; who was there before is served on."""
+    async with gateway(front, valkey, tmp_path, TAILRACE_GATEWAY_CONNECTIONS_PER_PEER_MAX="4") as server:
+        metadata = (("authorization", f"Bearer {front.token()}"),)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            stub = GatewayServiceStub(channel)
+            await stub.GetOperation(ledger.GetOperationRequest(operation_id=ANSWER), metadata=metadata)
+            peers = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(12)]
+            try:
+
+                async def cut() -> bool:
+                    return sum(reader.at_eof() for reader, _ in peers) >= 9
+
+                reading = [asyncio.create_task(reader.read()) for reader, _ in peers]
+                await until(cut, 20)
+                await stub.GetOperation(ledger.GetOperationRequest(operation_id=ANSWER), metadata=metadata)
+            finally:
+                for _, writer in peers:
+                    writer.close()
+                await asyncio.gather(*reading, return_exceptions=True)
 
 
 async def test_a_trailer_is_no_header() -> None:

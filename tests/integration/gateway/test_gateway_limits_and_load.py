@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import grpc
 import httpx
 import pytest
+from websockets.asyncio.client import connect
 
 from services.chassis.errors import ModelFailed
 from services.chassis.lifecycle import started
@@ -21,6 +23,7 @@ from tailrace.common.v1 import common_pb2 as common
 from tailrace.gateway.v1.gateway_service_pb2_grpc import GatewayServiceStub
 from tailrace.ledger.v1 import ledger_service_pb2 as ledger
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
+from tests.fakes.api_keys import key_named
 from tests.integration.gateway.backends import ANSWER, accepted, delta, done, forever
 from tests.integration.gateway.conftest import Front, problem_of, settings_for, unique_user, until
 
@@ -51,7 +54,7 @@ async def test_tokens_are_reserved_then_corrected_by_the_receipt(front: Front) -
         assert first.headers["x-ratelimit-limit-tokens"] == "12000"
         assert first.headers["x-ratelimit-remaining-tokens"] == str(12_000 - 4096 - 1024 - 2)
         front.behind.orchestrator.script = [ModelFailed("no")]
-        problem_of(await client.post("/v1/answers", json={"question": "Why?"}), 503, "MODEL_FAILED")
+        problem_of(await client.post("/v1/answers", json={"question": "Why?"}), 502, "MODEL_FAILED")
         front.behind.orchestrator.script = [accepted(), receipt]
 
         async def settled() -> bool:
@@ -115,6 +118,64 @@ async def test_answers_at_the_same_time_are_limited_over_both_fronts(front: Fron
     assert (error.reason, error.metadata["limit_kind"], error.retry_after_ms) == ("RATE_LIMITED", "concurrency", 1000)
 
 
+async def test_the_same_request_again_needs_no_place_and_no_tokens_over_any_front(front: Front, tmp_path: Path, valkey: Valkey) -> None:
+    """While its answer runs and when it has ended, at this gateway and another, over HTTP, gRPC and a WebSocket. Another key, or another
+    body, is another answer."""
+    front.behind.ledger.plan.concurrent_answers, front.behind.ledger.plan.tokens_per_minute = 1, 11_000
+    front.behind.orchestrator.script = [accepted(), forever]
+    receipt = done(1)
+    receipt.done.usage.Clear()
+    receipt.done.usage.input_tokens = 5_000
+    token, body, key = front.token(unique_user()), {"question": "Why?"}, {"idempotency-key": "k-1"}
+    headers = {"authorization": f"Bearer {token}"}
+    async with gateway(front, tmp_path, valkey.url) as (elsewhere, _), front.client() as here:
+        for client in (here, elsewhere):
+            client.headers.update(headers)
+
+        async def begun(client: httpx.AsyncClient) -> httpx.Response:
+            async with client.stream("POST", "/v1/answers", json=body, headers=key) as response:
+                await anext(response.aiter_bytes())
+                return response
+
+        async with here.stream("POST", "/v1/answers", json=body, headers=key) as first:
+            remaining = [
+                response.headers["x-ratelimit-remaining-tokens"] for response in (first, await begun(here), await begun(elsewhere))
+            ]
+            metadata = (("authorization", f"Bearer {token}"),)
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{front.grpc_port}") as channel:
+                same, _ = front.behind.seen.last("Answer")
+                call = GatewayServiceStub(channel).Answer(same, metadata=metadata)
+                assert (await call.read()).HasField("accepted")
+                call.cancel()
+            async with connect(f"{front.url.replace('http', 'ws')}/v1/answers/ws", additional_headers=headers) as socket:
+                await socket.send(json.dumps({"type": "ask", "idempotency_key": "k-1", **body}))
+                assert json.loads(await socket.recv())["type"] == "accepted"
+            others = ({"question": "Who?"}, key), (body, {"idempotency-key": "k-2"}), (body, {})
+            for other, other_key in others:
+                refused = problem_of(await elsewhere.post("/v1/answers", json=other, headers=other_key), 429, "RATE_LIMITED")
+                assert refused["limit_kind"] == "concurrency"
+            front.behind.orchestrator.script = [receipt]
+            front.behind.ledger.booked.MergeFrom(ledger.Operation(status="done", usage=receipt.done.usage))
+            ended = [await client.post("/v1/answers", json=body, headers=key) for client in (here, elsewhere)]
+
+        async def free() -> bool:
+            response = await elsewhere.post("/v1/answers", json={"question": "?", "max_output_tokens": 1})
+            return "concurrency" not in response.text
+
+        assert await until(free)
+        full = problem_of(await here.post("/v1/answers", json={"question": "?", "max_output_tokens": 1_000}), 429, "RATE_LIMITED")
+
+        async def told_again() -> bool:
+            response = await here.post("/v1/answers", json=body, headers=key)
+            return response.status_code == 200 and response.headers["x-ratelimit-remaining-tokens"] == "1000"  # of two answers
+
+        assert await until(told_again)
+
+    assert len(set(remaining)) == 1
+    assert [response.status_code for response in ended] == [200, 200]
+    assert full["limit_kind"] == "tokens"
+
+
 async def test_tokens_of_an_answer_that_was_left_are_what_the_books_say(front: Front) -> None:
     """Leaving just before the receipt does not make it cheap: the difference is charged as soon as it is booked."""
     front.behind.ledger.plan.tokens_per_minute = 100_000
@@ -140,13 +201,13 @@ async def test_an_api_key_has_its_own_limit_and_the_tenant_its_own(front: Front)
     front.behind.ledger.plan.key_limits.requests_per_minute = 1
     front.behind.ledger.plan.tenant_limits.CopyFrom(ledger.Limits(requests_per_minute=3))
     front.behind.ledger.keys = {
-        f"trk_{tenant}_{number}": Principal(tenant, "robot", frozenset({"user"}), f"key-{number}") for number in range(4)
+        key_named(f"{tenant} {number}"): Principal(tenant, "robot", frozenset({"user"}), f"key-{number}") for number in range(4)
     }
 
     async with httpx.AsyncClient(base_url=front.url, trust_env=False) as client:
 
         async def search(number: int) -> httpx.Response:
-            return await client.post("/v1/search", json={"query": "q"}, headers={"x-api-key": f"trk_{tenant}_{number}"})
+            return await client.post("/v1/search", json={"query": "q"}, headers={"x-api-key": key_named(f"{tenant} {number}")})
 
         statuses = [(await search(number)).status_code for number in (0, 1)]
         of_key = problem_of(await search(0), 429, "RATE_LIMITED")

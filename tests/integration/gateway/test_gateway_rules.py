@@ -15,6 +15,7 @@ from services.gateway.limiter import Kind
 from services.gateway.rules import ADMIN, ROUTE_RULES, RPC_RULES, Rule
 from tailrace.gateway.v1 import gateway_service_pb2
 from tailrace.gateway.v1.gateway_service_pb2_grpc import GatewayServiceStub
+from tests.fakes.api_keys import key_named
 from tests.integration.gateway.backends import ANSWER, accepted, done
 from tests.integration.gateway.conftest import Front, problem_of, unique_user
 
@@ -36,7 +37,7 @@ def concrete(path: str) -> str:
 
 def key_of(front: Front, role: str, scopes: frozenset[str]) -> dict[str, str]:
     """The header of an API key with a role, narrowed to scopes."""
-    secret = f"trk_{role}_{'_'.join(sorted(scopes)).replace(':', '-')}"
+    secret = key_named(f"{role} {sorted(scopes)}")
     front.behind.ledger.keys[secret] = Principal("acme", "robot", ROLES[role], "k-1", scopes)
     return {"x-api-key": secret}
 

@@ -22,6 +22,7 @@ from services.gateway.exchange import Exchange
 from services.gateway.websocket import CALLS_MAX, refuse_foreign_page
 from services.gateway.wiring import EdgeServer, build
 from services.local.stores import Valkey
+from tests.fakes.api_keys import key_named
 from tests.integration.gateway.backends import ANSWER, accepted, delta, done, forever
 from tests.integration.gateway.conftest import Front, settings_for, unique_user, until
 from tests.integration.gateway.test_gateway_answers import blocks_of
@@ -406,9 +407,9 @@ async def test_a_message_that_cannot_be_read_counts_as_a_request_and_keeps_its_i
 async def test_a_key_that_was_revoked_asks_nothing_more(front: Front) -> None:
     """An open socket is no way around the end of a credential."""
     front.behind.orchestrator.script = [accepted(), done(2)]
-    front.behind.ledger.keys["trk_ws"] = Principal("acme", "robot", frozenset({"service"}), "k-ws")
-    async with opened(front, **{"x-api-key": "trk_ws"}) as socket:
-        del front.behind.ledger.keys["trk_ws"]
+    front.behind.ledger.keys[key_named("ws")] = Principal("acme", "robot", frozenset({"service"}), "k-ws")
+    async with opened(front, **{"x-api-key": key_named("ws")}) as socket:
+        del front.behind.ledger.keys[key_named("ws")]
 
         async def refused() -> Any:
             await say(socket, "ask", question="?")

@@ -1,12 +1,15 @@
 """Users, plans, subscriptions, budgets, prices, keys and conversations through a channel."""
 
 import asyncio
+import hashlib
 import uuid
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import asyncpg
 import pytest
 
+from services.chassis import api_key
 from services.chassis.errors import DomainError, IdempotencyConflict, NotAllowed, NotAuthenticated, NotFound, PriceUnknown, RequestInvalid
 from services.chassis.principal import Principal
 from services.chassis.wire import timestamp
@@ -187,6 +190,22 @@ async def test_a_new_price_is_a_new_version_and_holds_keep_theirs(
         await ledger.reserve(stranger, provider="local", model=price.model)
 
 
+async def test_a_key_made_before_keys_had_a_checksum_goes_on(ledger: Ledger, boss: Principal) -> None:
+    """Whole as it was; a new one without its checksum is no old one."""
+    made = await ledger.ask("CreateApiKey", pb.CreateApiKeyRequest(name="bot", user="robot", roles=["user"]), boss)
+    old = made.secret[:-6]
+    with pytest.raises(NotAuthenticated):
+        await ledger.ask("ResolveApiKey", pb.ResolveApiKeyRequest(secret=old), RECORDER)
+    connection = await asyncpg.connect(ledger.url)
+    try:
+        digest = hashlib.sha256(old.encode()).digest()
+        await connection.execute("UPDATE api_keys SET secret_sha256 = $2 WHERE key_id = $1", made.key.key_id, digest)
+    finally:
+        await connection.close()
+
+    assert (await ledger.ask("ResolveApiKey", pb.ResolveApiKeyRequest(secret=old), RECORDER)).principal.user == "robot"
+
+
 async def test_an_api_key_acts_as_its_user_until_it_ends(ledger: Ledger, boss: Principal, stranger: Principal) -> None:
     """The secret is shown once and kept hashed; wrong, revoked and foreign ones open nothing."""
     made = await ledger.ask("CreateApiKey", pb.CreateApiKeyRequest(name="bot", user="robot", roles=["user"]), boss)
@@ -195,7 +214,7 @@ async def test_an_api_key_acts_as_its_user_until_it_ends(ledger: Ledger, boss: P
     assert made.secret.startswith(f"trk_{made.key.key_id}_")
     assert (found.tenant, found.user, list(found.roles), found.api_key_id) == (boss.tenant, "robot", ["user"], made.key.key_id)
     altered = made.secret[:-1] + ("A" if made.secret[-1] != "A" else "B")
-    for wrong in (altered, "trk_", f"trk_{'0' * 16}_{'A' * 43}", "x"):
+    for wrong in (altered, "trk_", f"trk_{'0' * 16}_{'A' * 43}", api_key.sealed(f"trk_{'0' * 16}_{'A' * 43}"), made.secret[:-6], "x"):
         with pytest.raises(NotAuthenticated) as refused:
             await ledger.ask("ResolveApiKey", pb.ResolveApiKeyRequest(secret=wrong), RECORDER)
         assert refused.value.metadata["cause"] == "unknown"

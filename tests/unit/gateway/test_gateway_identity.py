@@ -14,10 +14,13 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
-from services.chassis.errors import NotAuthenticated, NotFound, Unavailable
+from services.chassis.errors import DomainError, NotAuthenticated, NotFound, RateLimited, Unavailable
 from services.chassis.principal import Principal
-from services.gateway import identity
+from services.gateway import guesses, identity
+from services.gateway.guesses import Guesses
 from services.gateway.identity import AllKeys, Identity, PublishedKeys, SharedSecret, Tokens, credential_in, parse_jwks
+from services.gateway.rpc import address_in
+from tests.fakes.api_keys import key_named
 
 SECRET = b"a shared secret of thirty-two bytes or more"
 ED25519, P256 = ed25519.Ed25519PrivateKey.generate(), ec.generate_private_key(ec.SECP256R1())
@@ -380,8 +383,12 @@ async def test_known_keys_go_on_while_the_issuer_is_away() -> None:
     assert await keys.find("ed", "EdDSA") is not None
 
 
+GOOD, BAD, GONE, OLD = key_named("good"), key_named("bad"), key_named("gone"), key_named("good of old", sealed=False)
+ROBOT = Principal("acme", "robot", frozenset({"service"}), "k-1")
+
+
 async def test_an_api_key_is_asked_about_once_in_a_while() -> None:
-    """Good and bad answers are kept for seconds; trouble is not kept."""
+    """Good and bad answers are kept for seconds; trouble is not kept. Keys made before they had a checksum are as good."""
     asked: list[str] = []
     trouble = [Unavailable("away", dependency="ledger")]
 
@@ -389,26 +396,117 @@ async def test_an_api_key_is_asked_about_once_in_a_while() -> None:
         asked.append(secret)
         if trouble:
             raise trouble.pop()
-        if secret == "trk_gone":
+        if secret == GONE:
             raise NotFound("none")
-        return Principal("acme", "robot", frozenset({"service"}), "k-1") if secret == "trk_good" else None
+        return ROBOT if secret in (GOOD, OLD) else None
 
     who = Identity(tokens(), resolve, Unrevoked())
     with pytest.raises(Unavailable):
-        await who.principal("trk_good")
+        await who.principal(GOOD)
     for _ in range(3):
-        assert (await who.principal("trk_good")).api_key_id == "k-1"
-        for bad in ("trk_bad", "trk_gone"):
+        for good in (GOOD, OLD):
+            assert (await who.principal(good)).api_key_id == "k-1"
+        for bad in (BAD, GONE):
             with pytest.raises(NotAuthenticated):
                 await who.principal(bad)
-    for impossible in ("trk_" + "x" * 300, "trk_ä"):
-        with pytest.raises(NotAuthenticated):
-            await who.principal(impossible)
 
-    assert asked == ["trk_good", "trk_good", "trk_bad", "trk_gone"]
+    assert asked == [GOOD, GOOD, OLD, BAD, GONE]
     who.forget_api_keys()
-    await who.principal("trk_good")
-    assert asked[-1] == "trk_good"
+    await who.principal(GOOD)
+    assert asked[-1] == GOOD
+
+
+async def test_what_nobody_made_is_not_looked_up() -> None:
+    """It has another shape, or its checksum does not fit: one character changed, or the checksum of another."""
+
+    async def resolve(secret: str) -> Principal | None:
+        raise AssertionError(secret)
+
+    who = Identity(tokens(), resolve, Unrevoked())
+    changed = [GOOD[:place] + ("a" if GOOD[place] != "a" else "b") + GOOD[place + 1 :] for place in range(len(GOOD))]
+    made_up = [
+        *changed,
+        GOOD[:-6] + BAD[-6:],
+        GOOD[:-1],
+        GOOD + "0",
+        GOOD + "\n",
+        " " + GOOD,
+        "trk_",
+        "trk_" + "x" * 300,
+        "trk_ä",
+        OLD[:-1],
+    ]
+    for impossible in made_up:
+        with pytest.raises(NotAuthenticated) as refused:
+            await who.principal(impossible)
+        assert refused.value.metadata["cause"] in ("api_key", "malformed")
+
+
+async def test_made_up_keys_are_looked_up_a_few_at_a_time_and_stand_in_nobodys_way() -> None:
+    """Of one address and of all. Keys that were good before go on, so do other addresses; a good one is no guess."""
+    now, asked = 100.0, list[str]()
+
+    async def resolve(secret: str) -> Principal | None:
+        asked.append(secret)
+        await asyncio.sleep(0)
+        return ROBOT if secret in (GOOD, OLD) else None
+
+    async def refused(address: str, numbers: range) -> list[DomainError]:
+        found = await asyncio.gather(*(who.principal(key_named(f"made up {n}"), address) for n in numbers), return_exceptions=True)
+        return [error for error in found if isinstance(error, DomainError)]
+
+    who = Identity(tokens(), resolve, Unrevoked(), Guesses(lambda: now))
+    for _ in range(3 * guesses.EACH_MAX):
+        await who.principal(OLD, "192.0.2.1")
+        who.forget_api_keys()
+    asked.clear()
+    errors = await refused("192.0.2.1", range(500))
+    assert len(asked) == guesses.EACH_MAX
+    limited = [error for error in errors if isinstance(error, RateLimited)]
+    assert len(limited) == 500 - guesses.EACH_MAX
+    assert limited[0].retry_after_ms == 1001
+    with pytest.raises(RateLimited):
+        await who.principal(GOOD, "192.0.2.1")
+    who.forget_api_keys()
+    assert await who.principal(OLD, "192.0.2.1") == ROBOT
+    assert await who.principal(GOOD, "192.0.2.2") == ROBOT
+    asked.clear()
+    now += 3
+    await refused("192.0.2.1", range(500, 600))
+    assert len(asked) == 3
+    await refused("2001:db8::1", range(600, 700))
+    await refused("2001:db8::2", range(700, 800))
+    assert len(asked) == 3 + guesses.EACH_MAX
+
+    asked.clear()
+    for other in range(100):
+        await refused(f"198.51.100.{other}", range(1000 * other, 1000 * other + 50))
+    assert guesses.ALL_MAX - 2 * guesses.EACH_MAX <= len(asked) <= guesses.ALL_MAX
+    who.forget_api_keys()
+    assert await who.principal(GOOD, "192.0.2.1") == ROBOT
+
+
+async def test_behind_a_proxy_all_addresses_are_one_and_none_is_counted() -> None:
+    """Only all together are."""
+    limit = Guesses(lambda: 0.0, by_source=False)
+    for _ in range(guesses.ALL_MAX):
+        limit.take("192.0.2.1")
+    with pytest.raises(RateLimited):
+        limit.take("192.0.2.2")
+
+
+@pytest.mark.parametrize(
+    ("peer", "address"),
+    [
+        ("ipv4:192.0.2.1:4711", "192.0.2.1"),
+        ("ipv6:%5B2001:db8::1%5D:4711", "2001:db8::1"),
+        ("ipv6:[::1]:4711", "::1"),
+        ("unix:", ""),
+    ],
+)
+def test_the_address_of_a_caller_over_grpc(peer: str, address: str) -> None:
+    """As HTTP names it."""
+    assert address_in(peer) == address
 
 
 @pytest.mark.parametrize(

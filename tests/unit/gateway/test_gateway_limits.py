@@ -11,8 +11,8 @@ import pytest
 from services.chassis.errors import AnswerInterrupted, ModelFailed, Unavailable
 from services.chassis.principal import Principal
 from services.gateway import limits
-from services.gateway.limiter import Charge, Correction, Kind, LocalLimiter, Outcome
-from services.gateway.limits import Allowance, Entitlements, Fallback, LimitReached, Limits, Metered, ReservedTokens
+from services.gateway.limiter import Charge, Kind, LocalLimiter, Outcome, Settlement
+from services.gateway.limits import Allowance, Ending, Entitlements, Fallback, LimitReached, Limits, Metered, ReservedTokens, grant_of
 from services.gateway.memo import Memo
 from tailrace.common.v1 import common_pb2
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
@@ -30,14 +30,13 @@ class Store:
         self.asked = 0
         self.renewed: list[tuple[str, str]] = []
 
-    async def admit(self, charges: Sequence[Charge], lease: str = "") -> Outcome:
+    async def admit(self, charges: Sequence[Charge], lease: str = "", grant: str = "") -> Outcome:
         self._reach()
-        return self.limiter.admit(self.now_us, charges, lease)
+        return self.limiter.admit(self.now_us, charges, lease, grant)
 
-    async def settle(self, corrections: Sequence[Correction], lease: str, lease_keys: Sequence[str]) -> int:
+    async def settle(self, settlement: Settlement) -> int:
         self._reach()
-        self.limiter.correct(self.now_us, corrections)
-        self.limiter.release([(key, lease) for key in lease_keys])
+        self.limiter.settle(self.now_us, settlement)
         return self.now_us
 
     async def renew(self, leases: Sequence[tuple[str, str]]) -> None:
@@ -168,10 +167,12 @@ class Books:
     def __init__(self) -> None:
         self.used: dict[str, int] = {}
         self.asked: list[tuple[str, str]] = []
+        self.lasts = True
 
-    async def __call__(self, principal: Principal, answer_id: str) -> int | None:
+    async def __call__(self, principal: Principal, answer_id: str) -> Ending | None:
         self.asked.append((principal.user, answer_id))
-        return self.used.get(answer_id)
+        used = self.used.get(answer_id)
+        return None if used is None else Ending(used, self.lasts)
 
 
 async def until(true: Callable[[], bool]) -> None:
@@ -305,6 +306,213 @@ async def test_of_an_answer_that_ended_without_a_receipt_the_books_say_what_it_u
     await guard.drain(1)
 
     assert (before["limit_kind"], after["limit_kind"]) == ("tokens", "tokens")
+
+
+SMALL = Allowance(requests=100, tokens=100, answers=1)
+"""A plan with room for one answer."""
+
+
+async def test_the_same_request_again_is_one_request_more_and_the_same_answer() -> None:
+    """At whatever gateway, while it runs and after its end: one place and one reservation, which do not stand in its own way."""
+    store = Store()
+    first, second = Limits(store, Plans(user=SMALL), 60), Limits(store, Plans(user=SMALL), 60)
+    async with first.answering(ADA, 60, grant="g") as begun, second.answering(ADA, 60, grant="g") as again:
+        async with first.answering(ADA, 60, grant="g") as here:
+            remaining = [dict(one.headers)[b"x-ratelimit-remaining-requests"] for one in (begun, again, here)]
+            assert (await refusal_of(second, ADA, 1))["limit_kind"] == "concurrency"
+            store.now_us += 20_000_000
+            await second.renew()
+            store.now_us += 20_000_000
+            assert (await refusal_of(first, ADA, 1))["limit_kind"] == "concurrency"
+            for one in (begun, again, here):
+                one.answer_id, one.tokens_used, one.ended, one.lasts = "a-1", 70, True, True
+    for guard in (first, second):
+        await guard.drain(1)
+    async with second.answering(ADA, 30) as full:
+        async with first.answering(ADA, 60, grant="g") as told_again:
+            pass
+        full.tokens_used, full.ended = 30, True
+    for guard in (first, second):
+        await guard.drain(1)
+        await guard.renew()
+
+    assert remaining == [b"99", b"98", b"97"]
+    assert (told_again.reserved, told_again.lease_keys) == ([], [])
+    assert (await refusal_of(first, ADA, 1))["limit_kind"] == "tokens"  # 70 and 30, and nothing twice
+    store.now_us += 61_000_000
+    async with first.answering(ADA, 100):
+        pass
+    await first.drain(1)
+
+
+async def test_requests_are_counted_as_often_as_they_come() -> None:
+    """Also those that came before: each is work."""
+    guard = Limits(Store(), Plans(user=Allowance(requests=2, answers=1)), 60)
+    async with guard.answering(ADA, 1, grant="g"):
+        async with guard.answering(ADA, 1, grant="g"):
+            pass
+        with pytest.raises(LimitReached) as caught:
+            async with guard.answering(ADA, 1, grant="g"):
+                pass
+    await guard.drain(1)
+
+    assert caught.value.metadata["limit_kind"] == "requests"
+
+
+async def test_what_failed_so_that_it_may_run_again_is_admitted_like_any_other() -> None:
+    """Its tokens are given back, so that another try has room; and it takes what it needs."""
+    guard = Limits(Store(), Plans(user=SMALL), 60)
+    with pytest.raises(ModelFailed):
+        async with guard.answering(ADA, 60, grant="g") as admission:
+            admission.tokens_used = 0
+            raise ModelFailed("no")
+    await guard.drain(1)
+    async with guard.answering(ADA, 60, grant="g") as again:
+        assert not again.again
+        assert (await refusal_of(guard, ADA, 1))["limit_kind"] == "concurrency"
+        again.answer_id, again.tokens_used, again.ended, again.lasts = "a-2", 100, True, True
+    await guard.drain(1)
+
+    assert (await refusal_of(guard, ADA, 1))["limit_kind"] == "tokens"
+
+
+async def test_who_is_told_nothing_of_an_answer_takes_nothing_from_it() -> None:
+    """Another replica that is full refuses the second sending; the first one goes on in its place, with its tokens."""
+    store = Store()
+    first, second = Limits(store, Plans(user=SMALL), 60), Limits(store, Plans(user=SMALL), 60)
+    async with first.answering(ADA, 60, grant="g") as begun:
+        with pytest.raises(ModelFailed):
+            async with second.answering(ADA, 60, grant="g") as again:
+                again.tokens_used = 0
+                raise ModelFailed("full")
+        await second.drain(1)
+        assert (await refusal_of(second, ADA, 1))["limit_kind"] == "concurrency"
+        begun.answer_id, begun.tokens_used, begun.ended = "a-1", 99, True
+    await first.drain(1)
+    await second.renew()
+
+    assert (await refusal_of(second, ADA, 2))["limit_kind"] == "tokens"
+    assert store.renewed == []
+
+
+async def test_an_answer_that_began_although_its_first_sending_failed_is_charged_when_it_ends() -> None:
+    """What was given back then is charged whole, so that two sendings at once are no way round the limit."""
+    store = Store()
+    first, second = Limits(store, Plans(user=SMALL), 60), Limits(store, Plans(user=SMALL), 60)
+    async with contextlib.AsyncExitStack() as stack:
+        begun = await stack.enter_async_context(first.answering(ADA, 60, grant="g"))
+        async with second.answering(ADA, 60, grant="g") as again:
+            begun.tokens_used, begun.ended = 0, True
+            await stack.aclose()
+            await first.drain(1)
+            again.answer_id, again.tokens_used, again.ended, again.lasts = "a-1", 95, True, True
+    await second.drain(1)
+
+    assert (await refusal_of(first, ADA, 6))["limit_kind"] == "tokens"
+    async with first.answering(ADA, 5):
+        pass
+    await first.drain(1)
+
+
+async def test_the_same_request_takes_over_from_a_gateway_that_died(quick_looks: None) -> None:
+    """Its place, once that would have ended, and its reservation, which it corrects."""
+    store, books = Store(), Books()
+    dead, alive = Limits(store, Plans(user=SMALL), 60), Limits(store, Plans(user=SMALL), 60, booked=books)
+    async with dead.answering(ADA, 60, grant="g"):
+        store.now_us += 31_000_000
+        async with alive.answering(ADA, 60, lasts_s=300, grant="g") as again:
+            assert (await refusal_of(dead, ADA, 1))["limit_kind"] == "concurrency"
+            again.answer_id = "a-1"
+        await until(lambda: len(books.asked) > 2)
+        books.used["a-1"] = 10
+        await until(lambda: not alive.followed)
+        await alive.drain(1)
+        async with alive.answering(ADA, 90) as other:
+            other.tokens_used, other.ended = 90, True
+        await alive.drain(1)
+
+        assert (await refusal_of(alive, ADA, 1))["limit_kind"] == "tokens"
+    await dead.drain(0)
+
+
+async def test_one_answer_is_looked_after_once_however_often_it_was_asked_for_and_left(quick_looks: None) -> None:
+    """And who reads it to its end ends its place, whoever had left before."""
+    store, books = Store(), Books()
+    guard = Limits(store, Plans(user=SMALL), 60, booked=books)
+    async with guard.answering(ADA, 60, lasts_s=300, grant="g") as last:
+        for _ in range(3):
+            async with guard.answering(ADA, 60, lasts_s=300, grant="g") as left:
+                left.answer_id = "a-1"
+        assert guard.followed == 1
+        last.answer_id, last.tokens_used, last.ended, last.lasts = "a-1", 10, True, True
+        books.used["a-1"] = 10
+    await until(lambda: not guard.followed)
+    await guard.drain(1)
+    await guard.renew()
+
+    assert store.renewed == []
+    async with guard.answering(ADA, 90):
+        pass
+    await guard.drain(1)
+
+
+async def test_an_answer_left_before_it_said_its_id_leaves_its_grant_to_who_asks_again() -> None:
+    """Its lease ends by itself unless that one holds it."""
+    store = Store()
+    first, second = Limits(store, Plans(user=SMALL), 60, detached_s=0), Limits(store, Plans(user=SMALL), 60)
+    async with first.answering(ADA, 60, lasts_s=300, grant="g"):
+        pass
+    async with second.answering(ADA, 60, grant="g") as again:
+        await until(lambda: not first.followed)
+        await first.drain(1)
+        assert again.again
+        assert (await refusal_of(first, ADA, 1))["limit_kind"] == "concurrency"
+        again.answer_id, again.tokens_used, again.ended, again.lasts = "a-1", 100, True, True
+    await second.drain(1)
+
+    assert (await refusal_of(first, ADA, 1))["limit_kind"] == "tokens"
+
+
+async def test_the_same_request_has_its_place_also_while_redis_is_away() -> None:
+    """The gateway that let it in remembers."""
+    store = Store()
+    guard = Limits(store, Plans(user=SMALL), 60)
+    async with guard.answering(ADA, 60, grant="g"):
+        store.away = True
+        async with guard.answering(ADA, 60, grant="g") as again:
+            pass
+        assert (await refusal_of(guard, ADA, 1))["limit_kind"] == "concurrency"
+    await guard.drain(1)
+
+    assert (again.again, again.local) == (True, True)
+
+
+def test_a_grant_is_of_one_user_one_key_and_one_body() -> None:
+    """How a request is read and how long it is waited for makes no other of it, as at the orchestrator."""
+
+    def asked(**changed: Any) -> orchestrator.AnswerRequest:
+        return orchestrator.AnswerRequest(**{"question": "Why?", "idempotency_key": "k", **changed})
+
+    name = grant_of(ADA, asked())
+    others = [
+        grant_of(BOB, asked()),
+        grant_of(Principal("other", "ada"), asked()),
+        grant_of(ADA, asked(idempotency_key="l")),
+        grant_of(ADA, asked(question="Who?")),
+        grant_of(ADA, asked(max_output_tokens=5)),
+    ]
+    same = [
+        {"deadline_ms": 5},
+        {"cancel_on_disconnect": True},
+        {"priority": orchestrator.PRIORITY_BATCH},
+        {"whole": True},
+        {"batches": True},
+    ]
+
+    assert len({name, *others}) == len(others) + 1
+    assert {grant_of(ADA, asked(**changed)) for changed in same} == {name}
+    assert grant_of(ADA, asked(idempotency_key="")) == ""
+    assert name.partition("}")[0] == limits._key("acme", "user", "ada", Kind.TOKENS).partition("}")[0]
 
 
 async def test_the_end_does_not_wait_for_answers_that_were_left() -> None:

@@ -43,6 +43,22 @@ def test_every_error_has_a_status_and_a_document(cls: type[DomainError]) -> None
     assert (document["status"], document["reason"], document["retryable"]) == (status, cls.reason, cls.retryable)
 
 
+@pytest.mark.parametrize(
+    ("cls", "status"),
+    [
+        (errors.ModelFailed, 502),
+        (errors.OutputInvalid, 502),
+        (errors.ModelStalled, 504),
+        (errors.ModelOverloaded, 503),
+        (errors.Overloaded, 503),
+        (errors.Unavailable, 503),
+    ],
+)
+def test_what_a_provider_did_is_told_apart_from_what_we_cannot(cls: type[DomainError], status: int) -> None:
+    """A bad gateway is one whose provider failed or wrote what is of no use (RFC 9110, 15.6.3): the service itself is there."""
+    assert problems.status_of(cls()) == status
+
+
 def test_metadata_never_overwrites_the_documents_own_members() -> None:
     """A service cannot make a problem say it is another."""
     error = errors.ModelRefused("refused", status="200", type="x", provider="p")
@@ -102,6 +118,9 @@ def test_percentiles_are_of_the_recent_calls() -> None:
     assert hop.percentiles() == (7.0, 7.0)
 
 
+PRODUCTION = {"TAILRACE_ENV": "production", "TAILRACE_JWT_ISSUER": "https://id.example.org"}
+
+
 @pytest.mark.parametrize(
     ("environment", "mistake"),
     [
@@ -110,6 +129,9 @@ def test_percentiles_are_of_the_recent_calls() -> None:
         ({"TAILRACE_JWT_HS256_SECRET": "too short"}, "32 bytes"),
         ({"TAILRACE_JWKS_URL": "file:///etc/passwd"}, "TAILRACE_JWKS_URL"),
         ({"TAILRACE_JWKS_URL": "https://a/b", "TAILRACE_JWKS_FILE": "/c"}, "exclude"),
+        ({**PRODUCTION, "TAILRACE_JWKS_URL": "http://id.example.org/jwks"}, "TAILRACE_JWKS_URL"),
+        ({**PRODUCTION, "TAILRACE_JWKS_URL": "http://127.0.0.1.example.org/jwks"}, "TAILRACE_JWKS_URL"),
+        ({**PRODUCTION, "TAILRACE_JWKS_URL": "http://localhost@example.org/jwks"}, "TAILRACE_JWKS_URL"),
         ({"TAILRACE_JWT_LEEWAY_S": "61"}, "TAILRACE_JWT_LEEWAY_S"),
         ({"TAILRACE_GATEWAY_PROT": "1"}, "TAILRACE_GATEWAY_PROT"),
     ],
@@ -118,6 +140,15 @@ def test_settings_that_would_open_the_door_are_refused(environment: dict[str, st
     """At the start, by name."""
     with pytest.raises(SettingsError, match=mistake):
         Settings.load({**ENVIRONMENT, **environment})
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:9/jwks", "http://[::1]/jwks", "http://localhost:8081/jwks", "https://id.example.org/jwks"]
+)
+def test_keys_come_in_the_clear_only_from_this_machine(url: str) -> None:
+    """Whoever can change them on the way can sign as anybody. A sidecar on the same machine may speak plainly."""
+    assert Settings.load({**ENVIRONMENT, **PRODUCTION, "TAILRACE_JWKS_URL": url}).jwks_url == url
+    assert Settings.load({**ENVIRONMENT, "TAILRACE_JWKS_URL": "http://id.example.org/jwks"}).jwks_url
 
 
 def test_keys_come_from_the_state_directory_only_in_development() -> None:

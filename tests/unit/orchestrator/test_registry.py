@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -24,6 +25,7 @@ from services.chassis.errors import (
 )
 from services.chassis.money import Usage
 from services.chassis.principal import Principal
+from services.orchestrator import registry
 from services.orchestrator.domain import (
     BookedAnswer,
     CacheReceipt,
@@ -190,6 +192,39 @@ async def test_answer_that_has_only_just_begun_is_found_elsewhere(replica: Make)
     with pytest.raises(NotFound):
         await there.answers.find(ALICE, old)
     assert asyncio.get_running_loop().time() - began_at < 0.2
+
+
+async def test_a_young_answer_of_somebody_else_is_waited_for_like_one_that_is_not_known_yet(
+    replica: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its 404 came at once, and the other one half a second later. The owner does not wait."""
+    here, there = replica("r1"), replica("r2")
+    foreign, unknown = new_answer_id(), new_answer_id()
+    await began(here.answers, question(foreign))
+    await until(lambda: foreign in here.logs.answers)
+    now, asked = time.time(), list[str]()
+    look_up = MemoryLogs.look_up
+    for one in (here, there):
+        monkeypatch.setattr(one.answers, "_now", lambda: now)
+
+    async def counted(logs: MemoryLogs, answer_id: str) -> SharedAnswer | None:
+        nonlocal now
+        asked.append(answer_id)
+        now += registry.YOUNG_S / 4
+        return await look_up(logs, answer_id)
+
+    monkeypatch.setattr(MemoryLogs, "look_up", counted)
+    for one in (here, there):
+        for answer_id in (foreign, unknown):
+            now = time.time()
+            with pytest.raises(NotFound):
+                await one.answers.find(BOB, answer_id)
+        assert asked.count(foreign) == asked.count(unknown) > 1
+        asked.clear()
+    now = time.time()
+    await there.answers.find(ALICE, foreign)
+
+    assert asked == [foreign]
 
 
 async def test_answer_of_another_replica_is_read_whole_and_stopped(replica: Make) -> None:

@@ -167,7 +167,7 @@ class Ledger(Peer):
 
     async def entitlements(self, principal: Principal) -> Entitlements:
         """What the principal's plan gives."""
-        reply = await self.unary(self.stub.GetEntitlements, ledger.GetEntitlementsRequest(), timeout_s=2.0, principal=principal)
+        reply = await self.unary(self.stub.GetEntitlements, ledger.GetEntitlementsRequest(), timeout_s=1.0, principal=principal)
         plan = reply.plan
         return Entitlements(
             _allowance(plan),

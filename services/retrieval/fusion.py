@@ -7,6 +7,8 @@ from typing import Generic, TypeVar
 
 Id = TypeVar("Id", int, str)
 """What names a candidate. Ties go by it."""
+_Place = tuple[int | None, float | None]
+_NOWHERE: _Place = (None, None)
 
 SPREADS = 3.0
 """A score counts from 0 to 1 between so many standard deviations below and above its ranking's mean."""
@@ -28,6 +30,10 @@ class Fused(Generic[Id]):
     dense_score: float | None = None
     sparse_rank: int | None = None
     sparse_score: float | None = None
+    total: float | None = None
+    """Cosine and BM25 added as they are, in the unit of BM25, of which `score` is made; None = it was made otherwise."""
+    late_score: float | None = None
+    """`total` and what late interaction adds to it; None = it was not asked, or judged others alone."""
 
 
 def familiarity(characters: int, pieces: int) -> float:
@@ -59,8 +65,10 @@ def fused(
     A ranking is scores by id, best first; one of fewer than `brought` holds all there is. `worth` is what a whole unit of cosine counts
     beside words, in their unit, where that was measured. Scores are 0-1 for nearly all, and 0.5 in the middle; those of `rrf` are its own.
     """
+    totals: dict[Id, float] = {}
     if mode == "linear" and dense and sparse:
-        scores = _on_one_scale(_added(dense, sparse, dense_weight, brought, worth))
+        totals = _added(dense, sparse, dense_weight, brought, worth)
+        scores = _on_one_scale(totals)
     else:
         of = _by_rank if mode == "rrf" else _by_spread
         scores = {id_: dense_weight * score for id_, score in of(dense, rrf_k).items()}
@@ -69,7 +77,11 @@ def fused(
     # Of two hundred candidates a dozen is wanted: the others need no more than a number.
     best = sorted([(-score, id_) for id_, score in scores.items()])[:most]
     meant, said = _places(dense), _places(sparse)
-    return [Fused(id_, -negated, *meant.get(id_, (None, None)), *said.get(id_, (None, None))) for negated, id_ in best]
+    candidates = []
+    for negated, id_ in best:
+        dense_place, sparse_place = meant.get(id_, _NOWHERE), said.get(id_, _NOWHERE)
+        candidates.append(Fused(id_, -negated, *dense_place, *sparse_place, total=totals.get(id_)))
+    return candidates
 
 
 def _added(meant: Mapping[Id, float], said: Mapping[Id, float], dense_weight: float, brought: int, worth: float | None) -> dict[Id, float]:
@@ -83,7 +95,7 @@ def _added(meant: Mapping[Id, float], said: Mapping[Id, float], dense_weight: fl
     return {id_: by_meaning * meant.get(id_, least_meant) + by_words * said.get(id_, least_said) for id_ in {**meant, **said}}
 
 
-def _places(ranking: Mapping[Id, float]) -> dict[Id, tuple[int, float]]:
+def _places(ranking: Mapping[Id, float]) -> dict[Id, _Place]:
     """Rank from 1 and score by id."""
     return {id_: (rank, score) for rank, (id_, score) in enumerate(ranking.items(), 1)}
 

@@ -43,7 +43,7 @@ async def test_int8_is_near_and_a_vector_does_not_depend_on_its_company(embedder
     small = await asyncio.to_thread(MiniLmEmbedder.load, state_dir / "models", "int8")
     try:
         near = [float((await small.embed_question(text))[0] @ (await embedder.embed_question(text))[0]) for text in texts]
-        together = small._embed(tuple(texts[:5]))
+        together = small._read_texts(tuple(texts[:5]))[0]
         alone = np.concatenate([await small.embed_question(text) for text in texts[:5]])
     finally:
         small.close()

@@ -244,6 +244,25 @@ async def test_a_chunk_that_says_the_same_gives_way_to_the_next(retrieval: Retri
     assert [1, 2, 3, 4] == [row.hit.number for row in found]
 
 
+async def test_the_best_are_judged_again_by_their_single_words(tmp_path: Path) -> None:
+    """By default, where both meaning and words rank; the explanation has the score. Without it the order is the fusion's."""
+    who = Principal(tenant="acme", user="ann")
+    ways = (pb.SEARCH_MODE_HYBRID, pb.SEARCH_MODE_DENSE, pb.SEARCH_MODE_SPARSE)
+    async with running(settings_for(tmp_path)) as retrieval:
+        await retrieval.ingest(who, {"book.md": BOOK})
+        judged, by_meaning, by_words = [await rows(retrieval, who, "Where is the heron described?", mode=way, explain=True) for way in ways]
+    async with running(settings_for(tmp_path / "without", late_candidates=0)) as retrieval:
+        await retrieval.ingest(who, {"book.md": BOOK})
+        fused = await rows(retrieval, who, "Where is the heron described?", explain=True)
+
+    scores = [row.explanation.rerank_score for row in judged]
+    assert all(row.explanation.HasField("rerank_score") for row in judged)
+    assert 3 == len(scores) and scores == sorted(scores, reverse=True)
+    assert "heron" in judged[0].hit.text
+    assert judged[0].hit.score == pytest.approx(fused[0].hit.score, abs=1e-3)
+    assert not any(row.explanation.HasField("rerank_score") for row in (*by_meaning, *by_words, *fused))
+
+
 async def test_a_reranker_has_the_last_word_and_is_not_needed(tmp_path: Path) -> None:
     """Its order counts and explains itself. When it fails, the order is the fusion's, and it is left alone for a while."""
     judge = Judge()

@@ -18,7 +18,20 @@ import structlog
 from services.chassis.errors import Unavailable
 from services.retrieval.edge_folders import another, clear, put_behind, settle, switch
 from services.retrieval.facts import FACTS, NAME, VALUE, Condition
-from services.retrieval.ports import SKETCH, SPACES, TENANTS_MAX, Filter, Point, Query, Ranked, Record, Space, Sparse, stored_payload
+from services.retrieval.ports import (
+    SKETCH,
+    SPACES,
+    TENANTS_MAX,
+    Filter,
+    Point,
+    Query,
+    Ranked,
+    Record,
+    Space,
+    Sparse,
+    record_of,
+    stored_payload,
+)
 
 T = TypeVar("T")
 
@@ -165,21 +178,14 @@ class EdgeStore:
         if self._call(space, lambda shard: shard.count(edge.CountRequest(filter=old, exact=True))):
             self._update(space, deletion, deletion=deletion)
 
-    async def get(self, space: Space, tenant: str, ids: Sequence[str]) -> dict[str, Record]:
+    async def get(self, space: Space, tenant: str, ids: Sequence[str], *, sketches: bool = False) -> dict[str, Record]:
         if not ids:
             return {}
-        points = self._call(space, lambda shard: shard.retrieve(list(ids), with_payload=_told(space), with_vector=False))
+        told = True if sketches else _told(space)
+        points = self._call(space, lambda shard: shard.retrieve(list(ids), with_payload=told, with_vector=False))
         # The engine makes id and payload anew whenever they are asked for.
         found = [(str(point.id), point.payload) for point in points]
-        return {id_: Record(id_, payload) for id_, payload in found if payload["tenant"] == tenant}
-
-    async def sketches(self, space: Space, tenant: str, ids: Sequence[str]) -> dict[str, str]:
-        if not ids:
-            return {}
-        fields = ["tenant", SKETCH]
-        points = self._call(space, lambda shard: shard.retrieve(list(ids), with_payload=fields, with_vector=False))
-        found = [(str(point.id), point.payload) for point in points]
-        return {id_: payload[SKETCH] for id_, payload in found if payload["tenant"] == tenant and SKETCH in payload}
+        return {id_: record_of(id_, payload) for id_, payload in found if payload["tenant"] == tenant}
 
     async def find(self, space: Space, where: Filter, *, limit: int, order_by: str = "", descending: bool = False) -> list[Record]:
         order = edge.OrderBy(order_by, edge.Direction.Desc if descending else edge.Direction.Asc) if order_by else None
@@ -307,7 +313,7 @@ class EdgeStore:
 
 
 def _told(space: Space) -> Any:
-    """What of a payload a record has."""
+    """What of a payload is read where sketches are not asked for."""
     return edge.PayloadSelector.Exclude([SKETCH]) if space.sketched else True
 
 

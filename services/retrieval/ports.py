@@ -97,7 +97,7 @@ class Point:
 
 
 SKETCH = "sketch"
-"""Payload field that adapters keep the sketch in. No record has it."""
+"""Payload field that adapters keep the sketch in. No record's payload has it."""
 
 
 def stored_payload(point: Point) -> dict[str, Any]:
@@ -111,6 +111,13 @@ class Record:
 
     id: str
     payload: Payload
+    sketch: str = ""
+    """Where it was asked for; empty = it has none."""
+
+
+def record_of(id_: str, payload: dict[str, Any]) -> Record:
+    """The record of what an adapter wrote with `stored_payload`."""
+    return Record(id_, payload, payload.pop(SKETCH, ""))
 
 
 Ranked = Mapping[int, float]
@@ -184,12 +191,8 @@ class VectorStore(Protocol):
         """Remove the points of all tenants whose integer `field` is below a bound."""
         ...
 
-    async def get(self, space: Space, tenant: str, ids: Sequence[str]) -> dict[str, Record]:
-        """The tenant's points among `ids`, by id."""
-        ...
-
-    async def sketches(self, space: Space, tenant: str, ids: Sequence[str]) -> dict[str, str]:
-        """Sketches of the tenant's points among `ids`, by id: of those that have one."""
+    async def get(self, space: Space, tenant: str, ids: Sequence[str], *, sketches: bool = False) -> dict[str, Record]:
+        """The tenant's points among `ids`, by id; with their sketches if those are asked for."""
         ...
 
     async def find(self, space: Space, where: Filter, *, limit: int, order_by: str = "", descending: bool = False) -> list[Record]:

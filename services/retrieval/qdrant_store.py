@@ -30,6 +30,7 @@ from services.retrieval.ports import (
     Record,
     Space,
     Sparse,
+    record_of,
     stored_payload,
 )
 from services.retrieval.qdrant_layout import Layout
@@ -126,17 +127,13 @@ class QdrantStore:
         old = models.Filter(must=[models.FieldCondition(key=field, range=models.Range(lt=below))])
         await self._ask(lambda: self._client.delete(self._name(space), models.FilterSelector(filter=old), **self._layout.write()))
 
-    async def get(self, space: Space, tenant: str, ids: Sequence[str]) -> dict[str, Record]:
+    async def get(self, space: Space, tenant: str, ids: Sequence[str], *, sketches: bool = False) -> dict[str, Record]:
         if not ids:
             return {}
-        records = await self._retrieved(space, ids, _told(space))
+        told = True if sketches else _told(space)
+        points = await self._ask(lambda: self._client.retrieve(self._name(space), list(ids), with_payload=told, **self._layout.read()))
+        records = (record_of(str(point.id), dict(point.payload or {})) for point in points)
         return {record.id: record for record in records if record.payload["tenant"] == tenant}
-
-    async def sketches(self, space: Space, tenant: str, ids: Sequence[str]) -> dict[str, str]:
-        if not ids:
-            return {}
-        records = await self._retrieved(space, ids, ["tenant", SKETCH])
-        return {record.id: record.payload[SKETCH] for record in records if record.payload["tenant"] == tenant and SKETCH in record.payload}
 
     async def find(self, space: Space, where: Filter, *, limit: int, order_by: str = "", descending: bool = False) -> list[Record]:
         direction = models.Direction.DESC if descending else models.Direction.ASC
@@ -189,10 +186,6 @@ class QdrantStore:
     def _name(self, space: Space) -> str:
         return f"{self._prefix}{space.name}"
 
-    async def _retrieved(self, space: Space, ids: Sequence[str], fields: Any) -> list[Record]:
-        points = await self._ask(lambda: self._client.retrieve(self._name(space), list(ids), with_payload=fields, **self._layout.read()))
-        return [Record(str(point.id), point.payload or {}) for point in points]
-
     async def _make(self, space: Space) -> None:
         name = self._name(space)
         with self._failures():
@@ -240,7 +233,7 @@ class QdrantStore:
 
 
 def _told(space: Space) -> Any:
-    """What of a payload a record has."""
+    """What of a payload is read where sketches are not asked for."""
     return models.PayloadSelectorExclude(exclude=[SKETCH]) if space.sketched else True
 
 

@@ -2,8 +2,8 @@
 the same. How rankings are scaled lives in fusion.py, how words are met in late_interaction.py, what is the same in near_duplicates.py."""
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import structlog
 
@@ -18,7 +18,7 @@ from services.retrieval.facts import Condition
 from services.retrieval.fusion import Fused, familiarity, fused
 from services.retrieval.late_interaction import AskedTokens, nearness
 from services.retrieval.near_duplicates import distinct
-from services.retrieval.ports import EmbeddedQuestion, Filter, Fusion, Query, Ranked, Reranker, Space, Sparse, VectorStore, written
+from services.retrieval.ports import EmbeddedQuestion, Filter, Fusion, Query, Ranked, Record, Reranker, Space, Sparse, VectorStore, written
 from services.retrieval.registry import Registry
 
 log = structlog.get_logger(__name__)
@@ -88,6 +88,8 @@ class Ranking:
     candidates: list[Fused[int]]
     is_cut: bool
     """Whether the rankings it is from may have more than they brought."""
+    read: Mapping[str, Record] = field(default_factory=dict)
+    """Those of the candidates that were read already, by id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,20 +232,20 @@ class Searcher:
         weight = self._dense_weight(encoding, text) if is_hybrid else float(sought.dense is not None)
         looked_at = self._looked_at(limit)
         ranking = await self._ranked(encoding, sought, looked_at, weight, by_words)
-        hits, stale = await self._found(reach, encoding.chunks, ranking.candidates[:looked_at], weight)
+        hits, stale = await self._found(reach, encoding.chunks, ranking, 0, looked_at, weight)
         hits = await self._reranked(text, hits)
         kept = distinct([hit.passage.text for hit in hits], limit)
         deep = looked_at * REFILL_FACTOR
         if len(kept) < limit and not stale and looked_at < len(ranking.candidates):
             # Much says the same: look further down.
-            further, stale = await self._found(reach, encoding.chunks, ranking.candidates[looked_at:deep], weight)
+            further, stale = await self._found(reach, encoding.chunks, ranking, looked_at, deep, weight)
             hits = [hits[place] for place in kept] + further
             kept = distinct([hit.passage.text for hit in hits], limit)
         if len(kept) < limit and (stale or (ranking.is_cut and len(ranking.candidates) < deep)):
             # A document is being replaced this very moment, so that chunks of two versions compete, or more has to be brought: rank once
             # again.
             ranking = await self._ranked(encoding, sought, deep, weight, None)
-            hits, _ = await self._found(reach, encoding.chunks, ranking.candidates, weight)
+            hits, _ = await self._found(reach, encoding.chunks, ranking, 0, len(ranking.candidates), weight)
             hits = await self._reranked(text, hits)
             kept = distinct([hit.passage.text for hit in hits], limit)
         return [replace(hits[place], passage=replace(hits[place].passage, number=number)) for number, place in enumerate(kept, 1)]
@@ -261,11 +263,12 @@ class Searcher:
         """Candidates that each of two rankings brings for `limit` that are looked at."""
         return max(self._fusion.prefetch, limit, min(limit * REFILL_FACTOR, BROUGHT_MAX))
 
-    async def _found(self, reach: Reach, space: Space, candidates: Sequence[Fused[int]], weight: float) -> tuple[list[Hit], bool]:
-        """What the candidates are, in their order, and whether some of them are no longer there, or no longer current."""
-        by_id = {written(candidate.id): candidate for candidate in candidates}
+    async def _found(self, reach: Reach, space: Space, ranking: Ranking, begin: int, end: int, weight: float) -> tuple[list[Hit], bool]:
+        """What these candidates are, in their order, and whether some of them are no longer there, or no longer current."""
+        by_id = {written(candidate.id): candidate for candidate in ranking.candidates[begin:end]}
         # What was removed since the ranking is missing here, as if it had been replaced.
-        records = await self._store.get(space, reach.viewer.tenant, list(by_id))
+        unread = [id_ for id_ in by_id if id_ not in ranking.read]
+        records = {**ranking.read, **await self._store.get(space, reach.viewer.tenant, unread)}
         current = await self._registry.current(reach.viewer, [records[id_] for id_ in by_id if id_ in records])
         meaning, words = self._fusion.weights
         is_known = weight >= KNOWN_SHARE * meaning / ((meaning + words) or 1.0)
@@ -280,7 +283,7 @@ class Searcher:
             )
             for stored, document in current
         ]
-        return hits, len(hits) < len(candidates)
+        return hits, len(hits) < len(by_id)
 
     async def _reranked(self, question: str, hits: list[Hit]) -> list[Hit]:
         """The first of `hits` as the reranker orders them, the others after them; all as they were where there is none or it fails."""
@@ -313,25 +316,28 @@ class Searcher:
         if alone:
             own = {**dense, **sparse}
             best = [replace(candidate, score=own[candidate.id]) for candidate in best]
-        elif sought.tokens is not None:
-            best = await self._late(encoding.chunks, sought.where.tenant, sought.tokens, best, dense_weight)
-        return Ranking(best, max(len(dense), len(sparse)) >= brought)
+        ranking = Ranking(best, max(len(dense), len(sparse)) >= brought)
+        if sought.tokens is None or alone:
+            return ranking
+        return await self._late(encoding.chunks, sought.where.tenant, sought.tokens, ranking, dense_weight)
 
-    async def _late(self, space: Space, tenant: str, tokens: AskedTokens, candidates: list[Fused[int]], weight: float) -> list[Fused[int]]:
+    async def _late(self, space: Space, tenant: str, tokens: AskedTokens, ranking: Ranking, weight: float) -> Ranking:
         """The first of the candidates by how near the question's words are to theirs as well, the others after them. All as they were where
         one of the first has no sketch, or is gone: who was judged and who was not have no common scale."""
-        first, others = candidates[: self._late_candidates], candidates[self._late_candidates :]
+        first, others = ranking.candidates[: self._late_candidates], ranking.candidates[self._late_candidates :]
         if len(first) < 2 or first[0].total is None:
-            return candidates
-        sketches = await self._store.sketches(space, tenant, [written(candidate.id) for candidate in first])
-        if len(sketches) < len(first):
-            return candidates
-        near = nearness(tokens, [sketches[written(candidate.id)] for candidate in first])
+            return ranking
+        ids = [written(candidate.id) for candidate in first]
+        read = await self._store.get(space, tenant, ids, sketches=True)
+        sketches = [read[id_].sketch for id_ in ids if id_ in read]
+        if len(sketches) < len(first) or not all(sketches):
+            return replace(ranking, read=read)
+        near = nearness(tokens, sketches)
         judged = [
             replace(candidate, late_score=(candidate.total or 0.0) + weight * LATE_WORTH * value)
             for candidate, value in zip(first, near, strict=True)
         ]
-        return sorted(judged, key=lambda candidate: -(candidate.late_score or 0.0)) + others
+        return replace(ranking, candidates=sorted(judged, key=lambda candidate: -(candidate.late_score or 0.0)) + others, read=read)
 
     async def _leg(self, space: Space, where: Filter, limit: int, near: Sequence[float] | Sparse | None) -> Ranked:
         return {} if near is None else await self._store.rank(space, Query(where, limit, near))

@@ -303,13 +303,14 @@ async def test_a_sketch_is_told_to_who_asks_for_it_alone(store: VectorStore) -> 
     await store.upsert(CHUNKS, [chunk("bare", text="words"), replace(chunk("theirs", "rival"), sketch=sketch)])
     ids = [stable_id(name) for name in ("c0", "c1", "c2", "bare", "theirs", "none")]
 
-    assert {ids[number]: f"{number}{sketch}" for number in range(3)} == await store.sketches(CHUNKS, "acme", ids)
-    assert {} == await store.sketches(CHUNKS, "acme", [])
+    asked = await store.get(CHUNKS, "acme", ids, sketches=True)
     read = [*(await store.get(CHUNKS, "acme", ids)).values(), *await store.find(CHUNKS, Filter("acme"), limit=9)]
+    assert {**{ids[number]: f"{number}{sketch}" for number in range(3)}, ids[3]: ""} == {id_: one.sketch for id_, one in asked.items()}
     assert 8 == len(read)
-    assert {frozenset(chunk("x").payload)} == {frozenset(record.payload) for record in read}
+    assert {(frozenset(chunk("x").payload), "")} == {(frozenset(one.payload), one.sketch) for one in read}
+    assert {frozenset(chunk("x").payload)} == {frozenset(one.payload) for one in asked.values()}
     await store.upsert(CHUNKS, [chunk("c0", text="words")])
-    assert {ids[1], ids[2]} == (await store.sketches(CHUNKS, "acme", ids)).keys()
+    assert "" == (await store.get(CHUNKS, "acme", ids, sketches=True))[ids[0]].sketch
 
 
 async def test_upkeep_learns_whose_points_there_are(store: VectorStore) -> None:

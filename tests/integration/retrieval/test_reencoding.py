@@ -217,6 +217,13 @@ async def vectors_of(store: VectorStore, process: Process) -> dict[str, int]:
     return {encoding.embedder_id: await store.count(encoding.chunks, Filter(TENANT)) for encoding in await process.encodings.all()}
 
 
+async def sketches_of(store: VectorStore, process: Process) -> list[str]:
+    """Of each chunk that the collection answers with."""
+    space = (await process.encodings.answering(TENANT, "default")).chunks
+    ids = [record.id for record in await store.find(space, Filter(TENANT), limit=LARGE + 9)]
+    return [record.sketch for record in (await store.get(space, TENANT, ids, sketches=True)).values()]
+
+
 async def test_a_changed_embedder_takes_over_and_the_old_vectors_go(store: VectorStore) -> None:
     """Until the switch the old answers, afterwards the new; nothing of the old is left."""
     await filled(store)
@@ -388,8 +395,8 @@ async def test_what_was_stored_without_sketches_gets_them_and_is_judged_by_them_
             pass
         encoding = await reading.encodings.answering(TENANT, "default")
         assert ("one", FORM) == (encoding.embedder_id, encoding.sketch_form)
-        chunks = await store.find(encoding.chunks, Filter(TENANT), limit=LARGE + 9)
-        assert LARGE + 3 == len(chunks) == len(await store.sketches(encoding.chunks, TENANT, [chunk.id for chunk in chunks]))
+        sketches = await sketches_of(store, reading)
+        assert LARGE + 3 == len(sketches) and all(sketches)
         scores = await reading.late("lions hunt zebras")
         assert scores == sorted((score for score in scores if score is not None), reverse=True)
         assert 3 == len(scores)
@@ -398,10 +405,7 @@ async def test_what_was_stored_without_sketches_gets_them_and_is_judged_by_them_
     async with process(store, "one") as one:
         while await one.reencoding.once():
             pass
-        encoding = await one.encodings.answering(TENANT, "default")
-        chunks = await store.find(encoding.chunks, Filter(TENANT), limit=LARGE + 9)
-        assert LARGE + 4 == len(chunks)
-        assert {} == await store.sketches(encoding.chunks, TENANT, [chunk.id for chunk in chunks])
+        assert [""] * (LARGE + 4) == await sketches_of(store, one)
         assert [None] * 3 == await one.late("lions and comets")
 
 

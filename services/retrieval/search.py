@@ -39,7 +39,7 @@ MINILM = "minilm"
 MINILM_WORTH = 60.0
 """What a whole unit of its cosine counts beside BM25: from 40 to 70 nothing changes much, on abstracts and claims, on paragraphs in three
 languages, and on stretches of long texts."""
-LATE_WORTH = 45.0
+LATE_WORTH = 40.0
 """The same of how near MiniLM's tokens are. From 30 to 60 nothing changes much."""
 KNOWN_SHARE = 0.8
 """Meaning must count for so much of what it may count for before its cosine is told: in a language that the embedder hardly knows all texts

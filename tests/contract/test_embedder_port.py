@@ -15,7 +15,7 @@ from services.chassis.errors import DomainError, ModelFailed, ModelMisconfigured
 from services.retrieval import minilm_conversion
 from services.retrieval.config import Settings
 from services.retrieval.embedders import EmbedderUnknown, opened
-from services.retrieval.late_interaction import CHARACTERS_PER_TOKEN, nearness
+from services.retrieval.late_interaction import CHARACTERS_PER_TOKEN, kept_of, nearness
 from services.retrieval.minilm_embedder import MiniLmEmbedder
 from services.retrieval.ports import Embedder
 from services.retrieval.remote_embedding import QUESTION_RUNS_MAX, RemoteEmbedder
@@ -141,7 +141,7 @@ async def test_tokens_are_told_with_the_vector_they_make(embedder: Embedder) -> 
         (alone,) = (await embedder.embed_texts([text])).sketches or ()
         differ = sum(one != other for one, other in zip(alone, sketch, strict=True))
         assert differ <= len(sketch) / 100, text  # a number may lie on its bound
-        assert CHARACTERS_PER_TOKEN * (embedder.count_tokens([text])[0] + 2) == len(sketch)
+        assert CHARACTERS_PER_TOKEN * kept_of(embedder.count_tokens([text])[0] + 2) == len(sketch)
     assert vector == pytest.approx(await embedder.embed_question("Who is eating bread, a man?"), abs=1e-4)
     assert tokens is not None and others is not None
     assert embedder.count_tokens(["Who is eating bread, a man?"])[0] == len(tokens.weights)

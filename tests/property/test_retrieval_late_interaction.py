@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.retrieval.late_interaction import NUMBERS, QUESTION_TOKENS_MAX, ZERO_BELOW, asked, nearness, sketched
+from services.retrieval.late_interaction import NUMBERS, QUESTION_TOKENS_MAX, ZERO_BELOW, asked, kept_of, nearness, sketched
 
 
 def plainly(question: np.ndarray, texts: list[np.ndarray]) -> list[float]:
@@ -17,7 +17,8 @@ def plainly(question: np.ndarray, texts: list[np.ndarray]) -> list[float]:
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     best = []
     for text in texts:
-        short = text @ projection
+        long_of_text = np.argsort(-np.linalg.norm(text, axis=1), kind="stable")[: kept_of(len(text))]
+        short = text[long_of_text] @ projection
         spread = np.sqrt((short**2).mean(axis=1, keepdims=True))
         signs = np.where(np.abs(short) > ZERO_BELOW * spread, np.sign(short), 0.0)
         best.append((directions @ (signs / np.linalg.norm(signs, axis=1, keepdims=True)).T).max(axis=1))

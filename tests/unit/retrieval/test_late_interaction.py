@@ -12,8 +12,9 @@ PINNED = "'qI*%K)k<Z_BD03-B[SE0@R?"
 
 
 def tokens(*seeds: int) -> Numbers:
-    """A vector for each seed, always the same; two of them are hardly alike."""
-    return np.stack([np.random.default_rng(seed).standard_normal(DIMENSION).astype(np.float32) for seed in seeds])
+    """A direction for each seed, always the same; two of them are hardly alike. The first is the longest."""
+    rows = np.stack([np.random.default_rng(seed).standard_normal(DIMENSION).astype(np.float32) for seed in seeds])
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True) * np.linspace(1.5, 1, len(seeds), dtype=np.float32)[:, None]
 
 
 def text(*seeds: int) -> str:
@@ -28,7 +29,7 @@ def near(question: Numbers, *texts: str) -> list[float]:
 
 def test_who_has_the_words_is_nearest() -> None:
     """In any order and among others; what has half of them is half as near."""
-    both, one, none = near(tokens(1, 2), text(9, 2, 8, 1, 7), text(9, 2, 8, 6, 7), text(9, 3, 8, 6, 7))
+    both, one, none = near(tokens(1, 2), text(9, 2, 1, 8, 7), text(9, 2, 8, 6, 7), text(9, 3, 8, 6, 7))
 
     assert both > 0.75
     assert both > one + 0.2 > none + 0.4
@@ -44,12 +45,20 @@ def test_a_word_that_all_texts_have_tells_nothing() -> None:
 
 
 def test_a_text_is_sketched_alike_alone_and_in_company() -> None:
-    """Each text takes so many characters a token, and JSON makes no more of them."""
-    alone = (text(1, 2, 3), text(4), text(5, 6))
+    """Each text takes so many characters a token that is kept, and JSON makes no more of them."""
+    alone = (text(1, 2, 3, 4, 5), text(6), text(7, 8))
+    together = np.concatenate([tokens(1, 2, 3, 4, 5), tokens(6), tokens(7, 8)])
 
-    assert alone == sketched(tokens(1, 2, 3, 4, 5, 6), [3, 1, 2])
+    assert alone == sketched(together, [5, 1, 2])
     assert [3 * CHARACTERS_PER_TOKEN, CHARACTERS_PER_TOKEN, 2 * CHARACTERS_PER_TOKEN] == [len(sketch) for sketch in alone]
     assert len(json.dumps(alone[0])) == len(alone[0]) + 2
+
+
+def test_of_a_text_the_longest_vectors_are_kept() -> None:
+    """In whichever place; without those of the words that mean little it is the same text."""
+    vectors = tokens(1, 2, 3, 4, 5)[[3, 0, 4, 1, 2]]
+
+    assert "".join(text(one) for one in (1, 2, 3)) == sketched(vectors, [5])[0]
 
 
 def test_sketches_stay_what_they_are() -> None:

@@ -317,7 +317,7 @@ class Searcher:
             own = {**dense, **sparse}
             best = [replace(candidate, score=own[candidate.id]) for candidate in best]
         ranking = Ranking(best, max(len(dense), len(sparse)) >= brought)
-        if sought.tokens is None or alone:
+        if sought.tokens is None or alone or not dense_weight:
             return ranking
         return await self._late(encoding.chunks, sought.where.tenant, sought.tokens, ranking, dense_weight)
 

@@ -1,5 +1,6 @@
 """Two rankings made one: how scores of meaning and of words are added, and how much each counts. Pure; no store and no wire."""
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -7,8 +8,6 @@ from typing import Generic, TypeVar
 
 Id = TypeVar("Id", int, str)
 """What names a candidate. Ties go by it."""
-_Place = tuple[int | None, float | None]
-_NOWHERE: _Place = (None, None)
 
 SPREADS = 3.0
 """A score counts from 0 to 1 between so many standard deviations below and above its ranking's mean."""
@@ -76,12 +75,8 @@ def fused(
             scores[id_] = scores.get(id_, 0.0) + (1.0 - dense_weight) * score
     # Of two hundred candidates a dozen is wanted: the others need no more than a number.
     best = sorted([(-score, id_) for id_, score in scores.items()])[:most]
-    meant, said = _places(dense), _places(sparse)
-    candidates = []
-    for negated, id_ in best:
-        dense_place, sparse_place = meant.get(id_, _NOWHERE), said.get(id_, _NOWHERE)
-        candidates.append(Fused(id_, -negated, *dense_place, *sparse_place, total=totals.get(id_)))
-    return candidates
+    meant, said = dict(zip(dense, itertools.count(1), strict=False)), dict(zip(sparse, itertools.count(1), strict=False))
+    return [Fused(id_, -negated, meant.get(id_), dense.get(id_), said.get(id_), sparse.get(id_), totals.get(id_)) for negated, id_ in best]
 
 
 def _added(meant: Mapping[Id, float], said: Mapping[Id, float], dense_weight: float, brought: int, worth: float | None) -> dict[Id, float]:
@@ -93,11 +88,6 @@ def _added(meant: Mapping[Id, float], said: Mapping[Id, float], dense_weight: fl
     least_meant, least_said = min(meant.values()), min(said.values()) if len(said) >= brought else 0.0
     by_meaning, by_words = dense_weight * worth, 1.0 - dense_weight
     return {id_: by_meaning * meant.get(id_, least_meant) + by_words * said.get(id_, least_said) for id_ in {**meant, **said}}
-
-
-def _places(ranking: Mapping[Id, float]) -> dict[Id, _Place]:
-    """Rank from 1 and score by id."""
-    return {id_: (rank, score) for rank, (id_, score) in enumerate(ranking.items(), 1)}
 
 
 def _by_spread(ranking: Mapping[Id, float], _: int) -> dict[Id, float]:

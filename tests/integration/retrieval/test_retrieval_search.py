@@ -19,7 +19,9 @@ from starlette.routing import Route
 from services.chassis.errors import RequestInvalid
 from services.chassis.principal import Principal
 from services.local.stores import free_port
+from services.retrieval.edge_store import EdgeStore
 from services.retrieval.encoding_spaces import Encodings
+from services.retrieval.ports import Query, Ranked, Space
 from tailrace.retrieval.v1 import retrieval_service_pb2 as pb
 from tests.integration.retrieval.retrieval_kit import Retrieval, running, settings_for
 
@@ -242,6 +244,24 @@ async def test_a_chunk_that_says_the_same_gives_way_to_the_next(retrieval: Retri
     assert 4 == len(sources)
     assert {"fare.md", "new-fare.md", "gate.md"} < set(sources)
     assert [1, 2, 3, 4] == [row.hit.number for row in found]
+
+
+async def test_each_ranking_brings_several_times_what_is_wanted(
+    retrieval: Retrieval, ann: Principal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hundred for a few; for a hundred as many times more, so that what one has at its top and the other far down is seen by both."""
+    brought: list[int] = []
+    rank = EdgeStore.rank
+
+    async def noted(self: EdgeStore, space: Space, query: Query) -> Ranked:
+        brought.append(query.limit)
+        return await rank(self, space, query)
+
+    monkeypatch.setattr(EdgeStore, "rank", noted)
+    await rows(retrieval, ann, "Where is the heron described?", limit=10)
+    await rows(retrieval, ann, "Where is the heron described?", limit=100)
+
+    assert [100, 100, 416, 416] == brought
 
 
 async def test_the_best_are_judged_again_by_their_single_words(tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ from bench.scenarios_command import rows
 from services.retrieval import parsers
 from services.retrieval.chunking import chunked, in_context
 from services.retrieval.domain import Chunk, Stage, Upload
-from services.retrieval.minilm_embedder import MiniLmEmbedder
+from services.retrieval.late_interaction import sketched
+from services.retrieval.minilm_embedder import TOKENS_MAX, MiniLmEmbedder
 from services.retrieval.word_pieces import WordPieces
 from tailrace.retrieval.v1 import retrieval_service_pb2 as pb
 from tests.suite import running
@@ -220,8 +221,8 @@ async def spans(run: Run) -> list[Outcome]:
             async with filling(state) as fill:
                 for name, text in texts.items():
                     chunks = _fixed(text, WordPieces(next(MODELS.glob(f"minilm-l6-v2-{QUANT}-*")) / "tokenizer.json").count)
-                    vectors = (await embedder.embed_texts([chunk.text for chunk in chunks])).vectors
-                    await fill.add("fixed", name, chunks, vectors)
+                    embedded = await embedder.embed_texts([chunk.text for chunk in chunks])
+                    await fill.add("fixed", name, chunks, embedded.vectors, embedded.sketches or ())
         finally:
             embedder.close()
         async with serving(state) as service:
@@ -354,7 +355,9 @@ async def _among(run: Run, count: int) -> AsyncIterator[Service]:
 
     Embedding so many would take half an hour: their vectors are sums of one random vector a word, so that what shares words is near, as it
     is with real ones. Among random vectors nothing is near, and copies of a text have to be told apart: both would be slower than life.
+    The same vectors are those of their tokens, of which there are as many as in life.
     """
+    count_tokens = WordPieces.published().count
     texts = _stretches([row["text"] for row in _lines(run.data / "retrieval" / "scifact" / "corpus.jsonl.gz")])
     chance = np.random.default_rng(int(run.seed, 16))
     of_words: defaultdict[str, np.ndarray[Any, Any]] = defaultdict(lambda: chance.standard_normal(DIMENSION).astype(np.float32))
@@ -365,8 +368,11 @@ async def _among(run: Run, count: int) -> AsyncIterator[Service]:
                 assert some, "there are not so many stretches of text"
                 vectors = np.stack([np.sum([of_words[word] for word in {*text.casefold().split()}], axis=0) for text in some])
                 vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+                lengths = [min(length + 2, TOKENS_MAX) for length in count_tokens(some)]
+                words = [itertools.cycle(text.casefold().split()) for text in some]
+                tokens = [of_words[next(each)] for each, length in zip(words, lengths, strict=True) for _ in range(length)]
                 chunks = [Chunk(place, text, place * 1000, place * 1000 + len(text)) for place, text in enumerate(some)]
-                await fill.add("many", f"part {begin}", chunks, vectors)
+                await fill.add("many", f"part {begin}", chunks, vectors, sketched(np.stack(tokens), lengths))
         async with serving(state) as service:
             yield service
 

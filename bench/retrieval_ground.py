@@ -137,15 +137,15 @@ class Filling:
         self._registry = Registry(store, SystemClock())
         self._sparse = EdgeBm25("english")
 
-    async def add(self, collection: str, source_uri: str, chunks: Sequence[Chunk], dense: Vectors) -> None:
-        """One document with these chunks and vectors, searchable once a service opens the folder."""
+    async def add(self, collection: str, source_uri: str, chunks: Sequence[Chunk], dense: Vectors, sketches: Sequence[str]) -> None:
+        """One document with these chunks, vectors and sketches, searchable once a service opens the folder."""
         sparse = [self._sparse.document(chunk.text, "en") for chunk in chunks]
         characters = max(chunk.end for chunk in chunks)
         id_ = document_id(WHO.tenant, collection, source_uri)
         draft = Document(
             id_, WHO.tenant, collection, source_uri, "", "text/plain", 0, "", characters, characters, len(chunks), 0, "", language="en"
         )
-        await self._registry.replace(draft, chunks, dense, sparse)
+        await self._registry.replace(draft, chunks, dense, sparse, sketches)
 
 
 KEY = "a key that only benchmarks know"

@@ -77,7 +77,7 @@ class Explanation:
     """Weight the meaning had in the fusion, of 1 in all."""
     fused_score: float
     rerank_score: float | None
-    """None = no reranker ran."""
+    """Of the reranker, or of late interaction; None = neither judged it."""
     language: str
     """What the query was taken to be in, ISO 639-1. Empty = not known."""
     embedder_id: str

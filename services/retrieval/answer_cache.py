@@ -65,13 +65,13 @@ class AnswerCache:
     async def remember(self, reach: Reach, scope: Scope, epoch: int, answer: CachedAnswer) -> bool:
         """Keep `answer`; the same question again takes its place. Nothing is kept while the collection's embedder cannot be opened."""
         encoding = await self._encodings.answering(reach.tenant, reach.collection)
-        dense = await self._encodings.question(encoding, answer.question)
-        if dense is None:
+        embedded = await self._encodings.question(encoding, answer.question)
+        if embedded is None:
             return False
         cache_scope = _joined(scope)
         payload = {**_payload(answer), "tenant": reach.tenant, "collection": reach.collection, "cache_scope": cache_scope, "epoch": epoch}
         id_ = stable_id("answer", reach.tenant, reach.collection, cache_scope, str(epoch), normalised(answer.question))
-        await self._store.upsert(encoding.answers, [Point(id_, payload, dense)])
+        await self._store.upsert(encoding.answers, [Point(id_, payload, embedded.vector)])
         return True
 
     async def forget(self, tenant: str, *, collection: str = "", answer_id: str = "", user: str = "") -> int:

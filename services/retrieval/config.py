@@ -105,6 +105,10 @@ class Settings(ServiceSettings):
     """Weight of meaning. It falls by itself where the embedder does not know the language of a question."""
     fusion_weight_sparse: float = Field(1.0, ge=0, le=100, validation_alias="TAILRACE_RETRIEVAL_FUSION_WEIGHT_SPARSE")
     """Weight of words. Only the ratio of the two weights counts."""
+    late_candidates: int = Field(20, ge=0, le=100, validation_alias="TAILRACE_RETRIEVAL_LATE_CANDIDATES")
+    """How many of the best are judged again by the vectors of their single words (late interaction), where the embedder tells them, as
+    MiniLM does, and no cross-encoder is set; with the fusion `linear` alone. More than 20 find nothing more. 0 = none, and nothing is
+    stored for it: from or to 0, what is stored is embedded again, in the background."""
     reranker_url: str = Field("", validation_alias="TAILRACE_RETRIEVAL_RERANKER_URL")
     """Whole address of a cross-encoder that judges the best candidates again, such as http://tei:8080/rerank. Empty = none."""
     reranker_format: Literal["cohere", "tei"] = Field("cohere", validation_alias="TAILRACE_RETRIEVAL_RERANKER_FORMAT")

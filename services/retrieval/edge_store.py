@@ -18,7 +18,20 @@ import structlog
 from services.chassis.errors import Unavailable
 from services.retrieval.edge_folders import another, clear, put_behind, settle, switch
 from services.retrieval.facts import FACTS, NAME, VALUE, Condition
-from services.retrieval.ports import SPACES, TENANTS_MAX, Filter, Point, Query, Ranked, Record, Space, Sparse
+from services.retrieval.ports import (
+    SKETCH,
+    SPACES,
+    TENANTS_MAX,
+    Filter,
+    Point,
+    Query,
+    Ranked,
+    Record,
+    Space,
+    Sparse,
+    record_of,
+    stored_payload,
+)
 
 T = TypeVar("T")
 
@@ -141,7 +154,7 @@ class EdgeStore:
         return [str(hit.value) for hit in self._call(space, lambda shard: shard.facet(request)).hits]
 
     async def upsert(self, space: Space, points: Sequence[Point]) -> None:
-        batch = [edge.Point(point.id, _vectors(point), dict(point.payload)) for point in points]
+        batch = [edge.Point(point.id, _vectors(point), stored_payload(point)) for point in points]
         await self._writable()
         self._update(space, edge.UpdateOperation.upsert_points(batch), [point.id for point in points])
         self._unbuilt[space.name] += len(batch)
@@ -165,17 +178,18 @@ class EdgeStore:
         if self._call(space, lambda shard: shard.count(edge.CountRequest(filter=old, exact=True))):
             self._update(space, deletion, deletion=deletion)
 
-    async def get(self, space: Space, tenant: str, ids: Sequence[str]) -> dict[str, Record]:
+    async def get(self, space: Space, tenant: str, ids: Sequence[str], *, sketches: bool = False) -> dict[str, Record]:
         if not ids:
             return {}
-        points = self._call(space, lambda shard: shard.retrieve(list(ids), with_payload=True, with_vector=False))
+        told = True if sketches else _told(space)
+        points = self._call(space, lambda shard: shard.retrieve(list(ids), with_payload=told, with_vector=False))
         # The engine makes id and payload anew whenever they are asked for.
         found = [(str(point.id), point.payload) for point in points]
-        return {id_: Record(id_, payload) for id_, payload in found if payload["tenant"] == tenant}
+        return {id_: record_of(id_, payload) for id_, payload in found if payload["tenant"] == tenant}
 
     async def find(self, space: Space, where: Filter, *, limit: int, order_by: str = "", descending: bool = False) -> list[Record]:
         order = edge.OrderBy(order_by, edge.Direction.Desc if descending else edge.Direction.Asc) if order_by else None
-        request = edge.ScrollRequest(limit=limit, filter=translated(where), with_payload=True, with_vector=False, order_by=order)
+        request = edge.ScrollRequest(limit=limit, filter=translated(where), with_payload=_told(space), with_vector=False, order_by=order)
         points, _ = self._call(space, lambda shard: shard.scroll(request))
         return [Record(str(point.id), point.payload) for point in points]
 
@@ -296,6 +310,11 @@ class EdgeStore:
         if shard is None:
             raise Unavailable("the vector store is closed", dependency="qdrant")
         return work(shard)
+
+
+def _told(space: Space) -> Any:
+    """What of a payload is read where sketches are not asked for."""
+    return edge.PayloadSelector.Exclude([SKETCH]) if space.sketched else True
 
 
 def _has(record: Record, expected: Mapping[str, str | int]) -> bool:

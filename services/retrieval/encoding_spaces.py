@@ -1,7 +1,8 @@
 """Which encoding each collection's vectors are from, and what turns a question into it. Moving to another is `reencoding`'s part.
 
-An encoding is an embedder and a word encoder together. Its vectors lie in spaces of their own, so that two are never mixed. A collection's
-standing says which one answers; it is read anew for every question, since another replica may just have switched.
+An encoding is an embedder and a word encoder together, and the form of the sketches that are kept of each chunk, if any are. Its vectors
+lie in spaces of their own, so that two are never mixed. A collection's standing says which one answers; it is read anew for every question,
+since another replica may just have switched.
 """
 
 import asyncio
@@ -9,7 +10,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import structlog
 
@@ -22,6 +23,7 @@ from services.retrieval.ports import (
     CHUNKS,
     DOCUMENTS,
     SYSTEM_TENANT,
+    EmbeddedQuestion,
     Embedder,
     Filter,
     Payload,
@@ -29,6 +31,7 @@ from services.retrieval.ports import (
     Space,
     Sparse,
     SparseEncoder,
+    TokenEmbedder,
     Unpayable,
     Vectors,
     VectorStore,
@@ -49,7 +52,7 @@ MakeSparse = Callable[[str], SparseEncoder]
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """One embedder with one word encoder, and where their vectors are."""
+    """One embedder with one word encoder, and where what they make is."""
 
     id: str
     embedder_name: str
@@ -64,7 +67,29 @@ class Encoding:
 
     @property
     def encoder_id(self) -> str:
-        return self.id.partition(" ")[2]
+        return self.id.partition(" ")[2].partition(" ")[0]
+
+    @property
+    def sketch_form(self) -> str:
+        """What names the form of its chunks' sketches. Empty = they have none."""
+        return self.id.partition(" ")[2].partition(" ")[2]
+
+
+def encoding_id(embedder: Embedder, sparse: SparseEncoder, *, sketching: bool) -> str:
+    """Names all that decides about what is kept of a chunk to find it by."""
+    parts = (embedder.embedder_id, sparse.encoder_id, _sketch_form(embedder) if sketching else "")
+    return " ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Texts as they are found, in their order."""
+
+    dense: Vectors | None
+    """None = their embedder cannot be opened."""
+    sparse: Sequence[Sparse]
+    sketches: Sequence[str] | None = None
+    """None = the encoding has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +114,7 @@ class Encodings:
 
     def __init__(
         self, store: VectorStore, embedder: Embedder, embedder_name: str, sparse: SparseEncoder, open_embedder: OpenEmbedder,
-        make_sparse: MakeSparse, clock: Clock,
+        make_sparse: MakeSparse, clock: Clock, *, sketching: bool = True,
     ) -> None:  # fmt: skip
         self._store = store
         self._embedder = embedder
@@ -98,7 +123,7 @@ class Encodings:
         self._open = open_embedder
         self._make_sparse = make_sparse
         self._clock = clock
-        self.current_id = f"{embedder.embedder_id} {sparse.encoder_id}"
+        self.current_id = encoding_id(embedder, sparse, sketching=sketching)
         """The encoding that the settings name."""
         self._first = ""
         self._said = False
@@ -177,9 +202,9 @@ class Encodings:
         """The encoding that the collection answers with at this moment."""
         return await self.encoding((await self.standing(tenant, collection)).encoding)
 
-    async def question(self, encoding: Encoding, text: str, *, needed: bool = False) -> Sequence[float] | None:
-        """(d,) in `encoding`. None if its embedder cannot be opened here (any more), or cannot be paid while the ledger is away, and it is
-        not `needed`: words are still found by.
+    async def question(self, encoding: Encoding, text: str, *, needed: bool = False) -> EmbeddedQuestion | None:
+        """`text` in `encoding`. None if its embedder cannot be opened here (any more), or cannot be paid while the ledger is away, and it
+        is not `needed`: words are still found by.
 
         Raises Unavailable, Overloaded and what else an open embedder raises.
         """
@@ -190,14 +215,15 @@ class Encodings:
                 raise
             return None
         try:
-            vectors = await embedder.embed_question(text)
+            if encoding.sketch_form and encoding.sketch_form == _sketch_form(embedder):
+                vectors, tokens = await cast(TokenEmbedder, embedder).read_question(text)
+            else:
+                vectors, tokens = await embedder.embed_question(text), None
         except Unpayable:
             if needed:
                 raise
             return None
-        # Plain floats: the stores take a vector number by number, and numpy's own are slow to be taken so.
-        vector: list[float] = vectors[0].tolist()
-        return vector
+        return EmbeddedQuestion(vectors[0].tolist(), tokens)
 
     def words(self, encoding: Encoding) -> SparseEncoder:
         """What weighs words as they are weighed in `encoding`."""
@@ -207,7 +233,7 @@ class Encodings:
         """As the embedder that is set counts them. Blocks: a few short texts at most on the event loop."""
         return self._embedder.count_tokens(texts)
 
-    async def encode(self, encoding: Encoding, texts: Sequence[str], language: str) -> tuple[Vectors | None, list[Sparse]]:
+    async def encode(self, encoding: Encoding, texts: Sequence[str], language: str) -> Encoded:
         """`texts` of one document in `encoding`, in the documents' lane; its `language` is told by the texts if it is not known.
 
         Without dense vectors if the embedder cannot be opened here (any more).
@@ -218,8 +244,10 @@ class Encodings:
         try:
             embedder = await self._embedder_of(encoding)
         except Unavailable:
-            return None, sparse
-        return (await embedder.embed_texts(texts)).vectors, sparse
+            return Encoded(None, sparse)
+        embedded = await embedder.embed_texts(texts)
+        told = encoding.sketch_form and encoding.sketch_form == _sketch_form(embedder)
+        return Encoded(embedded.vectors, sparse, embedded.sketches if told else None)
 
     async def _target(self) -> str | None:
         record = (await self._store.get(DOCUMENTS, SYSTEM_TENANT, [_TARGET])).get(_TARGET)
@@ -266,6 +294,11 @@ class Encodings:
 
 
 _TARGET = stable_id("target encoding")
+
+
+def _sketch_form(embedder: Embedder) -> str:
+    """Empty = it is no TokenEmbedder."""
+    return str(getattr(embedder, "sketch_form", ""))
 
 
 def _gone(embedder_id: str) -> Unavailable:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from services.retrieval.niceness import give_way
-from services.retrieval.ports import Embedded, Vectors
+from services.retrieval.ports import Embedded, Vector, Vectors
 from services.retrieval.question_lane import QuestionLane
 from services.retrieval.remote_embedding import checked
 from services.retrieval.word_pieces import WordPieces
@@ -34,7 +34,7 @@ class FastembedEmbedder:
         self._question_thread = ThreadPoolExecutor(1, thread_name_prefix="embed-question")
         self._documents = ThreadPoolExecutor(1, thread_name_prefix="embed-document", initializer=give_way)
         # On a processor a batch takes as long as its texts one after the other, and keeps the first waiting for the last.
-        self._questions = QuestionLane(self._question_batch, runs_max=1, batch_max=1)
+        self._questions: QuestionLane[Vector] = QuestionLane(self._question_batch, runs_max=1, batch_max=1)
 
     @classmethod
     def load(cls, model: str, folder: Path | None, dimension: int, pieces: WordPieces) -> "FastembedEmbedder":
@@ -78,7 +78,7 @@ class FastembedEmbedder:
         self._documents.shutdown(cancel_futures=True)
 
     async def embed_question(self, text: str) -> Vectors:
-        return await self._questions.embed(text)
+        return (await self._questions.embed(text))[None]
 
     async def embed_texts(self, texts: Sequence[str]) -> Embedded:
         loop = asyncio.get_running_loop()
@@ -94,9 +94,9 @@ class FastembedEmbedder:
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         return self._pieces.count(texts)
 
-    async def _question_batch(self, texts: tuple[str, ...]) -> Vectors:
+    async def _question_batch(self, texts: tuple[str, ...]) -> list[Vector]:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._question_thread, self._run, self._model.query_embed, list(texts))
+        return list(await loop.run_in_executor(self._question_thread, self._run, self._model.query_embed, list(texts)))
 
     def _run(self, embed: Callable[[list[str]], Any], texts: list[str]) -> Vectors:
         return checked(np.asarray(list(embed(texts)), np.float32), len(texts), self.dimension)

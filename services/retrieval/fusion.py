@@ -1,5 +1,6 @@
 """Two rankings made one: how scores of meaning and of words are added, and how much each counts. Pure; no store and no wire."""
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,10 @@ class Fused(Generic[Id]):
     dense_score: float | None = None
     sparse_rank: int | None = None
     sparse_score: float | None = None
+    total: float | None = None
+    """Cosine and BM25 added as they are, in the unit of BM25, of which `score` is made; None = it was made otherwise."""
+    late_score: float | None = None
+    """`total` and what late interaction adds to it; None = it was not asked, or judged others alone."""
 
 
 def familiarity(characters: int, pieces: int) -> float:
@@ -59,8 +64,10 @@ def fused(
     A ranking is scores by id, best first; one of fewer than `brought` holds all there is. `worth` is what a whole unit of cosine counts
     beside words, in their unit, where that was measured. Scores are 0-1 for nearly all, and 0.5 in the middle; those of `rrf` are its own.
     """
+    totals: dict[Id, float] = {}
     if mode == "linear" and dense and sparse:
-        scores = _on_one_scale(_added(dense, sparse, dense_weight, brought, worth))
+        totals = _added(dense, sparse, dense_weight, brought, worth)
+        scores = _on_one_scale(totals)
     else:
         of = _by_rank if mode == "rrf" else _by_spread
         scores = {id_: dense_weight * score for id_, score in of(dense, rrf_k).items()}
@@ -68,8 +75,8 @@ def fused(
             scores[id_] = scores.get(id_, 0.0) + (1.0 - dense_weight) * score
     # Of two hundred candidates a dozen is wanted: the others need no more than a number.
     best = sorted([(-score, id_) for id_, score in scores.items()])[:most]
-    meant, said = _places(dense), _places(sparse)
-    return [Fused(id_, -negated, *meant.get(id_, (None, None)), *said.get(id_, (None, None))) for negated, id_ in best]
+    meant, said = dict(zip(dense, itertools.count(1), strict=False)), dict(zip(sparse, itertools.count(1), strict=False))
+    return [Fused(id_, -negated, meant.get(id_), dense.get(id_), said.get(id_), sparse.get(id_), totals.get(id_)) for negated, id_ in best]
 
 
 def _added(meant: Mapping[Id, float], said: Mapping[Id, float], dense_weight: float, brought: int, worth: float | None) -> dict[Id, float]:
@@ -81,11 +88,6 @@ def _added(meant: Mapping[Id, float], said: Mapping[Id, float], dense_weight: fl
     least_meant, least_said = min(meant.values()), min(said.values()) if len(said) >= brought else 0.0
     by_meaning, by_words = dense_weight * worth, 1.0 - dense_weight
     return {id_: by_meaning * meant.get(id_, least_meant) + by_words * said.get(id_, least_said) for id_ in {**meant, **said}}
-
-
-def _places(ranking: Mapping[Id, float]) -> dict[Id, tuple[int, float]]:
-    """Rank from 1 and score by id."""
-    return {id_: (rank, score) for rank, (id_, score) in enumerate(ranking.items(), 1)}
 
 
 def _by_spread(ranking: Mapping[Id, float], _: int) -> dict[Id, float]:

@@ -418,7 +418,7 @@ class Ingestion:
         tell(state)
         texts = [in_context(title, chunk) for chunk in chunks]
         with span("retrieval.embed_chunks"):
-            dense = await self._embedded(texts, lambda done: tell(replace(state, chunks_done=done)))
+            dense, sketches = await self._embedded(texts, lambda done: tell(replace(state, chunks_done=done)))
         language = await asyncio.to_thread(pipeline.sparse.language, extracted.text)
         sparse = await asyncio.to_thread(lambda: [pipeline.sparse.document(text, language) for text in texts])
         state = replace(state, stage=Stage.EMBEDDED, chunks_done=len(chunks))
@@ -448,7 +448,7 @@ class Ingestion:
         )
 
         async def write() -> None:
-            document = await pipeline.registry.replace(draft, chunks, dense, sparse)
+            document = await pipeline.registry.replace(draft, chunks, dense, sparse, sketches)
             # A version that was received later may have been quicker.
             stage = Stage.INDEXED if document.received == draft.received else Stage.UNCHANGED
             await tell(replace(state, stage=stage, version=document.version))
@@ -457,10 +457,12 @@ class Ingestion:
             # From here on the change is made whole and told, whoever leaves.
             await asyncio.shield(self._afterwork.spawn(write(), "index document"))
 
-    async def _embedded(self, texts: list[str], done: Callable[[int], object]) -> Vectors:
+    async def _embedded(self, texts: list[str], done: Callable[[int], object]) -> tuple[Vectors, list[str] | None]:
+        """The texts' vectors, and their sketches where the embedder tells them."""
         parts = []
         for begin in range(0, len(texts), CHUNKS_PER_STEP):
-            parts.append((await self._pipeline.embedder.embed_texts(texts[begin : begin + CHUNKS_PER_STEP])).vectors)
+            parts.append(await self._pipeline.embedder.embed_texts(texts[begin : begin + CHUNKS_PER_STEP]))
             if begin + CHUNKS_PER_STEP < len(texts):
                 done(begin + CHUNKS_PER_STEP)
-        return np.concatenate(parts)
+        sketches = [sketch for part in parts for sketch in part.sketches or ()]
+        return np.concatenate([part.vectors for part in parts]), sketches or None

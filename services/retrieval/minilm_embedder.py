@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
+from services.retrieval.late_interaction import FORM, AskedTokens, Numbers, asked, sketched
 from services.retrieval.niceness import give_way
-from services.retrieval.ports import Embedded, Vectors
+from services.retrieval.ports import Embedded, Vector, Vectors
 from services.retrieval.question_lane import QuestionLane
 from services.retrieval.word_pieces import PACKAGE, WordPieces
 
@@ -39,9 +40,10 @@ CONVERSION_VERSIONS = {"fp32": "1", "int8": "3"}
 
 
 class MiniLmEmbedder:
-    """Make it with `load`, close it with `close`."""
+    """The TokenEmbedder port. Make it with `load`, close it with `close`."""
 
     dimension = DIMENSION
+    sketch_form = FORM
 
     def __init__(self, folder: Path, embedder_id: str) -> None:
         self.embedder_id = embedder_id
@@ -60,7 +62,9 @@ class MiniLmEmbedder:
         self._tokenizer.no_padding()
         self._pieces = WordPieces(folder / "tokenizer.json")
         self._question_thread = ThreadPoolExecutor(1, thread_name_prefix="embed-question")
-        self._questions = QuestionLane(self._question_batch, runs_max=1, batch_max=QUESTION_BATCH_MAX, spread_max=QUESTION_SPREAD_MAX)
+        self._questions: QuestionLane[tuple[Vector, AskedTokens | None]] = QuestionLane(
+            self._question_batch, runs_max=1, batch_max=QUESTION_BATCH_MAX, spread_max=QUESTION_SPREAD_MAX
+        )
         self._documents = ThreadPoolExecutor(DOCUMENT_THREADS, thread_name_prefix="embed-document", initializer=give_way)
 
     @classmethod
@@ -84,28 +88,47 @@ class MiniLmEmbedder:
         self._documents.shutdown(cancel_futures=True)
 
     async def embed_question(self, text: str) -> Vectors:
-        return await self._questions.embed(text, QUESTIONS_WAITING_MAX)
+        return (await self.read_question(text))[0]
+
+    async def read_question(self, text: str) -> tuple[Vectors, AskedTokens | None]:
+        vector, tokens = await self._questions.embed(text, QUESTIONS_WAITING_MAX)
+        return vector[None], tokens
 
     async def embed_texts(self, texts: Sequence[str]) -> Embedded:
         loop = asyncio.get_running_loop()
         lengths = await loop.run_in_executor(self._documents, self.count_tokens, texts)
         # Texts of one length waste no padding; the caller gets its own order back.
         vectors = np.empty((len(texts), DIMENSION), np.float32)
+        sketches = [""] * len(texts)
         batches = _batches(lengths)
         made = await asyncio.gather(
-            *(loop.run_in_executor(self._documents, self._embed, tuple(texts[place] for place in batch)) for batch in batches)
+            *(loop.run_in_executor(self._documents, self._read_texts, tuple(texts[place] for place in batch)) for batch in batches)
         )
-        for batch, of_batch in zip(batches, made, strict=True):
+        for batch, (of_batch, sketches_of_batch) in zip(batches, made, strict=True):
             vectors[batch] = of_batch
-        return Embedded(vectors, sum(min(length + 2, TOKENS_MAX) for length in lengths))
+            for place, sketch in zip(batch, sketches_of_batch, strict=True):
+                sketches[place] = sketch
+        return Embedded(vectors, sum(min(length + 2, TOKENS_MAX) for length in lengths), sketches=tuple(sketches))
 
-    async def _question_batch(self, texts: tuple[str, ...]) -> Vectors:
-        return await asyncio.get_running_loop().run_in_executor(self._question_thread, self._embed, texts)
+    async def _question_batch(self, texts: tuple[str, ...]) -> list[tuple[Vector, AskedTokens | None]]:
+        return await asyncio.get_running_loop().run_in_executor(self._question_thread, self._read_questions, texts)
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         return self._pieces.count(texts)
 
-    def _embed(self, texts: tuple[str, ...]) -> Vectors:
+    def _read_texts(self, texts: tuple[str, ...]) -> tuple[Vectors, tuple[str, ...]]:
+        vectors, hidden, encodings = self._run(texts)
+        lengths = [len(encoding) for encoding in encodings]
+        return vectors, sketched(np.concatenate([row[:length] for row, length in zip(hidden, lengths, strict=True)]), lengths)
+
+    def _read_questions(self, texts: tuple[str, ...]) -> list[tuple[Vector, AskedTokens | None]]:
+        vectors, hidden, encodings = self._run(texts)
+        # Without the two tokens that every text begins and ends with.
+        tokens = [asked(row[1 : len(encoding) - 1]) for row, encoding in zip(hidden, encodings, strict=True)]
+        return list(zip(vectors, tokens, strict=True))
+
+    def _run(self, texts: tuple[str, ...]) -> tuple[Vectors, Numbers, list[Encoding]]:
+        """The texts' vectors, those of their tokens (n, t, d), which go on beyond a shorter text, and what they were read as."""
         encodings = self._tokenizer.encode_batch_fast(list(texts))
         width = max(len(encoding) for encoding in encodings)
         ids = np.zeros((len(encodings), width), np.int32)
@@ -116,7 +139,7 @@ class MiniLmEmbedder:
         (hidden,) = self._session.run(["hidden"], {"input_ids": ids, "attention_mask": mask})
         summed = np.einsum("ntd,nt->nd", hidden, mask.astype(np.float32))
         vectors: Vectors = summed / np.linalg.norm(summed, axis=1, keepdims=True)
-        return vectors
+        return vectors, hidden, encodings
 
 
 def _batches(lengths: Sequence[int]) -> list[list[int]]:

@@ -38,7 +38,8 @@ def _same(left: frozenset[str], right: frozenset[str]) -> bool:
     small, large = sorted((len(left), len(right)))
     if small < LIKENESS_MIN * large:
         return False
-    if len(left & right) < LIKENESS_MIN * len(left | right):
+    shared = len(left & right)
+    if shared < LIKENESS_MIN * (len(left) + len(right) - shared):
         return False
     # Two versions of a table, a rule and its opposite: nearly all words in common, and not the same.
     return not any(word in _NEGATIONS or any(map(str.isdigit, word)) for word in left ^ right)

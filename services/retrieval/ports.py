@@ -15,9 +15,12 @@ from services.chassis.errors import Unavailable
 from services.chassis.principal import Principal
 from services.retrieval.domain import Extracted, Upload
 from services.retrieval.facts import FACTS, MOMENTS, NAME, NUMBERS, VALUE, Condition
+from services.retrieval.late_interaction import AskedTokens
 
 Vectors = npt.NDArray[np.float32]
 """(n, d), rows of unit length."""
+Vector = npt.NDArray[np.float32]
+"""(d,), of unit length."""
 Payload = Mapping[str, Any]
 
 SYSTEM_TENANT = ""
@@ -39,6 +42,8 @@ class Space:
     numbers: tuple[str, ...] = ()
     dimension: int = 0
     """Numbers in a dense vector. 0 = as many as the store's first embedder makes."""
+    sketched: bool = False
+    """Whether its points may have a sketch."""
 
 
 CHUNKS = Space(
@@ -48,6 +53,7 @@ CHUNKS = Space(
     keywords=("collection", "document_id", "revision", "readers", FACTS, f"{NUMBERS}[].{NAME}", f"{MOMENTS}[].{NAME}"),
     integers=("ordinal",),
     numbers=(f"{NUMBERS}[].{VALUE}", f"{MOMENTS}[].{VALUE}"),
+    sketched=True,
 )
 ANSWERS = Space("answers", dense=True, keywords=("collection", "cache_scope", "answer_id", "user"), integers=("epoch", "created_us"))
 # The engines want at least one vector; documents are found by their fields alone and leave it empty.
@@ -86,6 +92,17 @@ class Point:
     payload: Payload
     dense: Sequence[float] | None = None
     sparse: Sparse | None = None
+    sketch: str = ""
+    """Of the vectors of its tokens, as `late_interaction` makes it: several times the rest of a point. Empty = it has none."""
+
+
+SKETCH = "sketch"
+"""Payload field that adapters keep the sketch in. No record's payload has it."""
+
+
+def stored_payload(point: Point) -> dict[str, Any]:
+    """The payload as adapters write it."""
+    return {**point.payload, SKETCH: point.sketch} if point.sketch else dict(point.payload)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +111,13 @@ class Record:
 
     id: str
     payload: Payload
+    sketch: str = ""
+    """Where it was asked for; empty = it has none."""
+
+
+def record_of(id_: str, payload: dict[str, Any]) -> Record:
+    """The record of what an adapter wrote with `stored_payload`."""
+    return Record(id_, payload, payload.pop(SKETCH, ""))
 
 
 Ranked = Mapping[int, float]
@@ -167,8 +191,8 @@ class VectorStore(Protocol):
         """Remove the points of all tenants whose integer `field` is below a bound."""
         ...
 
-    async def get(self, space: Space, tenant: str, ids: Sequence[str]) -> dict[str, Record]:
-        """The tenant's points among `ids`, by id."""
+    async def get(self, space: Space, tenant: str, ids: Sequence[str], *, sketches: bool = False) -> dict[str, Record]:
+        """The tenant's points among `ids`, by id; with their sketches if those are asked for."""
         ...
 
     async def find(self, space: Space, where: Filter, *, limit: int, order_by: str = "", descending: bool = False) -> list[Record]:
@@ -196,6 +220,18 @@ class Embedded:
     tokens: int
     counted: bool = False
     """Whether nobody but ourselves counted them."""
+    sketches: tuple[str, ...] | None = None
+    """Of the vectors of the texts' tokens; None = the embedder does not tell those."""
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedQuestion:
+    """A question as its embedder tells it."""
+
+    vector: Sequence[float]
+    """(d,) of plain floats: the stores take a vector number by number, and numpy's own are slow to be taken so."""
+    tokens: AskedTokens | None = None
+    """None = the embedder does not tell them, or the encoding has no sketches to hold against them."""
 
 
 class Embedder(Protocol):
@@ -219,6 +255,17 @@ class Embedder(Protocol):
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text, without a length limit. Blocks; call it in a thread."""
+        ...
+
+
+class TokenEmbedder(Embedder, Protocol):
+    """One that tells the vectors of a text's tokens as well, of the same pass through its model. Its `Embedded` have sketches."""
+
+    sketch_form: str
+    """Names how its sketches are made; those of two forms are never compared."""
+
+    async def read_question(self, text: str) -> tuple[Vectors, AskedTokens | None]:
+        """As `embed_question`, with its tokens; None = it has none."""
         ...
 
 

@@ -18,7 +18,21 @@ from qdrant_client.http.exceptions import ApiException
 from services.chassis.errors import Unavailable
 from services.retrieval.facts import FACTS, NAME, VALUE, Condition
 from services.retrieval.fingerprint import settle
-from services.retrieval.ports import DOCUMENTS, SPACES, TENANTS_MAX, Filter, Point, Query, Ranked, Record, Space, Sparse
+from services.retrieval.ports import (
+    DOCUMENTS,
+    SKETCH,
+    SPACES,
+    TENANTS_MAX,
+    Filter,
+    Point,
+    Query,
+    Ranked,
+    Record,
+    Space,
+    Sparse,
+    record_of,
+    stored_payload,
+)
 from services.retrieval.qdrant_layout import Layout
 
 log = structlog.get_logger(__name__)
@@ -76,7 +90,7 @@ class QdrantStore:
 
     async def claim(self, space: Space, point: Point) -> Record:
         only_new: dict[str, Any] = {"update_mode": models.UpdateMode.INSERT_ONLY}
-        batch = [models.PointStruct(id=point.id, vector=_vectors(point), payload=dict(point.payload))]
+        batch = [models.PointStruct(id=point.id, vector=_vectors(point), payload=stored_payload(point))]
         await self._ask(lambda: self._client.upsert(self._name(space), batch, **self._layout.write(), **only_new))
         found = await self.get(space, str(point.payload["tenant"]), [point.id])
         if point.id not in found:
@@ -86,7 +100,7 @@ class QdrantStore:
     async def exchange(self, space: Space, point: Point, expected: Mapping[str, str | int]) -> None:
         as_expected = translated(Filter(str(point.payload["tenant"]), equal=expected))
         only_that: dict[str, Any] = {"update_mode": models.UpdateMode.UPDATE_ONLY, "update_filter": as_expected}
-        batch = [models.PointStruct(id=point.id, vector=_vectors(point), payload=dict(point.payload))]
+        batch = [models.PointStruct(id=point.id, vector=_vectors(point), payload=stored_payload(point))]
         await self._ask(lambda: self._client.upsert(self._name(space), batch, **self._layout.write(), **only_that))
 
     async def tenants(self, space: Space) -> list[str]:
@@ -96,7 +110,7 @@ class QdrantStore:
         return [str(hit.value) for hit in reply.hits]
 
     async def upsert(self, space: Space, points: Sequence[Point]) -> None:
-        batch = [models.PointStruct(id=point.id, vector=_vectors(point), payload=dict(point.payload)) for point in points]
+        batch = [models.PointStruct(id=point.id, vector=_vectors(point), payload=stored_payload(point)) for point in points]
         await self._ask(lambda: self._client.upsert(self._name(space), batch, **self._layout.write()))
 
     async def delete(self, space: Space, where: Filter) -> None:
@@ -113,11 +127,12 @@ class QdrantStore:
         old = models.Filter(must=[models.FieldCondition(key=field, range=models.Range(lt=below))])
         await self._ask(lambda: self._client.delete(self._name(space), models.FilterSelector(filter=old), **self._layout.write()))
 
-    async def get(self, space: Space, tenant: str, ids: Sequence[str]) -> dict[str, Record]:
+    async def get(self, space: Space, tenant: str, ids: Sequence[str], *, sketches: bool = False) -> dict[str, Record]:
         if not ids:
             return {}
-        points = await self._ask(lambda: self._client.retrieve(self._name(space), list(ids), with_payload=True, **self._layout.read()))
-        records = (Record(str(point.id), point.payload or {}) for point in points)
+        told = True if sketches else _told(space)
+        points = await self._ask(lambda: self._client.retrieve(self._name(space), list(ids), with_payload=told, **self._layout.read()))
+        records = (record_of(str(point.id), dict(point.payload or {})) for point in points)
         return {record.id: record for record in records if record.payload["tenant"] == tenant}
 
     async def find(self, space: Space, where: Filter, *, limit: int, order_by: str = "", descending: bool = False) -> list[Record]:
@@ -125,7 +140,12 @@ class QdrantStore:
         order = models.OrderBy(key=order_by, direction=direction) if order_by else None
         points, _ = await self._ask(
             lambda: self._client.scroll(
-                self._name(space), scroll_filter=translated(where), limit=limit, order_by=order, with_payload=True, **self._layout.read()
+                self._name(space),
+                scroll_filter=translated(where),
+                limit=limit,
+                order_by=order,
+                with_payload=_told(space),
+                **self._layout.read(),
             )
         )
         return [Record(str(point.id), point.payload or {}) for point in points]
@@ -210,6 +230,11 @@ class QdrantStore:
             raise Unavailable("the vector store cannot be reached", dependency="qdrant") from error
         except (ApiException, OSError) as error:
             raise Unavailable("the vector store cannot be reached", dependency="qdrant") from error
+
+
+def _told(space: Space) -> Any:
+    """What of a payload is read where sketches are not asked for."""
+    return models.PayloadSelectorExclude(exclude=[SKETCH]) if space.sketched else True
 
 
 def translated(where: Filter) -> models.Filter:

@@ -7,41 +7,48 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Generic, TypeVar
 
 from services.chassis.errors import Overloaded
-from services.retrieval.ports import Vectors
 
 QUESTIONS_WAITING_MAX = 256
 
-Embed = Callable[[tuple[str, ...]], Awaitable[Vectors]]
-"""Texts to (n, d) in the same order."""
-_Waiting = tuple[str, asyncio.Future[Vectors]]
+Made = TypeVar("Made")
+"""What is made of a question: its vector, and what else its embedder tells."""
 
 
-class QuestionLane:
+class QuestionLane(Generic[Made]):
     """At most `runs_max` batches are under way at once; a question that finds one free goes at once and alone.
 
     Nothing waits for company: what came while all runs were busy is what the next run takes, oldest first, up to `batch_max`.
     Where padding costs, `spread_max` bounds how much longer or shorter than the oldest the others may be; who does not fit goes next.
     """
 
-    def __init__(self, embed: Embed, *, runs_max: int, batch_max: int, spread_max: float = math.inf) -> None:
+    def __init__(
+        self,
+        embed: Callable[[tuple[str, ...]], Awaitable[Sequence[Made]]],
+        *,
+        runs_max: int,
+        batch_max: int,
+        spread_max: float = math.inf,
+    ) -> None:
+        """`embed` makes one of each text, in the same order."""
         self._embed = embed
         self._runs_max = runs_max
         self._batch_max = batch_max
         self._spread_max = spread_max
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[tuple[str, asyncio.Future[Made]]] = deque()
         self._asked = 0
         self._runs: set[asyncio.Task[None]] = set()
 
-    async def embed(self, text: str, waiting_max: int = QUESTIONS_WAITING_MAX) -> Vectors:
-        """(1, d). Raises Overloaded when `waiting_max` questions are there already.
+    async def embed(self, text: str, waiting_max: int = QUESTIONS_WAITING_MAX) -> Made:
+        """What `embed` makes of it. Raises Overloaded when `waiting_max` questions are there already.
 
         Cancellation: a question that has not begun is dropped; one that shares a batch leaves the others to it.
         """
         if self._asked >= waiting_max:
             raise Overloaded("too many questions wait to be embedded", retry_after_ms=1000)
-        future: asyncio.Future[Vectors] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Made] = asyncio.get_running_loop().create_future()
         self._waiting.append((text, future))
         self._asked += 1
         if len(self._runs) < self._runs_max:
@@ -71,9 +78,9 @@ class QuestionLane:
             assert task is not None
             self._runs.discard(task)
 
-    async def _one(self, batch: Sequence[_Waiting]) -> None:
+    async def _one(self, batch: Sequence[tuple[str, asyncio.Future[Made]]]) -> None:
         try:
-            vectors = await self._embed(tuple(text for text, _ in batch))
+            made = await self._embed(tuple(text for text, _ in batch))
         except asyncio.CancelledError:
             for _, future in batch:
                 future.cancel()
@@ -83,13 +90,13 @@ class QuestionLane:
                 if not future.done():
                     future.set_exception(error)
             return
-        for place, (_, future) in enumerate(batch):
+        for (_, future), one in zip(batch, made, strict=True):
             if not future.done():
-                future.set_result(vectors[place : place + 1])
+                future.set_result(one)
 
-    def _next(self) -> list[_Waiting]:
-        batch: list[_Waiting] = []
-        left: deque[_Waiting] = deque()
+    def _next(self) -> list[tuple[str, asyncio.Future[Made]]]:
+        batch: list[tuple[str, asyncio.Future[Made]]] = []
+        left: deque[tuple[str, asyncio.Future[Made]]] = deque()
         while self._waiting and len(batch) < self._batch_max:
             asked = self._waiting.popleft()
             if asked[1].done():

@@ -108,16 +108,16 @@ async def _embedded(
         embedding = asyncio.create_task(memory.encodings.question(encoding, question.text), name="embed the question")
         try:
             await emit(started)
-            dense = await embedding
+            meant = await embedding
         except BaseException:
             await ended(embedding)
             raise
     with trail.step("cache_lookup") as looked:
-        if question.want_cached and dense is None:
+        if question.want_cached and meant is None:
             verdict = Verdict(reason="embedder_unavailable")
-        elif question.want_cached and dense is not None:
+        elif question.want_cached and meant is not None:
             scope = (question.cache_scope, started.audience)
-            verdict = await memory.answers.lookup(reach, scope, started.epoch, question.text, dense, encoding.answers)
+            verdict = await memory.answers.lookup(reach, scope, started.epoch, question.text, meant.vector, encoding.answers)
         else:
             verdict = Verdict(reason="requested")
             looked.skip("requested")
@@ -132,7 +132,7 @@ async def _embedded(
             return
         with trail.step("search") as searched:
             passages = await memory.searcher.passages(
-                reach, question.text, dense, limit=question.passages_max, mode=SearchMode.HYBRID, encoding=encoding, by_words=by_words
+                reach, question.text, meant, limit=question.passages_max, mode=SearchMode.HYBRID, encoding=encoding, by_words=by_words
             )
             searched.note(passages=len(passages))
         await telling

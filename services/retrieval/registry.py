@@ -22,7 +22,7 @@ from services.chassis.errors import NotFound, Unavailable
 from services.retrieval.access import Reach, everything_of
 from services.retrieval.chunking import in_context
 from services.retrieval.domain import Chunk, Document, StoredChunk, Viewer, stable_id
-from services.retrieval.encoding_spaces import Encoding, Encodings
+from services.retrieval.encoding_spaces import Encoded, Encoding, Encodings
 from services.retrieval.facts import payload as payload_of
 from services.retrieval.ports import (
     ANSWERS,
@@ -204,13 +204,14 @@ class Registry:
             texts = [in_context(document.title, _stored_chunk(record).chunk) for record in records]
             if not texts:
                 return False  # changed by another replica in the meantime
-            dense, sparse = await encodings.encode(target, texts, document.language)
-            if dense is None:
+            encoded = await encodings.encode(target, texts, document.language)
+            if encoded.dense is None:
                 raise Unavailable("the embedder that is set cannot be opened", dependency="embedder")
             # Like a new version's: whatever happens, the revision that the document points at stays, and no other.
             intent = _Intent(document.tenant, document.collection, document.document_id, document.revision, "", self._now_us())
             await self._begin(intent)
-            points = [Point(record.id, record.payload, row, words) for record, row, words in zip(records, dense, sparse, strict=True)]
+            found_by = zip(encoded.dense, encoded.sparse, encoded.sketches or [""] * len(texts), strict=True)
+            points = [Point(record.id, record.payload, *row) for record, row in zip(records, found_by, strict=True)]
             await self._store.upsert(target.chunks, points)
             if not await self._is_current(document):
                 await self._store.delete(target.chunks, revision)
@@ -239,18 +240,23 @@ class Registry:
         """The document as it stands, whoever may read it; for those who are about to change it."""
         return (await self.documents(everything_of(tenant), [document_id])).get(document_id)
 
-    async def replace(self, draft: Document, chunks: Sequence[Chunk], dense: Vectors, sparse: Sequence[Sparse]) -> Document:
+    async def replace(
+        self, draft: Document, chunks: Sequence[Chunk], dense: Vectors, sparse: Sequence[Sparse], sketches: Sequence[str] | None = None
+    ) -> Document:
         """Make `draft` the current version and bump the collection's epoch; return it with version and revision.
+
+        The chunks' vectors, words and sketches, where the embedder tells these, are in the encoding that is set.
 
         A version that was received later stays, and is returned instead.
 
         Raises Unavailable if another process has taken over while this one stood still: then nothing of this version is left.
         Cancellation: shield it. Cut short, it leaves an intent that `recover` undoes or finishes.
         """
+        encoded = Encoded(dense, sparse, sketches)
         async with self._lock(draft.document_id):
             for _ in range(TRIES_MAX):
                 async with self._turn(draft.document_id) as renew:
-                    made = await self._replace(draft, chunks, dense, sparse, renew)
+                    made = await self._replace(draft, chunks, encoded, renew)
                     try:
                         await renew()
                         return made
@@ -259,7 +265,7 @@ class Registry:
                         log.warning("changed_after_the_turn_had_passed")
         raise Unavailable("the document is changed by others again and again", dependency="qdrant")
 
-    async def _replace(self, draft: Document, chunks: Sequence[Chunk], dense: Vectors, sparse: Sequence[Sparse], renew: Renew) -> Document:
+    async def _replace(self, draft: Document, chunks: Sequence[Chunk], encoded: Encoded, renew: Renew) -> Document:
         old = await self.prior(draft.tenant, draft.document_id)
         if old is not None and old.received > draft.received:
             return old
@@ -276,10 +282,10 @@ class Registry:
         # Writing may take any time: what others did in the meantime is not to be undone.
         still_ours = partial(self._renewed, renew, intent)
         if self._encodings is None:
-            await self._write_chunks(CHUNKS, new, chunks, dense, sparse)
+            await self._write_chunks(CHUNKS, new, chunks, encoded)
             await still_ours()
         else:
-            await self._write_encoded(self._encodings, new, chunks, dense, sparse, still_ours)
+            await self._write_encoded(self._encodings, new, chunks, encoded, still_ours)
         # Nothing may come between the last look at the collection's standing and this.
         if not await self._switched(old, new):
             await self._given_up(intent)
@@ -315,9 +321,9 @@ class Registry:
             return True
 
     async def _write_encoded(
-        self, encodings: Encodings, new: Document, chunks: Sequence[Chunk], dense: Vectors, sparse: Sequence[Sparse], still_ours: Renew
+        self, encodings: Encodings, new: Document, chunks: Sequence[Chunk], encoded: Encoded, still_ours: Renew
     ) -> None:
-        """Write the chunks in every encoding that the collection's documents must have; `dense` and `sparse` are in the one that is set.
+        """Write the chunks in every encoding that the collection's documents must have; `encoded` is in the one that is set.
 
         Ends with a look at what that is, and before it with `still_ours`.
         """
@@ -331,22 +337,22 @@ class Registry:
             for id_ in sorted(missing):
                 encoding = await encodings.encoding(id_)
                 if id_ == encodings.current_id:
-                    await self._write_chunks(encoding.chunks, new, chunks, dense, sparse)
+                    kept = encoded if encoding.sketch_form else replace(encoded, sketches=None)
+                    await self._write_chunks(encoding.chunks, new, chunks, kept)
                     continue
                 for begin in range(0, len(chunks), CHUNKS_PER_REENCODING):
                     some = chunks[begin : begin + CHUNKS_PER_REENCODING]
-                    rows, words = await encodings.encode(encoding, [in_context(new.title, chunk) for chunk in some], new.language)
-                    await self._write_chunks(encoding.chunks, new, some, rows, words)
+                    others = await encodings.encode(encoding, [in_context(new.title, chunk) for chunk in some], new.language)
+                    await self._write_chunks(encoding.chunks, new, some, others)
             written |= missing
 
-    async def _write_chunks(
-        self, space: Space, new: Document, chunks: Sequence[Chunk], dense: Vectors | None, sparse: Sequence[Sparse]
-    ) -> None:
-        vectors = [None] * len(chunks) if dense is None else dense
+    async def _write_chunks(self, space: Space, new: Document, chunks: Sequence[Chunk], encoded: Encoded) -> None:
+        vectors = [None] * len(chunks) if encoded.dense is None else encoded.dense
+        sketches = encoded.sketches or [""] * len(chunks)
         for begin in range(0, len(chunks), CHUNKS_PER_WRITE):
             rows = slice(begin, begin + CHUNKS_PER_WRITE)
-            points = [_chunk_point(new, *row) for row in zip(chunks[rows], vectors[rows], sparse[rows], strict=True)]
-            await self._store.upsert(space, points)
+            of_rows = zip(chunks[rows], vectors[rows], encoded.sparse[rows], sketches[rows], strict=True)
+            await self._store.upsert(space, [_chunk_point(new, *row) for row in of_rows])
             await asyncio.sleep(0)
 
     async def delete(self, tenant: str, document_id: str) -> Document:
@@ -467,7 +473,7 @@ def _intent(payload: Payload) -> _Intent:
     return _Intent(**{name: payload[name] for name in _Intent.__slots__})
 
 
-def _chunk_point(document: Document, chunk: Chunk, dense: Sequence[float] | None, sparse: Sparse) -> Point:
+def _chunk_point(document: Document, chunk: Chunk, dense: Sequence[float] | None, sparse: Sparse, sketch: str) -> Point:
     payload = {
         "tenant": document.tenant,
         "collection": document.collection,
@@ -484,7 +490,7 @@ def _chunk_point(document: Document, chunk: Chunk, dense: Sequence[float] | None
         "readers": list(document.readers),
         **payload_of(document.metadata),
     }
-    return Point(stable_id("chunk", document.revision, str(chunk.ordinal)), payload, dense, sparse)
+    return Point(stable_id("chunk", document.revision, str(chunk.ordinal)), payload, dense, sparse, sketch)
 
 
 def _stored_chunk(record: Record) -> StoredChunk:

@@ -16,7 +16,7 @@ import orjson
 
 from services.chassis.deadline import budget_s
 from services.chassis.errors import DomainError, ModelFailed, ModelMisconfigured, ModelRefused, Unavailable
-from services.retrieval.ports import Embedded, Unanswered, Vectors
+from services.retrieval.ports import Embedded, Unanswered, Vector, Vectors
 from services.retrieval.question_lane import QuestionLane
 from services.retrieval.word_pieces import WordPieces
 
@@ -96,7 +96,7 @@ class RemoteEmbedder:
         timeout = httpx.Timeout(remote.timeout_s, connect=CONNECT_S)
         # Neither proxies nor credentials of the machine: where texts go is what the settings say.
         self._client = httpx.AsyncClient(base_url=remote.base_url.rstrip("/") + "/", limits=limits, timeout=timeout, trust_env=False)
-        self._questions = QuestionLane(
+        self._questions: QuestionLane[Vector] = QuestionLane(
             self._question_batch, runs_max=QUESTION_RUNS_MAX, batch_max=min(QUESTION_BATCH_MAX, remote.batch_max)
         )
         self._documents = asyncio.Semaphore(DOCUMENT_RUNS_MAX)
@@ -107,7 +107,7 @@ class RemoteEmbedder:
         await self._client.aclose()
 
     async def embed_question(self, text: str) -> Vectors:
-        return await self._questions.embed(text)
+        return (await self._questions.embed(text))[None]
 
     async def embed_texts(self, texts: Sequence[str]) -> Embedded:
         size = self._remote.batch_max
@@ -124,9 +124,9 @@ class RemoteEmbedder:
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         return self._pieces.count(texts)
 
-    async def _question_batch(self, texts: tuple[str, ...]) -> Vectors:
+    async def _question_batch(self, texts: tuple[str, ...]) -> list[Vector]:
         # The lane's task outlives the request that started it: its deadline is that of the call alone.
-        return (await self._embed(texts, self._remote.timeout_s, question=True)).vectors
+        return list((await self._embed(texts, self._remote.timeout_s, question=True)).vectors)
 
     async def _document_batch(self, texts: Sequence[str]) -> Embedded:
         async with self._documents:

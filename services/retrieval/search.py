@@ -1,9 +1,9 @@
-"""Finding passages: both rankings asked of the store, fused, checked against the registry, judged again where a reranker is set, and freed
-of what says the same. How rankings are scaled lives in fusion.py, what is the same in near_duplicates.py."""
+"""Finding passages: both rankings asked of the store, fused, the best judged again, checked against the registry, and freed of what says
+the same. How rankings are scaled lives in fusion.py, how words are met in late_interaction.py, what is the same in near_duplicates.py."""
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import structlog
 
@@ -16,8 +16,9 @@ from services.retrieval.domain import Document, Passage, SearchMode, StoredChunk
 from services.retrieval.encoding_spaces import Encoding, Encodings
 from services.retrieval.facts import Condition
 from services.retrieval.fusion import Fused, familiarity, fused
+from services.retrieval.late_interaction import AskedTokens, nearness
 from services.retrieval.near_duplicates import distinct
-from services.retrieval.ports import Filter, Fusion, Query, Ranked, Reranker, Space, Sparse, VectorStore, written
+from services.retrieval.ports import EmbeddedQuestion, Filter, Fusion, Query, Ranked, Record, Reranker, Space, Sparse, VectorStore, written
 from services.retrieval.registry import Registry
 
 log = structlog.get_logger(__name__)
@@ -26,6 +27,9 @@ HEAD_START_S = 0.001
 """What a question's way into the embedder has before words are looked up. An embedded store searches on the event loop and holds the
 interpreter meanwhile, which the embedder's thread needs until it is inside its model."""
 REFILL_FACTOR = 4
+BROUGHT_MAX = 500
+"""Up to so many candidates each ranking brings several times what is wanted, as it does for a dozen: what only one of them has near its top
+the other has further down."""
 SPARE = 4
 """Candidates that are looked at beyond those that are wanted, to take the place of near duplicates."""
 RERANKER_PAUSE_S = 10.0
@@ -35,6 +39,8 @@ MINILM = "minilm"
 MINILM_WORTH = 60.0
 """What a whole unit of its cosine counts beside BM25: from 40 to 70 nothing changes much, on abstracts and claims, on paragraphs in three
 languages, and on stretches of long texts."""
+LATE_WORTH = 40.0
+"""The same of how near MiniLM's tokens are. From 30 to 60 nothing changes much."""
 KNOWN_SHARE = 0.8
 """Meaning must count for so much of what it may count for before its cosine is told: in a language that the embedder hardly knows all texts
 are alike to it. Of questions asked of other documents in Spanish two fifths were answered by such cosines, and one in fourteen without."""
@@ -72,6 +78,7 @@ class Sought:
     where: Filter
     dense: Sequence[float] | None
     sparse: Sparse | None
+    tokens: AskedTokens | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +88,8 @@ class Ranking:
     candidates: list[Fused[int]]
     is_cut: bool
     """Whether the rankings it is from may have more than they brought."""
+    read: Mapping[str, Record] = field(default_factory=dict)
+    """Those of the candidates that were read already, by id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +111,17 @@ class Searcher:
         fusion: Fusion,
         clock: Clock,
         reranking: Reranking | None = None,
+        *,
+        late_candidates: int = 0,
     ) -> None:
+        """`late_candidates` is how many late interaction judges. With a reranker it has none: that reads more than single words."""
         self._store = store
         self._registry = registry
         self._encodings = encodings
         self._fusion = fusion
         self._clock = clock
         self._reranking = reranking
+        self._late_candidates = 0 if reranking else late_candidates
         self._reranker_rests_until = 0.0
 
     async def encoding(self, reach: Reach) -> Encoding:
@@ -130,18 +143,18 @@ class Searcher:
         self,
         reach: Reach,
         text: str,
-        dense: Sequence[float] | None,
+        meant: EmbeddedQuestion | None,
         *,
         limit: int,
         mode: SearchMode,
         encoding: Encoding,
         by_words: ByWords | None = None,
     ) -> list[Passage]:
-        """The best `limit` passages, best first, numbered from 1. `dense` is in `encoding`; without it, words alone are searched by.
+        """The best `limit` passages, best first, numbered from 1. `meant` is in `encoding`; without it, words alone are searched by.
 
         `by_words` is what the method of that name found for the same question and bounds.
         """
-        hits = await self.hits(reach, text, dense, limit=limit, mode=mode, encoding=encoding, by_words=by_words)
+        hits = await self.hits(reach, text, meant, limit=limit, mode=mode, encoding=encoding, by_words=by_words)
         return [hit.passage for hit in hits]
 
     async def by_words(
@@ -157,7 +170,7 @@ class Searcher:
         """The half of a hybrid search that needs no vector: for the time in which the question is embedded, just begun."""
         await asyncio.sleep(HEAD_START_S)
         sparse = self._sparse(text, encoding)
-        brought = max(self._fusion.prefetch, self._looked_at(limit))
+        brought = self._brought(self._looked_at(limit))
         where = reach.where(document_ids=document_ids, facts=facts)
         return ByWords(sparse, await self._leg(encoding.chunks, where, brought, sparse), brought)
 
@@ -173,7 +186,7 @@ class Searcher:
         facts: tuple[Condition, ...] = (),
     ) -> list[Hit]:
         """As `hits`, the question embedded here; words are looked up meanwhile."""
-        embedding: asyncio.Task[Sequence[float] | None] | None = None
+        embedding: asyncio.Task[EmbeddedQuestion | None] | None = None
         by_words = None
         if mode is not SearchMode.SPARSE:
             question = self._encodings.question(encoding, text, needed=mode is SearchMode.DENSE)
@@ -181,13 +194,13 @@ class Searcher:
         try:
             if mode is SearchMode.HYBRID:
                 by_words = await self.by_words(reach, text, limit=limit, encoding=encoding, document_ids=document_ids, facts=facts)
-            dense = await embedding if embedding else None
+            meant = await embedding if embedding else None
         except BaseException:
             if embedding:
                 await ended(embedding)
             raise
         return await self.hits(
-            reach, text, dense, limit=limit, mode=mode, encoding=encoding, document_ids=document_ids, facts=facts, by_words=by_words
+            reach, text, meant, limit=limit, mode=mode, encoding=encoding, document_ids=document_ids, facts=facts, by_words=by_words
         )
 
     async def neighbours(self, hit: Hit, count: int) -> tuple[list[StoredChunk], list[StoredChunk]]:
@@ -200,7 +213,7 @@ class Searcher:
         self,
         reach: Reach,
         text: str,
-        dense: Sequence[float] | None,
+        meant: EmbeddedQuestion | None,
         *,
         limit: int,
         mode: SearchMode,
@@ -212,25 +225,27 @@ class Searcher:
         """As `passages`, with what each came from; of these documents (empty = of all) and of such metadata alone."""
         where = reach.where(document_ids=document_ids, facts=facts)
         sparse = by_words.sparse if by_words else None if mode is SearchMode.DENSE else self._sparse(text, encoding)
-        sought = Sought(where, None if mode is SearchMode.SPARSE else dense, sparse)
+        sought = Sought(where, None, sparse)
+        if meant is not None and mode is not SearchMode.SPARSE:
+            sought = Sought(where, meant.vector, sparse, meant.tokens)
         is_hybrid = sought.dense is not None and sought.sparse is not None
         weight = self._dense_weight(encoding, text) if is_hybrid else float(sought.dense is not None)
         looked_at = self._looked_at(limit)
         ranking = await self._ranked(encoding, sought, looked_at, weight, by_words)
-        hits, stale = await self._found(reach, encoding.chunks, ranking.candidates[:looked_at], weight)
+        hits, stale = await self._found(reach, encoding.chunks, ranking, 0, looked_at, weight)
         hits = await self._reranked(text, hits)
         kept = distinct([hit.passage.text for hit in hits], limit)
         deep = looked_at * REFILL_FACTOR
         if len(kept) < limit and not stale and looked_at < len(ranking.candidates):
             # Much says the same: look further down.
-            further, stale = await self._found(reach, encoding.chunks, ranking.candidates[looked_at:deep], weight)
+            further, stale = await self._found(reach, encoding.chunks, ranking, looked_at, deep, weight)
             hits = [hits[place] for place in kept] + further
             kept = distinct([hit.passage.text for hit in hits], limit)
         if len(kept) < limit and (stale or (ranking.is_cut and len(ranking.candidates) < deep)):
             # A document is being replaced this very moment, so that chunks of two versions compete, or more has to be brought: rank once
             # again.
             ranking = await self._ranked(encoding, sought, deep, weight, None)
-            hits, _ = await self._found(reach, encoding.chunks, ranking.candidates, weight)
+            hits, _ = await self._found(reach, encoding.chunks, ranking, 0, len(ranking.candidates), weight)
             hits = await self._reranked(text, hits)
             kept = distinct([hit.passage.text for hit in hits], limit)
         return [replace(hits[place], passage=replace(hits[place].passage, number=number)) for number, place in enumerate(kept, 1)]
@@ -244,11 +259,16 @@ class Searcher:
         """Candidates that are looked at for `limit` hits."""
         return limit + SPARE if self._reranking is None else max(limit + SPARE, self._reranking.candidates)
 
-    async def _found(self, reach: Reach, space: Space, candidates: Sequence[Fused[int]], weight: float) -> tuple[list[Hit], bool]:
-        """What the candidates are, in their order, and whether some of them are no longer there, or no longer current."""
-        by_id = {written(candidate.id): candidate for candidate in candidates}
+    def _brought(self, limit: int) -> int:
+        """Candidates that each of two rankings brings for `limit` that are looked at."""
+        return max(self._fusion.prefetch, limit, min(limit * REFILL_FACTOR, BROUGHT_MAX))
+
+    async def _found(self, reach: Reach, space: Space, ranking: Ranking, begin: int, end: int, weight: float) -> tuple[list[Hit], bool]:
+        """What these candidates are, in their order, and whether some of them are no longer there, or no longer current."""
+        by_id = {written(candidate.id): candidate for candidate in ranking.candidates[begin:end]}
         # What was removed since the ranking is missing here, as if it had been replaced.
-        records = await self._store.get(space, reach.viewer.tenant, list(by_id))
+        unread = [id_ for id_ in by_id if id_ not in ranking.read]
+        records = {**ranking.read, **await self._store.get(space, reach.viewer.tenant, unread)}
         current = await self._registry.current(reach.viewer, [records[id_] for id_ in by_id if id_ in records])
         meaning, words = self._fusion.weights
         is_known = weight >= KNOWN_SHARE * meaning / ((meaning + words) or 1.0)
@@ -259,10 +279,11 @@ class Searcher:
                 document,
                 by_id[stored.chunk_id],
                 weight,
+                by_id[stored.chunk_id].late_score,
             )
             for stored, document in current
         ]
-        return hits, len(hits) < len(candidates)
+        return hits, len(hits) < len(by_id)
 
     async def _reranked(self, question: str, hits: list[Hit]) -> list[Hit]:
         """The first of `hits` as the reranker orders them, the others after them; all as they were where there is none or it fails."""
@@ -283,7 +304,7 @@ class Searcher:
         """The best candidates, several times the `limit`. Of a ranking asked alone they keep their own scores."""
         most = limit * REFILL_FACTOR
         alone = sought.dense is None or sought.sparse is None
-        brought = most if alone else max(self._fusion.prefetch, limit)
+        brought = most if alone else self._brought(limit)
         if by_words is not None and not alone and by_words.brought == brought:
             dense, sparse = await self._leg(encoding.chunks, sought.where, brought, sought.dense), by_words.ranking
         else:
@@ -295,7 +316,28 @@ class Searcher:
         if alone:
             own = {**dense, **sparse}
             best = [replace(candidate, score=own[candidate.id]) for candidate in best]
-        return Ranking(best, max(len(dense), len(sparse)) >= brought)
+        ranking = Ranking(best, max(len(dense), len(sparse)) >= brought)
+        if sought.tokens is None or alone or not dense_weight:
+            return ranking
+        return await self._late(encoding.chunks, sought.where.tenant, sought.tokens, ranking, dense_weight)
+
+    async def _late(self, space: Space, tenant: str, tokens: AskedTokens, ranking: Ranking, weight: float) -> Ranking:
+        """The first of the candidates by how near the question's words are to theirs as well, the others after them. All as they were where
+        one of the first has no sketch, or is gone: who was judged and who was not have no common scale."""
+        first, others = ranking.candidates[: self._late_candidates], ranking.candidates[self._late_candidates :]
+        if len(first) < 2 or first[0].total is None:
+            return ranking
+        ids = [written(candidate.id) for candidate in first]
+        read = await self._store.get(space, tenant, ids, sketches=True)
+        sketches = [read[id_].sketch for id_ in ids if id_ in read]
+        if len(sketches) < len(first) or not all(sketches):
+            return replace(ranking, read=read)
+        near = nearness(tokens, sketches)
+        judged = [
+            replace(candidate, late_score=(candidate.total or 0.0) + weight * LATE_WORTH * value)
+            for candidate, value in zip(first, near, strict=True)
+        ]
+        return replace(ranking, candidates=sorted(judged, key=lambda candidate: -(candidate.late_score or 0.0)) + others, read=read)
 
     async def _leg(self, space: Space, where: Filter, limit: int, near: Sequence[float] | Sparse | None) -> Ranked:
         return {} if near is None else await self._store.rank(space, Query(where, limit, near))

@@ -24,7 +24,7 @@ from services.retrieval.edge_bm25 import EdgeBm25
 from services.retrieval.edge_rebuilding import Rebuilding
 from services.retrieval.edge_store import EdgeStore
 from services.retrieval.embedders import opened, payable
-from services.retrieval.encoding_spaces import Encodings
+from services.retrieval.encoding_spaces import Encodings, encoding_id
 from services.retrieval.ingest import Buffer, Ingestion, Pipeline
 from services.retrieval.paid_embedder import PaidEmbedder
 from services.retrieval.parsing import Limits, ParserPool
@@ -53,9 +53,9 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         books = LedgerBooks(channel, Caller("ledger", passport))
         open_embedder = functools.partial(_opened, settings, books, clock, afterwork)
         embedder = await stack.enter_async_context(open_embedder(settings.embedder_name))
-        sparse = EdgeBm25(settings.language)
+        sparse, sketching = EdgeBm25(settings.language), settings.late_candidates > 0
         store, prepare, flush = await stack.enter_async_context(
-            _store(settings, embedder.dimension, f"{embedder.embedder_id} {sparse.encoder_id}")
+            _store(settings, embedder.dimension, encoding_id(embedder, sparse, sketching=sketching))
         )
         encodings = Encodings(
             store,
@@ -65,6 +65,7 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
             open_embedder,
             lambda id_: EdgeBm25.like(id_, sparse),
             clock,
+            sketching=sketching,
         )
         stack.push_async_callback(encodings.close)
         jobs = await stack.enter_async_context(_jobs(settings))
@@ -83,7 +84,7 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         weights = (settings.fusion_weight_dense, settings.fusion_weight_sparse)
         reranking = await stack.enter_async_context(_reranking(settings))
         fusion = Fusion(settings.fusion, settings.fusion_prefetch, weights=weights)
-        searcher = Searcher(store, registry, encodings, fusion, clock, reranking)
+        searcher = Searcher(store, registry, encodings, fusion, clock, reranking, late_candidates=settings.late_candidates)
         parsers = await stack.enter_async_context(ParserPool(_parser_limits(settings), ocr_named(settings.ocr)).running())
         ingestion = Ingestion(
             Pipeline(embedder, sparse, registry, parsers.parse),

@@ -15,6 +15,7 @@ from services.chassis.errors import DomainError, ModelFailed, ModelMisconfigured
 from services.retrieval import minilm_conversion
 from services.retrieval.config import Settings
 from services.retrieval.embedders import EmbedderUnknown, opened
+from services.retrieval.late_interaction import CHARACTERS_PER_TOKEN, kept_of, nearness
 from services.retrieval.minilm_embedder import MiniLmEmbedder
 from services.retrieval.ports import Embedder
 from services.retrieval.remote_embedding import QUESTION_RUNS_MAX, RemoteEmbedder
@@ -123,6 +124,30 @@ async def test_a_question_is_nearest_to_what_is_about_the_same(embedder: Embedde
     assert (1, embedder.dimension) == question.shape
     assert np.linalg.norm(question) == pytest.approx(1, abs=1e-4)
     assert float(question[0] @ documents[1]) > float(question[0] @ documents[0])
+
+
+async def test_tokens_are_told_with_the_vector_they_make(embedder: Embedder) -> None:
+    """Where they are told: a text's are the same in any company, and a text that answers is nearer by them than one that does not."""
+    embedded = await embedder.embed_texts([STORM, "word " * 120, BREAD])
+    if not isinstance(embedder, MiniLmEmbedder):
+        assert embedded.sketches is None
+        assert not hasattr(embedder, "sketch_form")
+        return
+    sketches = embedded.sketches or ()
+    both = await asyncio.gather(*(embedder.read_question(text) for text in ("Who is eating bread, a man?", EATING)))
+    (vector, tokens), (_, others) = both
+
+    for text, sketch in zip((STORM, "word " * 120, BREAD), sketches, strict=True):
+        (alone,) = (await embedder.embed_texts([text])).sketches or ()
+        differ = sum(one != other for one, other in zip(alone, sketch, strict=True))
+        assert differ <= len(sketch) / 100, text  # a number may lie on its bound
+        assert CHARACTERS_PER_TOKEN * kept_of(embedder.count_tokens([text])[0] + 2) == len(sketch)
+    assert vector == pytest.approx(await embedder.embed_question("Who is eating bread, a man?"), abs=1e-4)
+    assert tokens is not None and others is not None
+    assert embedder.count_tokens(["Who is eating bread, a man?"])[0] == len(tokens.weights)
+    storm, _, bread = nearness(tokens, sketches)
+    assert bread > storm + 0.2
+    assert (None,) == tuple(tokens for _, tokens in [await embedder.read_question("")])
 
 
 async def test_many_questions_at_once_each_get_their_own_vector(embedder: Embedder) -> None:

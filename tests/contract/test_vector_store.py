@@ -21,6 +21,7 @@ from services.retrieval.edge_store import EdgeStore
 from services.retrieval.facts import Condition
 from services.retrieval.facts import payload as payload_of
 from services.retrieval.fingerprint import settle
+from services.retrieval.late_interaction import ALPHABET
 from services.retrieval.ports import ANSWERS, CHUNKS, DOCUMENTS, SPACES, Filter, Point, Query, Space, VectorStore, written
 from services.retrieval.qdrant_store import QdrantStore
 
@@ -293,6 +294,23 @@ async def test_a_space_made_later_has_its_own_dimension(store: VectorStore) -> N
     assert [stable_id("x")] == await ranked(store, later, Query(Filter("acme"), 9, [0.6, 0.8]))
     assert 0 == await store.count(CHUNKS, Filter("acme"))
     await store.delete(later, Filter("acme"))
+
+
+async def test_a_sketch_is_told_to_who_asks_for_it_alone(store: VectorStore) -> None:
+    """No record has it, it is its tenant's, and a point that is written again without one has none."""
+    sketch = "".join(ALPHABET) * 100
+    await store.upsert(CHUNKS, [replace(chunk(f"c{number}", text="words"), sketch=f"{number}{sketch}") for number in range(3)])
+    await store.upsert(CHUNKS, [chunk("bare", text="words"), replace(chunk("theirs", "rival"), sketch=sketch)])
+    ids = [stable_id(name) for name in ("c0", "c1", "c2", "bare", "theirs", "none")]
+
+    asked = await store.get(CHUNKS, "acme", ids, sketches=True)
+    read = [*(await store.get(CHUNKS, "acme", ids)).values(), *await store.find(CHUNKS, Filter("acme"), limit=9)]
+    assert {**{ids[number]: f"{number}{sketch}" for number in range(3)}, ids[3]: ""} == {id_: one.sketch for id_, one in asked.items()}
+    assert 8 == len(read)
+    assert {(frozenset(chunk("x").payload), "")} == {(frozenset(one.payload), one.sketch) for one in read}
+    assert {frozenset(chunk("x").payload)} == {frozenset(one.payload) for one in asked.values()}
+    await store.upsert(CHUNKS, [chunk("c0", text="words")])
+    assert "" == (await store.get(CHUNKS, "acme", ids, sketches=True))[ids[0]].sketch
 
 
 async def test_upkeep_learns_whose_points_there_are(store: VectorStore) -> None:

@@ -43,7 +43,7 @@ async def test_int8_is_near_and_a_vector_does_not_depend_on_its_company(embedder
     small = await asyncio.to_thread(MiniLmEmbedder.load, state_dir / "models", "int8")
     try:
         near = [float((await small.embed_question(text))[0] @ (await embedder.embed_question(text))[0]) for text in texts]
-        together = small._embed(tuple(texts[:5]))
+        together = small._read_texts(tuple(texts[:5]))[0]
         alone = np.concatenate([await small.embed_question(text) for text in texts[:5]])
     finally:
         small.close()
@@ -155,13 +155,13 @@ async def test_documents_do_not_delay_questions(embedder: MiniLmEmbedder) -> Non
 async def test_questions_that_wait_together_go_together(embedder: MiniLmEmbedder, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most four, alike in length, oldest first; nobody waits for company and nobody is passed over."""
     batches: list[tuple[str, ...]] = []
-    run = embedder._embed
+    run = embedder._read_questions
 
     def noted(texts: tuple[str, ...]) -> Any:
         batches.append(texts)
         return run(texts)
 
-    monkeypatch.setattr(embedder, "_embed", noted)
+    monkeypatch.setattr(embedder, "_read_questions", noted)
     short, long = [f"short question {number}" for number in range(6)], "a long one " * 60
     await asyncio.gather(*(embedder.embed_question(text) for text in (short[0], short[1], long, *short[2:])))
 

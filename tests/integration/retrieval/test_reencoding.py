@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import warnings
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from services.retrieval.domain import Chunk, Document, SearchMode, document_id
 from services.retrieval.edge_bm25 import EdgeBm25
 from services.retrieval.edge_store import EdgeStore
 from services.retrieval.encoding_spaces import Encodings, Standing
-from services.retrieval.ports import DOCUMENTS, SYSTEM_TENANT, Embedded, Filter, Fusion, Unpayable, Vectors, VectorStore
+from services.retrieval.late_interaction import FORM, AskedTokens, asked, sketched
+from services.retrieval.ports import DOCUMENTS, SYSTEM_TENANT, Embedded, Filter, Fusion, Point, Unpayable, Vectors, VectorStore
 from services.retrieval.qdrant_store import QdrantStore
 from services.retrieval.reencoding import Reencoding
 from services.retrieval.registry import Registry
@@ -59,7 +60,25 @@ class WordEmbedder:
         return [len(text.split()) for text in texts]
 
 
+class TokenReader(WordEmbedder):
+    """Of the same id and vectors; it tells those of single words as well."""
+
+    sketch_form = FORM
+
+    async def read_question(self, text: str) -> tuple[Vectors, AskedTokens | None]:
+        return await self.embed_question(text), asked(self._tokens(text))
+
+    async def embed_texts(self, texts: Any) -> Embedded:
+        tokens = [self._tokens(text) for text in texts]
+        sketches = sketched(np.concatenate(tokens), [len(each) for each in tokens])
+        return replace(await super().embed_texts(texts), sketches=sketches)
+
+    def _tokens(self, text: str) -> Any:
+        return np.asarray([vector(word, self.dimension) for word in text.split()], np.float32)
+
+
 EMBEDDERS = {name: WordEmbedder(name, dimension) for name, dimension in (("one", 48), ("two", 64), ("three", 32))}
+EMBEDDERS["reading one"] = TokenReader("one", 48)
 
 
 class Killed(BaseException):
@@ -104,8 +123,9 @@ class Process:
         id_ = document_id(TENANT, collection, name)
         draft = Document(id_, TENANT, collection, name, name, "text/plain", 0, " ".join(texts), 1, 1, len(chunks), 0, "")
         whole = [in_context(name, chunk) for chunk in chunks]
-        dense = (await self.embedder.embed_texts(whole)).vectors
-        return await self.registry.replace(draft, chunks, dense, [self.sparse.document(text) for text in whole])
+        embedded = await self.embedder.embed_texts(whole)
+        words = [self.sparse.document(text) for text in whole]
+        return await self.registry.replace(draft, chunks, embedded.vectors, words, embedded.sketches)
 
     async def search(self, query: str, mode: SearchMode = SearchMode.HYBRID, limit: int = 3) -> list[str]:
         """Texts of the hits, as the service finds them."""
@@ -113,6 +133,12 @@ class Process:
         dense = await self.encodings.question(encoding, query, needed=mode is SearchMode.DENSE)
         found = await self.searcher.passages(REACH, query, dense, limit=limit, mode=mode, encoding=encoding)
         return [passage.text for passage in found]
+
+    async def late(self, query: str) -> list[float | None]:
+        """What late interaction says of the hits."""
+        encoding = await self.encodings.answering(TENANT, "default")
+        hits = await self.searcher.asked(REACH, query, limit=3, mode=SearchMode.HYBRID, encoding=encoding)
+        return [hit.rerank_score for hit in hits]
 
 
 @contextlib.asynccontextmanager
@@ -140,7 +166,7 @@ async def process(
         await encodings.begin()
     registry = Registry(store, clock, encodings)
     await registry.recover(0)
-    searcher = Searcher(store, registry, encodings, Fusion(), SystemClock())
+    searcher = Searcher(store, registry, encodings, Fusion(), SystemClock(), late_candidates=20)
     answers = AnswerCache(store, encodings, clock, similarity_min=0.9, ttl_s=60)
     given = {"exclusive": True, "linger_s": 0.0, **times}
     reencoding = Reencoding(store, registry, encodings, clock, f"owner {id(encodings)}", **given)
@@ -189,6 +215,13 @@ async def cut_short(process: Process, store: Any, writes: int) -> None:
 async def vectors_of(store: VectorStore, process: Process) -> dict[str, int]:
     """Chunks in the spaces of each embedder."""
     return {encoding.embedder_id: await store.count(encoding.chunks, Filter(TENANT)) for encoding in await process.encodings.all()}
+
+
+async def sketches_of(store: VectorStore, process: Process) -> list[str]:
+    """Of each chunk that the collection answers with."""
+    space = (await process.encodings.answering(TENANT, "default")).chunks
+    ids = [record.id for record in await store.find(space, Filter(TENANT), limit=LARGE + 9)]
+    return [record.sketch for record in (await store.get(space, TENANT, ids, sketches=True)).values()]
 
 
 async def test_a_changed_embedder_takes_over_and_the_old_vectors_go(store: VectorStore) -> None:
@@ -349,6 +382,45 @@ async def test_another_language_of_words_is_a_move_as_well(store: VectorStore) -
         assert "german" in (await german.encodings.answering(TENANT, "default")).encoder_id
         assert LIONS == (await german.search("lions hunt zebras", SearchMode.SPARSE))[0]
         assert [] == await german.search("hunting", SearchMode.SPARSE)
+
+
+async def test_what_was_stored_without_sketches_gets_them_and_is_judged_by_them_from_the_switch_on(store: VectorStore) -> None:
+    """Its embedder is the same, so meaning answers all the while; back again, nothing of them is left."""
+    await filled(store)
+    async with process(store, "reading one") as reading:
+        await reading.ingest("late", ["comets return to lions"])
+        assert LIONS == (await reading.search("lions hunt zebras", SearchMode.DENSE))[0]
+        assert [None] * 3 == await reading.late("lions hunt zebras")
+        while await reading.reencoding.once():
+            pass
+        encoding = await reading.encodings.answering(TENANT, "default")
+        assert ("one", FORM) == (encoding.embedder_id, encoding.sketch_form)
+        sketches = await sketches_of(store, reading)
+        assert LARGE + 3 == len(sketches) and all(sketches)
+        scores = await reading.late("lions hunt zebras")
+        assert scores == sorted((score for score in scores if score is not None), reverse=True)
+        assert 3 == len(scores)
+        await reading.ingest("later", ["lions and comets"])
+        assert None not in await reading.late("lions and comets")
+    async with process(store, "one") as one:
+        while await one.reencoding.once():
+            pass
+        assert [""] * (LARGE + 4) == await sketches_of(store, one)
+        assert [None] * 3 == await one.late("lions and comets")
+
+
+async def test_who_was_judged_is_never_ranked_with_who_was_not(store: VectorStore) -> None:
+    """One of the best has no sketch: then none is judged by them, and the order is the fusion's."""
+    async with process(store, "reading one") as reading:
+        for name in ("hunt", "rest", "wait"):
+            await reading.ingest(name, [f"lions {name} in the shade"])
+        assert None not in await reading.late("lions rest")
+        encoding = await reading.encodings.answering(TENANT, "default")
+        (last,) = [one for one in await store.find(encoding.chunks, Filter(TENANT), limit=9) if "wait" in one.payload["text"]]
+        text = str(last.payload["text"])
+        dense = (await reading.embedder.embed_texts([text])).vectors[0]
+        await store.upsert(encoding.chunks, [Point(last.id, last.payload, dense, reading.sparse.document(text))])
+        assert [None] * 3 == await reading.late("lions rest")
 
 
 async def test_of_two_replicas_the_one_that_began_last_counts(store: VectorStore) -> None:

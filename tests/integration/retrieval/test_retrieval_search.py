@@ -19,7 +19,9 @@ from starlette.routing import Route
 from services.chassis.errors import RequestInvalid
 from services.chassis.principal import Principal
 from services.local.stores import free_port
+from services.retrieval.edge_store import EdgeStore
 from services.retrieval.encoding_spaces import Encodings
+from services.retrieval.ports import Query, Ranked, Space
 from tailrace.retrieval.v1 import retrieval_service_pb2 as pb
 from tests.integration.retrieval.retrieval_kit import Retrieval, running, settings_for
 
@@ -242,6 +244,43 @@ async def test_a_chunk_that_says_the_same_gives_way_to_the_next(retrieval: Retri
     assert 4 == len(sources)
     assert {"fare.md", "new-fare.md", "gate.md"} < set(sources)
     assert [1, 2, 3, 4] == [row.hit.number for row in found]
+
+
+async def test_each_ranking_brings_several_times_what_is_wanted(
+    retrieval: Retrieval, ann: Principal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hundred for a few; for a hundred as many times more, so that what one has at its top and the other far down is seen by both."""
+    brought: list[int] = []
+    rank = EdgeStore.rank
+
+    async def noted(self: EdgeStore, space: Space, query: Query) -> Ranked:
+        brought.append(query.limit)
+        return await rank(self, space, query)
+
+    monkeypatch.setattr(EdgeStore, "rank", noted)
+    await rows(retrieval, ann, "Where is the heron described?", limit=10)
+    await rows(retrieval, ann, "Where is the heron described?", limit=100)
+
+    assert [100, 100, 416, 416] == brought
+
+
+async def test_the_best_are_judged_again_by_their_single_words(tmp_path: Path) -> None:
+    """By default, where both meaning and words rank; the explanation has the score. Without it the order is the fusion's."""
+    who = Principal(tenant="acme", user="ann")
+    ways = (pb.SEARCH_MODE_HYBRID, pb.SEARCH_MODE_DENSE, pb.SEARCH_MODE_SPARSE)
+    async with running(settings_for(tmp_path)) as retrieval:
+        await retrieval.ingest(who, {"book.md": BOOK})
+        judged, by_meaning, by_words = [await rows(retrieval, who, "Where is the heron described?", mode=way, explain=True) for way in ways]
+    async with running(settings_for(tmp_path / "without", late_candidates=0)) as retrieval:
+        await retrieval.ingest(who, {"book.md": BOOK})
+        fused = await rows(retrieval, who, "Where is the heron described?", explain=True)
+
+    scores = [row.explanation.rerank_score for row in judged]
+    assert all(row.explanation.HasField("rerank_score") for row in judged)
+    assert 3 == len(scores) and scores == sorted(scores, reverse=True)
+    assert "heron" in judged[0].hit.text
+    assert judged[0].hit.score == pytest.approx(fused[0].hit.score, abs=1e-3)
+    assert not any(row.explanation.HasField("rerank_score") for row in (*by_meaning, *by_words, *fused))
 
 
 async def test_a_reranker_has_the_last_word_and_is_not_needed(tmp_path: Path) -> None:

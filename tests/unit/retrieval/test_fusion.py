@@ -19,6 +19,16 @@ def test_what_both_rankings_name_comes_first(mode: str) -> None:
     assert all((other.dense_rank is None) != (other.sparse_rank is None) for other in others)
 
 
+def test_what_was_added_is_told_where_it_was() -> None:
+    """In the unit of words; ranks and spreads have none, and one ranking alone is not added to."""
+    dense, sparse = ranking(both=0.5, far=0.1), ranking(both=9.0, off=1.0)
+    both = fused(dense, sparse, 0.25, worth=60.0)[0]
+
+    assert 0.25 * 60 * 0.5 + 0.75 * 9 == both.total
+    assert {None} == {hit.total for mode in ("dbsf", "rrf") for hit in fused(dense, sparse, 0.25, mode)}
+    assert {None} == {hit.total for hit in fused(dense, {}, 1.0)}
+
+
 def test_a_ranking_without_weight_orders_nothing() -> None:
     """Where the embedder knows no word of the language, the order is that of the words."""
     hits = fused(ranking(c=0.9, a=0.5, x=0.4), ranking(a=3.0, b=2.0, c=1.0), 0.0)

@@ -488,7 +488,7 @@ class HitExplanation(_message.Message):
     fused_score: _builtins.float
     """Score of the fusion."""
     rerank_score: _builtins.float
-    """Score of the reranker. Unset = none ran."""
+    """Score of the reranker, or where there is none that of late interaction. Unset = neither judged it."""
     language: _builtins.str
     """Language the query was taken to be in, ISO 639-1. Empty = not known."""
     embedder_id: _builtins.str

@@ -204,6 +204,25 @@ async def test_a_passage_that_begins_within_code_is_shown_as_code(visit: Visit) 
     await expect(text.locator("em")).to_have_text("prose")
 
 
+TABLE_PASSAGE = """Limits of the pool.
+
+| Setting | What it bounds | Default |
+|---|---|---|
+| pool | open connections | 100 |
+| patience | seconds for a read | 500 |
+| age | minutes of life | 30 |
+"""
+
+
+async def test_the_row_that_is_said_under_its_columns_is_marked_and_not_their_names(visit: Visit) -> None:
+    said = "Setting: patience; What it bounds: seconds for a read; Default: 500"
+    visit.gateway.on("Cite", passages(TABLE_PASSAGE), delta(f"{said} [1]"), citation(1), done(f"{said} [1]"))
+    await visit.ask("Cite")
+    await visit.page.locator(".cite").click()
+    marks = visit.page.locator(".passage-text mark")
+    await expect(marks).to_have_text(["patience", "seconds for a read", "500"])
+
+
 PLAIN_PASSAGE = """# There he said that an offer had been made by Norwich.[42] Roberts did not
 want to leave *the club*.[42]
 In July 1997, Norwich paid the sum of money for Roberts.[43] His time did not begin happily.

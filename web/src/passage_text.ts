@@ -32,10 +32,11 @@ function markSupport(root: DocumentFragment, statement: string): void {
   while (walker.nextNode()) {
     const node = walker.currentNode as Text;
     const parent = node.parentElement;
-    if (parent?.closest(".code-head")) continue;
+    if (parent?.closest(".code-head") || parent?.matches("table, thead, tbody, tr")) continue;
     if (!parent?.closest("pre, .verbatim")) node.data = node.data.replace(/\s+/g, " ");
     const own = parent?.closest(LEAF);
-    if (own !== leaf) text += "\n\n";
+    // A row is read as in a plain text.
+    if (own !== leaf) text += own?.closest("tr") && own.closest("tr") === leaf?.closest("tr") ? " | " : "\n\n";
     leaf = own;
     runs.push({ node, start: text.length });
     text += node.data;

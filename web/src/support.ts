@@ -13,14 +13,22 @@ export function statementBefore(text: string): string {
   return bare.slice(Math.max(0, ...sentenceEnds(bare))).replace(/[.!?]+$/, "");
 }
 
-/** The sentence of the passage that shares most words with the statement, the shortest of such; none if nothing shares about half of them. */
+/**
+ * The sentence of the passage that shares most words with the statement, the shortest of such; none if nothing shares about half of them.
+ * A row of a table is read with the names of its columns.
+ */
 export function findSupport(passage: string, statement: string): Span | undefined {
   const wanted = new Set(words(statement).filter((word) => word.length > 2));
   if (wanted.size < 2) return undefined;
   let best: Span | undefined;
   let bestScore = 0.45;
+  let columns: string[] | undefined;
   for (const span of sentences(passage)) {
-    const held = new Set(words(passage.slice(span.start, span.end)));
+    const said = passage.slice(span.start, span.end);
+    const held = new Set(words(said));
+    if (!IS_ROW.test(said)) columns = undefined;
+    else if (columns) for (const name of columns) held.add(name);
+    else columns = [...held];
     const shared = [...wanted].filter((word) => held.has(word)).length;
     const score = shared / wanted.size - held.size / 10_000;
     if (score > bestScore) [best, bestScore] = [span, score];
@@ -30,6 +38,7 @@ export function findSupport(passage: string, statement: string): Span | undefine
 
 const FENCE = /^\s*(?:```|~~~)/;
 const ROW = String.raw`\||\S[^\n]* \| `;
+const IS_ROW = new RegExp(`^(?:${ROW})`);
 const BLOCK_START = new RegExp(String.raw`^\s*(?:$|[-*+•]\s|\d+[.)]\s|#|>|${ROW}|\`\`\`|~~~)`);
 const STANDS_ALONE = new RegExp(String.raw`^\s*(?:$|#|${ROW}|\`\`\`|~~~)`);
 

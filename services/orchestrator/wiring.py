@@ -16,7 +16,7 @@ from services.chassis.channel import Caller, open_channel
 from services.chassis.clock import Clock, SystemClock
 from services.chassis.config import environment
 from services.chassis.ending import ended
-from services.chassis.errors import DomainError, ModelUnknown, NotAllowed
+from services.chassis.errors import DomainError, ModelUnknown, NotAllowed, Unavailable
 from services.chassis.lifecycle import Service
 from services.chassis.passport import Passport
 from services.chassis.redis_pool import PatientPool
@@ -204,6 +204,8 @@ async def build(settings: OrchestratorSettings) -> AsyncIterator[Service]:
             "late turns": late_turns.send_forever(),
             "spool gauges": spool_gauges.tell_forever(outbox),
         }
+        with contextlib.suppress(Unavailable):  # whoever hears of an answer of ours must not take us for dead: before there is any
+            await logs.renew(replica)
         for name, work in works.items():
             stack.push_async_callback(ended, asyncio.create_task(work, name=name))
 

@@ -89,7 +89,7 @@ async def test_who_asked_first_may_leave(pair: tuple[World, World], where: int, 
     """Stopped at its own replica or through the other, while somebody follows here or there: they get all of it, its owner no more,
     at neither replica."""
     one, _ = pair
-    one.behave(tokens=100, tokens_per_s=100)
+    one.behave(tokens=250, tokens_per_s=100)
     first_task, first = await ahead(one)
     other_task, other = await ahead(pair[where], BOB)
     assert await pair[through].cancel(first.answer_id)

@@ -28,8 +28,6 @@ log = structlog.get_logger(__name__)
 
 PLAN_AGE_MAX_S = 5.0
 """How long a changed plan may go unnoticed."""
-PLAN_UNKNOWN_S = 2.0
-"""How long a ledger that gave no answer is not asked again. A request asks for its plan several times, and would wait each time."""
 READS_PER_REQUEST = 10
 """How many reads a plan gives for each of its requests: looking is cheaper than asking, and a page looks often."""
 SUBJECTS_MAX = 10_000
@@ -207,7 +205,7 @@ class Limits:
         self._default = Entitlements(Allowance(requests=default_per_minute))
         self._fallback = fallback or Fallback()
         self._clock = clock
-        self._plans: Memo[tuple[str, str], Entitlements] = Memo(SUBJECTS_MAX, PLAN_AGE_MAX_S, clock, failure_s=PLAN_UNKNOWN_S)
+        self._plans: Memo[tuple[str, str], Entitlements] = Memo(SUBJECTS_MAX, PLAN_AGE_MAX_S)
         self._away = False
         self._probe_at = 0.0
         self._held: dict[str, list[str]] = {}

@@ -8,18 +8,16 @@ from typing import Generic, TypeVar
 
 K = TypeVar("K")
 V = TypeVar("V")
-T = TypeVar("T")
 
 
 class Memo(Generic[K, V]):
-    """Remembers at most `entries_max` values for `age_max_s` each, and as many errors for `failure_s`, by default not at all."""
+    """Remembers at most `entries_max` values for `age_max_s` each. Errors are not remembered."""
 
-    def __init__(self, entries_max: int, age_max_s: float, clock: Callable[[], float] = time.monotonic, *, failure_s: float = 0.0) -> None:
+    def __init__(self, entries_max: int, age_max_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._entries: OrderedDict[K, tuple[float, V]] = OrderedDict()
-        self._failures: OrderedDict[K, tuple[float, Exception]] = OrderedDict()
         self._asking: dict[K, asyncio.Future[V]] = {}
         self._entries_max = entries_max
-        self._age_max_s, self._failure_s = age_max_s, failure_s
+        self._age_max_s = age_max_s
         self._clock = clock
         self._generation = 0
 
@@ -32,9 +30,6 @@ class Memo(Generic[K, V]):
             entry = self._entries.get(key)
             if entry and self._clock() - entry[0] < self._age_max_s:
                 return entry[1]
-            failure = self._failures.get(key)
-            if failure and self._clock() - failure[0] < self._failure_s:
-                raise failure[1].with_traceback(None)
             running = self._asking.get(key)
             if running is None:
                 return await self._ask(key, ask)
@@ -54,24 +49,21 @@ class Memo(Generic[K, V]):
         except BaseException as error:
             answer.set_exception(error)
             answer.exception()  # nobody may be waiting
-            if self._failure_s and isinstance(error, Exception):
-                self._remember(self._failures, key, error)
             raise
         else:
             answer.set_result(value)
             if generation == self._generation:
-                self._failures.pop(key, None)
-                self._remember(self._entries, key, value)
+                self._keep(key, value)
             return value
         finally:
             if self._asking.get(key) is answer:
                 del self._asking[key]
 
-    def _remember(self, among: OrderedDict[K, tuple[float, T]], key: K, what: T) -> None:
-        among[key] = (self._clock(), what)
-        among.move_to_end(key)
-        if len(among) > self._entries_max:
-            among.popitem(last=False)
+    def _keep(self, key: K, value: V) -> None:
+        self._entries[key] = (self._clock(), value)
+        self._entries.move_to_end(key)
+        if len(self._entries) > self._entries_max:
+            self._entries.popitem(last=False)
 
     def stale(self, key: K) -> V | None:
         """The last known value, however old."""
@@ -82,12 +74,10 @@ class Memo(Generic[K, V]):
         """Forget `key`, also what is being asked right now: whoever comes from now on asks anew."""
         self._generation += 1
         self._entries.pop(key, None)
-        self._failures.pop(key, None)
         self._asking.pop(key, None)
 
     def clear(self) -> None:
         """Forget everything, as `drop` does one."""
         self._generation += 1
         self._entries.clear()
-        self._failures.clear()
         self._asking.clear()

@@ -12,18 +12,7 @@ from services.chassis.errors import AnswerInterrupted, ModelFailed, Unavailable
 from services.chassis.principal import Principal
 from services.gateway import limits
 from services.gateway.limiter import Charge, Kind, LocalLimiter, Outcome, Settlement
-from services.gateway.limits import (
-    PLAN_UNKNOWN_S,
-    Allowance,
-    Ending,
-    Entitlements,
-    Fallback,
-    LimitReached,
-    Limits,
-    Metered,
-    ReservedTokens,
-    grant_of,
-)
+from services.gateway.limits import Allowance, Ending, Entitlements, Fallback, LimitReached, Limits, Metered, ReservedTokens, grant_of
 from services.gateway.memo import Memo
 from tailrace.common.v1 import common_pb2
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
@@ -597,21 +586,6 @@ async def test_without_the_ledger_the_last_known_plan_holds_else_the_default() -
 
     assert (await guard.entitlements(ADA)).user.requests == 7
     assert (await guard.entitlements(BOB)).user.requests == 2
-
-
-async def test_a_ledger_that_gave_no_answer_is_not_asked_again_with_every_request() -> None:
-    """One that stands still takes its time to say nothing, and a request asks for its plan several times."""
-    now = 0.0
-    plans = Plans(7)
-    plans.away = True
-    guard = Limits(Store(), plans, 2, clock=lambda: now)
-
-    for _ in range(3):
-        assert (await guard.entitlements(ADA)).user.requests == 2
-    assert plans.asked == 1
-    plans.away = False
-    now += PLAN_UNKNOWN_S
-    assert (await guard.entitlements(ADA)).user.requests == 7
 
 
 async def test_a_changed_plan_is_asked_for_again() -> None:

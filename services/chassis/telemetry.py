@@ -169,6 +169,14 @@ def incoming(metadata: Iterable[tuple[str, str | bytes]] | Mapping[str, str]) ->
     return _propagator.extract({key.lower(): value for key, value in pairs if isinstance(value, str)})
 
 
+def trace_id_in(headers: Iterable[tuple[str, str]]) -> str:
+    """The id of the trace that a request belongs to by its headers, 32 hex digits; empty if it names none."""
+    if not any(name == "traceparent" for name, _ in headers):
+        return ""
+    context = trace.get_current_span(incoming(headers)).get_span_context()
+    return format(context.trace_id, "032x") if context.is_valid else ""
+
+
 @contextlib.contextmanager
 def span(
     name: str,

@@ -6,6 +6,7 @@ One request: id and span, route, credential, rule, limit, endpoint; every error 
 import asyncio
 import contextlib
 import functools
+import secrets
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -28,7 +29,6 @@ from services.gateway.kit import Kit
 from services.gateway.limits import LimitReached
 from services.gateway.page import Page
 from services.gateway.problems import MethodNotAllowed, status_of
-from services.gateway.request_ids import id_headers, request_id_of
 from services.gateway.rules import ROUTE_RULES, Rule
 
 log = structlog.get_logger(__name__)
@@ -188,54 +188,52 @@ class Edge:
         began = time.perf_counter()
         set_current(None)  # a request on a kept connection may start in the context of the one before
         current_deadline.set(None)
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        request_id = request_id_of(headers.get("x-request-id", ""))
-        method, path = scope["method"], scope["path"]
+        exchange = Exchange(scope, receive, send, body_stall_s=self._kit.body_stall_s, write_stall_s=self._kit.timing.write_stall_s)
+        method, path = exchange.method, scope["path"]
         route: Route | None = None
         failure: DomainError | None = None
-        params: dict[str, str] = {}
         if router is self._sockets or not (method in ("GET", "HEAD") and self._page.has(path)):
             try:
-                route, params = router.find(method, scope["raw_path"])
+                route, exchange.params = router.find(method, scope["raw_path"])
             except DomainError as error:
                 failure = error
+        exchange.extra_headers += [*self._kit.browser.security_headers, *self._kit.browser.cross_origin_headers(exchange.headers)]
+        if route is not None or failure is not None:
+            exchange.extra_headers.append(API_POLICY)
         # Unknown paths share one name, so that no stranger decides how many names there are.
         name = route.path if route else "/" if failure is None else "unknown"
         method_name = method if method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE") else "other"
-        attributes: dict[str, Any] = {telemetry.HTTP_METHOD: method_name, telemetry.HTTP_ROUTE: name}
-        parent = telemetry.incoming(headers)
         self._hop.in_flight += 1
-        exchange: Exchange | None = None
         try:
-            with telemetry.span(f"{method_name} {name}", kind=SpanKind.SERVER, parent=parent, **attributes) as span:
-                exchange = Exchange(
-                    scope,
-                    receive,
-                    send,
-                    request_id=request_id,
-                    body_stall_s=self._kit.body_stall_s,
-                    write_stall_s=self._kit.timing.write_stall_s,
-                )
-                exchange.params = params
-                exchange.admit = functools.partial(self._admit_as, exchange)
-                exchange.extra_headers += [
-                    *self._kit.browser.security_headers,
-                    *self._kit.browser.cross_origin_headers(exchange.headers),
-                    *id_headers(request_id, exchange.trace_id),
-                ]
-                if route is not None or failure is not None:
-                    exchange.extra_headers.append(API_POLICY)
-                await self._answer(exchange, route, path, failure)
-                span.set_attribute(telemetry.HTTP_STATUS, exchange.status)
-                if exchange.status >= 500:
-                    span.set_attribute(telemetry.ERROR_TYPE, str(exchange.status))
+            if route is not None and route.rule.answers and (full := self._kit.shedding.full()):
+                await self._turn_away(exchange, full)
+            else:
+                await self._traced(exchange, route, failure, path, method_name, name)
         finally:
             elapsed_s = time.perf_counter() - began
-            status = exchange.status if exchange else 0
             self._hop.in_flight -= 1
-            self._hop.observe(elapsed_s * 1000, failed=status >= 500)
-            self._kit.metrics.requests.labels(method_name, name, str(status or "left")).inc()
+            self._hop.observe(elapsed_s * 1000, failed=exchange.status >= 500)
+            self._kit.metrics.requests.labels(method_name, name, str(exchange.status or "left")).inc()
             self._kit.metrics.seconds.labels(method_name, name).observe(elapsed_s)
+
+    async def _turn_away(self, exchange: Exchange, error: Overloaded) -> None:
+        """Refuse before anything is done: that is what makes it cheap. It has a trace's id to be named by, but no span: who has no time
+        for an answer has none to record that."""
+        exchange.tell_ids(telemetry.trace_id_in(exchange.headers) or secrets.token_hex(16))
+        await self._refuse(exchange, error)
+
+    async def _traced(
+        self, exchange: Exchange, route: Route | None, failure: DomainError | None, path: str, method_name: str, name: str
+    ) -> None:
+        attributes: dict[str, Any] = {telemetry.HTTP_METHOD: method_name, telemetry.HTTP_ROUTE: name}
+        parent = telemetry.incoming(exchange.headers)
+        with telemetry.span(f"{method_name} {name}", kind=SpanKind.SERVER, parent=parent, **attributes) as span:
+            exchange.tell_ids(telemetry.current_trace_id())
+            exchange.admit = functools.partial(self._admit_as, exchange)
+            await self._answer(exchange, route, path, failure)
+            span.set_attribute(telemetry.HTTP_STATUS, exchange.status)
+            if exchange.status >= 500:
+                span.set_attribute(telemetry.ERROR_TYPE, str(exchange.status))
 
     async def _answer(self, exchange: Exchange, route: Route | None, path: str, failure: DomainError | None) -> None:
         """Run the endpoint; whatever goes wrong before the first byte becomes a problem document."""

@@ -9,11 +9,11 @@ from urllib.parse import parse_qsl
 
 import orjson
 
-from services.chassis import telemetry
 from services.chassis.errors import DomainError, PayloadTooLarge, RequestInvalid
 from services.chassis.principal import Principal
 from services.gateway import problems
 from services.gateway.problems import MediaTypeUnsupported, RequestTimeout
+from services.gateway.request_ids import id_headers, request_id_of
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -40,9 +40,7 @@ class ClientLeft(Exception):
 class Exchange:
     """A request that is being answered."""
 
-    def __init__(
-        self, scope: Mapping[str, Any], receive: Receive, send: Send, *, request_id: str, body_stall_s: float, write_stall_s: float
-    ) -> None:
+    def __init__(self, scope: Mapping[str, Any], receive: Receive, send: Send, *, body_stall_s: float, write_stall_s: float) -> None:
         self._receive = receive
         self._send = send
         self._body_stall_s = body_stall_s
@@ -53,8 +51,9 @@ class Exchange:
         self.address: str = (scope.get("client") or ("",))[0]
         """Of the other end of the connection."""
         self._query_string: bytes = scope.get("query_string", b"")
-        self.request_id = request_id
-        self.trace_id = telemetry.current_trace_id()
+        self.request_id = request_id_of(next((value for name, value in self.headers if name == "x-request-id"), ""))
+        self.trace_id = ""
+        """Empty until the edge tells it."""
         self.params: dict[str, str] = {}
         """Values of the path's placeholders."""
         self.admit: Callable[[str, bytes], Awaitable[None]]
@@ -171,11 +170,15 @@ class Exchange:
 
     # --- the response ---
 
+    def tell_ids(self, trace_id: str) -> None:
+        """Have the response say which request and which trace it belongs to."""
+        self.trace_id = trace_id
+        self.extra_headers += id_headers(self.request_id, trace_id)
+
     async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         """Send status and headers. Raises as `write`: what the connection carried before may not have been taken."""
-        self.status = status
         async with self._stall():
-            await self._send({"type": "http.response.start", "status": status, "headers": [*headers, *self.extra_headers]})
+            await self._start(status, headers)
 
     async def write(self, body: bytes, *, last: bool = False) -> None:
         """Send a piece of the body. Raises ClientLeft if the client takes nothing for the stall time: then the connection is cut."""
@@ -185,6 +188,16 @@ class Exchange:
     async def write_watched(self, body: bytes, *, last: bool = False) -> None:
         """As `write`, for who watches by itself how long it takes: a timer for each piece is too much on the way of every token."""
         await self._send({"type": "http.response.body", "body": body, "more_body": not last})
+
+    async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        self.status = status
+        await self._send({"type": "http.response.start", "status": status, "headers": [*headers, *self.extra_headers]})
+
+    async def _start_with(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes, *, last: bool) -> None:
+        """Send status and headers and the first piece of the body, or all of it, under one timer."""
+        async with self._stall():
+            await self._start(status, headers)
+            await self.write_watched(body, last=last)
 
     @contextlib.asynccontextmanager
     async def _stall(self) -> AsyncIterator[None]:
@@ -197,8 +210,7 @@ class Exchange:
     async def respond(self, status: int, body: bytes, media_type: bytes, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
         """Send a whole response."""
         framing = [] if status in (204, 304) else [(b"content-type", media_type), (b"content-length", str(len(body)).encode())]
-        await self.start(status, [*framing, *headers])
-        await self.write(b"" if status in (204, 304) else body, last=True)
+        await self._start_with(status, [*framing, *headers], b"" if status in (204, 304) else body, last=True)
 
     async def respond_json(self, value: object, status: int = 200, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
         """Send `value` as JSON that no cache keeps."""
@@ -223,8 +235,7 @@ class Exchange:
             *closing,
             *headers,
         ]
-        await self.start(problems.status_of(error), sent)
-        await self.write(body, last=not unread)
+        await self._start_with(problems.status_of(error), sent, body, last=not unread)
         if unread:
             await self._discard()
             await self.write(b"", last=True)

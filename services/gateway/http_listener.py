@@ -93,6 +93,39 @@ def _address(transport: Any) -> str:
     return str((transport.get_extra_info("peername") or ("",))[0])
 
 
+class OneWrite:
+    """A transport that keeps the head of a response for what follows it in the same turn of the loop, so that both leave in one write.
+
+    Two writes are two calls of the kernel here, and two awakenings of the client. Everything else passes at once.
+    """
+
+    def __init__(self, transport: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._head = b""
+
+    def write(self, data: bytes) -> None:
+        if self._head:
+            data, self._head = self._head + data, b""
+        elif data.startswith(b"HTTP/1.1 "):  # of a body that begins like this the same is true
+            self._head = data
+            self._loop.call_soon(self._flush)
+            return
+        self._transport.write(data)
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def _flush(self) -> None:
+        if self._head:
+            head, self._head = self._head, b""
+            self._transport.write(head)
+
+
 class _Protocol(HttpToolsProtocol):
     """HTTP/1.1 with bounds on connections and on the time and size of headers, which uvicorn leaves open."""
 
@@ -101,6 +134,7 @@ class _Protocol(HttpToolsProtocol):
         self._peers = peers
 
     def connection_made(self, transport: Any) -> None:
+        transport = OneWrite(transport, self.loop)
         super().connection_made(transport)
         self._header_bytes = 0
         self._header_timer: asyncio.TimerHandle | None = None

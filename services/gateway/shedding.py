@@ -85,7 +85,8 @@ class Shedding:
     @contextlib.contextmanager
     def entered(self) -> Iterator[Callable[[], None]]:
         """Count an answer inside the block, and as being prepared until what is yielded is called. Raises Overloaded without room."""
-        self._require(1, 1.0)
+        if (error := self.full()) is not None:
+            raise error
         self.preparing += 1
         prepares = True
 
@@ -102,9 +103,14 @@ class Shedding:
             finally:
                 prepared()
 
+    def full(self) -> Overloaded | None:
+        """What to tell one more answer; None if there is room for it."""
+        return self._refusal(1, 1.0)
+
     def require_room_for_batch(self) -> None:
         """Called by an answer that has entered and that nobody waits for. Raises Overloaded if only interactive ones have room."""
-        self._require(0, BATCH_SHARE)
+        if (error := self._refusal(0, BATCH_SHARE)) is not None:
+            raise error
 
     def _calm(self) -> None:
         if self.preparing * 2 <= self.preparing_standing_max:
@@ -115,7 +121,7 @@ class Shedding:
         stands = self.clock() - self._calm_at > STANDS_AFTER_S
         return min(self.preparing_standing_max, self.preparing_max) if stands else self.preparing_max
 
-    def _require(self, more: int, share: float) -> None:
+    def _refusal(self, more: int, share: float) -> Overloaded | None:
         if self.streams + more > self.streams_max * share:
             cause = "streams"
         elif self.preparing + more > self._preparing_bound() * share:
@@ -123,6 +129,6 @@ class Shedding:
         elif self.lag_s() > self.lag_max_s * share:
             cause = "lag"
         else:
-            return
+            return None
         self.on_shed(cause)
-        raise Overloaded("the gateway carries as much as it can", dependency="gateway", cause=cause, retry_after_ms=RETRY_AFTER_MS)
+        return Overloaded("the gateway carries as much as it can", dependency="gateway", cause=cause, retry_after_ms=RETRY_AFTER_MS)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import re
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,8 +12,12 @@ from typing import Any
 import grpc
 import httpx
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from websockets.asyncio.client import connect
 
+from services.chassis import telemetry
 from services.chassis.errors import ModelFailed
 from services.chassis.lifecycle import started
 from services.chassis.principal import Principal
@@ -26,6 +31,8 @@ from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
 from tests.fakes.api_keys import key_named
 from tests.integration.gateway.backends import ANSWER, accepted, delta, done, forever
 from tests.integration.gateway.conftest import Front, problem_of, settings_for, unique_user, until
+
+TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 
 
 @contextlib.asynccontextmanager
@@ -339,8 +346,13 @@ async def test_a_grpc_reader_that_takes_nothing_is_let_go(front: Front, tmp_path
     assert from_rpc_error(caught.value, "gateway").reason == "ANSWER_INTERRUPTED"
 
 
-async def test_a_full_gateway_sheds_at_once_whoever_asks(front: Front, tmp_path: Path, valkey: Valkey) -> None:
-    """Batch first, then all, before anybody is asked who they are; five times what it carries, and every refusal is quick."""
+async def test_a_full_gateway_sheds_at_once_whoever_asks(
+    front: Front, tmp_path: Path, valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batch first, then all, before anybody is asked who they are; five times what it carries, every refusal is quick and unrecorded."""
+    provider, exporter = TracerProvider(), InMemorySpanExporter()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(telemetry, "_tracer", provider.get_tracer("test"))
     front.behind.orchestrator.script = [accepted(), forever]
     async with (
         gateway(front, tmp_path, valkey.url, TAILRACE_GATEWAY_STREAMS_MAX="10") as (client, target),
@@ -369,15 +381,23 @@ async def test_a_full_gateway_sheds_at_once_whoever_asks(front: Front, tmp_path:
             metadata = (("authorization", f"Bearer {front.token()}"),)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await GatewayServiceStub(channel).Answer(orchestrator.AnswerRequest(question="?"), metadata=metadata).read()
+        shed_at_last = await client.post(
+            "/v1/answers", json={"question": "?"}, headers={"traceparent": f"00-{TRACE_ID}-00f067aa0ba902b7-01", "x-request-id": "mine"}
+        )
+        recorded = [span.name for span in exporter.get_finished_spans()]
         others = await client.get("/v1/models")
         metrics = (await client.get("/metrics")).text
 
     problem_of(batch, 503, "OVERLOADED")
+    told = problem_of(shed_at_last, 503, "OVERLOADED")
+    assert (told["trace_id"], told["request_id"]) == (TRACE_ID, "mine")
+    assert recorded.count("POST /v1/answers") == 1, "of what is turned away before anything is done there is no span"
+    assert all(re.search(rb"\r\nx-trace-id: [0-9a-f]{32}\r\n", head) for head in heads)
     assert all(head.startswith(b"HTTP/1.1 503 ") and b"\r\nretry-after: 1\r\n" in head for head in heads)
     assert from_rpc_error(caught.value, "gateway").reason == "OVERLOADED"
     assert others.status_code == 200
     assert front.behind.seen.count("Answer") == asked == 10
-    assert 'tailrace_gateway_shed_total{cause="streams"} 202.0' in metrics
+    assert 'tailrace_gateway_shed_total{cause="streams"} 203.0' in metrics
     half, most = sorted(seconds)[100], sorted(seconds)[198]
     print(f"a refusal took {half * 1000:.1f} ms at p50 and {most * 1000:.1f} ms at p99")
     assert half < 0.05

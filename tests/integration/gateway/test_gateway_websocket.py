@@ -192,7 +192,7 @@ async def test_a_page_of_others_cannot_use_the_cookie(origin: str) -> None:
 
     def handshake(**headers: str) -> Exchange:
         pairs = [(name.encode(), value.encode()) for name, value in {"host": "127.0.0.1:8080", **headers}.items()]
-        return Exchange({"method": "GET", "headers": pairs}, nothing, nothing, request_id="r", body_stall_s=1, write_stall_s=1)
+        return Exchange({"method": "GET", "headers": pairs}, nothing, nothing, body_stall_s=1, write_stall_s=1)
 
     with pytest.raises(NotAllowed):
         refuse_foreign_page(handshake(cookie="session=x", origin=origin))
@@ -269,7 +269,7 @@ async def test_an_ask_may_bring_what_it_may_over_http(front: Front) -> None:
         asked = front.behind.seen.last("Answer")[0]
         await say(socket, "ask", request_id="q", question="x" * (1 << 20))
         ends += [(await heard_until(socket, "done", "error"))[-1]]
-        await say(socket, "ask", request_id="r", question="?")
+        await say(socket, "ask", question="?")
         ends += [(await heard_until(socket, "done", "error"))[-1]]
 
     assert [end["type"] for end in ends] == ["done", "error", "done"]

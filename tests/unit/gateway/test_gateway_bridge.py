@@ -80,7 +80,7 @@ class Carried:
     def __init__(self, *, heartbeat_s: float = 60, write_stall_s: float = 60, lasting: bool = False) -> None:
         self.client, self.source, self.draining = Client(), Source(), asyncio.Event()
         scope = {"method": "GET", "headers": []}
-        exchange = Exchange(scope, self.client.receive, self.client.send, request_id="r", body_stall_s=1, write_stall_s=1)
+        exchange = Exchange(scope, self.client.receive, self.client.send, body_stall_s=1, write_stall_s=1)
         timing = Timing(heartbeat_s, write_stall_s)
         self.bridge: Bridge[int] = Bridge(
             exchange, lambda number: b"%d" % number, lambda number: number == LAST, timing, self.draining,

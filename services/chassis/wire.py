@@ -1,11 +1,27 @@
 """The shared values as messages of tailrace.common.v1 and back. Only `rpc` and `clients` modules call it."""
 
 from datetime import datetime
+from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.chassis.money import Price, Usage
 from tailrace.common.v1 import common_pb2
+
+_HOW_IT_IS_READ = ("deadline_ms", "cancel_on_disconnect", "priority", "whole", "batches")
+"""Fields of an AnswerRequest that make it no other request: how long its caller waits, how it reads and how it goes away."""
+
+
+def asked(request: Any) -> bytes:
+    """What an AnswerRequest asks for, as bytes that are the same whenever it is sent again. Whoever compares two requests compares these:
+    an edge that took for one what the orchestrator takes for two would charge the second nothing.
+    """
+    kept = type(request)()
+    kept.CopyFrom(request)
+    for name in _HOW_IT_IS_READ:
+        kept.ClearField(name)
+    content: bytes = kept.SerializeToString(deterministic=True)
+    return content
 
 
 def timestamp(moment: datetime) -> Timestamp:

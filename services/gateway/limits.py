@@ -21,6 +21,7 @@ from services.chassis.afterwork import AfterWork
 from services.chassis.deadline import current_deadline
 from services.chassis.errors import AnswerInterrupted, DomainError, Overloaded, RateLimited, Unavailable
 from services.chassis.principal import Principal
+from services.chassis.wire import asked
 from services.gateway.limiter import LEASE_US, WINDOW_US, Before, Charge, Correction, Kind, LocalLimiter, Outcome, Settlement, Verdict
 from services.gateway.memo import Memo
 
@@ -498,16 +499,8 @@ def grant_of(principal: Principal, request: Any) -> str:
     """
     if not request.idempotency_key:
         return ""
-    asked = type(request)()
-    asked.CopyFrom(request)
-    for name in _HOW_IT_IS_READ:
-        asked.ClearField(name)
-    digest = hashlib.blake2b(principal.user.encode() + b"\0" + asked.SerializeToString(deterministic=True), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(principal.user.encode() + b"\0" + asked(request), digest_size=16).hexdigest()
     return f"tailrace:limits:{{{_digest(principal.tenant)}}}:grant:{digest}"
-
-
-_HOW_IT_IS_READ = ("deadline_ms", "cancel_on_disconnect", "priority", "whole", "batches")
-"""Fields by which the orchestrator knows a request no other: how long the caller waits, how it reads and how it goes away."""
 
 
 class Metered:

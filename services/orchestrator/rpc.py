@@ -18,7 +18,7 @@ from services.chassis.deadline import current_deadline
 from services.chassis.errors import DomainError, IdempotencyConflict, NotFound, Overloaded, RequestInvalid, Unavailable
 from services.chassis.principal import Principal, current_principal
 from services.chassis.server import Server
-from services.chassis.wire import timestamp, usage_message, usage_value
+from services.chassis.wire import asked, timestamp, usage_message, usage_value
 from services.orchestrator.clients import cache_message, cache_value, passage_message, passage_value
 from services.orchestrator.domain import (
     Accepted,
@@ -90,12 +90,8 @@ def new_answer_id() -> str:
 
 
 def fingerprint(request: pb.AnswerRequest) -> bytes:
-    """Digest of what is asked. How long the caller waits for it, how it reads and how it goes away does not make it another question."""
-    asked = pb.AnswerRequest()
-    asked.CopyFrom(request)
-    for field in ("deadline_ms", "cancel_on_disconnect", "priority", "whole", "batches"):
-        asked.ClearField(field)
-    return hashlib.sha256(asked.SerializeToString(deterministic=True)).digest()
+    """Digest of what is asked."""
+    return hashlib.sha256(asked(request)).digest()
 
 
 def read_question(

@@ -46,6 +46,7 @@ def test_every_error_has_a_status_and_a_document(cls: type[DomainError]) -> None
 @pytest.mark.parametrize(
     ("cls", "status"),
     [
+        (errors.ModelRefused, 422),
         (errors.ModelFailed, 502),
         (errors.OutputInvalid, 502),
         (errors.ModelStalled, 504),
@@ -65,7 +66,7 @@ def test_metadata_never_overwrites_the_documents_own_members() -> None:
 
     document = problems.document(error, trace_id="t", request_id="r")
 
-    assert (document["status"], document["type"], document["provider"]) == (400, "/problems/model-refused", "p")
+    assert (document["status"], document["type"], document["provider"]) == (422, "/problems/model-refused", "p")
 
 
 def test_when_to_come_back_is_said_in_whole_seconds() -> None:

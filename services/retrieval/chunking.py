@@ -103,48 +103,52 @@ def _cut(text: str, whole: _Piece, kind: BlockKind, count_tokens: CountTokens) -
 
 
 def _split(text: str, piece: _Piece, joints: tuple[re.Pattern[str], ...], count_tokens: CountTokens) -> Iterator[_Piece]:
-    parts = list(_parts(text, piece, joints[0])) if joints else list(_by_characters(piece))
-    sizes = count_tokens([text[part.start : part.end] for part in parts])
-    for part, tokens in zip(parts, sizes, strict=True):
-        if tokens <= part.tokens_max:
-            yield replace(part, tokens=tokens)
-        elif joints:
-            yield from _split(text, part, joints[1:], count_tokens)
+    spans = list(_spans(text, piece.start, piece.end, joints[0])) if joints else list(_by_characters(piece))
+    sizes = count_tokens([text[begin:end] for begin, end in spans])
+    for (begin, end), tokens in zip(spans, sizes, strict=True):
+        part = replace(piece, start=begin, end=end, tokens=tokens)
+        if tokens <= piece.tokens_max:
+            yield part
         else:
-            # One token is at least one character here, so a quarter of the characters is the next try.
-            yield from _split(text, part, (), count_tokens)
+            # One token is at least one character here, so where no joints are left, a quarter of the characters is the next try.
+            yield from _split(text, part, joints[1:], count_tokens)
 
 
-def _parts(text: str, piece: _Piece, joint: re.Pattern[str]) -> Iterator[_Piece]:
-    begin = piece.start
-    for match in joint.finditer(text, piece.start, piece.end):
+def _spans(text: str, start: int, end: int, joint: re.Pattern[str]) -> Iterator[tuple[int, int]]:
+    """What lies between joints, in order."""
+    begin = start
+    for match in joint.finditer(text, start, end):
         assert match.lastindex is not None
         gap = match.start(match.lastindex)
         if gap > begin:
-            yield replace(piece, start=begin, end=gap)
+            yield begin, gap
         begin = match.end()
-    if begin < piece.end:
-        yield replace(piece, start=begin, end=piece.end)
+    if begin < end:
+        yield begin, end
 
 
-def _by_characters(piece: _Piece) -> Iterator[_Piece]:
+def _by_characters(piece: _Piece) -> Iterator[tuple[int, int]]:
     step = max(1, min(piece.tokens_max, (piece.end - piece.start + 1) // 2))
     for begin in range(piece.start, piece.end, step):
-        yield replace(piece, start=begin, end=min(begin + step, piece.end))
+        yield begin, min(begin + step, piece.end)
 
 
 def _joined(parts: Iterator[_Piece]) -> Iterator[_Piece]:
     """Neighbours put together again as long as they fit. Token counts of parts add up to at least that of the whole."""
-    gathered: _Piece | None = None
+    gathered: list[_Piece] = []
+    tokens = 0
     for part in parts:
-        if gathered is not None and gathered.tokens + part.tokens <= gathered.tokens_max:
-            gathered = replace(gathered, end=part.end, tokens=gathered.tokens + part.tokens)
-            continue
-        if gathered is not None:
-            yield gathered
-        gathered = part
-    if gathered is not None:
-        yield gathered
+        if gathered and tokens + part.tokens > gathered[0].tokens_max:
+            yield _whole(gathered, tokens)
+            gathered, tokens = [], 0
+        gathered.append(part)
+        tokens += part.tokens
+    if gathered:
+        yield _whole(gathered, tokens)
+
+
+def _whole(parts: list[_Piece], tokens: int) -> _Piece:
+    return parts[0] if len(parts) == 1 else replace(parts[0], end=parts[-1].end, tokens=tokens)
 
 
 def _packed(text: str, pieces: Iterator[_Piece]) -> list[_Piece]:
@@ -201,16 +205,16 @@ def _leads(text: str, pieces: Sequence[_Piece], count_tokens: CountTokens, title
         last, piece = pieces[place - 1], pieces[place]
         room = min(LEAD_TOKENS_MAX, WINDOW_TOKENS - context - piece.tokens)
         begin = max(last.start, last.end - LEAD_CHARACTERS_MAX)
-        words = list(_parts(text, replace(last, start=begin), _WORD_END))
+        words = list(_spans(text, begin, last.end, _WORD_END))
         if begin > last.start:
             words = words[1:]  # it may have been torn
-        sizes = count_tokens([text[word.start : word.end] for word in words])
+        sizes = count_tokens([text[start:end] for start, end in words])
         first = len(words)
         while first and sizes[first - 1] <= room:
             first -= 1
             room -= sizes[first]
         if first < len(words):
-            leads[place] = text[words[first].start : last.end]
+            leads[place] = text[words[first][0] : last.end]
     return leads
 
 

@@ -131,8 +131,8 @@ class Settings(ServiceSettings):
     """Memory of this replica for documents that are being received; above it, streams are made to wait."""
     redis_url: SecretStr = Field(SecretStr("redis://127.0.0.1:6379/0"), validation_alias="REDIS_URL")
     """Redis or Valkey that keeps ingestion jobs and the contents of documents until they are indexed."""
-    ingest_workers: int = Field(2, ge=1, le=64, validation_alias="TAILRACE_RETRIEVAL_INGEST_WORKERS")
-    """Documents this replica works on at once. Two keep the embedder busy while one of them is parsed or written."""
+    ingest_workers: int = Field(4, ge=1, le=64, validation_alias="TAILRACE_RETRIEVAL_INGEST_WORKERS")
+    """Documents this replica works on at once. Four keep the embedder's two threads busy while others are parsed and written."""
     ingest_store_mib: int = Field(96, ge=42, le=65_536, validation_alias="TAILRACE_RETRIEVAL_INGEST_STORE_MIB")
     """Room in Redis for contents that wait for their turn or for a retry, all jobs together; one job has at most half of it."""
     ingest_lease_s: float = Field(10.0, ge=0.5, le=600, validation_alias="TAILRACE_RETRIEVAL_INGEST_LEASE_S")

@@ -25,7 +25,7 @@ from services.retrieval.access import everything_of, readers_of
 from services.retrieval.chunking import CUT, chunked, in_context
 from services.retrieval.domain import Chunk, Document, Extracted, Progress, Stage, Upload, Viewer, document_id, page_list
 from services.retrieval.jobs import Claim, JobState, JobStore, Owner, Taken, Told
-from services.retrieval.ports import Embedder, SparseEncoder, Vectors
+from services.retrieval.ports import Embedder, Sparse, SparseEncoder, Vectors
 from services.retrieval.registry import Registry
 
 log = structlog.get_logger(__name__)
@@ -50,6 +50,8 @@ AWAY_RETRY_S = 0.5
 TRIES_MAX = 3
 """How often a document is begun by one claim while what it needs is away for a moment; the pause doubles from AWAY_RETRY_S."""
 RECORDS_PER_WRITE = 64
+TOLD_TOGETHER_S = 0.1
+"""How long news that nobody waits for may wait for others: a round trip for each costs as much as a tenth of a document's embedding."""
 SWEEP_S = 30.0
 
 
@@ -161,7 +163,7 @@ class Job:
         return self._ingestion.store.events(self.job_id)
 
 
-class _Reporter:
+class Reporter:
     """Progress of this replica's documents on its way to the store, in order, several in one round trip."""
 
     def __init__(self, store: JobStore, lost: Callable[[Claim], None]) -> None:
@@ -169,12 +171,23 @@ class _Reporter:
         self._lost = lost
         self._waiting: list[tuple[Told, asyncio.Future[bool]]] = []
         self._news = asyncio.Event()
+        self._due: asyncio.TimerHandle | None = None
 
     def say(self, told: Told) -> asyncio.Future[bool]:
-        """Whether it was recorded, once it is known; False = the claim is no longer ours."""
+        """Whether it was recorded, once it is known; False = the claim is no longer ours. It goes at once, and what was said before it."""
+        future = self._add(told)
+        self._news.set()
+        return future
+
+    def mention(self, told: Told) -> None:
+        """As `say`, for news that nobody waits for: they go with the next that somebody does, or soon."""
+        self._add(told)
+        if self._due is None:
+            self._due = asyncio.get_running_loop().call_later(TOLD_TOGETHER_S, self._news.set)
+
+    def _add(self, told: Told) -> asyncio.Future[bool]:
         future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._waiting.append((told, future))
-        self._news.set()
         return future
 
     async def run(self) -> None:
@@ -182,6 +195,9 @@ class _Reporter:
         while True:
             await self._news.wait()
             self._news.clear()
+            if self._due is not None:
+                self._due.cancel()
+                self._due = None
             while batch := self._waiting[:RECORDS_PER_WRITE]:
                 try:
                     taken = await self._store.record([told for told, _ in batch])
@@ -198,6 +214,21 @@ class _Reporter:
 
 class _Lost(Exception):
     """The claim went to somebody else, or the document was cancelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Voice:
+    """How the work on one document is told."""
+
+    tell: Callable[[Progress], asyncio.Future[bool]]
+    mention: Callable[[Progress], None]
+    """For what nobody waits for."""
+
+
+def _words(sparse: SparseEncoder, whole: str, texts: Sequence[str]) -> tuple[str, list[Sparse]]:
+    """The language of a document, and the words of its chunks in it."""
+    language = sparse.language(whole)
+    return language, [sparse.document(text, language) for text in texts]
 
 
 class Ingestion:
@@ -226,7 +257,7 @@ class Ingestion:
         self._wake = asyncio.Event()
         self._held: dict[str, asyncio.Task[None]] = {}
         self._working: list[asyncio.Task[None]] = []
-        self._reporter = _Reporter(store, self._drop)
+        self._reporter = Reporter(store, self._drop)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -357,8 +388,13 @@ class Ingestion:
             last = progress
             return self._reporter.say(Told(claim, progress, committing=progress.stage is Stage.EMBEDDED))
 
+        def mention(progress: Progress) -> None:
+            nonlocal last
+            last = progress
+            self._reporter.mention(Told(claim, progress))
+
         try:
-            await self._patiently(claim, tell)
+            await self._patiently(claim, _Voice(tell, mention))
         except _Lost:
             return
         except DomainError as error:
@@ -367,12 +403,12 @@ class Ingestion:
             log.exception("ingestion_failed_unexpectedly", error=type(error).__name__)
             await self._failed(claim, last, Internal.reason, Internal.title)
 
-    async def _patiently(self, claim: Claim, tell: Callable[[Progress], asyncio.Future[bool]]) -> None:
+    async def _patiently(self, claim: Claim, voice: _Voice) -> None:
         """Take in one document, and begin again after what may pass by itself: a document must not fail for one slow answer of a store."""
         for tries in range(1, TRIES_MAX + 1):
             try:
                 content = await self._content(claim)
-                await self._take_in(claim, replace(claim.upload, content=content), claim.latest, tell)
+                await self._take_in(claim, replace(claim.upload, content=content), claim.latest, voice)
             except DomainError as error:
                 if not error.retryable or tries == TRIES_MAX:
                     raise
@@ -390,7 +426,7 @@ class Ingestion:
             raise NotFound("the document's content is no longer kept", kind="content")
         return content
 
-    async def _take_in(self, claim: Claim, upload: Upload, state: Progress, tell: Callable[[Progress], asyncio.Future[bool]]) -> None:
+    async def _take_in(self, claim: Claim, upload: Upload, state: Progress, voice: _Voice) -> None:
         pipeline, tenant = self._pipeline, claim.owner.tenant
         with span("retrieval.parse"):
             sha256 = await asyncio.to_thread(lambda: hashlib.sha256(upload.content).hexdigest())
@@ -400,7 +436,7 @@ class Ingestion:
         id_ = document_id(tenant, upload.collection, source_uri)
         unread_pages = page_list(extracted.unread_pages)
         state = replace(state, stage=Stage.PARSED, document_id=id_, name=upload.name or source_uri, unread_pages=unread_pages)
-        tell(state)
+        voice.mention(state)
         old = await pipeline.registry.prior(tenant, id_)
         readers = _readers(upload, old)
         unchanged = (
@@ -410,19 +446,18 @@ class Ingestion:
             and not (old.unread_pages and len(extracted.text) > old.characters)  # pages that were pictures are read by now
         )
         if old is not None and unchanged and await pipeline.registry.renew(old, claim.received):
-            await tell(replace(state, stage=Stage.UNCHANGED, chunks_total=old.chunks, chunks_done=old.chunks, version=old.version))
+            await voice.tell(replace(state, stage=Stage.UNCHANGED, chunks_total=old.chunks, chunks_done=old.chunks, version=old.version))
             return
         with span("retrieval.chunk"):
             chunks = await asyncio.to_thread(lambda: flagged(chunked(extracted, pipeline.embedder.count_tokens, title)))
         state = replace(state, stage=Stage.CHUNKED, chunks_total=len(chunks))
-        tell(state)
+        voice.mention(state)
         texts = [in_context(title, chunk) for chunk in chunks]
         with span("retrieval.embed_chunks"):
-            dense, sketches = await self._embedded(texts, lambda done: tell(replace(state, chunks_done=done)))
-        language = await asyncio.to_thread(pipeline.sparse.language, extracted.text)
-        sparse = await asyncio.to_thread(lambda: [pipeline.sparse.document(text, language) for text in texts])
+            dense, sketches = await self._embedded(texts, lambda done: voice.mention(replace(state, chunks_done=done)))
+        language, sparse = await asyncio.to_thread(_words, pipeline.sparse, extracted.text, texts)
         state = replace(state, stage=Stage.EMBEDDED, chunks_done=len(chunks))
-        if not await tell(state):
+        if not await voice.tell(state):
             raise _Lost
         draft = Document(
             document_id=id_,
@@ -451,7 +486,7 @@ class Ingestion:
             document = await pipeline.registry.replace(draft, chunks, dense, sparse, sketches)
             # A version that was received later may have been quicker.
             stage = Stage.INDEXED if document.received == draft.received else Stage.UNCHANGED
-            await tell(replace(state, stage=stage, version=document.version))
+            await voice.tell(replace(state, stage=stage, version=document.version))
 
         with span("retrieval.index"):
             # From here on the change is made whole and told, whoever leaves.

@@ -96,19 +96,19 @@ class MiniLmEmbedder:
 
     async def embed_texts(self, texts: Sequence[str]) -> Embedded:
         loop = asyncio.get_running_loop()
-        lengths = await loop.run_in_executor(self._documents, self.count_tokens, texts)
+        encodings = await loop.run_in_executor(self._documents, self._encoded, texts)
         # Texts of one length waste no padding; the caller gets its own order back.
         vectors = np.empty((len(texts), DIMENSION), np.float32)
         sketches = [""] * len(texts)
-        batches = _batches(lengths)
+        batches = _batches([len(encoding) for encoding in encodings])
         made = await asyncio.gather(
-            *(loop.run_in_executor(self._documents, self._read_texts, tuple(texts[place] for place in batch)) for batch in batches)
+            *(loop.run_in_executor(self._documents, self._read_texts, [encodings[place] for place in batch]) for batch in batches)
         )
         for batch, (of_batch, sketches_of_batch) in zip(batches, made, strict=True):
             vectors[batch] = of_batch
             for place, sketch in zip(batch, sketches_of_batch, strict=True):
                 sketches[place] = sketch
-        return Embedded(vectors, sum(min(length + 2, TOKENS_MAX) for length in lengths), sketches=tuple(sketches))
+        return Embedded(vectors, sum(map(len, encodings)), sketches=tuple(sketches))
 
     async def _question_batch(self, texts: tuple[str, ...]) -> list[tuple[Vector, AskedTokens | None]]:
         return await asyncio.get_running_loop().run_in_executor(self._question_thread, self._read_questions, texts)
@@ -116,20 +116,25 @@ class MiniLmEmbedder:
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         return self._pieces.count(texts)
 
-    def _read_texts(self, texts: tuple[str, ...]) -> tuple[Vectors, tuple[str, ...]]:
-        vectors, hidden, encodings = self._run(texts)
+    def _encoded(self, texts: Sequence[str]) -> list[Encoding]:
+        """The texts' pieces, with those that begin and end each, at most TOKENS_MAX of them."""
+        encodings: list[Encoding] = self._tokenizer.encode_batch_fast(list(texts))
+        return encodings
+
+    def _read_texts(self, encodings: list[Encoding]) -> tuple[Vectors, tuple[str, ...]]:
+        vectors, hidden = self._run(encodings)
         lengths = [len(encoding) for encoding in encodings]
         return vectors, sketched(np.concatenate([row[:length] for row, length in zip(hidden, lengths, strict=True)]), lengths)
 
     def _read_questions(self, texts: tuple[str, ...]) -> list[tuple[Vector, AskedTokens | None]]:
-        vectors, hidden, encodings = self._run(texts)
+        encodings = self._encoded(texts)
+        vectors, hidden = self._run(encodings)
         # Without the two tokens that every text begins and ends with.
         tokens = [asked(row[1 : len(encoding) - 1]) for row, encoding in zip(hidden, encodings, strict=True)]
         return list(zip(vectors, tokens, strict=True))
 
-    def _run(self, texts: tuple[str, ...]) -> tuple[Vectors, Numbers, list[Encoding]]:
-        """The texts' vectors, those of their tokens (n, t, d), which go on beyond a shorter text, and what they were read as."""
-        encodings = self._tokenizer.encode_batch_fast(list(texts))
+    def _run(self, encodings: list[Encoding]) -> tuple[Vectors, Numbers]:
+        """The texts' vectors, and those of their tokens (n, t, d), which go on beyond a shorter text."""
         width = max(len(encoding) for encoding in encodings)
         ids = np.zeros((len(encodings), width), np.int32)
         mask = np.zeros((len(encodings), width), np.int32)
@@ -139,15 +144,14 @@ class MiniLmEmbedder:
         (hidden,) = self._session.run(["hidden"], {"input_ids": ids, "attention_mask": mask})
         summed = np.einsum("ntd,nt->nd", hidden, mask.astype(np.float32))
         vectors: Vectors = summed / np.linalg.norm(summed, axis=1, keepdims=True)
-        return vectors, hidden, encodings
+        return vectors, hidden
 
 
-def _batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Places of texts, shortest first, cut so that no batch holds more than BATCH_TOKENS_MAX tokens with its padding."""
+def _batches(widths: Sequence[int]) -> list[list[int]]:
+    """Places of texts of so many tokens, shortest first, cut so that no batch holds more than BATCH_TOKENS_MAX with its padding."""
     batches: list[list[int]] = []
-    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
-        width = min(lengths[place] + 2, TOKENS_MAX)
-        if batches and (len(batches[-1]) + 1) * width <= BATCH_TOKENS_MAX:
+    for place in sorted(range(len(widths)), key=widths.__getitem__):
+        if batches and (len(batches[-1]) + 1) * widths[place] <= BATCH_TOKENS_MAX:
             batches[-1].append(place)
         else:
             batches.append([place])

@@ -86,7 +86,9 @@ Turn = Callable[[str], AbstractAsyncContextManager[Renew]]
 
 
 @contextlib.asynccontextmanager
-async def _alone(document_id: str) -> AsyncIterator[Renew]:
+async def alone(document_id: str) -> AsyncIterator[Renew]:
+    """The turn of a process that has its store for itself."""
+
     async def renew() -> None:
         return None
 
@@ -96,7 +98,7 @@ async def _alone(document_id: str) -> AsyncIterator[Renew]:
 class Registry:
     """Documents and epochs in a VectorStore. Changes of one document happen one after the other."""
 
-    def __init__(self, store: VectorStore, clock: Clock, encodings: Encodings | None = None, turn: Turn = _alone) -> None:
+    def __init__(self, store: VectorStore, clock: Clock, encodings: Encodings | None = None, turn: Turn = alone) -> None:
         """Without `encodings` there is one for all, and its vectors are handed in.
 
         `turn` keeps the processes apart that share the store; within this one nothing is needed.

@@ -32,7 +32,7 @@ from services.retrieval.ports import Embedder, EmbeddingBooks, Fusion, Ocr, Vect
 from services.retrieval.recall import Memory
 from services.retrieval.redis_jobs import RedisJobs
 from services.retrieval.reencoding import Reencoding
-from services.retrieval.registry import Registry
+from services.retrieval.registry import Registry, alone
 from services.retrieval.remote_reranker import RemoteReranker
 from services.retrieval.rpc import offer
 from services.retrieval.search import Reranking, Searcher
@@ -69,14 +69,14 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
         )
         stack.push_async_callback(encodings.close)
         jobs = await stack.enter_async_context(_jobs(settings))
-        registry = Registry(store, clock, encodings, jobs.turn)
+        exclusive = not settings.qdrant_url
+        registry = Registry(store, clock, encodings, alone if exclusive else jobs.turn)
         answers = AnswerCache(store, encodings, clock, similarity_min=settings.cache_similarity_min, ttl_s=settings.cache_ttl_s)
 
         async def first_contact() -> None:
             await prepare()
             await encodings.begin()
 
-        exclusive = not settings.qdrant_url
         upkeep = Upkeep(store, registry, clock, prepare=first_contact, flush=flush, exclusive=exclusive, expire=answers.expire)
         await stack.enter_async_context(upkeep.running())
         reencoding = Reencoding(store, registry, encodings, clock, str(uuid.uuid4()), exclusive=exclusive)

@@ -43,7 +43,7 @@ async def test_int8_is_near_and_a_vector_does_not_depend_on_its_company(embedder
     small = await asyncio.to_thread(MiniLmEmbedder.load, state_dir / "models", "int8")
     try:
         near = [float((await small.embed_question(text))[0] @ (await embedder.embed_question(text))[0]) for text in texts]
-        together = small._read_texts(tuple(texts[:5]))[0]
+        together = small._read_texts(small._encoded(texts[:5]))[0]
         alone = np.concatenate([await small.embed_question(text) for text in texts[:5]])
     finally:
         small.close()
@@ -170,10 +170,9 @@ async def test_questions_that_wait_together_go_together(embedder: MiniLmEmbedder
 
 def test_batches_hold_every_text_once_and_little_padding() -> None:
     """Whatever the lengths, no batch is larger than its bound unless one text alone is."""
-    lengths = [5, 300, 7, 120, 120, 120, 250, 1, 254, 60, 60]
-    batches = minilm_embedder._batches(lengths)
+    widths = [7, TOKENS_MAX, 9, 122, 122, 122, 252, 3, TOKENS_MAX, 62, 62]
+    batches = minilm_embedder._batches(widths)
 
-    assert list(range(len(lengths))) == sorted(place for batch in batches for place in batch)
+    assert list(range(len(widths))) == sorted(place for batch in batches for place in batch)
     for batch in batches:
-        width = min(max(lengths[place] for place in batch) + 2, TOKENS_MAX)
-        assert width * len(batch) <= BATCH_TOKENS_MAX
+        assert max(widths[place] for place in batch) * len(batch) <= BATCH_TOKENS_MAX

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bench.ground import BOOKED_WITHIN_S, PLAN, TENANTS, Bar, Ground, Outcome
-from bench.money import Scenario, broken_laws, compare
+from bench.money import LAWS, Scenario, broken_laws, compare
 from bench.script import Behaviour
 from services.chassis.channel import Caller, open_channel
 from services.chassis.errors import DomainError
@@ -115,7 +115,7 @@ async def budget(ground: Ground, n: int) -> Outcome:
             Bar("new users who were known", totals["known"], 0),
             Bar("answers lost after done", totals["unbooked"], 0),
             Bar("holds left open", await ground.holds_left(), 0),
-            Bar("laws of the books broken", await broken_laws(ground), 0),
+            Bar(LAWS, await broken_laws(ground), 0),
             Bar("provider calls lost", totals["lost"], 0),
             Bar("provider calls booked twice", totals["doubled"], 0),
             Bar("provider calls not booked exactly", totals["inexact"], 0),

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 
 from bench.ground import TENANTS, Bar, Ground, Outcome, untyped
-from bench.money import USERS_AT_ONCE, Scenario, broken_laws, compare
+from bench.money import LAWS, USERS_AT_ONCE, Scenario, broken_laws, compare
 from bench.reader import Read, read_answer
 from bench.script import Behaviour
 from services.orchestrator.spool import FREE_BYTES_MIN
@@ -116,7 +116,7 @@ async def _full(ground: Ground, n: int, disks: dict[str, Path]) -> Outcome:
             Bar("answers lost", unbooked, 0),
             Bar("records dropped or put aside", _said(ground, disks, "record_rejected"), 0),
             Bar("holds left open", left, 0),
-            Bar("laws of the books broken", await broken_laws(ground), 0),
+            Bar(LAWS, await broken_laws(ground), 0),
             *books.bars(),
         ],
         {

@@ -23,6 +23,7 @@ STREAMS_AT_A_KILL = 20
 DRAINED_WITHIN_S = 30.0
 ESTIMATE_SHARE = 2.0
 """By how many per cent all that was estimated may differ from what the provider made."""
+LAWS = "laws of the books broken"
 POOR_USD = "0.05"
 """What the last tenant may spend, so that its leases and its budget run out."""
 
@@ -123,7 +124,7 @@ async def away(ground: Ground, n: int) -> Outcome:
             Bar("booked after it was back", round(drained_s, 1), DRAINED_WITHIN_S, "s"),
             Bar("budgets overspent", over["n"], 0),
             Bar("holds left open", left, 0),
-            Bar("laws of the books broken", await broken_laws(ground), 0),
+            Bar(LAWS, await broken_laws(ground), 0),
             *books.bars(),
         ],
         {
@@ -202,7 +203,7 @@ async def _killing(ground: Ground, n: int, name: str, kill: Callable[[int], Awai
             Bar("readers without a typed end", untyped(reads), 0),
             Bar("answers lost after done", unbooked, 0),
             Bar("holds left open", left, 0),
-            Bar("laws of the books broken", await broken_laws(ground), 0),
+            Bar(LAWS, await broken_laws(ground), 0),
             *books.bars(),
         ],
         {"streams": len(reads), "ends": collections.Counter(read.end or read.reason for read in reads), **books.notes},

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping
 import uvloop
 
 from bench import budgets, crowd, full_disk, model_faults, money, rotation, standstill, streams
-from bench.ground import Ground, Outcome, ground, seed_of_run
+from bench.ground import Bar, Ground, Outcome, ground, seed_of_run
 
 Scenarios = Mapping[str, tuple[Callable[[Ground, int], Awaitable[Outcome]], int]]
 """Scenarios by the name they are asked for, with the full n."""
@@ -40,6 +40,8 @@ async def run(command: str, scenarios: Scenarios, names: list[str], n: int | Non
         async with ground(seed, replicas=replicas) as made:
             began = time.monotonic()
             outcome = await scenario(made, n or full)
+            if not any(bar.what == money.LAWS for bar in outcome.bars):  # whatever was done to the streams, the books are whole
+                outcome.bars.append(Bar(money.LAWS, await money.broken_laws(made), 0))
         _say(*rows(outcome, time.monotonic() - began))
         good &= not outcome.failed
     return good

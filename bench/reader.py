@@ -193,9 +193,9 @@ async def read_answer(
 ) -> Read:
     """Ask, and come back after every break at the next of `ports`, until a terminal event.
 
-    Before the answer's id is known it asks again with the same Idempotency-Key. An `error` that says the connection was what broke
-    (ANSWER_INTERRUPTED, UNAVAILABLE) is resumed; if resuming keeps saying so, that is the end. `read` can be given to look at what is
-    there so far.
+    Before the answer's id is known it asks again with the same Idempotency-Key, if there is one. An `error` that says the connection was
+    what broke (ANSWER_INTERRUPTED, UNAVAILABLE) is resumed; if resuming keeps saying so, that is the end. `read` can be given to look at
+    what is there so far.
     """
     read = read if read is not None else Read()
     tried = stuck = away = 0
@@ -207,7 +207,7 @@ async def read_answer(
         if read.answer_id:
             message = request("GET", f"/v1/answers/{read.answer_id}/events", token, last_event_id=str(known), **extra)
         else:
-            message = request("POST", "/v1/answers", token, body, idempotency_key=key, **extra)
+            message = request("POST", "/v1/answers", token, body, **({"idempotency_key": key} if key else {}), **extra)
         try:
             reply = await fetch(port, message, on_blocks=on_blocks)
         except (OSError, TimeoutError):

@@ -1,4 +1,4 @@
-"""The shared values as messages of tailrace.common.v1 and back. Only `rpc` and `clients` modules call it."""
+"""The shared values as messages of tailrace.common.v1 and back, and which AnswerRequests ask the same. Domains and chains never call it."""
 
 from datetime import datetime
 from typing import Any

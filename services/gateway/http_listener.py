@@ -123,7 +123,8 @@ class OneWrite:
     def _flush(self) -> None:
         if self._head:
             head, self._head = self._head, b""
-            self._transport.write(head)
+            if not self._transport.is_closing():  # lost or aborted meanwhile: it takes nothing any more
+                self._transport.write(head)
 
 
 class _Protocol(HttpToolsProtocol):

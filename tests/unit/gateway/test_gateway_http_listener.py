@@ -12,6 +12,10 @@ class Transport:
 
     def __init__(self) -> None:
         self.said: list[bytes] = []
+        self.closing = False
+
+    def is_closing(self) -> bool:
+        return self.closing
 
     def write(self, data: bytes) -> None:
         self.said.append(data)
@@ -47,3 +51,13 @@ async def test_a_head_is_not_lost_by_a_close() -> None:
     one.close()
     await asyncio.sleep(0)
     assert transport.said == [HEAD, b"<closed>"]
+
+
+async def test_a_head_is_dropped_with_a_connection_that_is_lost_before_it_leaves() -> None:
+    """A closed transport takes no write: it would end as an error of the loop that nobody asked about."""
+    transport = Transport()
+    one = OneWrite(transport, asyncio.get_running_loop())
+    one.write(HEAD)
+    transport.closing = True
+    await asyncio.sleep(0)
+    assert transport.said == []

@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from typing import Literal
 
+import structlog
+
 from services.chassis.deadline import current_deadline
 from services.chassis.ending import ended
 from services.chassis.errors import (
@@ -27,6 +29,8 @@ from services.chassis.telemetry import StepRecord
 from services.orchestrator.domain import CachedAnswer, CacheReceipt, Done, PassagesFound, Reasoned, TextDelta
 from services.orchestrator.run import Run
 from services.orchestrator.single_flight import Ahead, flight_key
+
+log = structlog.get_logger(__name__)
 
 FLIGHTS_MAX = 3
 """How many answers are followed before this one is made in any case."""
@@ -151,6 +155,7 @@ async def retell(run: Run, ahead: Ahead, step: StepRecord) -> Literal["told", "l
         if run.pieces:
             raise AnswerInterrupted("the answer that this one followed broke off; ask again", answer_id=run.question.answer_id) from failure
         step.note(lost=failure.reason)
+        log.info("answer_ahead_lost", answer_id=run.question.answer_id, reason=failure.reason)
         return "lost"
 
 

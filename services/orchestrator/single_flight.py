@@ -129,7 +129,8 @@ class SingleFlight:
                 ahead.followers -= 1
                 ahead.events.leave(reader)
             return
-        await self._shared.follow(ahead.answer_id)
+        with contextlib.suppress(Unavailable):  # it is told again soon, and the log is what is wanted
+            await self._shared.follow(ahead.answer_id)
         telling = asyncio.create_task(self._tell_forever(ahead.answer_id), name=f"follow {ahead.answer_id}")
         try:
             async with self._mirrors.reading(ahead.answer_id, SharedAnswer(("", ""), ahead.replica, False), 0, is_follower=True) as (

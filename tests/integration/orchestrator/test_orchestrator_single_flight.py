@@ -266,7 +266,26 @@ async def test_changed_documents_are_another_question(pair: tuple[World, World])
     await first_task
 
     assert first.answer_id not in {reply.done.cache.source_answer_id for reply in later}
+    assert sorted(reply.done.cache.verdict for reply in later) == ["coalesced", "miss"], [reply.steps() for reply in later]
     assert len(await one.records()) == 2
+
+
+async def test_store_that_is_slow_once_costs_no_second_call(pair: tuple[World, World], monkeypatch: pytest.MonkeyPatch) -> None:
+    """That somebody follows could not be told; what is followed can be read all the same, and is."""
+
+    async def too_slow(_flights: RedisFlights, _answer_id: str) -> None:
+        raise Unavailable("the shared flights cannot be reached", dependency="redis")
+
+    monkeypatch.setattr(RedisFlights, "follow", too_slow)
+    one, two = pair
+    one.behave(tokens=60, tokens_per_s=100)
+    first_task, first = await ahead(one)
+    other = await two.ask(QUESTION, principal=BOB)
+    await first_task
+
+    assert other.done.cache.verdict == "coalesced"
+    assert other.text == first.text
+    assert len(await one.records()) == 1
 
 
 async def test_answers_of_limited_documents_stay_with_their_readers(pair: tuple[World, World]) -> None:

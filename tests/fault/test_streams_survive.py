@@ -10,7 +10,18 @@ import pytest
 from bench.crowd import crowd
 from bench.ground import Ground, Outcome, ground, seed_of_run
 from bench.rotation import key_rotations
-from bench.streams import cancel_storm, cancels, cut_and_resume, disconnects, kills, limits, rolling_restarts, single_flight, slow_readers
+from bench.streams import (
+    cancel_storm,
+    cancels,
+    cut_and_resume,
+    disconnects,
+    kills,
+    limits,
+    overload,
+    rolling_restarts,
+    single_flight,
+    slow_readers,
+)
 from tests.integration.ledger.ledger_kit import audit
 
 pytestmark = pytest.mark.slow
@@ -97,3 +108,13 @@ async def test_keys_rotate_under_load_beside_made_up_key_ids_and_no_good_token_i
 async def test_a_crowd_is_turned_away_by_type_batch_first_and_who_was_let_in_is_answered(made: Ground) -> None:
     """The provider answers nobody meanwhile, so that no figure depends on how fast the machine is."""
     holds(await crowd(made, 5))
+
+
+async def test_five_times_what_can_be_carried_still_leaves_most_of_the_peak(made: Ground) -> None:
+    """All are answered or refused. The peak has seconds to be measured in, beside whatever else the machine does: no collapse is what is seen here."""
+    outcome = await overload(made, 3)
+    delivered, refused, lost = outcome.bars
+    assert lost.ok, outcome.notes
+    assert outcome.notes["refused"] > 0
+    assert refused.figure <= BUSY * refused.limit, outcome.notes
+    assert delivered.figure >= delivered.limit / BUSY, outcome.notes

@@ -111,7 +111,7 @@ async def test_a_crowd_is_turned_away_by_type_batch_first_and_who_was_let_in_is_
 
 
 async def test_five_times_what_can_be_carried_still_leaves_most_of_the_peak(made: Ground) -> None:
-    """All are answered or refused. The peak has seconds to be measured in, beside whatever else the machine does: no collapse is what is seen here."""
+    """All are answered or refused. With seconds to measure it in, and whatever else the machine does beside it, there is no collapse."""
     outcome = await overload(made, 3)
     delivered, refused, lost = outcome.bars
     assert lost.ok, outcome.notes

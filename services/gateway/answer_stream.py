@@ -109,6 +109,8 @@ class AnswerStream:
         keyed = self._request.idempotency_key and self._is_lost(error)
         self._tries += 1
         if not (refused or keyed) or self._tries >= BEGIN_TRIES_MAX:
+            if self._is_lost(error) and not isinstance(error, Unavailable):  # nobody has stopped this answer
+                raise Unavailable("the replica ended before the answer had begun", dependency=self._peer.name) from error
             raise error
         if keyed:
             await asyncio.sleep(PAUSE_MIN_S * 2**self._tries)

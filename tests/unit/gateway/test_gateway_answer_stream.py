@@ -101,6 +101,14 @@ async def test_unknown_answer_is_not_found() -> None:
         await read(Replicas([NotFound("")]), pb.ResumeAnswerRequest(answer_id="b"))
 
 
+async def test_a_call_that_is_cut_before_its_first_event_is_not_told_as_stopped_by_its_owner() -> None:
+    """The server that ended says cancelled, but nobody has cancelled anything."""
+    with pytest.raises(Unavailable) as told:
+        await read(Replicas([RemoteError("cut", remote_code="CANCELLED")]))
+
+    assert told.value.metadata["dependency"] == "orchestrator"
+
+
 async def test_a_question_that_is_asked_again_has_the_time_that_is_left() -> None:
     """And is not asked again when there is none."""
     hurried, late = Replicas([LOST], [1]), Replicas([LOST], [1])

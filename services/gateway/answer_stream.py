@@ -11,7 +11,9 @@ from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, Self
 
+from services.chassis.deadline import Deadline
 from services.chassis.errors import AnswerInterrupted, AnswerLogGone, DomainError, NotFound, Overloaded, Unavailable
+from services.gateway import deadlines
 from services.gateway.clients import Orchestrator
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
 
@@ -28,6 +30,9 @@ class AnswerStream:
     def __init__(self, peer: Orchestrator, request: Any, *, timeout_s: float, heal_s: float = HEAL_S) -> None:
         self._peer, self._request, self._ends_at, self._heal_s = peer, request, time.monotonic() + timeout_s, heal_s
         self._begins = isinstance(request, orchestrator.AnswerRequest)
+        given = self._begins and request.HasField("deadline_ms")
+        self._deadline = Deadline.after(request.deadline_ms / 1000) if given else None
+        """Of an answer that is begun."""
         self._answer_id = "" if self._begins else request.answer_id
         self._last = 0 if self._begins else request.after_sequence
         self._came = False
@@ -104,9 +109,13 @@ class AnswerStream:
         keyed = self._request.idempotency_key and self._is_lost(error)
         self._tries += 1
         if not (refused or keyed) or self._tries >= BEGIN_TRIES_MAX:
+            if self._is_lost(error) and not isinstance(error, Unavailable):  # nobody has stopped this answer
+                raise Unavailable("the replica ended before the answer had begun", dependency=self._peer.name) from error
             raise error
         if keyed:
             await asyncio.sleep(PAUSE_MIN_S * 2**self._tries)
+        if self._deadline is not None:
+            self._request.deadline_ms = deadlines.passed_on_ms(self._deadline)
         await self._open()
 
     def _is_lost(self, error: DomainError) -> bool:

@@ -23,7 +23,7 @@ async def ask(exchange: Exchange, kit: Kit) -> None:
         body = bodies.parse(content, bodies.AnswerBody)
         request = body.message(_idempotency_key(exchange))
         asked_ms = deadlines.requested_ms(exchange.header("request-timeout"))
-    async with kit.answering(request, asked_ms) as (admission, timeout_s):
+    async with kit.answering(request, asked_ms, exchange.arrived_at_s) as (admission, timeout_s):
         exchange.extra_headers += admission.headers
         async with AnswerStream(kit.backends.orchestrator, request, timeout_s=timeout_s) as events:
             metered = Metered(events, admission, exchange.prepared)

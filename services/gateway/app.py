@@ -252,7 +252,7 @@ class Edge:
                 exchange.prepared = prepared or exchange.prepared
                 await self._admit(exchange, route.rule)
                 if route.endpoint not in _TIMED_OTHERWISE:
-                    current_deadline.set(deadlines.requested(exchange.header("request-timeout")))
+                    current_deadline.set(deadlines.requested(exchange.header("request-timeout"), exchange.arrived_at_s))
                 await route.endpoint(exchange, self._kit)
         except ClientLeft:
             return

@@ -3,7 +3,7 @@
 import re
 
 from services.chassis.deadline import Deadline
-from services.chassis.errors import RequestInvalid
+from services.chassis.errors import DeadlineTooShort, RequestInvalid
 
 DEADLINE_MS_MAX = 3_000_000
 DEADLINE_SLACK_S = 10.0
@@ -22,14 +22,14 @@ def requested_ms(header: str) -> int | None:
     return milliseconds
 
 
-def requested(header: str) -> Deadline | None:
-    """The deadline that a `Request-Timeout` header sets from now on; None if it is empty. Raises RequestInvalid."""
+def requested(header: str, arrived_at_s: float) -> Deadline | None:
+    """The deadline that a `Request-Timeout` header sets to what arrived then; None if it is empty. Raises RequestInvalid."""
     milliseconds = requested_ms(header)
-    return None if milliseconds is None else Deadline.after(milliseconds / 1000)
+    return None if milliseconds is None else Deadline(arrived_at_s + milliseconds / 1000)
 
 
 def answer_ms(message_ms: int | None, asked_ms: int | None, plan_ms: int) -> int | None:
-    """What goes into the request: `asked_ms` else `plan_ms`, unless the message asks for less. None = the orchestrator's default.
+    """How long an answer may take: `asked_ms` else `plan_ms`, unless the message asks for less. None = the orchestrator's default.
 
     Raises RequestInvalid for a message that is out of bounds.
     """
@@ -40,12 +40,20 @@ def answer_ms(message_ms: int | None, asked_ms: int | None, plan_ms: int) -> int
     return min(known, default=None)
 
 
-def left_ms(deadline: Deadline | None) -> int | None:
-    """What a call's deadline leaves for the next hop, milliseconds; None without one that an answer could reach."""
+def of_call_ms(deadline: Deadline | None) -> int | None:
+    """What a call's deadline leaves, milliseconds; None without one that an answer could reach."""
     if deadline is None:
         return None
-    milliseconds = max(1, int(deadline.shaved_s() * 1000))
+    milliseconds = max(1, int(deadline.remaining_s * 1000))
     return milliseconds if milliseconds <= DEADLINE_MS_MAX else None
+
+
+def passed_on_ms(deadline: Deadline) -> int:
+    """What `deadline` leaves for the next hop, milliseconds. Raises DeadlineTooShort if that is nothing."""
+    milliseconds = int(deadline.shaved_s() * 1000)
+    if milliseconds < 1:
+        raise DeadlineTooShort("the time was over before the answer could begin", step="admit", left_ms=0)
+    return milliseconds
 
 
 def call_timeout_s(deadline_ms: int | None, default_s: float) -> float:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 from urllib.parse import parse_qsl
@@ -46,6 +47,8 @@ class Exchange:
         self._body_stall_s = body_stall_s
         self._write_stall_s = write_stall_s
         self._body_ended = False
+        self.arrived_at_s = time.monotonic()
+        """When its headers had come."""
         self.method: str = scope["method"]
         self.headers: list[tuple[str, str]] = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
         self.address: str = (scope.get("client") or ("",))[0]

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Coroutine, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+from services.chassis.deadline import Deadline
 from services.chassis.errors import DomainError
 from services.chassis.principal import current_principal, set_current
 from services.gateway import deadlines
@@ -72,10 +73,14 @@ class Kit:
             raise
 
     @contextlib.asynccontextmanager
-    async def answering(self, request: orchestrator.AnswerRequest, asked_ms: int | None) -> AsyncIterator[tuple[Admission, float]]:
-        """Admit an answer of the current principal and put its deadline into `request`; yield what was admitted and the call's timeout.
+    async def answering(
+        self, request: orchestrator.AnswerRequest, asked_ms: int | None, arrived_at_s: float
+    ) -> AsyncIterator[tuple[Admission, float]]:
+        """Admit an answer of the current principal and put what is left of its time into `request`; yield what was admitted and the call's
+        timeout.
 
-        `asked_ms` is how long the caller gives it. Raises LimitReached, NotAllowed, Overloaded, RequestInvalid.
+        `asked_ms` is how long the caller gives it from `arrived_at_s` on, by the monotonic clock. Raises LimitReached, NotAllowed,
+        Overloaded, RequestInvalid, DeadlineTooShort.
         """
         if request.priority == orchestrator.PRIORITY_BATCH:
             self.shedding.require_room_for_batch()
@@ -88,12 +93,12 @@ class Kit:
         entitled.require_tools(request.server_tools)
         set_current(entitled if request.continues else replace(entitled, tools=None))
         deadline_ms = deadlines.answer_ms(given_ms, asked_ms, given.answer_deadline_ms)
-        if deadline_ms is not None:
-            request.deadline_ms = deadline_ms
         timeout_s = deadlines.call_timeout_s(deadline_ms, self.answer_timeout_s)
         tokens = self.reserved_tokens.of(request)
         goes_on = not request.cancel_on_disconnect or bool(request.idempotency_key)  # with a key one can come back
         async with self.limits.answering(principal, tokens, lasts_s=timeout_s, goes_on=goes_on, grant=grant) as admission:
+            if deadline_ms is not None:
+                request.deadline_ms = deadlines.passed_on_ms(Deadline(arrived_at_s + deadline_ms / 1000))
             yield admission, timeout_s
 
     @contextlib.asynccontextmanager

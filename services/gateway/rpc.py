@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 from urllib.parse import unquote
@@ -16,7 +17,7 @@ from services.chassis.principal import Principal, current_principal
 from services.chassis.server import Identify
 from services.gateway.answer_stream import AnswerStream
 from services.gateway.clients import Peer
-from services.gateway.deadlines import left_ms
+from services.gateway.deadlines import of_call_ms
 from services.gateway.documents import INGEST_TIMEOUT_S
 from services.gateway.identity import Identity, credential_in
 from services.gateway.kit import Kit
@@ -73,7 +74,7 @@ class GatewayService(gateway_service_pb2_grpc.GatewayServiceServicer):
     async def Answer(self, request: Any, context: Any) -> None:  # type: ignore[override]
         await self._admit("Answer", context)
         with self._kit.shedding.entered() as prepared, _telling_refusals(context):
-            async with self._kit.answering(request, left_ms(current_deadline.get())) as (admission, timeout_s):
+            async with self._kit.answering(request, of_call_ms(current_deadline.get()), time.monotonic()) as (admission, timeout_s):
                 _tell(context, admission.headers)
                 stopped_as(_stopping())
                 async with AnswerStream(self._backends.orchestrator, request, timeout_s=timeout_s) as events:

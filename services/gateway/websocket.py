@@ -10,6 +10,7 @@ Leaving is not cancelling: an answer goes on and can be resumed on any connectio
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -197,7 +198,7 @@ class _Conversation:
     async def _act(self, frame: AskFrame | ResumeFrame | Word, tags: list[bytes]) -> None:
         """`tags[0]` is kept up to date with the answer's id."""
         kit, admit = self._kit, self._exchange.admit
-        peer = kit.backends.orchestrator
+        peer, arrived_at_s = kit.backends.orchestrator, time.monotonic()
         if kit.draining.is_set() and not isinstance(frame, Word):
             raise Unavailable("the server is stopping; connect again", dependency="gateway")
         match frame:
@@ -208,7 +209,7 @@ class _Conversation:
                         if not frame.stream:
                             raise RequestInvalid("over a WebSocket every answer is streamed", field="stream", bound="true")
                         request = frame.message(frame.idempotency_key)
-                    async with kit.answering(request, frame.deadline_ms) as (admission, timeout_s):
+                    async with kit.answering(request, frame.deadline_ms, arrived_at_s) as (admission, timeout_s):
                         async with AnswerStream(peer, request, timeout_s=timeout_s) as events:
                             if not await self._relay(Metered(events, admission, prepared), frame.request_id, tags, admission.headers):
                                 raise AnswerInterrupted("the stream ended before it was done")

@@ -299,6 +299,10 @@ class SharedLogs(Protocol):
         """Tell the replica that produces an answer to stop it, and leave the wish with the log; return whether that replica is alive."""
         ...
 
+    async def asked_to_cancel(self, answer_ids: Sequence[str]) -> Sequence[str]:
+        """Those of the answers that somebody has asked to stop."""
+        ...
+
     async def renew(self, replica: str) -> None:
         """Say that `replica` is alive; that holds for a while."""
         ...

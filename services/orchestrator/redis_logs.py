@@ -227,6 +227,15 @@ class RedisLogs:
             pipeline.exists(_lease(replica))
             return bool((await pipeline.execute())[-1])
 
+    async def asked_to_cancel(self, answer_ids: Sequence[str]) -> Sequence[str]:
+        if not answer_ids:
+            return ()
+        async with self._asking(), self._client.pipeline(transaction=False) as pipeline:
+            for answer_id in answer_ids:
+                pipeline.hexists(_keys(answer_id)[0], "cancel")
+            asked = await pipeline.execute()
+        return [answer_id for answer_id, wish in zip(answer_ids, asked, strict=True) if wish]
+
     async def renew(self, replica: str) -> None:
         async with self._asking():
             await self._client.set(_lease(replica), "1", px=self._lease_ms)

@@ -424,24 +424,32 @@ class Registry:
         return len(late)
 
     async def live_forever(self) -> None:
-        """Say again and again that this replica is alive, until cancelled."""
+        """Say again and again that this replica is alive, and stop what its listener has not heard of, until cancelled.
+
+        A line that is dead without a word tells no wish, and an answer that says nothing for a while hears none from its publisher.
+        """
         while True:
             try:
                 await self._logs.renew(self._replica)
+                for answer_id in await self._logs.asked_to_cancel(tuple(self._running)):
+                    self._stop_as_asked(answer_id)
                 await asyncio.sleep(RENEW_S)
             except Unavailable:
                 await asyncio.sleep(RENEW_AGAIN_S)
 
     async def listen_forever(self) -> None:
-        """Stop what others ask us to stop, until cancelled. What is missed here, the publisher hears from the logs."""
+        """Stop what others ask us to stop, until cancelled. What is missed here, the publisher hears from the logs, or `live_forever`."""
         while True:
             try:
                 async for answer_id in self._logs.cancels(self._replica):
-                    if (kept := self._running.get(answer_id)) is not None:
-                        self._aside(self._stop_for_owner(kept))
+                    self._stop_as_asked(answer_id)
             except Unavailable:
                 pass
             await asyncio.sleep(LISTEN_AGAIN_S)
+
+    def _stop_as_asked(self, answer_id: str) -> None:
+        if (kept := self._running.get(answer_id)) is not None:
+            self._aside(self._stop_for_owner(kept))
 
     def _look_later(self, kept: Kept, after_s: float) -> None:
         kept.alarm = asyncio.get_running_loop().call_later(after_s, self._look, kept)

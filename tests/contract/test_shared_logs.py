@@ -138,7 +138,7 @@ async def test_key_stands_for_one_answer_until_that_is_replaced(logs: SharedLogs
 
 
 async def test_wish_to_cancel_reaches_the_maker_and_stays_with_the_log(logs: SharedLogs, answer_id: str) -> None:
-    """At once for whoever listens, with the next append for whoever missed it."""
+    """At once for whoever listens, with the next append or when asked for whoever missed it."""
     replica = str(uuid.uuid4())
     await append(logs, answer_id, 1, b"one", replica=replica)
     heard = asyncio.create_task(anext(aiter(logs.cancels(replica))))
@@ -148,6 +148,8 @@ async def test_wish_to_cancel_reaches_the_maker_and_stays_with_the_log(logs: Sha
             await asyncio.sleep(0.01)
 
     assert await heard == answer_id
+    assert list(await logs.asked_to_cancel([answer_id, str(uuid.uuid4())])) == [answer_id]
+    assert list(await logs.asked_to_cancel([])) == []
     (reply,) = await logs.append(replica, [LogPart(answer_id, OWNER, 2, (b"two",))])
     assert (reply.word, reply.cancel_asked) == ("taken", True)
 

@@ -1,4 +1,4 @@
-"""What belongs to somebody else answers exactly like what does not exist, over HTTP and gRPC: three tenants, two users each."""
+"""What belongs to somebody else answers exactly like what does not exist, over HTTP and gRPC: three tenants, three users each."""
 
 import asyncio
 import contextlib
@@ -21,7 +21,7 @@ from tailrace.retrieval.v1 import retrieval_service_pb2 as retrieval
 from tests.suite import Suite, ask, events, until
 
 TENANTS = ("north", "south", "west")
-USERS = ("ann", "bob")
+USERS = ("ann", "bob", "cyd")
 PERSONAL = ("answer", "operation", "session")
 """What belongs to one user; the rest belongs to a tenant."""
 UNKNOWN = "01890000-0000-7000-8000-000000000000"
@@ -41,7 +41,7 @@ class Belongings:
 
 @pytest.fixture(scope="module")
 async def everybody(suite: Suite) -> AsyncIterator[list[Belongings]]:
-    """Six users with one of everything."""
+    """Nine users with one of everything."""
     await suite.provider.reset()
     found = []
     for tenant in TENANTS:

@@ -131,6 +131,10 @@ class MemoryLogs:
             self._wishes[replica].put_nowait(answer_id)
         return replica in self.alive
 
+    async def asked_to_cancel(self, answer_ids: Sequence[str]) -> Sequence[str]:
+        self._ask()
+        return [answer_id for answer_id in answer_ids if (kept := self.answers.get(answer_id)) is not None and kept.cancel]
+
     async def renew(self, replica: str) -> None:
         self._ask()
         self.alive.add(replica)

@@ -230,6 +230,9 @@ class FakeLedger(LedgerServiceServicer):
         self.requests_per_minute = 1_000_000
         self.plan = ledger.Plan()
         """What the plan gives besides requests."""
+        self.tells_plans = asyncio.Event()
+        """Until it is set, whoever asks for a plan waits."""
+        self.tells_plans.set()
         self.keys: dict[str, Principal] = {}
         self.watched: Script = []
         self.operations = [ledger.ListOperationsResponse(operation=ledger.Operation(operation_id=ANSWER))]
@@ -244,6 +247,7 @@ class FakeLedger(LedgerServiceServicer):
 
     async def GetEntitlements(self, request: Any, context: Any) -> Any:
         self.seen.note("GetEntitlements", request)
+        await self.tells_plans.wait()
         reply = ledger.GetEntitlementsResponse(plan=self.plan)
         reply.plan.MergeFrom(ledger.Plan(name="free", requests_per_minute=self.requests_per_minute))
         return reply

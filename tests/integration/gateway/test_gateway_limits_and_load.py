@@ -257,11 +257,46 @@ async def test_deadline_and_priority_are_passed_on(front: Front, client: httpx.A
         await other.post("/v1/answers", json={"question": "?"})
 
     assert (silent.HasField("deadline_ms"), silent.priority) == (False, orchestrator.PRIORITY_INTERACTIVE)
-    assert (headed.deadline_ms, headed.priority) == (12_500, orchestrator.PRIORITY_BATCH)
+    assert headed.priority == orchestrator.PRIORITY_BATCH
+    assert 10_000 < headed.deadline_ms < 12_500
     assert bad["field"] == "Request-Timeout"
     assert 6_000 < called.deadline_ms < 8_000
     assert from_rpc_error(caught.value, "gateway").metadata["field"] == "deadline_ms"
-    assert front.behind.seen.last("Answer")[0].deadline_ms == 7_000
+    assert 5_000 < front.behind.seen.last("Answer")[0].deadline_ms < 7_000
+
+
+async def test_what_admission_takes_is_taken_off_the_time_of_an_answer(front: Front) -> None:
+    """The orchestrator gets what is left of it; if nothing is, it is not asked."""
+    front.behind.orchestrator.script = [accepted(), done(2)]
+
+    async def asked_with(timeout_ms: int, waits_s: float) -> httpx.Response:
+        """An answer whose plan is told after so long."""
+        user, seen = unique_user(), front.behind.seen.count("GetEntitlements")
+        front.behind.ledger.tells_plans.clear()
+        asking = asyncio.create_task(ask(user, timeout_ms))
+        try:
+            await until(lambda: came(seen))
+            await asyncio.sleep(waits_s)
+        finally:
+            front.behind.ledger.tells_plans.set()
+        return await asking
+
+    async def came(seen: int) -> bool:
+        return front.behind.seen.count("GetEntitlements") > seen
+
+    async def ask(user: str, timeout_ms: int) -> httpx.Response:
+        async with front.client(user) as http:
+            return await http.post("/v1/answers", json={"question": "?"}, headers={"request-timeout": str(timeout_ms / 1000)})
+
+    in_time = await asked_with(9_000, 0.4)
+    left_ms = front.behind.seen.last("Answer")[0].deadline_ms
+    asked = front.behind.seen.count("Answer")
+    too_late = await asked_with(200, 0.4)
+
+    assert in_time.status_code == 200
+    problem_of(too_late, 504, "DEADLINE_TOO_SHORT")
+    assert 4_000 < left_ms <= 8_600
+    assert front.behind.seen.count("Answer") == asked
 
 
 async def test_any_request_may_say_how_long_it_waits(front: Front, client: httpx.AsyncClient) -> None:

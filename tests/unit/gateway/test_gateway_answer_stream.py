@@ -10,6 +10,7 @@ import pytest
 from services.chassis.errors import (
     AnswerInterrupted,
     AnswerLogGone,
+    DeadlineTooShort,
     DomainError,
     ModelStalled,
     NotFound,
@@ -98,6 +99,26 @@ async def test_unknown_answer_is_not_found() -> None:
     """What nobody had read is nobody's."""
     with pytest.raises(NotFound):
         await read(Replicas([NotFound("")]), pb.ResumeAnswerRequest(answer_id="b"))
+
+
+async def test_a_call_that_is_cut_before_its_first_event_is_not_told_as_stopped_by_its_owner() -> None:
+    """The server that ended says cancelled, but nobody has cancelled anything."""
+    with pytest.raises(Unavailable) as told:
+        await read(Replicas([RemoteError("cut", remote_code="CANCELLED")]))
+
+    assert told.value.metadata["dependency"] == "orchestrator"
+
+
+async def test_a_question_that_is_asked_again_has_the_time_that_is_left() -> None:
+    """And is not asked again when there is none."""
+    hurried, late = Replicas([LOST], [1]), Replicas([LOST], [1])
+    first_ms = 5_000
+
+    assert await read(hurried, pb.AnswerRequest(question="q", idempotency_key="k", deadline_ms=first_ms)) == [1]
+    assert hurried.calls[-1][1].deadline_ms < first_ms
+    with pytest.raises(DeadlineTooShort):
+        await read(late, pb.AnswerRequest(question="q", idempotency_key="k", deadline_ms=50))
+    assert len(late.calls) == 1
 
 
 async def test_question_is_asked_twice_only_if_that_cannot_cost_twice() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from services.chassis.deadline import Deadline
-from services.chassis.errors import Overloaded, RequestInvalid
+from services.chassis.errors import DeadlineTooShort, Overloaded, RequestInvalid
 from services.gateway import deadlines
 from services.gateway.shedding import STANDS_AFTER_S, TICK_S, TICKS, LoopLag, Shedding
 
@@ -182,13 +182,16 @@ def test_a_deadline_in_a_message_has_bounds(milliseconds: int) -> None:
 
 
 def test_a_calls_deadline_is_passed_on_less_a_hop() -> None:
-    """Unless it is longer than any answer."""
-    left = deadlines.left_ms(Deadline.after(10))
+    """Unless it is longer than any answer; and nothing is passed on with no time."""
+    left = deadlines.of_call_ms(Deadline.after(10))
 
     assert left is not None
-    assert 9_000 < left < 10_000
-    assert deadlines.left_ms(Deadline.after(-1)) == 1
-    assert deadlines.left_ms(Deadline.after(4_000)) is None
-    assert deadlines.left_ms(None) is None
+    assert 9_000 < left <= 10_000
+    assert 9_000 < deadlines.passed_on_ms(Deadline.after(10)) <= 9_980
+    assert deadlines.of_call_ms(Deadline.after(-1)) == 1
+    assert deadlines.of_call_ms(Deadline.after(4_000)) is None
+    assert deadlines.of_call_ms(None) is None
+    with pytest.raises(DeadlineTooShort):
+        deadlines.passed_on_ms(Deadline.after(0.015))
     assert deadlines.call_timeout_s(1_000, 300) == 11
     assert deadlines.call_timeout_s(1_000_000, 300) == deadlines.call_timeout_s(None, 300) == 310

@@ -273,6 +273,20 @@ async def test_stop_that_the_maker_did_not_hear_reaches_it_with_its_next_words(r
     assert isinstance(kept.events.failure, AnswerCancelled)
 
 
+async def test_stop_that_the_maker_did_not_hear_reaches_it_though_it_has_no_words(monkeypatch: pytest.MonkeyPatch, replica: Make) -> None:
+    """A model that has said nothing yet, or a tool that takes its time, is stopped all the same."""
+    monkeypatch.setattr(registry, "RENEW_S", 0.02)
+    here, there = replica("r1"), replica("r2")
+    here.tasks[1].cancel()  # nobody listens
+    here.tasks.append(asyncio.create_task(here.answers.live_forever()))
+    kept = await began(here.answers, question("a"))
+    await until(lambda: "a" in here.logs.answers)
+    assert await there.answers.cancel(ALICE, "a")
+    await until(lambda: kept.task.done())
+
+    assert isinstance(kept.events.failure, AnswerCancelled)
+
+
 async def told(one: Replica, answer_id: str) -> tuple[int, DomainError | None]:
     """What the owner is told there, from the beginning to the end: how many events, and the failure."""
     count = 0

@@ -20,7 +20,8 @@ from services.chassis.passport import Passport
 from services.chassis.principal import Principal
 from services.gateway import http_listener
 from services.gateway.http_listener import HttpListener
-from services.gateway.wiring import SERVICE_NAME, EdgeServer, build
+from services.gateway.rpc import SERVICE
+from services.gateway.wiring import EdgeServer, build
 from services.local.processes import grpc_health
 from services.local.stores import Valkey, free_port
 from tailrace.gateway.v1.gateway_service_pb2_grpc import GatewayServiceStub
@@ -323,7 +324,7 @@ async def test_in_production_metrics_are_not_served_to_strangers(front: Front, v
                 await channel.unary_unary("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")(b"")
             health = await health_pb2_grpc.HealthStub(channel).List(health_pb2.HealthListRequest())
 
-    assert set(health.statuses) == {"", SERVICE_NAME}
+    assert set(health.statuses) == {"", SERVICE.full_name}
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import httpx2
 import pytest
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
@@ -26,6 +27,7 @@ from tests.integration.gateway.conftest import Front
 
 ROOT = Path(__file__).resolve().parents[3]
 SAMPLE = 200
+PIECE_BYTES = 1009
 
 
 def filled(message: Message, text: str) -> None:
@@ -118,6 +120,17 @@ def test_a_parser_written_from_the_standard_reads_what_was_sent(stream: tuple[by
 
     assert events == wanted
     assert all(event[2].isdecimal() for event in events)
+
+
+def test_a_clients_parser_that_gets_it_in_pieces_reads_the_same(stream: tuple[bytes, list[tuple[str, Any, str]]]) -> None:
+    """The one of httpx2, which nobody here wrote; pieces end anywhere, inside a character too."""
+    sent, wanted = stream
+    pieces = (sent[at : at + PIECE_BYTES] for at in range(0, len(sent), PIECE_BYTES))
+    response = httpx2.Response(
+        200, headers={"content-type": "text/event-stream"}, content=pieces, request=httpx2.Request("GET", "http://gateway.example")
+    )
+
+    assert loaded([Read(event.event, event.data, event.id) for event in httpx2.EventSource(response)]) == wanted
 
 
 NODE_PARSER = """

@@ -102,7 +102,21 @@ def hostile() -> dict[str, str]:
         table[f"kid {kid[:30]!r}"] = good({"kid": kid})
     for kid in (None, 1, True, ["ed"], {"kid": "ed"}):
         table[f"kid {kid!r}"] = good({"kid": kid})
-    for typ in ("JWE", "id+jwt", "dpop+jwt", "logout+jwt", "application/id+jwt", "text/jwt", "application/", "JOSE", "", None, 1, ["JWT"], True):
+    for typ in (
+        "JWE",
+        "id+jwt",
+        "dpop+jwt",
+        "logout+jwt",
+        "application/id+jwt",
+        "text/jwt",
+        "application/",
+        "JOSE",
+        "",
+        None,
+        1,
+        ["JWT"],
+        True,
+    ):
         table[f"typ {typ!r}"] = good({"typ": typ})
     for name in ("exp", "iss", "aud", "sub", "tenant"):
         table[f"{name} missing"] = good(**{name: ...})

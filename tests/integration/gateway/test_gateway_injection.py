@@ -20,7 +20,9 @@ from websockets.asyncio.client import connect
 
 from services.chassis.errors import AnswerCancelled, AnswerInterrupted, ModelOverloaded
 from services.gateway import problems, render, sse
+from tailrace.ledger.v1 import ledger_service_pb2 as ledger
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
+from tailrace.retrieval.v1 import retrieval_service_pb2 as retrieval
 from tests.event_streams import Read, hostile_strings, read_by_the_standard
 from tests.integration.gateway.backends import accepted, done
 from tests.integration.gateway.conftest import Front
@@ -88,12 +90,19 @@ def hostile(data_dir: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def stream(hostile: list[str]) -> tuple[bytes, list[tuple[str, Any, str]]]:
-    """All of it as one stream, and what it must be read as. Problems have no id: readers keep the one before."""
+    """All of it as one stream, with what ingestions and operations are told by, and what it must be read as. What has no id of its own
+    is read with the one before."""
     blocks, wanted = [], []
     for text in hostile:
         for event in events_of(text):
             blocks += [render.answer_event(event), sse.HEARTBEAT]
             wanted.append(expected(event))
+        progress, operation = retrieval.IngestDocumentsResponse(), ledger.WatchOperationsResponse()
+        filled(progress, text)
+        filled(operation, text)
+        blocks += [render.progress(progress), render.watched(operation)]
+        last_id = wanted[-1][2]
+        wanted += [("progress", render.plain(progress), last_id), ("operation", render.operation(operation.operation), last_id)]
         for error in (AnswerInterrupted(text, answer_id=text), ModelOverloaded(text, model=text)):
             body = problems.body_of(error, trace_id=text, request_id=text)
             blocks.append(sse.block(body, event=b"error"))

@@ -273,6 +273,30 @@ async def test_what_trickles_in_after_a_response_is_no_reason_to_keep_the_connec
             assert await reader.read() == b""
 
 
+@pytest.mark.parametrize("begun", [b"", b"GET / HTTP/1.1\r\nhost: x\r\nx-slow: "], ids=["nothing", "headers"])
+async def test_headers_that_drip_or_never_come_are_cut(begun: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often a byte of them comes: their time is that of all of them together."""
+    monkeypatch.setattr(http_listener, "HEADERS_TIMEOUT_S", 0.5)
+    async with listening(empty) as (reader, writer):
+        writer.write(begun)
+
+        async def drip() -> None:
+            with contextlib.suppress(ConnectionError):
+                while begun:
+                    writer.write(b"a")
+                    await writer.drain()
+                    await asyncio.sleep(0.05)
+
+        dripping = asyncio.create_task(drip())
+        try:
+            async with asyncio.timeout(30):
+                with contextlib.suppress(ConnectionError):
+                    assert await reader.read() == b""
+        finally:
+            dripping.cancel()
+            await asyncio.gather(dripping, return_exceptions=True)
+
+
 async def test_a_socket_on_a_connection_that_had_a_request_before_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """No timer of the request before cuts it."""
     monkeypatch.setattr(http_listener, "HEADERS_TIMEOUT_S", 0.3)

@@ -9,7 +9,7 @@ import functools
 import secrets
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
 
@@ -43,11 +43,11 @@ class Route:
     method: str
     path: str
     endpoint: Endpoint
+    rule: Rule = field(init=False)
+    """Who may call it. A route that the table does not have cannot be made."""
 
-    @property
-    def rule(self) -> Rule:
-        """Who may call it. Raises KeyError for a route that the table does not have."""
-        return ROUTE_RULES[f"{self.method} {self.path}"]
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rule", ROUTE_RULES[f"{self.method} {self.path}"])
 
 
 ROUTES = (

@@ -460,7 +460,8 @@ class Tokens:
             raise NotAuthenticated("the token's algorithm is not accepted", cause="algorithm")
         if not REFUSED_HEADERS.isdisjoint(header) or not isinstance(kid, str) or len(kid) > KID_LENGTH_MAX:
             raise NotAuthenticated("the token's header is not accepted", cause="header")
-        if not isinstance(kind, str) or kind.lower() not in ("jwt", "at+jwt"):
+        # In full it is a media type, which may leave out `application/` (RFC 7515, 4.1.9; RFC 9068, 4).
+        if not isinstance(kind, str) or kind.lower().removeprefix("application/") not in ("jwt", "at+jwt"):
             raise NotAuthenticated("this is not an access token", cause="type")
         return header
 

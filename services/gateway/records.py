@@ -3,10 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-import orjson
-
 from services.chassis.errors import RequestInvalid
-from services.gateway import render, sse, usd
+from services.gateway import render, usd
 from services.gateway.bridge import Bridge
 from services.gateway.exchange import Exchange
 from services.gateway.kit import Kit
@@ -61,7 +59,7 @@ async def watch(exchange: Exchange, kit: Kit) -> None:
     books, request = kit.backends.ledger, ledger.WatchOperationsRequest()
     with kit.watching():
         async with books.stream(books.stub.WatchOperations, request, timeout_s=WATCH_TIMEOUT_S) as messages:
-            bridge: Bridge[Any] = Bridge(exchange, _block, lambda _: False, kit.timing, kit.draining, lasting=True)
+            bridge: Bridge[Any] = Bridge(exchange, render.watched, lambda _: False, kit.timing, kit.draining, lasting=True)
             with kit.counted(bridge, "operations"):
                 await bridge.run(messages)
 
@@ -89,12 +87,6 @@ async def usage(exchange: Exchange, kit: Kit) -> None:
         await _respond_csv(exchange, "usage", cells, (*groups, *USAGE_COLUMNS))
     else:
         await exchange.respond_json({"group_by": groups, "rows": rows})
-
-
-def _block(message: ledger.WatchOperationsResponse) -> bytes:
-    if not message.HasField("operation"):
-        return sse.HEARTBEAT
-    return sse.block(orjson.dumps(render.operation(message.operation)), event=b"operation")
 
 
 def _wants_csv(exchange: Exchange, query: dict[str, str]) -> bool:

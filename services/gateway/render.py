@@ -160,6 +160,13 @@ def progress(message: retrieval.IngestDocumentsResponse) -> bytes:
     return sse.block(orjson.dumps(plain(message)), event=b"progress")
 
 
+def watched(message: ledger.WatchOperationsResponse) -> bytes:
+    """An operation as a block; a heartbeat if it has none."""
+    if not message.HasField("operation"):
+        return sse.HEARTBEAT
+    return sse.block(orjson.dumps(operation(message.operation)), event=b"operation")
+
+
 NUMBER = re.compile(r"-?\d+(\.\d+)?", re.ASCII)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import unquote
 
 import grpc
+from google.protobuf.descriptor import ServiceDescriptor
 
 from services.chassis import telemetry
 from services.chassis.calls import stopped_as
@@ -23,9 +24,10 @@ from services.gateway.identity import Identity, credential_in
 from services.gateway.kit import Kit
 from services.gateway.limits import LimitReached, Metered
 from services.gateway.request_ids import id_headers, request_id_of
-from services.gateway.rules import ANY_MEMBER, RPC_RULES
-from tailrace.gateway.v1 import gateway_service_pb2_grpc
+from services.gateway.rules import ANY_MEMBER, RPC_RULES, Rule
+from tailrace.gateway.v1 import gateway_service_pb2, gateway_service_pb2_grpc
 
+SERVICE = gateway_service_pb2.DESCRIPTOR.services_by_name["GatewayService"]
 ROWS_TIMEOUT_S = 30.0
 
 
@@ -64,12 +66,18 @@ def _telling_refusals(context: Any) -> Iterator[None]:
         raise
 
 
+def rules_of(service: ServiceDescriptor) -> dict[str, Rule]:
+    """Who may call each of a service's methods. Raises KeyError for one that the table does not have."""
+    return {method.name: RPC_RULES[method.name] for method in service.methods}
+
+
 class GatewayService(gateway_service_pb2_grpc.GatewayServiceServicer):
     """Passes calls on with a newly signed principal."""
 
     def __init__(self, kit: Kit) -> None:
         self._kit = kit
         self._backends = kit.backends
+        self._rules = rules_of(SERVICE)
 
     async def Answer(self, request: Any, context: Any) -> None:  # type: ignore[override]
         await self._admit("Answer", context)
@@ -159,7 +167,7 @@ class GatewayService(gateway_service_pb2_grpc.GatewayServiceServicer):
         await self._relay(self._backends.ledger, self._backends.ledger.stub.QueryUsage, request, context, ROWS_TIMEOUT_S)
 
     async def _admit(self, rpc: str, context: Any) -> None:
-        principal, rule = current_principal(), RPC_RULES[rpc]
+        principal, rule = current_principal(), self._rules[rpc]
         rule.check(principal)
         if (kind := rule.counts) is not None:
             with _telling_refusals(context):

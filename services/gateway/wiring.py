@@ -33,13 +33,9 @@ from services.gateway.places import Places
 from services.gateway.redis_limiter import RedisLimiter
 from services.gateway.redis_line import RedisLine
 from services.gateway.revocations import Revocations
-from services.gateway.rpc import GatewayService, token_identity
+from services.gateway.rpc import SERVICE, GatewayService, token_identity
 from services.gateway.shedding import LoopLag, Shedding
-from tailrace.gateway.v1 import gateway_service_pb2
 from tailrace.gateway.v1.gateway_service_pb2_grpc import add_GatewayServiceServicer_to_server
-
-# Its messages are those of other packages, so nothing else imports its own file; without that, reflection has nothing to show.
-SERVICE_NAME = gateway_service_pb2.DESCRIPTOR.services_by_name["GatewayService"].full_name
 
 RESUMES_PER_USER_MAX = 200
 """Streams that a user may resume at the same time whose plan does not bound answers."""
@@ -179,7 +175,7 @@ async def build(settings: Settings) -> AsyncIterator[Service]:
             tells_dependencies=not apart,
             connections_per_peer_max=settings.grpc_connections_per_peer_max,
         )
-        server.add(add_GatewayServiceServicer_to_server, GatewayService(kit), SERVICE_NAME)
+        server.add(add_GatewayServiceServicer_to_server, GatewayService(kit), SERVICE.full_name)
         probes = {peer.name: peer.probe for peer in backends.all}
         yield Service(
             server=server,

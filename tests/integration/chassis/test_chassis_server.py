@@ -8,6 +8,11 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.errors import ErrorCodes
+from h2.events import StreamReset
+from h2.settings import SettingCodes
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -473,3 +478,37 @@ async def test_every_error_crosses_the_wire_as_itself(cls: type[errors.DomainErr
             )
 
     assert (caught.value.detail, caught.value.code, caught.value.metadata) == ("why", cls.code, sent.metadata)
+
+
+GRPC_HEAD = [
+    (":method", "POST"),
+    (":scheme", "http"),
+    (":authority", "x"),
+    (":path", f"/{NAME}/Embed"),
+    ("content-type", "application/grpc"),
+    ("te", "trailers"),
+]
+
+
+async def test_streams_of_one_connection_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a client that opens more than it was told it may: those it has are served, the one too many is refused."""
+    async with connections(with_option("grpc.max_concurrent_streams", 2), monkeypatch) as opened:
+        reader, writer = await opened()
+        client = H2Connection(H2Configuration(client_side=True))
+        client.initiate_connection()
+        client.clear_outbound_data_buffer()  # the connection was opened with it
+        while SettingCodes.MAX_CONCURRENT_STREAMS not in client.remote_settings:
+            client.receive_data(await reader.readexactly(1))
+        told = client.remote_settings[SettingCodes.MAX_CONCURRENT_STREAMS]
+        client.remote_settings[SettingCodes.MAX_CONCURRENT_STREAMS] = 3
+        client.remote_settings.acknowledge()
+        for stream in (1, 3, 5):
+            client.send_headers(stream, GRPC_HEAD)
+        writer.write(client.data_to_send())
+        ended: dict[int | None, ErrorCodes | int | None] = {}
+        while len(ended) < 3:
+            events = client.receive_data(await reader.readexactly(1))
+            ended |= {event.stream_id: event.error_code for event in events if isinstance(event, StreamReset)}
+
+    assert told == 2
+    assert ended == {1: ErrorCodes.NO_ERROR, 3: ErrorCodes.NO_ERROR, 5: ErrorCodes.REFUSED_STREAM}

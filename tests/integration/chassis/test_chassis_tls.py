@@ -204,7 +204,7 @@ async def code_of(address: str, message: bytes, **call: object) -> grpc.StatusCo
 
 
 async def test_a_message_above_the_bound_is_refused_before_it_is_read() -> None:
-    """4 MiB, and the connection serves on."""
+    """And the connection serves on."""
     async with listening() as address, open_channel(address) as channel:
         assert await code_of(address, b"\0" * (MESSAGE_BYTES_MAX + 1)) is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert await embed(channel) == 1

@@ -20,7 +20,8 @@ from services.chassis.passport import Passport
 from services.chassis.principal import Principal
 from services.gateway import http_listener
 from services.gateway.http_listener import HttpListener
-from services.gateway.wiring import SERVICE_NAME, EdgeServer, build
+from services.gateway.rpc import SERVICE
+from services.gateway.wiring import EdgeServer, build
 from services.local.processes import grpc_health
 from services.local.stores import Valkey, free_port
 from tailrace.gateway.v1.gateway_service_pb2_grpc import GatewayServiceStub
@@ -272,6 +273,30 @@ async def test_what_trickles_in_after_a_response_is_no_reason_to_keep_the_connec
             assert await reader.read() == b""
 
 
+@pytest.mark.parametrize("begun", [b"", b"GET / HTTP/1.1\r\nhost: x\r\nx-slow: "], ids=["nothing", "headers"])
+async def test_headers_that_drip_or_never_come_are_cut(begun: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often a byte of them comes: their time is that of all of them together."""
+    monkeypatch.setattr(http_listener, "HEADERS_TIMEOUT_S", 0.5)
+    async with listening(empty) as (reader, writer):
+        writer.write(begun)
+
+        async def drip() -> None:
+            with contextlib.suppress(ConnectionError):
+                while begun:
+                    writer.write(b"a")
+                    await writer.drain()
+                    await asyncio.sleep(0.05)
+
+        dripping = asyncio.create_task(drip())
+        try:
+            async with asyncio.timeout(30):
+                with contextlib.suppress(ConnectionError):
+                    assert await reader.read() == b""
+        finally:
+            dripping.cancel()
+            await asyncio.gather(dripping, return_exceptions=True)
+
+
 async def test_a_socket_on_a_connection_that_had_a_request_before_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """No timer of the request before cuts it."""
     monkeypatch.setattr(http_listener, "HEADERS_TIMEOUT_S", 0.3)
@@ -323,7 +348,7 @@ async def test_in_production_metrics_are_not_served_to_strangers(front: Front, v
                 await channel.unary_unary("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")(b"")
             health = await health_pb2_grpc.HealthStub(channel).List(health_pb2.HealthListRequest())
 
-    assert set(health.statuses) == {"", SERVICE_NAME}
+    assert set(health.statuses) == {"", SERVICE.full_name}
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 

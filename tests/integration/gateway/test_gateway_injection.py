@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import httpx2
 import pytest
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
@@ -19,13 +20,16 @@ from websockets.asyncio.client import connect
 
 from services.chassis.errors import AnswerCancelled, AnswerInterrupted, ModelOverloaded
 from services.gateway import problems, render, sse
+from tailrace.ledger.v1 import ledger_service_pb2 as ledger
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as orchestrator
+from tailrace.retrieval.v1 import retrieval_service_pb2 as retrieval
 from tests.event_streams import Read, hostile_strings, read_by_the_standard
 from tests.integration.gateway.backends import accepted, done
 from tests.integration.gateway.conftest import Front
 
 ROOT = Path(__file__).resolve().parents[3]
 SAMPLE = 200
+PIECE_BYTES = 1009
 
 
 def filled(message: Message, text: str) -> None:
@@ -86,12 +90,19 @@ def hostile(data_dir: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def stream(hostile: list[str]) -> tuple[bytes, list[tuple[str, Any, str]]]:
-    """All of it as one stream, and what it must be read as. Problems have no id: readers keep the one before."""
+    """All of it as one stream, with what ingestions and operations are told by, and what it must be read as. What has no id of its own
+    is read with the one before."""
     blocks, wanted = [], []
     for text in hostile:
         for event in events_of(text):
             blocks += [render.answer_event(event), sse.HEARTBEAT]
             wanted.append(expected(event))
+        progress, operation = retrieval.IngestDocumentsResponse(), ledger.WatchOperationsResponse()
+        filled(progress, text)
+        filled(operation, text)
+        blocks += [render.progress(progress), render.watched(operation)]
+        last_id = wanted[-1][2]
+        wanted += [("progress", render.plain(progress), last_id), ("operation", render.operation(operation.operation), last_id)]
         for error in (AnswerInterrupted(text, answer_id=text), ModelOverloaded(text, model=text)):
             body = problems.body_of(error, trace_id=text, request_id=text)
             blocks.append(sse.block(body, event=b"error"))
@@ -118,6 +129,17 @@ def test_a_parser_written_from_the_standard_reads_what_was_sent(stream: tuple[by
 
     assert events == wanted
     assert all(event[2].isdecimal() for event in events)
+
+
+def test_a_clients_parser_that_gets_it_in_pieces_reads_the_same(stream: tuple[bytes, list[tuple[str, Any, str]]]) -> None:
+    """The one of httpx2, which nobody here wrote; pieces end anywhere, inside a character too."""
+    sent, wanted = stream
+    pieces = (sent[at : at + PIECE_BYTES] for at in range(0, len(sent), PIECE_BYTES))
+    response = httpx2.Response(
+        200, headers={"content-type": "text/event-stream"}, content=pieces, request=httpx2.Request("GET", "http://gateway.example")
+    )
+
+    assert loaded([Read(event.event, event.data, event.id) for event in httpx2.EventSource(response)]) == wanted
 
 
 NODE_PARSER = """

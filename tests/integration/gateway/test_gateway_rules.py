@@ -10,7 +10,8 @@ import pytest
 from google.protobuf.message_factory import GetMessageClass
 
 from services.chassis.principal import SCOPES, Principal
-from services.gateway.app import OPERATIONS, PROBES, ROUTES, SOCKETS
+from services.gateway import infrastructure, rpc
+from services.gateway.app import OPERATIONS, PROBES, ROUTES, SOCKETS, Route
 from services.gateway.limiter import Kind
 from services.gateway.rules import ADMIN, ROUTE_RULES, RPC_RULES, Rule
 from tailrace.gateway.v1 import gateway_service_pb2
@@ -59,6 +60,15 @@ def test_the_table_names_exactly_what_is_served() -> None:
     """A route or RPC without a rule, or a rule without either, is a mistake."""
     assert set(ROUTE_RULES) == {f"{route.method} {route.path}" for route in (*ROUTES, *OPERATIONS, *PROBES, *SOCKETS)}
     assert set(RPC_RULES) == {method.name for method in METHODS}
+
+
+def test_a_route_or_rpc_without_a_rule_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not found out by the first who calls."""
+    with pytest.raises(KeyError):
+        Route("GET", "/v1/forgotten", infrastructure.healthz)
+    monkeypatch.delitem(RPC_RULES, "QueryUsage")
+    with pytest.raises(KeyError):
+        rpc.rules_of(rpc.SERVICE)
 
 
 def test_only_health_and_signing_in_are_open_and_everything_that_costs_is_limited() -> None:

@@ -375,9 +375,10 @@ async def test_every_response_has_its_ids_and_its_guards(front: Front, listed: s
 
 
 async def test_a_token_never_reaches_a_log(front: Front, capfd: pytest.CaptureFixture[str]) -> None:
-    """Neither a good one nor a bad one, by whatever way it came."""
+    """Neither a good one nor a bad one, by whatever way it came; in an address it is no credential either."""
     token = front.token()
     async with bare(front) as client:
+        in_address = await client.get("/v1/answers/x/events", params={"access_token": token, "token": token})
         await client.post("/v1/session", json={"token": token})
         await client.post("/v1/session", json={"token": token[:-4] + "AAAA"})
         await client.get("/v1/session", headers={"cookie": f"tailrace={token}"})
@@ -385,6 +386,7 @@ async def test_a_token_never_reaches_a_log(front: Front, capfd: pytest.CaptureFi
     await asyncio.sleep(0)
     written = "".join(capfd.readouterr())
 
-    assert token.split(".")[1] not in written
+    assert in_address.status_code == 401
+    assert token.split(".")[1] not in written + in_address.text
     assert token.split(".")[2][:-4] not in written
     assert json.dumps(token) not in written

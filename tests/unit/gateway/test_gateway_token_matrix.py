@@ -102,7 +102,21 @@ def hostile() -> dict[str, str]:
         table[f"kid {kid[:30]!r}"] = good({"kid": kid})
     for kid in (None, 1, True, ["ed"], {"kid": "ed"}):
         table[f"kid {kid!r}"] = good({"kid": kid})
-    for typ in ("JWE", "id+jwt", "dpop+jwt", "logout+jwt", "JOSE", "", None, 1, ["JWT"], True):
+    for typ in (
+        "JWE",
+        "id+jwt",
+        "dpop+jwt",
+        "logout+jwt",
+        "application/id+jwt",
+        "text/jwt",
+        "application/",
+        "JOSE",
+        "",
+        None,
+        1,
+        ["JWT"],
+        True,
+    ):
         table[f"typ {typ!r}"] = good({"typ": typ})
     for name in ("exp", "iss", "aud", "sub", "tenant"):
         table[f"{name} missing"] = good(**{name: ...})
@@ -197,6 +211,8 @@ def controls() -> dict[str, str]:
         "audience among others": good(aud=["other", "tailrace"]),
         "no typ": good({"typ": ...}),
         "at+jwt": good({"typ": "at+jwt"}),
+        "at+jwt in full": good({"typ": "application/at+jwt"}),
+        "JWT in full": good({"typ": "application/JWT"}),
         "no kid": good({"kid": ...}),
         "a thumbprint": good({"x5t": "AAAA", "nonce": "n"}),
         "claims nobody knows": good(scope="read", nested={"a": {"b": [1]}}),

@@ -110,12 +110,12 @@ async def test_a_crowd_is_turned_away_by_type_batch_first_and_who_was_let_in_is_
     holds(await crowd(made, 5))
 
 
-async def test_five_times_what_can_be_carried_still_leaves_most_of_the_peak(made: Ground) -> None:
-    """All are answered or refused, and the answers do not stop. How many are made in seconds, beside whatever else the machine does, says
-    no more than that; `make bench-streams` holds them against the peak."""
+async def test_five_times_what_can_be_carried_is_answered_or_refused_and_stops_nothing(made: Ground) -> None:
+    """All are answered or refused, who is refused hears so soon, and the answers do not stop. What is made in
+    seconds, beside whatever else the machine does, says no more; `make bench-streams` holds it against the peak and the bars."""
     outcome = await overload(made, 3)
     delivered, refused, lost = outcome.bars
     assert lost.ok, outcome.notes
     assert outcome.notes["refused"] > 0
-    assert refused.figure <= BUSY * refused.limit, outcome.notes
+    assert refused.figure <= 1000, outcome.notes
     assert delivered.figure > 0, outcome.notes

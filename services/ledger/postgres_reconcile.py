@@ -56,16 +56,14 @@ async def _by_request(database: Database, provider: str, rows: Iterable[ExportRo
     if not ids:
         return {}
     found = await database.fetch(
-        f"SELECT a.provider_request_id, min(a.created_at) AS since, {_SUMS} FROM attempts a WHERE a.provider_request_id = ANY($1) AND a.provider_request_id <> ''"
-        " AND a.provider = $2 GROUP BY a.provider_request_id",
+        f"SELECT a.provider_request_id, min(a.created_at) AS since, {_SUMS} FROM attempts a"
+        " WHERE a.provider_request_id = ANY($1) AND a.provider_request_id <> '' AND a.provider = $2 GROUP BY a.provider_request_id",
         *(ids, provider),
     )
     return {row["provider_request_id"]: (row["since"], usage_of(row), row["cost_nanousd"]) for row in found}
 
 
-async def _by_model(
-    database: Database, provider: str, start: datetime, end: datetime, without: list[str]
-) -> list[tuple[str, Usage, int]]:
+async def _by_model(database: Database, provider: str, start: datetime, end: datetime, without: list[str]) -> list[tuple[str, Usage, int]]:
     """What the books have of a period, but for the requests in `without`."""
     found = await database.fetch(
         f"SELECT a.model, {_SUMS} FROM operations o JOIN attempts a USING (tenant, operation_id, created_at)"

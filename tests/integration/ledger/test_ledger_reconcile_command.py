@@ -80,7 +80,7 @@ async def test_an_export_is_compared_with_the_books(postgres: Postgres, tmp_path
 async def test_a_call_of_the_books_stands_beside_one_row_of_the_export(
     postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A request that is told twice is told too much; one that is told by id is not in the sums of its hour as well; its rows may be parts."""
+    """A request told twice is told too much; one told by id is not in the sums of its hour as well; its rows may be parts."""
     url, file = await fresh_database(postgres), tmp_path / "usage.csv"
     async with running(url) as ledger:
         calls = [attempt(1, provider_request_id="req_1"), attempt(2, provider_request_id="req_2")]

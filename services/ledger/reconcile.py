@@ -14,6 +14,8 @@ from services.ledger.provider_exports import ExportRow
 
 CELLS_MAX = 100_000
 """Periods, and days times models, that are held at once: eleven years of hours."""
+REQUESTS_MAX = 1_000_000
+"""Requests that are told by id: each is remembered, some 200 bytes of it, for the books have it once however often it is told."""
 NO_USAGE = Usage()
 _DATED = re.compile(r"-(\d{8}|\d{4}-\d{2}-\d{2})$")
 
@@ -89,7 +91,7 @@ class Reconciliation:
         self._provider: defaultdict[tuple[date, str], Side] = defaultdict(Side)
         self._ledger: defaultdict[tuple[date, str], Side] = defaultdict(Side)
         self._periods: set[tuple[datetime, datetime]] = set()
-        self._unknown_requests = 0
+        self._requests: dict[str, datetime | None] = {}
         self._unpriced: set[str] = set()
 
     def periods(self) -> list[tuple[datetime, datetime]]:
@@ -119,12 +121,25 @@ class Reconciliation:
         if len(self._periods) + len(self._provider) > CELLS_MAX:
             raise RequestInvalid(f"line {row.line} is one period or model too many", field=f"line {row.line}", bound=str(CELLS_MAX))
 
-    def matched(self, row: ExportRow, booked: Mapping[str, tuple[Usage, int]]) -> None:
-        """A row with a request id, beside what the books have by request id."""
+    def matched(self, row: ExportRow, booked: Mapping[str, tuple[datetime, Usage, int]]) -> None:
+        """A row with a request id, beside what the books have by request id: since when, and what, counted at its first row only.
+
+        Raises RequestInvalid for too many requests.
+        """
+        if row.request_id in self._requests:
+            return
+        if len(self._requests) >= REQUESTS_MAX:
+            raise RequestInvalid(f"line {row.line} is one request too many", field=f"line {row.line}", bound=str(REQUESTS_MAX))
         if (found := booked.get(row.request_id)) is None:
-            self._unknown_requests += 1
-        else:
-            self._ledger[row.start.date(), family(row.model)].add(*found)
+            self._requests[row.request_id] = None
+            return
+        since, usage, cost_nanousd = found
+        self._requests[row.request_id] = since
+        self._ledger[row.start.date(), family(row.model)].add(usage, cost_nanousd)
+
+    def taken(self) -> list[tuple[datetime, str]]:
+        """The requests that the books have, by time: they are no part of what a period without ids has."""
+        return sorted((since, request_id) for request_id, since in self._requests.items() if since is not None)
 
     def booked(self, start: datetime, model: str, usage: Usage, cost_nanousd: int) -> None:
         """What the books have of one period and model."""
@@ -133,7 +148,8 @@ class Reconciliation:
     def report(self) -> Report:
         keys = sorted(self._provider.keys() | self._ledger.keys())
         drifts = [Drift(day, model, self._provider[day, model], self._ledger[day, model]) for day, model in keys]
-        return Report(drifts, self._unknown_requests, sorted(self._unpriced))
+        unknown = sum(since is None for since in self._requests.values())
+        return Report(drifts, unknown, sorted(self._unpriced))
 
 
 def short_context(price: Price) -> Price:

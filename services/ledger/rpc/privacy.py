@@ -5,7 +5,7 @@ from uuid import UUID
 
 from services.chassis.principal import Principal
 from services.chassis.telemetry import span
-from services.ledger.ports import Conversations, Keys, OperationBook, People, Privacy
+from services.ledger.ports import Budgets, Conversations, Keys, OperationBook, People, Privacy
 from services.ledger.rpc import checks, messages
 from services.ledger.rpc.callers import Writer, admin
 from services.ledger.rpc.conversations import session_summary
@@ -21,6 +21,7 @@ class PrivacyRpcs:
     _privacy: Privacy
     _people: People
     _keys: Keys
+    _budgets: Budgets
     _operations: OperationBook
     _conversations: Conversations
 
@@ -37,12 +38,22 @@ class PrivacyRpcs:
         for plan, started_at, ended_at in await self._privacy.subscriptions(principal.tenant, user):
             await context.write(pb.ExportUserResponse(subscription=messages.past_subscription_message(user, plan, started_at, ended_at)))
         owner = Principal(principal.tenant, user)
+        async for response in self._budgets_of(owner):
+            await context.write(response)
         async for response in self._keys_of(owner):
             await context.write(response)
         async for response in self._conversations_of(owner):
             await context.write(response)
         async for response in self._operations_of(owner):
             await context.write(response)
+
+    async def _budgets_of(self, owner: Principal) -> AsyncIterator[pb.ExportUserResponse]:
+        subjects = [("user", owner.user)]
+        async for response in self._keys_of(owner):
+            subjects.append(("key", response.api_key.key_id))
+        for scope, subject in subjects:
+            for budget in await self._budgets.of(owner.tenant, scope, subject):
+                yield pb.ExportUserResponse(budget=messages.budget_message(budget))
 
     async def _keys_of(self, owner: Principal) -> AsyncIterator[pb.ExportUserResponse]:
         after = None

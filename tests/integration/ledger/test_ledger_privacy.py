@@ -181,6 +181,8 @@ async def test_everything_that_is_kept_is_exported_and_nothing_of_others(
     for plan in ("pro", "enterprise"):
         await ledger.ask("PutSubscription", pb.PutSubscriptionRequest(user="ann", plan=plan), boss)
     made = await ledger.ask("CreateApiKey", pb.CreateApiKeyRequest(name="n", user="ann", roles=["user"]), boss)
+    for scope, subject, limit in (("user", "ann", 7), ("key", made.key.key_id, 8), ("user", "bob", 9)):
+        await ledger.ask("PutBudget", pb.PutBudgetRequest(scope=scope, subject=subject, period="day", limit_nanousd=limit), boss)
     await ledger.ask("CreateApiKey", pb.CreateApiKeyRequest(name="n", user="bob", roles=["user"]), boss)
     for number in range(PAGE + 5):
         turn = pb.Turn(answer_id=str(uuid.uuid4()), question=f"q{number}", text="a", complete=True)
@@ -190,8 +192,10 @@ async def test_everything_that_is_kept_is_exported_and_nothing_of_others(
     records = await ledger.rows("ExportUser", pb.ExportUserRequest(user="ann"), boss)
     kinds = [record.WhichOneof("record") for record in records]
 
-    assert list(dict.fromkeys(kinds)) == ["user", "subscription", "api_key", "session", "turn", "operation"]
-    assert Counter(kinds) == {"user": 1, "subscription": 2, "api_key": 1, "session": 2, "turn": PAGE + 5, "operation": PAGE + 5}
+    assert list(dict.fromkeys(kinds)) == ["user", "subscription", "budget", "api_key", "session", "turn", "operation"]
+    counts = {"user": 1, "subscription": 2, "budget": 2, "api_key": 1, "session": 2, "turn": PAGE + 5, "operation": PAGE + 5}
+    assert Counter(kinds) == counts
+    assert [record.budget.limit_nanousd for record in records if record.WhichOneof("record") == "budget"] == [7, 8]
     assert {record.turn.turn.question for record in records if record.HasField("turn")} == {f"q{number}" for number in range(PAGE + 5)}
     assert {record.operation.user for record in records if record.HasField("operation")} == {"ann"}
     assert [record.subscription.HasField("ended_at") for record in records if record.HasField("subscription")] == [True, False]

@@ -75,3 +75,23 @@ async def test_an_export_is_compared_with_the_books(postgres: Postgres, tmp_path
     assert "without a price, and without a cost in the export: nobody" in unpriced.output
     assert re.search(r"^2026-10-08  nobody .* 2 .* 0  .*\*$", unpriced.output, re.MULTILINE)
     assert await written(url) == before
+
+
+async def test_a_call_of_the_books_stands_beside_one_row_of_the_export(
+    postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request told twice is told too much; one told by id is not in the sums of its hour as well; its rows may be parts."""
+    url, file = await fresh_database(postgres), tmp_path / "usage.csv"
+    async with running(url) as ledger:
+        calls = [attempt(1, provider_request_id="req_1"), attempt(2, provider_request_id="req_2")]
+        await ledger.record(operation(Principal("acme", "ann"), created_at=timestamp(NOON), attempts=calls))
+    row = "2026-10-08T12:00:00Z,claude-haiku-4-5-20251001,{},0,0,0,{},{}\n"
+    twice = await result(url, file, HEADER + row.format(100, 10, "req_1") * 2, monkeypatch)
+    mixed = await result(url, file, HEADER + row.format(100, 10, "req_1") + row.format(100, 10, ""), monkeypatch)
+    parts = await result(url, file, HEADER + row.format(100, 0, "req_1") + row.format(0, 10, "req_1"), monkeypatch)
+
+    assert [(done.exit_code, done.output.splitlines()[-1]) for done in (twice, mixed, parts)] == [
+        (1, "drift: tokens 50.000 %, cost 50.000 %"),
+        (0, "drift: tokens 0.000 %, cost 0.000 %"),
+        (0, "drift: tokens 0.000 %, cost 0.000 %"),
+    ]

@@ -246,10 +246,22 @@ def test_requests_are_matched_by_id_before_anything_else() -> None:
     for request_id in ("req_1", "req_2"):
         told = row(5, request_id=request_id)
         made.told(told, PRICE)
-        made.matched(told, {"req_1": (Usage(5), 5)})
+        made.matched(told, {"req_1": (DAY, Usage(5), 5)})
 
     assert made.periods() == []
     assert (made.report().unknown_requests, made.report().tokens_drift) == (1, Fraction(1, 2))
+
+
+def test_more_requests_than_can_be_remembered_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is told again is no further one."""
+    monkeypatch.setattr("services.ledger.reconcile.REQUESTS_MAX", 2)
+    made = Reconciliation()
+    for request_id in ("req_1", "req_2", "req_1"):
+        made.matched(row(5, request_id=request_id), {})
+    with pytest.raises(RequestInvalid, match="one request too many"):
+        made.matched(row(5, request_id="req_3"), {})
+
+    assert made.report().unknown_requests == 2
 
 
 def test_periods_that_overlap_are_refused() -> None:

@@ -1,7 +1,7 @@
 """The books' side of a reconciliation, read from PostgreSQL over all tenants. It writes nothing; what is compared is in `reconcile`."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from itertools import islice
 
@@ -12,7 +12,7 @@ from services.ledger.postgres_holds import usage_of
 from services.ledger.postgres_prices import read_book
 from services.ledger.prices import ALL_TENANTS
 from services.ledger.provider_exports import ExportRow
-from services.ledger.reconcile import Reconciliation, Report
+from services.ledger.reconcile import Call, Reconciliation, Report
 
 BATCH = 1_000
 _SUMS = ", ".join(
@@ -43,27 +43,30 @@ async def reconcile(database: Database, rows: Iterator[ExportRow]) -> Report:
     if not provider:
         raise RequestInvalid("there is nothing to compare in the file", field="file")
     for start, end in made.periods():
-        for model, usage, cost in await _by_model(database, provider, start, end):
+        for model, usage, cost in await _by_model(database, provider, start, end, made.requests_in(start, end)):
             made.booked(start, model, usage, cost)
     return made.report()
 
 
-async def _by_request(database: Database, provider: str, rows: Iterable[ExportRow]) -> dict[str, tuple[Usage, int]]:
+async def _by_request(database: Database, provider: str, rows: Iterable[ExportRow]) -> dict[str, Call]:
     ids = [row.request_id for row in rows]
     if not ids:
         return {}
     found = await database.fetch(
-        f"SELECT a.provider_request_id, {_SUMS} FROM attempts a WHERE a.provider_request_id = ANY($1) AND a.provider_request_id <> ''"
-        " AND a.provider = $2 GROUP BY a.provider_request_id",
+        f"SELECT a.provider_request_id, array_agg(DISTINCT a.created_at) AS accepted, {_SUMS} FROM attempts a"
+        " WHERE a.provider_request_id = ANY($1) AND a.provider_request_id <> '' AND a.provider = $2 GROUP BY a.provider_request_id",
         *(ids, provider),
     )
-    return {row["provider_request_id"]: (usage_of(row), row["cost_nanousd"]) for row in found}
+    return {row["provider_request_id"]: Call(usage_of(row), row["cost_nanousd"], row["accepted"]) for row in found}
 
 
-async def _by_model(database: Database, provider: str, start: datetime, end: datetime) -> list[tuple[str, Usage, int]]:
+async def _by_model(
+    database: Database, provider: str, start: datetime, end: datetime, without: Sequence[str]
+) -> list[tuple[str, Usage, int]]:
     found = await database.fetch(
         f"SELECT a.model, {_SUMS} FROM operations o JOIN attempts a USING (tenant, operation_id, created_at)"
-        " WHERE o.created_at >= $1 AND o.created_at < $2 AND a.provider = $3 AND NOT a.not_sent GROUP BY a.model",
-        *(start, end, provider),
+        " WHERE o.created_at >= $1 AND o.created_at < $2 AND a.provider = $3 AND NOT a.not_sent"
+        " AND a.provider_request_id <> ALL ($4) GROUP BY a.model",
+        *(start, end, provider, without),
     )
     return [(row["model"], usage_of(row), row["cost_nanousd"]) for row in found]

@@ -1,8 +1,9 @@
 """What a provider says was used, beside what the books say: drift by day and model, and in all. Pure; the caller reads both sides."""
 
 import re
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from fractions import Fraction
@@ -14,12 +15,14 @@ from services.ledger.provider_exports import ExportRow
 
 CELLS_MAX = 100_000
 """Periods, and days times models, that are held at once: eleven years of hours."""
+REQUESTS_MAX = 1_000_000
+"""Requests that a file may name: each is remembered, so that none is compared twice."""
 NO_USAGE = Usage()
-_DATED = re.compile(r"-(\d{8}|\d{4}-\d{2}-\d{2})$")
+_DATED = re.compile(r"-(\d{8}|\d{4}-\d{2}-\d{2}|latest)$")
 
 
 def family(model: str) -> str:
-    """A model without the date of its snapshot: providers name the snapshot, we may have asked for the family."""
+    """A model without the date of its snapshot, or `latest`: providers name the snapshot, we may have asked for the family."""
     return _DATED.sub("", model)
 
 
@@ -37,6 +40,16 @@ class Side:
     @property
     def tokens(self) -> int:
         return self.usage.prompt_tokens + self.usage.output_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What the books have of one provider request."""
+
+    usage: Usage
+    cost_nanousd: int
+    accepted: Sequence[datetime]
+    """When the operations were accepted that it is booked for: one, unless a provider gives an id again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +102,8 @@ class Reconciliation:
         self._provider: defaultdict[tuple[date, str], Side] = defaultdict(Side)
         self._ledger: defaultdict[tuple[date, str], Side] = defaultdict(Side)
         self._periods: set[tuple[datetime, datetime]] = set()
+        self._requests: set[str] = set()
+        self._accepted: list[tuple[datetime, str]] = []
         self._unknown_requests = 0
         self._unpriced: set[str] = set()
 
@@ -119,12 +134,30 @@ class Reconciliation:
         if len(self._periods) + len(self._provider) > CELLS_MAX:
             raise RequestInvalid(f"line {row.line} is one period or model too many", field=f"line {row.line}", bound=str(CELLS_MAX))
 
-    def matched(self, row: ExportRow, booked: Mapping[str, tuple[Usage, int]]) -> None:
-        """A row with a request id, beside what the books have by request id."""
+    def matched(self, row: ExportRow, booked: Mapping[str, Call]) -> None:
+        """A row with a request id, beside what the books have by request id.
+
+        Named again, the request adds to the provider's side alone: its rows together are what it was billed. Raises RequestInvalid for
+        too many requests.
+        """
+        if row.request_id in self._requests:
+            return
+        if len(self._requests) == REQUESTS_MAX:
+            raise RequestInvalid(f"line {row.line} is one request too many", field=f"line {row.line}", bound=str(REQUESTS_MAX))
+        self._requests.add(row.request_id)
         if (found := booked.get(row.request_id)) is None:
             self._unknown_requests += 1
         else:
-            self._ledger[row.start.date(), family(row.model)].add(*found)
+            self._ledger[row.start.date(), family(row.model)].add(found.usage, found.cost_nanousd)
+            self._accepted.extend((moment, row.request_id) for moment in found.accepted)
+
+    def requests_in(self, start: datetime, end: datetime) -> list[str]:
+        """Matched requests that were accepted in [start, end): they are no part of the rest of that time."""
+        self._accepted.sort()  # a list that is sorted already costs one look
+        return [request_id for _, request_id in self._accepted[self._place(start) : self._place(end)]]
+
+    def _place(self, moment: datetime) -> int:
+        return bisect_left(self._accepted, (moment, ""))
 
     def booked(self, start: datetime, model: str, usage: Usage, cost_nanousd: int) -> None:
         """What the books have of one period and model."""

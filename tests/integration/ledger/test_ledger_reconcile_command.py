@@ -75,3 +75,21 @@ async def test_an_export_is_compared_with_the_books(postgres: Postgres, tmp_path
     assert "without a price, and without a cost in the export: nobody" in unpriced.output
     assert re.search(r"^2026-10-08  nobody .* 2 .* 0  .*\*$", unpriced.output, re.MULTILINE)
     assert await written(url) == before
+
+
+async def test_what_a_request_id_has_matched_is_compared_once(postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file may name some requests and sum up the others of the same time. A request that is named twice was billed twice, not booked twice."""
+    url, file = await fresh_database(postgres), tmp_path / "usage.csv"
+    async with running(url) as ledger:
+        calls = [attempt(number, provider_request_id=f"req_{number}") for number in (1, 2)]
+        await ledger.record(operation(Principal("acme", "ann"), created_at=timestamp(NOON), attempts=calls))
+        await ledger.record(operation(Principal("globex", "eve"), created_at=timestamp(NOON), attempts=[attempt()]))
+    row = "2026-10-08,claude-haiku-4-5-20251001,{},0,0,0,{},{}\n"
+    named, others = row.format(100, 10, "req_1"), row.format(200, 20, "")
+    mixed = await result(url, file, HEADER + named + others, monkeypatch)
+    turned = await result(url, file, HEADER + others + named, monkeypatch)
+    twice = await result(url, file, HEADER + named + named, monkeypatch)
+    split = await result(url, file, HEADER + row.format(60, 10, "req_1") + row.format(40, 0, "req_1"), monkeypatch)
+
+    assert [done.exit_code for done in (mixed, turned, twice, split)] == [0, 0, 1, 0], mixed.output
+    assert "drift: tokens 50.000 %" in twice.output

@@ -14,7 +14,7 @@ import pytest
 from services.chassis.errors import RequestInvalid
 from services.chassis.money import Price, Usage
 from services.ledger.provider_exports import LINE_CHARACTERS_MAX, ExportRow, csv_rows, json_rows
-from services.ledger.reconcile import Reconciliation, family
+from services.ledger.reconcile import Call, Reconciliation, family
 from services.local.reconciling import percent, table
 
 DAY = datetime(2026, 8, 5, tzinfo=UTC)
@@ -197,7 +197,8 @@ def test_equal_sides_do_not_drift_and_snapshots_are_their_family() -> None:
 
     assert (report.worst, report.unknown_requests) == (0, 0)
     assert [drift.model for drift in report.drifts] == ["m"]
-    assert family("claude-haiku-4-5-20251001") == family("claude-haiku-4-5") == "claude-haiku-4-5"
+    for name in ("claude-haiku-4-5-20251001", "claude-haiku-4-5-latest", "claude-haiku-4-5"):
+        assert family(name) == "claude-haiku-4-5"
     assert "drift: tokens 0.000 %, cost 0.000 %" in table(report)
 
 
@@ -246,10 +247,24 @@ def test_requests_are_matched_by_id_before_anything_else() -> None:
     for request_id in ("req_1", "req_2"):
         told = row(5, request_id=request_id)
         made.told(told, PRICE)
-        made.matched(told, {"req_1": (Usage(5), 5)})
+        made.matched(told, {"req_1": Call(Usage(5), 5, [DAY])})
 
     assert made.periods() == []
     assert (made.report().unknown_requests, made.report().tokens_drift) == (1, Fraction(1, 2))
+    assert made.requests_in(DAY, DAY + timedelta(hours=1)) == ["req_1"]
+    assert made.requests_in(DAY - timedelta(hours=1), DAY) == []
+
+
+def test_no_more_requests_are_remembered_than_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was named before is no new one."""
+    monkeypatch.setattr("services.ledger.reconcile.REQUESTS_MAX", 1)
+    made = Reconciliation()
+    for _ in range(2):
+        made.matched(row(5, request_id="req_1"), {})
+
+    assert made.report().unknown_requests == 1
+    with pytest.raises(RequestInvalid, match="one request too many"):
+        made.matched(row(5, request_id="req_2"), {})
 
 
 def test_periods_that_overlap_are_refused() -> None:

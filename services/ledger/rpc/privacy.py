@@ -5,7 +5,7 @@ from uuid import UUID
 
 from services.chassis.principal import Principal
 from services.chassis.telemetry import span
-from services.ledger.ports import Conversations, Keys, OperationBook, People, Privacy
+from services.ledger.ports import Budgets, Conversations, Keys, OperationBook, People, Privacy
 from services.ledger.rpc import checks, messages
 from services.ledger.rpc.callers import Writer, admin
 from services.ledger.rpc.conversations import session_summary
@@ -20,6 +20,7 @@ class PrivacyRpcs:
 
     _privacy: Privacy
     _people: People
+    _budgets: Budgets
     _keys: Keys
     _operations: OperationBook
     _conversations: Conversations
@@ -37,6 +38,8 @@ class PrivacyRpcs:
         for plan, started_at, ended_at in await self._privacy.subscriptions(principal.tenant, user):
             await context.write(pb.ExportUserResponse(subscription=messages.past_subscription_message(user, plan, started_at, ended_at)))
         owner = Principal(principal.tenant, user)
+        async for response in self._budgets_of(owner.tenant, "user", user):
+            await context.write(response)
         async for response in self._keys_of(owner):
             await context.write(response)
         async for response in self._conversations_of(owner):
@@ -44,13 +47,20 @@ class PrivacyRpcs:
         async for response in self._operations_of(owner):
             await context.write(response)
 
+    async def _budgets_of(self, tenant: str, scope: str, subject: str) -> AsyncIterator[pb.ExportUserResponse]:
+        for budget in await self._budgets.of(tenant, scope, subject):
+            yield pb.ExportUserResponse(budget=messages.budget_message(budget))
+
     async def _keys_of(self, owner: Principal) -> AsyncIterator[pb.ExportUserResponse]:
+        """Each key, with its budgets."""
         after = None
         while True:
             page = await self._keys.page(owner.tenant, size=PAGE, after=after)
             for key in page.rows:
                 if key.user == owner.user:
                     yield pb.ExportUserResponse(api_key=messages.key_message(key))
+                    async for budget in self._budgets_of(owner.tenant, "key", key.key_id):
+                        yield budget
             if page.last is None:
                 return
             after = page.rows[-1].created_at, page.rows[-1].key_id

@@ -1294,6 +1294,7 @@ class ExportUserResponse(_message.Message):
 
     USER_FIELD_NUMBER: _builtins.int
     SUBSCRIPTION_FIELD_NUMBER: _builtins.int
+    BUDGET_FIELD_NUMBER: _builtins.int
     API_KEY_FIELD_NUMBER: _builtins.int
     SESSION_FIELD_NUMBER: _builtins.int
     TURN_FIELD_NUMBER: _builtins.int
@@ -1306,6 +1307,10 @@ class ExportUserResponse(_message.Message):
     @_builtins.property
     def subscription(self) -> Global___PastSubscription:
         """A subscription, also one that ended."""
+
+    @_builtins.property
+    def budget(self) -> Global___Budget:
+        """A budget of the user or of one of their keys."""
 
     @_builtins.property
     def api_key(self) -> Global___ApiKey:
@@ -1332,17 +1337,18 @@ class ExportUserResponse(_message.Message):
         *,
         user: Global___User | None = ...,
         subscription: Global___PastSubscription | None = ...,
+        budget: Global___Budget | None = ...,
         api_key: Global___ApiKey | None = ...,
         session: Global___Session | None = ...,
         turn: Global___SessionTurn | None = ...,
         summary: Global___SessionSummary | None = ...,
         operation: Global___Operation | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["api_key", b"api_key", "operation", b"operation", "record", b"record", "session", b"session", "subscription", b"subscription", "summary", b"summary", "turn", b"turn", "user", b"user"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["api_key", b"api_key", "budget", b"budget", "operation", b"operation", "record", b"record", "session", b"session", "subscription", b"subscription", "summary", b"summary", "turn", b"turn", "user", b"user"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key", b"api_key", "operation", b"operation", "record", b"record", "session", b"session", "subscription", b"subscription", "summary", b"summary", "turn", b"turn", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key", b"api_key", "budget", b"budget", "operation", b"operation", "record", b"record", "session", b"session", "subscription", b"subscription", "summary", b"summary", "turn", b"turn", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_record: _TypeAlias = _typing.Literal["user", "subscription", "api_key", "session", "turn", "summary", "operation"]  # noqa: Y015
+    _WhichOneofReturnType_record: _TypeAlias = _typing.Literal["user", "subscription", "budget", "api_key", "session", "turn", "summary", "operation"]  # noqa: Y015
     _WhichOneofArgType_record: _TypeAlias = _typing.Literal["record", b"record"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_record) -> _WhichOneofReturnType_record | None: ...
 

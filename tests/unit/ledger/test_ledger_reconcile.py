@@ -79,6 +79,21 @@ def test_each_known_shape_is_read() -> None:
     assert (listed.usage, listed.cost_nanousd, page.cost_nanousd) == (page.usage, 250_000_000, None)
 
 
+def test_tokens_that_openai_says_were_written_to_its_cache_are_no_plain_input() -> None:
+    """They are within its input as the cached ones are, and cost more; a column that an export does not have is no token."""
+    told = {"model": "gpt-x", "input_tokens": 1000, "input_cached_tokens": 700, "input_cache_write_tokens": 250, "output_tokens": 500}
+    page = {"data": [{"start_time": 1785888000, "end_time": 1785974400, "results": [told]}]}
+    [row], [listed] = (
+        from_json(page),
+        from_csv(f"start_time,{','.join(told)}\n1785888000,{','.join(str(value) for value in told.values())}\n"),
+    )
+
+    assert row.usage == listed.usage == Usage(50, 500, 700, 250)
+    told["input_cache_write_tokens"] = 301
+    with pytest.raises(RequestInvalid, match="line 1 has more cached tokens than input tokens"):
+        from_json(page)
+
+
 def test_pages_may_follow_one_another_and_lines_are_counted() -> None:
     """Whatever the layout."""
     text = json.dumps(ANTHROPIC_JSON, indent=1) + "\n" + json.dumps(ANTHROPIC_JSON)

@@ -190,6 +190,19 @@ async def test_a_new_price_is_a_new_version_and_holds_keep_theirs(
         await ledger.reserve(stranger, provider="local", model=price.model)
 
 
+async def test_a_price_at_which_a_call_could_cost_more_than_can_be_counted_is_refused(ledger: Ledger, boss: Principal) -> None:
+    """Cached tokens of a long prompt pay in proportion to plain ones: with those nearly free, what they cost has no bound of its own."""
+    price = common_pb2.Price(provider="local", model=f"m-{boss.tenant}", input_nanousd_per_mtok=1, output_nanousd_per_mtok=0)
+    price.cache_write_1h_nanousd_per_mtok = price.long_input_nanousd_per_mtok = price.long_output_nanousd_per_mtok = 10**13
+    price.long_context_above_tokens = 1
+    with pytest.raises(RequestInvalid) as refused:
+        await ledger.ask("PutPrice", pb.PutPriceRequest(price=price), boss)
+    price.input_nanousd_per_mtok = 10**13
+
+    assert refused.value.field == "price.long_input_nanousd_per_mtok"
+    assert (await ledger.ask("PutPrice", pb.PutPriceRequest(price=price), boss)).price.version == 1
+
+
 async def test_a_price_for_a_snapshot_itself_is_found_at_every_replica(ledger: Ledger, ann: Principal, boss: Principal) -> None:
     """One that goes by the price of its family hears within seconds that the snapshot has one of its own."""
     model = f"m-{ann.tenant}"

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import islice
 
 from services.chassis.errors import PriceUnknown, RequestInvalid
@@ -25,13 +25,21 @@ _SUMS = ", ".join(
 
 
 async def reconcile(database: Database, rows: Iterator[ExportRow]) -> Report:
-    """Compare an export with the books. Raises RequestInvalid for a bad line, and for a file without any: that would pass for agreement."""
+    """Compare an export with the books.
+
+    Raises RequestInvalid for a bad line, for one of a time whose operations were let go, and for a file without any: that would pass for
+    agreement.
+    """
     book = await database.run(read_book)
+    purged_before: datetime | None = await database.value("SELECT purged_before()")
     made = Reconciliation()
     provider = ""
     while batch := list(islice(rows, BATCH)):
         for row in batch:
             provider = row.provider
+            if purged_before and row.start < purged_before:
+                why = f"is of before {purged_before.astimezone(UTC):%Y-%m-%d}: operations of that time are not kept any more"
+                raise RequestInvalid(f"line {row.line} {why}", field=f"line {row.line}")
             price = None
             with contextlib.suppress(PriceUnknown):
                 price = book.in_force(ALL_TENANTS, row.provider, row.model, row.start).price

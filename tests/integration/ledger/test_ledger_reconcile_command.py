@@ -93,3 +93,23 @@ async def test_what_a_request_id_has_matched_is_compared_once(postgres: Postgres
 
     assert [done.exit_code for done in (mixed, turned, twice, split)] == [0, 0, 1, 0], mixed.output
     assert "drift: tokens 50.000 %" in twice.output
+
+
+async def test_a_time_whose_operations_are_not_kept_any_more_is_refused(
+    postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would all be missing, and nobody could say whether one ever was there; a day that is kept is compared."""
+    url, file = await fresh_database(postgres), tmp_path / "usage.csv"
+    async with running(url) as ledger:
+        await ledger.record(operation(Principal("acme", "ann"), created_at=timestamp(NOON), attempts=[attempt(provider_request_id="req_1")]))
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.execute("UPDATE usage_retention SET purged_before = '2026-10-08T00:00:00Z'")
+    finally:
+        await connection.close()
+    row = "2026-10-{},claude-haiku-4-5-20251001,100,0,0,0,10,{}\n"
+    kept = await result(url, file, HEADER + row.format("08", ""), monkeypatch)
+    gone = [await result(url, file, HEADER + row.format("07", request_id), monkeypatch) for request_id in ("", "req_0")]
+
+    assert [done.exit_code for done in (kept, *gone)] == [0, 2, 2]
+    assert all("line 2 is of before 2026-10-08: operations of that time are not kept any more" in done.output for done in gone)

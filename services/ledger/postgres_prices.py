@@ -15,7 +15,7 @@ from services.ledger.prices import ListedPrice, PriceBook
 MODELS_OF_TENANT_MAX = 1_000
 """Models that a tenant may have prices of its own for: the list of prices is not paged."""
 FAMILY_AGE_MAX_S = 5.0
-"""How old the book may be that prices a snapshot as its family. The database, which knows the family's price alone, cannot find that out."""
+"""How old the book may be that prices a snapshot as its family. The database knows the family's price alone, and cannot find that out."""
 _COLUMNS = (
     "price_id, tenant, provider, model, version, valid_from, input_nanousd_per_mtok, output_nanousd_per_mtok,"
     " cache_read_nanousd_per_mtok, cache_write_5m_nanousd_per_mtok, cache_write_1h_nanousd_per_mtok,"

@@ -78,7 +78,7 @@ async def test_an_export_is_compared_with_the_books(postgres: Postgres, tmp_path
 
 
 async def test_what_a_request_id_has_matched_is_compared_once(postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file may name some requests and sum up the others of the same time. A request that is named twice was billed twice, not booked twice."""
+    """A file may name some requests and sum up the rest of their time. What is named twice was billed twice, and booked once."""
     url, file = await fresh_database(postgres), tmp_path / "usage.csv"
     async with running(url) as ledger:
         calls = [attempt(number, provider_request_id=f"req_{number}") for number in (1, 2)]
@@ -101,7 +101,9 @@ async def test_a_time_whose_operations_are_not_kept_any_more_is_refused(
     """They would all be missing, and nobody could say whether one ever was there; a day that is kept is compared."""
     url, file = await fresh_database(postgres), tmp_path / "usage.csv"
     async with running(url) as ledger:
-        await ledger.record(operation(Principal("acme", "ann"), created_at=timestamp(NOON), attempts=[attempt(provider_request_id="req_1")]))
+        await ledger.record(
+            operation(Principal("acme", "ann"), created_at=timestamp(NOON), attempts=[attempt(provider_request_id="req_1")])
+        )
     connection = await asyncpg.connect(url)
     try:
         await connection.execute("UPDATE usage_retention SET purged_before = '2026-10-08T00:00:00Z'")

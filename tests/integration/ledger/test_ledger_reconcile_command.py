@@ -70,6 +70,9 @@ async def test_an_export_is_compared_with_the_books(postgres: Postgres, tmp_path
     assert "drift: tokens 100.000 %" in silent.output
     assert "2026-10-08  claude-haiku-4-5" in equal.output
     assert "drift: tokens 2.941 %" in drifted.output
+    assert "alert: tokens or cost drift past the bound of 1%" in drifted.output
+    assert not any("alert" in done.output for done in (equal, allowed, by_id))
+    assert all("alert: " in done.output for done in (unknown, unpriced))
     assert "1 requests of the provider are not in the books" in unknown.output
     assert "line 2 has no count of tokens in usage_output_tokens" in bad.output
     assert "without a price, and without a cost in the export: nobody" in unpriced.output

@@ -1,6 +1,8 @@
 """The price book in PostgreSQL: rows are added, never changed. Which of them applies is decided in `prices`."""
 
 import asyncio
+import contextlib
+import math
 from datetime import datetime
 from typing import Any
 
@@ -12,6 +14,8 @@ from services.ledger.prices import ListedPrice, PriceBook
 
 MODELS_OF_TENANT_MAX = 1_000
 """Models that a tenant may have prices of its own for: the list of prices is not paged."""
+FAMILY_AGE_MAX_S = 5.0
+"""How old the book may be that prices a snapshot as its family. The database knows the family's price alone, and cannot find that out."""
 _COLUMNS = (
     "price_id, tenant, provider, model, version, valid_from, input_nanousd_per_mtok, output_nanousd_per_mtok,"
     " cache_read_nanousd_per_mtok, cache_write_5m_nanousd_per_mtok, cache_write_1h_nanousd_per_mtok,"
@@ -29,6 +33,7 @@ class PostgresPrices:
     def __init__(self, database: Database, clock: Clock) -> None:
         self._database, self._clock = database, clock
         self._book = PriceBook(())
+        self._read_at = -math.inf
         self._reading = asyncio.Lock()
 
     @property
@@ -39,7 +44,9 @@ class PostgresPrices:
         """Read the book again, unless somebody else already did since the caller saw `stale`."""
         async with self._reading:
             if stale is None or stale is self._book:
+                began = self._clock.monotonic()
                 self._book = await self._database.run(read_book)
+                self._read_at = began
             return self._book
 
     async def in_force(self, tenant: str, provider: str, model: str, at: datetime, connection: Connection | None = None) -> ListedPrice:
@@ -48,11 +55,12 @@ class PostgresPrices:
         Who holds a connection passes it on, and so never waits for another.
         """
         book = self._book
-        try:
-            return book.in_force(tenant, provider, model, at)
-        except PriceUnknown:
-            book = await self._read_on(connection) if connection else await self.reload(book)
-            return book.in_force(tenant, provider, model, at)
+        with contextlib.suppress(PriceUnknown):
+            listed = book.in_force(tenant, provider, model, at)
+            if listed.price.model == model or self._clock.monotonic() - self._read_at < FAMILY_AGE_MAX_S:
+                return listed
+        book = await self._read_on(connection) if connection else await self.reload(book)
+        return book.in_force(tenant, provider, model, at)
 
     async def told(self, tenant: str, provider: str, model: str, version: int, at: datetime, connection: Connection) -> ListedPrice:
         """The version that a caller was told when it counted; the price at `at` if it names none we know. Raises PriceUnknown."""

@@ -185,12 +185,13 @@ def _anthropic_api(line: int, cells: Mapping[str, Any]) -> ExportRow:
 
 
 def _openai(line: int, cells: Mapping[str, Any]) -> ExportRow:
-    """Its input tokens contain the cached ones."""
+    """Its input tokens contain those that were read from its cache and those that were written to it."""
     start, end = _period(line, cells.get("start_time"), cells.get("end_time"))
-    cached, all_input = _count(line, cells, "input_cached_tokens"), _count(line, cells, "input_tokens")
-    if cached > all_input:
+    read, written = _count(line, cells, "input_cached_tokens"), _count(line, cells, "input_cache_write_tokens")
+    plain = _count(line, cells, "input_tokens") - read - written
+    if plain < 0:
         raise _refused(line, "has more cached tokens than input tokens")
-    usage = Usage(all_input - cached, _count(line, cells, "output_tokens"), cached)
+    usage = Usage(plain, _count(line, cells, "output_tokens"), read, written)
     return ExportRow(line, "openai", _name(line, cells, "model"), start, end, usage, *_cost_and_id(line, cells))
 
 

@@ -1,10 +1,11 @@
-"""What a provider says was used, beside what the books say: drift by day and model, and in all. Pure; the caller reads both sides."""
+"""What a provider says was used, beside what the books say: drift by hour and model, and in all. Pure; the caller reads both sides."""
 
 import re
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import date, datetime
+from datetime import datetime
 from fractions import Fraction
 from itertools import pairwise
 
@@ -13,15 +14,15 @@ from services.chassis.money import Price, Usage
 from services.ledger.provider_exports import ExportRow
 
 CELLS_MAX = 100_000
-"""Periods, and days times models, that are held at once: eleven years of hours."""
+"""Periods, and hours times models, that are held at once: eleven years of one model."""
 REQUESTS_MAX = 1_000_000
-"""Requests that are told by id: each is remembered, some 200 bytes of it, for the books have it once however often it is told."""
+"""Requests that a file may name: each is remembered, so that none is compared twice."""
 NO_USAGE = Usage()
-_DATED = re.compile(r"-(\d{8}|\d{4}-\d{2}-\d{2})$")
+_DATED = re.compile(r"-(\d{8}|\d{4}-\d{2}-\d{2}|latest)$")
 
 
 def family(model: str) -> str:
-    """A model without the date of its snapshot: providers name the snapshot, we may have asked for the family."""
+    """A model without the date of its snapshot, or `latest`: providers name the snapshot, we may have asked for the family."""
     return _DATED.sub("", model)
 
 
@@ -42,10 +43,20 @@ class Side:
 
 
 @dataclass(frozen=True, slots=True)
-class Drift:
-    """One day of one model, as the provider and as the books have it."""
+class Call:
+    """What the books have of one provider request."""
 
-    day: date
+    usage: Usage
+    cost_nanousd: int
+    accepted: Sequence[datetime]
+    """When the operations were accepted that it is booked for: one, unless a provider gives an id again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """One model in one hour, or in a longer period of the export that begins then, as the provider and as the books have it."""
+
+    start: datetime
     model: str
     provider: Side
     ledger: Side
@@ -76,6 +87,10 @@ class Report:
         return max(self.tokens_drift, self.cost_drift)
 
 
+def _hour(moment: datetime) -> datetime:
+    return moment.replace(minute=0, second=0, microsecond=0)
+
+
 def _share(pairs: Iterable[tuple[int, int]]) -> Fraction:
     told, differing = 0, 0
     for theirs, ours in pairs:
@@ -88,10 +103,12 @@ class Reconciliation:
     """Takes both sides in any order of rows."""
 
     def __init__(self) -> None:
-        self._provider: defaultdict[tuple[date, str], Side] = defaultdict(Side)
-        self._ledger: defaultdict[tuple[date, str], Side] = defaultdict(Side)
+        self._provider: defaultdict[tuple[datetime, str], Side] = defaultdict(Side)
+        self._ledger: defaultdict[tuple[datetime, str], Side] = defaultdict(Side)
         self._periods: set[tuple[datetime, datetime]] = set()
-        self._requests: dict[str, datetime | None] = {}
+        self._requests: set[str] = set()
+        self._accepted: list[tuple[datetime, str]] = []
+        self._unknown_requests = 0
         self._unpriced: set[str] = set()
 
     def periods(self) -> list[tuple[datetime, datetime]]:
@@ -115,41 +132,45 @@ class Reconciliation:
             if cost is None:
                 cost = short_context(price).cost_nanousd(row.usage) if price else 0
                 self._unpriced.update([] if price else [model])
-            self._provider[row.start.date(), model].add(row.usage, cost)
+            self._provider[_hour(row.start), model].add(row.usage, cost)
         if not row.request_id:
             self._periods.add((row.start, row.end))
         if len(self._periods) + len(self._provider) > CELLS_MAX:
             raise RequestInvalid(f"line {row.line} is one period or model too many", field=f"line {row.line}", bound=str(CELLS_MAX))
 
-    def matched(self, row: ExportRow, booked: Mapping[str, tuple[datetime, Usage, int]]) -> None:
-        """A row with a request id, beside what the books have by request id: since when, and what, counted at its first row only.
+    def matched(self, row: ExportRow, booked: Mapping[str, Call]) -> None:
+        """A row with a request id, beside what the books have by request id.
 
-        Raises RequestInvalid for too many requests.
+        Named again, the request adds to the provider's side alone: its rows together are what it was billed. Raises RequestInvalid for
+        too many requests.
         """
         if row.request_id in self._requests:
             return
-        if len(self._requests) >= REQUESTS_MAX:
+        if len(self._requests) == REQUESTS_MAX:
             raise RequestInvalid(f"line {row.line} is one request too many", field=f"line {row.line}", bound=str(REQUESTS_MAX))
+        self._requests.add(row.request_id)
         if (found := booked.get(row.request_id)) is None:
-            self._requests[row.request_id] = None
-            return
-        since, usage, cost_nanousd = found
-        self._requests[row.request_id] = since
-        self._ledger[row.start.date(), family(row.model)].add(usage, cost_nanousd)
+            self._unknown_requests += 1
+        else:
+            self._ledger[_hour(row.start), family(row.model)].add(found.usage, found.cost_nanousd)
+            self._accepted.extend((moment, row.request_id) for moment in found.accepted)
 
-    def taken(self) -> list[tuple[datetime, str]]:
-        """The requests that the books have, by time: they are no part of what a period without ids has."""
-        return sorted((since, request_id) for request_id, since in self._requests.items() if since is not None)
+    def requests_in(self, start: datetime, end: datetime) -> list[str]:
+        """Matched requests that were accepted in [start, end): they are no part of the rest of that time."""
+        self._accepted.sort()  # a list that is sorted already costs one look
+        return [request_id for _, request_id in self._accepted[self._place(start) : self._place(end)]]
+
+    def _place(self, moment: datetime) -> int:
+        return bisect_left(self._accepted, (moment, ""))
 
     def booked(self, start: datetime, model: str, usage: Usage, cost_nanousd: int) -> None:
         """What the books have of one period and model."""
-        self._ledger[start.date(), family(model)].add(usage, cost_nanousd)
+        self._ledger[_hour(start), family(model)].add(usage, cost_nanousd)
 
     def report(self) -> Report:
         keys = sorted(self._provider.keys() | self._ledger.keys())
-        drifts = [Drift(day, model, self._provider[day, model], self._ledger[day, model]) for day, model in keys]
-        unknown = sum(since is None for since in self._requests.values())
-        return Report(drifts, unknown, sorted(self._unpriced))
+        drifts = [Drift(start, model, self._provider[start, model], self._ledger[start, model]) for start, model in keys]
+        return Report(drifts, self._unknown_requests, sorted(self._unpriced))
 
 
 def short_context(price: Price) -> Price:

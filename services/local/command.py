@@ -313,7 +313,7 @@ def reconcile(
 ) -> None:
     """Compare a provider's usage export with the books, by model and day. Exit code 1 if they differ too much."""
     from services.chassis.errors import DomainError
-    from services.local.reconciling import compared, percent, table
+    from services.local.reconciling import alerts_of, compared, percent, table
 
     bound = percent(max_drift)
     if bound is None:
@@ -324,7 +324,10 @@ def reconcile(
         typer.echo(f"tailrace: {file}: {error}", err=True)
         raise typer.Exit(2) from None
     typer.echo(table(report))
-    raise typer.Exit(1 if report.worst > bound or report.unknown_requests or report.unpriced else 0)
+    alerts = alerts_of(report, bound, max_drift)
+    for alert in alerts:
+        typer.echo(f"alert: {alert}", err=True)
+    raise typer.Exit(1 if alerts else 0)
 
 
 @app.command()

@@ -27,21 +27,29 @@ async def compared(file: Path, url: str) -> Report:
 
 
 def table(report: Report) -> str:
-    """A line for each day and model, and one for all."""
-    lines = [f"{'day':<10}  {'model':<32}  {'tokens told':>14}  {'booked':>14}  {'USD told':>16}  {'booked':>16}"]
+    """A line for each period and model, and one for all."""
+    lines = [f"{'since (UTC)':<16}  {'model':<32}  {'tokens told':>14}  {'booked':>14}  {'USD told':>16}  {'booked':>16}"]
     for drift in report.drifts:
         theirs, ours = drift.provider, drift.ledger
         mark = "" if theirs.tokens == ours.tokens and theirs.cost_nanousd == ours.cost_nanousd else "  *"
         lines.append(
-            f"{drift.day}  {drift.model[:32]:<32}  {theirs.tokens:>14}  {ours.tokens:>14}  {_usd(theirs.cost_nanousd):>16}"
+            f"{drift.start:%Y-%m-%d %H:%M}  {drift.model[:32]:<32}  {theirs.tokens:>14}  {ours.tokens:>14}  {_usd(theirs.cost_nanousd):>16}"
             f"  {_usd(ours.cost_nanousd):>16}{mark}"
         )
-    if report.unknown_requests:
-        lines.append(f"{report.unknown_requests} requests of the provider are not in the books")
-    if report.unpriced:
-        lines.append(f"without a price, and without a cost in the export: {', '.join(report.unpriced)}")
     lines.append(f"drift: tokens {_percent(report.tokens_drift)}, cost {_percent(report.cost_drift)}")
     return "\n".join(lines)
+
+
+def alerts_of(report: Report, bound: Fraction, bound_text: str) -> list[str]:
+    """What somebody has to look at; nothing if the books are within the bound of what the provider says."""
+    alerts = []
+    if report.worst > bound:
+        alerts.append(f"tokens or cost drift past the bound of {bound_text}")
+    if report.unknown_requests:
+        alerts.append(f"{report.unknown_requests} requests of the provider are not in the books")
+    if report.unpriced:
+        alerts.append(f"without a price, and without a cost in the export: {', '.join(report.unpriced)}")
+    return alerts
 
 
 def _usd(nanousd: int) -> str:

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from bench import ingestion_faults
+from tests.integration.ledger.ledger_kit import audit
 from tests.suite import Suite, running
 
 pytestmark = pytest.mark.slow
@@ -13,9 +14,10 @@ SEED = 7
 
 @pytest.fixture(scope="module")
 async def suite() -> AsyncIterator[Suite]:
-    """A suite of its own, because retrieval is killed."""
+    """A suite of its own, because retrieval is killed. The books are whole after all."""
     async with running(TAILRACE_RETRIEVAL_INGEST_LEASE_S=ingestion_faults.LEASE_S) as suite:
         yield suite
+        assert await audit(suite.postgres.url) == {}
 
 
 async def test_no_answer_rests_on_a_replaced_or_deleted_version(suite: Suite) -> None:

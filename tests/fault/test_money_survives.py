@@ -78,24 +78,25 @@ async def test_full_disks_of_the_spools_refuse_what_is_new_and_lose_nothing(made
     assert outcome.notes["spools that were full"] == 2
 
 
-async def test_a_changed_plan_is_seen_at_every_gateway_within_five_seconds(made: Ground) -> None:
-    """Whoever was told the former plan a moment ago goes by the new one."""
+async def test_a_changed_plan_is_seen_at_every_gateway_and_router_within_five_seconds(made: Ground) -> None:
+    """Whoever was told the former plan a moment ago goes by the new one: by its limits, and by its tiers, at which the router looks."""
     tenant = TENANTS[0]
 
-    async def limit(gateway: str) -> int:
+    async def told(gateway: str) -> tuple[int, int]:
         headers = {"authorization": f"Bearer {made.suite.token('mover', tenant)}"}
         async with httpx.AsyncClient(base_url=made.suite.url_of(gateway), headers=headers, timeout=30, trust_env=False) as http:
-            reply = await http.post("/v1/answers", json={"question": "What moves?", "stream": False})
-        return int(reply.headers["x-ratelimit-limit-requests"])
+            reply = await http.post("/v1/answers", json={"question": "What moves?", "tier": "smart", "stream": False})
+        return int(reply.headers["x-ratelimit-limit-requests"]), reply.status_code
 
     async with made.suite.client("admin", tenant, ("user", "admin")) as admin:
-        (await admin.put("/v1/admin/plans/odd", json={**PLAN, "requests_per_minute": 777})).raise_for_status()
-        assert {await limit(gateway) for gateway in made.suite.gateways} == {600}
+        plan = {**PLAN, "requests_per_minute": 777, "tiers": ["fast"]}
+        (await admin.put("/v1/admin/plans/odd", json=plan)).raise_for_status()
+        assert {await told(gateway) for gateway in made.suite.gateways} == {(600, 200)}
         put = await admin.put("/v1/admin/subscriptions/mover", json={"plan": "odd", "when": "now"})
         began = time.monotonic()
         assert put.json()["plan"] == "odd"
         for gateway in made.suite.gateways:
-            while await limit(gateway) != 777:
+            while await told(gateway) != (777, 403):
                 assert time.monotonic() - began < 6  # five seconds, and the request itself
                 await asyncio.sleep(0.2)
         cancelled = await admin.delete("/v1/admin/subscriptions/mover", params={"when": "period_end"})

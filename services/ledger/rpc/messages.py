@@ -178,7 +178,13 @@ def price_and_day(message: common_pb2.Price) -> tuple[Price, datetime | None]:
             if long < usual:  # an unset figure would make long prompts free
                 bound = f">= {name}_nanousd_per_mtok"
                 raise RequestInvalid(f"the long-context price must be {bound}", field=f"price.long_{name}_nanousd_per_mtok", bound=bound)
-    return price_value(message), checks.moment(message.valid_from, "price.valid_from") if message.HasField("valid_from") else None
+    price = price_value(message)
+    if price.worst_case_nanousd(3 * checks.TOKENS_MAX, checks.TOKENS_MAX) > checks.MONEY_MAX:  # three kinds of prompt tokens
+        bound = "a whole call costs at most 10^18 nano-USD"
+        raise RequestInvalid(
+            "cached tokens of a long prompt would cost too much beside plain ones", field="price.long_input_nanousd_per_mtok", bound=bound
+        )
+    return price, checks.moment(message.valid_from, "price.valid_from") if message.HasField("valid_from") else None
 
 
 def _whole(message: common_pb2.Price) -> common_pb2.Price:

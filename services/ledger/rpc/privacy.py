@@ -20,8 +20,8 @@ class PrivacyRpcs:
 
     _privacy: Privacy
     _people: People
-    _keys: Keys
     _budgets: Budgets
+    _keys: Keys
     _operations: OperationBook
     _conversations: Conversations
 
@@ -38,7 +38,7 @@ class PrivacyRpcs:
         for plan, started_at, ended_at in await self._privacy.subscriptions(principal.tenant, user):
             await context.write(pb.ExportUserResponse(subscription=messages.past_subscription_message(user, plan, started_at, ended_at)))
         owner = Principal(principal.tenant, user)
-        async for response in self._budgets_of(owner):
+        async for response in self._budgets_of(owner.tenant, "user", user):
             await context.write(response)
         async for response in self._keys_of(owner):
             await context.write(response)
@@ -47,21 +47,20 @@ class PrivacyRpcs:
         async for response in self._operations_of(owner):
             await context.write(response)
 
-    async def _budgets_of(self, owner: Principal) -> AsyncIterator[pb.ExportUserResponse]:
-        subjects = [("user", owner.user)]
-        async for response in self._keys_of(owner):
-            subjects.append(("key", response.api_key.key_id))
-        for scope, subject in subjects:
-            for budget in await self._budgets.of(owner.tenant, scope, subject):
-                yield pb.ExportUserResponse(budget=messages.budget_message(budget))
+    async def _budgets_of(self, tenant: str, scope: str, subject: str) -> AsyncIterator[pb.ExportUserResponse]:
+        for budget in await self._budgets.of(tenant, scope, subject):
+            yield pb.ExportUserResponse(budget=messages.budget_message(budget))
 
     async def _keys_of(self, owner: Principal) -> AsyncIterator[pb.ExportUserResponse]:
+        """Each key, with its budgets."""
         after = None
         while True:
             page = await self._keys.page(owner.tenant, size=PAGE, after=after)
             for key in page.rows:
                 if key.user == owner.user:
                     yield pb.ExportUserResponse(api_key=messages.key_message(key))
+                    async for budget in self._budgets_of(owner.tenant, "key", key.key_id):
+                        yield budget
             if page.last is None:
                 return
             after = page.rows[-1].created_at, page.rows[-1].key_id

@@ -16,7 +16,7 @@ from services.chassis.wire import timestamp
 from services.ledger import postgres_people, postgres_prices
 from tailrace.common.v1 import common_pb2
 from tailrace.ledger.v1 import ledger_service_pb2 as pb
-from tests.integration.ledger.ledger_kit import RECORDER, Ledger, operation
+from tests.integration.ledger.ledger_kit import RECORDER, Ledger, SetClock, operation, running
 
 TEAM = pb.Plan(
     name="team", requests_per_minute=7, tokens_per_minute=70, concurrent_answers=3, monthly_budget_nanousd=0, tiers=["fast", "smart"]
@@ -188,6 +188,36 @@ async def test_a_new_price_is_a_new_version_and_holds_keep_theirs(
     assert price.model not in {row.price.model for row in await ledger.rows("ListPrices", pb.ListPricesRequest(), stranger)}
     with pytest.raises(PriceUnknown):
         await ledger.reserve(stranger, provider="local", model=price.model)
+
+
+async def test_a_price_at_which_a_call_could_cost_more_than_can_be_counted_is_refused(ledger: Ledger, boss: Principal) -> None:
+    """Cached tokens of a long prompt pay in proportion to plain ones: with those nearly free, what they cost has no bound of its own."""
+    price = common_pb2.Price(provider="local", model=f"m-{boss.tenant}", input_nanousd_per_mtok=1, output_nanousd_per_mtok=0)
+    price.cache_write_1h_nanousd_per_mtok = price.long_input_nanousd_per_mtok = price.long_output_nanousd_per_mtok = 10**13
+    price.long_context_above_tokens = 1
+    with pytest.raises(RequestInvalid) as refused:
+        await ledger.ask("PutPrice", pb.PutPriceRequest(price=price), boss)
+    price.input_nanousd_per_mtok = 10**13
+
+    assert refused.value.field == "price.long_input_nanousd_per_mtok"
+    assert (await ledger.ask("PutPrice", pb.PutPriceRequest(price=price), boss)).price.version == 1
+
+
+async def test_a_price_for_a_snapshot_itself_is_found_at_every_replica(ledger: Ledger, ann: Principal, boss: Principal) -> None:
+    """One that goes by the price of its family hears within seconds that the snapshot has one of its own."""
+    model = f"m-{ann.tenant}"
+    price = common_pb2.Price(provider="local", model=model, input_nanousd_per_mtok=10**9, output_nanousd_per_mtok=10**9)
+    await ledger.ask("PutPrice", pb.PutPriceRequest(price=price), boss)
+    clock = SetClock(datetime.now(UTC))
+    async with running(ledger.url, clock) as other:
+        of_family = await other.reserve(ann, provider="local", model=f"{model}-20260801")
+        price.model, price.input_nanousd_per_mtok = f"{model}-20260801", 5 * 10**9
+        await ledger.ask("PutPrice", pb.PutPriceRequest(price=price), boss)
+        clock.moment = datetime.now(UTC) + timedelta(seconds=6)
+        of_snapshot = await other.reserve(ann, provider="local", model=f"{model}-20260801")
+
+    assert [hold.price.model for hold in (of_family, of_snapshot)] == [model, f"{model}-20260801"]
+    assert of_snapshot.price.input_nanousd_per_mtok == 5 * 10**9
 
 
 async def test_a_key_made_before_keys_had_a_checksum_goes_on(ledger: Ledger, boss: Principal) -> None:

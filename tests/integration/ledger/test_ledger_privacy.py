@@ -177,13 +177,16 @@ async def test_a_record_that_meets_the_erasure_is_erased_with_it_or_has_no_name(
 async def test_everything_that_is_kept_is_exported_and_nothing_of_others(
     ledger: Ledger, ann: Principal, bob: Principal, boss: Principal
 ) -> None:
-    """More turns and operations than a page, former subscriptions, and no secret."""
+    """More turns and operations than a page, former subscriptions, budgets of the user and of their keys, and no secret."""
     for plan in ("pro", "enterprise"):
         await ledger.ask("PutSubscription", pb.PutSubscriptionRequest(user="ann", plan=plan), boss)
     made = await ledger.ask("CreateApiKey", pb.CreateApiKeyRequest(name="n", user="ann", roles=["user"]), boss)
-    for scope, subject, limit in (("user", "ann", 7), ("key", made.key.key_id, 8), ("user", "bob", 9)):
-        await ledger.ask("PutBudget", pb.PutBudgetRequest(scope=scope, subject=subject, period="day", limit_nanousd=limit), boss)
-    await ledger.ask("CreateApiKey", pb.CreateApiKeyRequest(name="n", user="bob", roles=["user"]), boss)
+    of_bob = await ledger.ask("CreateApiKey", pb.CreateApiKeyRequest(name="n", user="bob", roles=["user"]), boss)
+    limited = [("user", "ann"), ("key", made.key.key_id), ("user", "bob"), ("key", of_bob.key.key_id), ("tenant", ann.tenant)]
+    for scope, subject in limited:
+        for period in ("day", "month"):
+            limit = pb.PutBudgetRequest(scope=scope, subject=subject, period=period, limit_nanousd=10**12)
+            await ledger.ask("PutBudget", limit, boss)
     for number in range(PAGE + 5):
         turn = pb.Turn(answer_id=str(uuid.uuid4()), question=f"q{number}", text="a", complete=True)
         await ledger.ask("AppendTurn", pb.AppendTurnRequest(session_id=f"s{number % 2}", turn=turn), ann)
@@ -193,9 +196,10 @@ async def test_everything_that_is_kept_is_exported_and_nothing_of_others(
     kinds = [record.WhichOneof("record") for record in records]
 
     assert list(dict.fromkeys(kinds)) == ["user", "subscription", "budget", "api_key", "session", "turn", "operation"]
-    counts = {"user": 1, "subscription": 2, "budget": 2, "api_key": 1, "session": 2, "turn": PAGE + 5, "operation": PAGE + 5}
+    counts = {"user": 1, "subscription": 2, "budget": 4, "api_key": 1, "session": 2, "turn": PAGE + 5, "operation": PAGE + 5}
     assert Counter(kinds) == counts
-    assert [record.budget.limit_nanousd for record in records if record.WhichOneof("record") == "budget"] == [7, 8]
+    budgets = [(record.budget.scope, record.budget.subject) for record in records if record.HasField("budget")]
+    assert budgets == [limited[0], limited[0], limited[1], limited[1]]
     assert {record.turn.turn.question for record in records if record.HasField("turn")} == {f"q{number}" for number in range(PAGE + 5)}
     assert {record.operation.user for record in records if record.HasField("operation")} == {"ann"}
     assert [record.subscription.HasField("ended_at") for record in records if record.HasField("subscription")] == [True, False]

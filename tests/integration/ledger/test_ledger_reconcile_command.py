@@ -70,6 +70,9 @@ async def test_an_export_is_compared_with_the_books(postgres: Postgres, tmp_path
     assert "drift: tokens 100.000 %" in silent.output
     assert "2026-10-08  claude-haiku-4-5" in equal.output
     assert "drift: tokens 2.941 %" in drifted.output
+    assert "alert: tokens or cost drift past the bound of 1%" in drifted.output
+    assert not any("alert" in done.output for done in (equal, allowed, by_id))
+    assert all("alert: " in done.output for done in (unknown, unpriced))
     assert "1 requests of the provider are not in the books" in unknown.output
     assert "line 2 has no count of tokens in usage_output_tokens" in bad.output
     assert "without a price, and without a cost in the export: nobody" in unpriced.output
@@ -77,21 +80,41 @@ async def test_an_export_is_compared_with_the_books(postgres: Postgres, tmp_path
     assert await written(url) == before
 
 
-async def test_a_call_of_the_books_stands_beside_one_row_of_the_export(
-    postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A request told twice is told too much; one told by id is not in the sums of its hour as well; its rows may be parts."""
+async def test_what_a_request_id_has_matched_is_compared_once(postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file may name some requests and sum up the rest of their time. What is named twice was billed twice, and booked once."""
     url, file = await fresh_database(postgres), tmp_path / "usage.csv"
     async with running(url) as ledger:
-        calls = [attempt(1, provider_request_id="req_1"), attempt(2, provider_request_id="req_2")]
+        calls = [attempt(number, provider_request_id=f"req_{number}") for number in (1, 2)]
         await ledger.record(operation(Principal("acme", "ann"), created_at=timestamp(NOON), attempts=calls))
-    row = "2026-10-08T12:00:00Z,claude-haiku-4-5-20251001,{},0,0,0,{},{}\n"
-    twice = await result(url, file, HEADER + row.format(100, 10, "req_1") * 2, monkeypatch)
-    mixed = await result(url, file, HEADER + row.format(100, 10, "req_1") + row.format(100, 10, ""), monkeypatch)
-    parts = await result(url, file, HEADER + row.format(100, 0, "req_1") + row.format(0, 10, "req_1"), monkeypatch)
+        await ledger.record(operation(Principal("globex", "eve"), created_at=timestamp(NOON), attempts=[attempt()]))
+    row = "2026-10-08,claude-haiku-4-5-20251001,{},0,0,0,{},{}\n"
+    named, others = row.format(100, 10, "req_1"), row.format(200, 20, "")
+    mixed = await result(url, file, HEADER + named + others, monkeypatch)
+    turned = await result(url, file, HEADER + others + named, monkeypatch)
+    twice = await result(url, file, HEADER + named + named, monkeypatch)
+    split = await result(url, file, HEADER + row.format(60, 10, "req_1") + row.format(40, 0, "req_1"), monkeypatch)
 
-    assert [(done.exit_code, done.output.splitlines()[-1]) for done in (twice, mixed, parts)] == [
-        (1, "drift: tokens 50.000 %, cost 50.000 %"),
-        (0, "drift: tokens 0.000 %, cost 0.000 %"),
-        (0, "drift: tokens 0.000 %, cost 0.000 %"),
-    ]
+    assert [done.exit_code for done in (mixed, turned, twice, split)] == [0, 0, 1, 0], mixed.output
+    assert "drift: tokens 50.000 %" in twice.output
+
+
+async def test_a_time_whose_operations_are_not_kept_any_more_is_refused(
+    postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would all be missing, and nobody could say whether one ever was there; a day that is kept is compared."""
+    url, file = await fresh_database(postgres), tmp_path / "usage.csv"
+    async with running(url) as ledger:
+        await ledger.record(
+            operation(Principal("acme", "ann"), created_at=timestamp(NOON), attempts=[attempt(provider_request_id="req_1")])
+        )
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.execute("UPDATE usage_retention SET purged_before = '2026-10-08T00:00:00Z'")
+    finally:
+        await connection.close()
+    row = "2026-10-{},claude-haiku-4-5-20251001,100,0,0,0,10,{}\n"
+    kept = await result(url, file, HEADER + row.format("08", ""), monkeypatch)
+    gone = [await result(url, file, HEADER + row.format("07", request_id), monkeypatch) for request_id in ("", "req_0")]
+
+    assert [done.exit_code for done in (kept, *gone)] == [0, 2, 2]
+    assert all("line 2 is of before 2026-10-08: operations of that time are not kept any more" in done.output for done in gone)

@@ -1,5 +1,7 @@
 """`make soak`: mixed load with 30 % cancels for as long as wanted, and what grew meanwhile: memory, descriptors, threads, connections.
 
+The books are proven again and again, under load and after it.
+
 It runs a suite of its own, draws no conclusion from the warm-up, and knows the processes only from outside. Ended answers are kept for a
 minute instead of ten: what is kept on purpose fills up early, and what grows afterwards is what it looks for.
 """
@@ -16,12 +18,15 @@ from dataclasses import dataclass
 import psutil
 
 from bench.ground import TENANTS, Ground, ground, seed_of_run
+from bench.money import broken_laws
 from bench.reader import fetch, read_answer, request
 from bench.script import Behaviour
 
 USERS = 8
 CANCELLED_SHARE, LEFT_SHARE, WHOLE_SHARE = 0.3, 0.1, 0.1
 SAMPLE_EVERY_S = 5.0
+PROVE_PAUSE_S = 30.0
+"""Between two proofs of the books, which read all of them."""
 LOGS_KEPT_S = 60
 WARM_UP_SHARE, WARM_UP_S = 0.1, 2 * LOGS_KEPT_S
 """Whichever is longer, but never more than half of the run."""
@@ -60,6 +65,24 @@ class Samples:
         while True:
             self.take()
             await asyncio.sleep(every_s)
+
+
+class Proofs:
+    """How often the books were proven, and how many laws did not hold."""
+
+    def __init__(self, ground: Ground) -> None:
+        self._ground = ground
+        self.made = 0
+        self.broken = 0
+
+    async def make(self) -> None:
+        self.broken += await broken_laws(self._ground)
+        self.made += 1
+
+    async def keep_making(self, pause_s: float) -> None:
+        while True:
+            await asyncio.sleep(pause_s)
+            await self.make()
 
 
 def slope_per_hour(samples: Sequence[Sample], value: Callable[[Sample], float]) -> float:
@@ -128,17 +151,20 @@ async def soak(minutes: float, seed: str) -> bool:
         pids = {name: process.pid for name, process in made.suite.processes.items()}
         began, ends_at = time.monotonic(), time.monotonic() + minutes * 60
         samples = Samples(pids)
-        sampling = asyncio.create_task(samples.keep_taking(SAMPLE_EVERY_S))
-        try:
+        proofs = Proofs(made)
+        async with asyncio.TaskGroup() as group:  # a proof that cannot be made ends the run
+            beside = [group.create_task(samples.keep_taking(SAMPLE_EVERY_S)), group.create_task(proofs.keep_making(PROVE_PAUSE_S))]
             happened = await load(made, ends_at)
-        finally:
-            sampling.cancel()
+            for task in beside:
+                task.cancel()
         left = await made.holds_left()
+        await proofs.make()
         await asyncio.sleep(QUIET_S)
         samples.take()
     _say(", ".join(f"{name}: {count}" for name, count in happened.items()) + f", holds left open: {left}")
+    _say(f"books proven {proofs.made} times, laws that did not hold: {proofs.broken}")
     _say(f"{'':<18}{'RSS MB':>8}{'slope MB/h':>12}{'descriptors':>20}{'threads':>16}{'connections':>20}")
-    good = left == 0 and happened["failed"] == 0
+    good = left == 0 and happened["failed"] == 0 and proofs.broken == 0
     warm_at = began + min(max(WARM_UP_SHARE * minutes * 60, WARM_UP_S), minutes * 60 / 2)
     for name, taken in samples.of.items():
         warm = [sample for sample in taken[:-1] if sample.at >= warm_at]

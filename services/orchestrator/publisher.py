@@ -1,8 +1,8 @@
 """Carries the logs of this replica's answers to where all replicas can read them. It makes no event and serves no reader.
 
 Nothing waits for it: what cannot be written now stays in the log and goes with the next flush. There is at most one flush in
-FOLLOWED_INTERVAL_S, for all answers together, and none for an answer before its first text has left. A log that nobody reads elsewhere
-may wait longer, so that a round trip carries more of it.
+FOLLOWED_INTERVAL_S, for all answers together, and none for an answer before its first text has left. A log that has begun and is read
+nowhere else may wait longer, so that a round trip carries more of it.
 """
 
 import asyncio
@@ -151,7 +151,8 @@ class Publisher:
         published = self._published.get(answer_id)
         if published is None or published.events.failure is not None:  # whoever stopped it elsewhere waits to hear that it has stopped
             return 0.0
-        return published.written_at + self._intervals_s[0 if published.followed or published.events.ended else 1]
+        soon = published.followed or published.events.ended or not published.written
+        return published.written_at + self._intervals_s[0 if soon else 1]
 
     def _due(self) -> list[str]:
         """Logs with news whose time has come; the others go along if that is soon, which saves a round trip."""

@@ -68,7 +68,8 @@ async def test_an_export_is_compared_with_the_books(postgres: Postgres, tmp_path
     assert [done.exit_code for done in (nothing, silent)] == [2, 1]
     assert "there is nothing to compare" in nothing.output
     assert "drift: tokens 100.000 %" in silent.output
-    assert "2026-10-08  claude-haiku-4-5" in equal.output
+    assert "2026-10-08 00:00  claude-haiku-4-5" in equal.output
+    assert "2026-10-08 12:00  claude-haiku-4-5" in by_hour.output
     assert "drift: tokens 2.941 %" in drifted.output
     assert "alert: tokens or cost drift past the bound of 1%" in drifted.output
     assert not any("alert" in done.output for done in (equal, allowed, by_id))
@@ -76,7 +77,7 @@ async def test_an_export_is_compared_with_the_books(postgres: Postgres, tmp_path
     assert "1 requests of the provider are not in the books" in unknown.output
     assert "line 2 has no count of tokens in usage_output_tokens" in bad.output
     assert "without a price, and without a cost in the export: nobody" in unpriced.output
-    assert re.search(r"^2026-10-08  nobody .* 2 .* 0  .*\*$", unpriced.output, re.MULTILINE)
+    assert re.search(r"^2026-10-08 00:00  nobody .* 2 .* 0  .*\*$", unpriced.output, re.MULTILINE)
     assert await written(url) == before
 
 

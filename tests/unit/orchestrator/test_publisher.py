@@ -24,10 +24,9 @@ async def logs() -> MemoryLogs:
 async def start(logs: MemoryLogs) -> AsyncIterator[Start]:
     tasks = []
 
-    def start(interval_s: float = 0.01, bytes_max: int = 2**20) -> Publisher:
-        publisher = Publisher(
-            logs, "r1", lambda _, entry: payload(entry), kept_s=60, bytes_max=bytes_max, intervals_s=(interval_s, interval_s)
-        )
+    def start(interval_s: float = 0.01, bytes_max: int = 2**20, unfollowed_s: float | None = None) -> Publisher:
+        intervals_s = (interval_s, interval_s if unfollowed_s is None else unfollowed_s)
+        publisher = Publisher(logs, "r1", lambda _, entry: payload(entry), kept_s=60, bytes_max=bytes_max, intervals_s=intervals_s)
         tasks.append(asyncio.create_task(publisher.run_forever()))
         return publisher
 
@@ -62,6 +61,16 @@ async def test_nothing_is_written_before_the_first_text(logs: MemoryLogs, start:
     assert logs.answers["a"].events == []
     events.append(TextDelta("text"))
     await until(lambda: logs.answers["a"].events == [b"step", b"text"])
+
+
+async def test_first_words_are_written_soon_and_the_next_may_wait(logs: MemoryLogs, start: Start) -> None:
+    """Who is cut off from a replica that dies young finds what was told."""
+    events, _ = published(start(unfollowed_s=60))
+    events.append(TextDelta("one"))
+    await until(lambda: "a" in logs.answers and logs.answers["a"].events == [b"one"])
+    events.append(TextDelta("two"))
+    await asyncio.sleep(0.05)
+    assert logs.answers["a"].events == [b"one"]
 
 
 async def test_what_comes_in_one_interval_of_many_answers_is_one_round_trip(logs: MemoryLogs, start: Start) -> None:

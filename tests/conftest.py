@@ -1,5 +1,6 @@
 """Fixtures all tests share: stores of their own on free ports, started once and gone afterwards."""
 
+import gc
 import os
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -12,6 +13,13 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # read when grpc is imported: 
 from services.local.stores import Postgres, Valkey
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_collection_finish() -> None:
+    """Keep thousands of collected tests out of garbage collections, as services do at their start: a full one would stop whatever runs in
+    this process for half a second, which is longer than a cache is waited for."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,8 @@ WAIT_S = 1.0
 ABSENCES_MAX = 2
 """How often in a row the maker, or the log, must be missing: they may just have been lost with the store, and are told to it again."""
 READ_TRIES_MAX = 5
+BEGIN_TRIES_MAX = 2
+"""The same for what nobody was told anything of yet: a store that is away is told soon, and one that was slow once is asked again."""
 
 
 @dataclass(slots=True)
@@ -94,7 +96,7 @@ class Mirrors:
                 failures = 0
             except Unavailable:
                 failures += 1
-                if failures >= READ_TRIES_MAX or not mirror.begun.is_set():
+                if failures >= (READ_TRIES_MAX if mirror.begun.is_set() else BEGIN_TRIES_MAX):
                     raise
                 await asyncio.sleep(0.1 * 2**failures)
                 continue

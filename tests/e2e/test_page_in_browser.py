@@ -644,11 +644,13 @@ async def test_enter_sends_and_shift_enter_does_not(visit: Visit) -> None:
     visit.gateway.on("one\ntwo", end.wait, delta("Yes."), done("Yes."))
     box = visit.page.locator("#question")
     await expect(box).to_be_focused()
+    await box.evaluate("box => (box.dataset.first = 'yes')")
     await visit.page.keyboard.type("one")
     await visit.page.keyboard.press("Shift+Enter")
     await visit.page.keyboard.type("two")
     await visit.page.keyboard.press("Enter")
     await expect(visit.page.locator(".question")).to_have_text("one\ntwo")
+    await expect(box).to_have_attribute("data-first", "yes")  # another box would have no focus for a moment, and lose what is typed
     await visit.page.keyboard.type("next")
     await visit.page.keyboard.press("Enter")
     end.set()

@@ -20,8 +20,9 @@ from services.chassis.errors import (
 )
 from services.chassis.principal import Principal
 from services.local.stores import Valkey
-from services.orchestrator.domain import Flight
+from services.orchestrator.domain import Flight, SharedEvents
 from services.orchestrator.redis_flights import RedisFlights
+from services.orchestrator.redis_logs import RedisLogs
 from tailrace.orchestrator.v1 import orchestrator_service_pb2 as pb
 from tests.fakes.orchestrator_world import ALICE, BOB, MALLORY, Reply, World, replica, until, world
 
@@ -271,12 +272,20 @@ async def test_changed_documents_are_another_question(pair: tuple[World, World])
 
 
 async def test_store_that_is_slow_once_costs_no_second_call(pair: tuple[World, World], monkeypatch: pytest.MonkeyPatch) -> None:
-    """That somebody follows could not be told; what is followed can be read all the same, and is."""
+    """That somebody follows could not be told, and the first look at what is followed took too long: it is read all the same."""
 
     async def too_slow(_flights: RedisFlights, _answer_id: str) -> None:
         raise Unavailable("the shared flights cannot be reached", dependency="redis")
 
     monkeypatch.setattr(RedisFlights, "follow", too_slow)
+    late, read = [Unavailable("the shared logs cannot be reached", dependency="redis")], RedisLogs.read
+
+    async def slow_once(logs: RedisLogs, answer_id: str, after: int, wait_s: float) -> SharedEvents:
+        if late:
+            raise late.pop()
+        return await read(logs, answer_id, after, wait_s)
+
+    monkeypatch.setattr(RedisLogs, "read", slow_once)
     one, two = pair
     one.behave(tokens=60, tokens_per_s=100)
     first_task, first = await ahead(one)
@@ -286,6 +295,7 @@ async def test_store_that_is_slow_once_costs_no_second_call(pair: tuple[World, W
     assert other.done.cache.verdict == "coalesced"
     assert other.text == first.text
     assert len(await one.records()) == 1
+    assert late == []
 
 
 async def test_answers_of_limited_documents_stay_with_their_readers(pair: tuple[World, World]) -> None:

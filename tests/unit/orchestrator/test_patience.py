@@ -1,5 +1,6 @@
 """What a recall does when retrieval goes away for a moment: it is begun again; what cannot heal by waiting is told at once."""
 
+import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
@@ -143,5 +144,7 @@ async def test_a_service_whose_process_has_ended_is_not_ready_at_the_next_look()
         readiness = Readiness({"ledger": lambda: ping(line, "ledger")})
         before = await readiness.ask()
         await server.stop(0)
+        async with asyncio.timeout(10):  # until the end of the connection has come here
+            await line.wait_for_state_change(grpc.ChannelConnectivity.READY)
 
         assert (before, await readiness.ask()) == ({"ledger": True}, {"ledger": False})

@@ -18,16 +18,17 @@ export function AskView() {
   return (
     <main class={empty ? "ask empty" : "ask"}>
       {empty ? (
-        <Welcome />
+        <Welcome key="welcome" />
       ) : (
-        <div class="log" role="log" aria-live="off" aria-label="Conversation">
+        <div key="log" class="log" role="log" aria-live="off" aria-label="Conversation">
           {answers.value.map((answer) => (
             <Turn key={answer} answer={answer} />
           ))}
         </div>
       )}
       <Announcer />
-      <div class="dock">
+      {/* By key, or the log would take over its element, and the box be made anew without what is typed just then. */}
+      <div key="dock" class="dock">
         {latest.away.value && (
           <button type="button" class="latest" onClick={latest.jump}>
             Jump to the latest

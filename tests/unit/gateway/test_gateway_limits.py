@@ -517,7 +517,7 @@ def test_a_grant_is_of_one_user_one_key_and_one_body() -> None:
 
 async def test_the_end_does_not_wait_for_answers_that_were_left() -> None:
     """Their leases end by themselves: nobody renews them."""
-    store = Store()
+    store, before = Store(), asyncio.all_tasks()
     guard = Limits(store, Plans(user=Allowance(answers=1)), 60)
     async with guard.answering(ADA, 1, lasts_s=300) as admission:
         admission.answer_id = "a-1"
@@ -527,6 +527,8 @@ async def test_the_end_does_not_wait_for_answers_that_were_left() -> None:
     await guard.renew()
 
     assert guard.followed == 0
+    left = {task.get_name() for task in asyncio.all_tasks() - before}  # others of the same loop may have begun some meanwhile
+    assert left.isdisjoint({"follow-answer", "settle-limits"})
     assert store.renewed == []
 
 
